@@ -1,0 +1,62 @@
+# The workshop: `make` lists what there is. Every target sets up .venv first; a second call installs nothing.
+
+PYTHON ?= python3
+# Where to take torch from, if not from pip's own index, whose torch is a CUDA build of some gigabytes (it runs without
+# a GPU as well): the address of an index of CPU wheels, or a folder with one (TORCH_INDEX=…).
+TORCH_INDEX ?=
+# What `make train` and the tests pass on: make train ARGS="model=tiny budget.steps=200"
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow lint format check golden bench
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
+	  || grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## .venv with the exact versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3 python3-venv"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "$$($(PYTHON) --version) is not supported, 3.10 to 3.13 are: make PYTHON=python3.11 …"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "venv is missing: apt-get install python3-venv"; exit 2; }
+	@command -v $${CXX:-g++} >/dev/null || echo "g++ is missing, training will be slow: apt-get install g++"
+	$(PYTHON) -m venv $(VENV)
+ifneq ($(TORCH_INDEX),)
+	$(RUN) -m pip install --quiet --index-url "$(TORCH_INDEX)" "$$(grep '^torch==' constraints.txt)"
+endif
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[test,dev]'
+	@touch $@
+
+train: setup ## the default run: a byte-level RWKV-4 on the Python library's sources, about ten minutes on two cores
+	$(RUN) train.py $(ARGS)
+
+test: setup ## all quick tests
+	$(RUN) -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: setup ## the slow tests
+	$(RUN) -m pytest -m "slow and not gpu" $(ARGS)
+
+lint: setup ## format, lint, types, spelling, import layers
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(VENV)/bin/codespell
+	$(VENV)/bin/lint-imports
+
+format: setup ## rewrite the sources as `make lint` wants them
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+check: lint test ## what a change must pass
+
+golden: setup ## remake tests/golden (say why in the commit)
+	$(RUN) -m tests.golden.make
+
+bench: setup ## every benchmark in its quick form
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(RUN) $$script --quick; done
