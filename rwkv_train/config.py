@@ -1,0 +1,158 @@
+"""Our settings as frozen dataclasses, with the bounds of each value.
+
+conf/*.yaml holds the values, this file their types, words.py leads from what a user types to a Config and back, and
+checks.py says what must hold between several settings. None of them imports torch: a mistake is told within a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a number must hold beyond its type."""
+
+    valid: str  # for people: "at least 1"
+    holds: Callable[[float], bool]
+
+
+Positive = Annotated[int, Bound("at least 1", lambda n: n >= 1)]
+NotNegative = Annotated[int, Bound("at least 0", lambda n: n >= 0)]
+Above0 = Annotated[float, Bound("above 0", lambda x: x > 0)]
+From0 = Annotated[float, Bound("at least 0", lambda x: x >= 0)]
+Share = Annotated[float, Bound("from 0 up to, but not, 1", lambda x: 0 <= x < 1)]
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A span of training: a number of optimiser steps or of tokens (exactly one is given)."""
+
+    steps: int | None = None
+    tokens: int | None = None
+
+    def in_steps(self, tokens_per_step: int) -> int:
+        """The span in optimiser steps, rounded up."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return -(-self.tokens // tokens_per_step)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    size: str  # name of the file in conf/model
+    n_layer: Positive
+    n_embd: Annotated[int, Bound("at least 2", lambda n: n >= 2)]  # the curves over channels divide by n_embd - 1
+    dim_ffn: Positive | None  # None: the generation's default (RWKV-4: 4 n_embd)
+    vocab_size: Positive | None  # None: the tokenizer's
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    source: Literal["stdlib", "text"]
+    path: str | None  # a file or directory; None: the running Python's standard library
+    tokenizer: Literal["bytes"]
+    hold_out: Share  # of the files, held out for validation, chosen by a hash of the file's name
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    tokens: Positive  # global, per optimiser step
+    context: Positive  # tokens of one sample
+    micro: Positive | None  # samples per device and pass; None: as many as the global batch gives one device
+
+
+@dataclass(frozen=True)
+class BudgetSettings:
+    total: Duration | None = field(metadata={"word": "budget"})  # budget.steps= or budget.tokens=
+    hours: Above0 | None  # stop after this much wall-clock time, resumable
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    shape: Literal["constant", "exponential", "cosine"]
+    warmup: Duration
+    hold: Duration  # constant at lr after warm-up, before the decay
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """An override of the recipe for the parameters whose names match the pattern."""
+
+    pattern: str
+    lr: From0 | None  # multiplier
+    weight_decay: bool | None
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    lr: Above0
+    final_lr: From0
+    betas: tuple[Share, Share]
+    eps: Above0
+    weight_decay: From0
+    clip: Above0 | None  # gradient norm
+    l2wrap: From0
+    schedule: ScheduleSettings
+    rules: tuple[GroupRule, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"]
+    devices: Literal["auto"] | Positive
+    num_nodes: Positive
+    precision: str
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    name: str
+    root: str
+    allow_changes: bool
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    every: Duration
+    keep: Positive
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    every: Duration
+    batches: Positive | None  # micro-batches of each validation; None: all of the held-out data
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    prompt: str
+    tokens: NotNegative
+
+
+@dataclass(frozen=True)
+class Config:
+    arch: str
+    model: ModelSettings
+    data: DataSettings
+    batch: BatchSettings
+    budget: BudgetSettings
+    optim: OptimSettings
+    strategy: str
+    trainer: TrainerSettings
+    run: RunSettings
+    checkpoint: CheckpointSettings
+    validation: ValidationSettings
+    samples: SampleSettings
+    seed: NotNegative
+    resume: str  # auto, never or a path
+    init_weights: str | None = field(metadata={"word": "init.weights"})
+    compile: bool
+    activation_checkpointing: bool
+    threads: Positive | None  # CPU threads of one process; None: the cores divided by the processes of this machine
+    packages: tuple[str, ...] = ()  # whose classes a _target_ may name, beside lightning's and ours
+    logger: dict[str, Any] = field(default_factory=dict)  # name → a tree with _target_
+    callbacks: dict[str, Any] = field(default_factory=dict)
