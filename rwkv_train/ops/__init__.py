@@ -1,0 +1,130 @@
+"""The operators. Each has one definition (reference.py) and engines that compute the same faster (cuda/).
+
+`RWKV_OPS=reference|cpp` demands an engine; without it, or with `auto`, the fastest available one runs.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from rwkv_train.errors import UserError
+from rwkv_train.ops import library, reference
+from rwkv_train.ops.build import CPP
+from rwkv_train.ops.health import EngineReport, engines
+from rwkv_train.ops.reference import token_shift
+
+__all__ = ["EngineReport", "engines", "relu_squared", "shift_mix", "sigmoid_gate", "token_shift", "wkv4"]
+
+ENGINES = ("auto", "reference", "cpp")
+ENGINE = os.environ.get("RWKV_OPS", "auto")
+if ENGINE not in ENGINES:
+    raise UserError(f"RWKV_OPS={ENGINE} names no engine", f"valid are {', '.join(ENGINES)}")
+CPP.required = ENGINE == "cpp"
+
+
+def _by_definition(x: Tensor) -> bool:
+    """Whether the definition runs on x: on demand, and in the dtypes that no engine computes in."""
+    return ENGINE == "reference" or x.dtype not in (torch.float32, torch.bfloat16)
+
+
+def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """RWKV-4's weighted average of past values (arXiv 2305.13048, equation 14), with gradients for every argument.
+
+        wkv_t = (Σ_{i<t} e^{(t-1-i)w + k_i} v_i + e^{u+k_t} v_t) / (Σ_{i<t} e^{(t-1-i)w + k_i} + e^{u+k_t})
+
+    The recurrence is computed in float32 whatever the dtype of k (float64 when k is float64).
+
+    Args:
+        w: (C) decay per step, negative: -exp(time_decay).
+        u: (C) bonus of the current token: time_first.
+        k: (B, T, C), T ≥ 1.
+        v: (B, T, C) in the dtype of k.
+        state: (B, 3, C) numerator, denominator, running maximum after the tokens before; None: no tokens before.
+
+    Returns:
+        wkv (B, T, C) in the dtype of k, and the state after the last token (B, 3, C).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    _check_wkv4(w, u, k, v, state)
+    accumulator = reference.accumulator(k)
+    w, u = w.to(accumulator).contiguous(), u.to(accumulator).contiguous()
+    state = reference.initial_state(k) if state is None else state.to(accumulator).contiguous()
+    if _by_definition(k):
+        return reference.wkv4(w, u, k, v, state)
+    y, new_state, _ = torch.ops.rwkv_train.wkv4(w, u, k.contiguous(), v.contiguous(), state, library.CHUNK)
+    return y, new_state
+
+
+def _check_wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> None:
+    if k.dim() != 3 or 0 in k.shape:
+        raise ValueError(f"wkv4: k must be (B, T, C) with no empty dimension, not {tuple(k.shape)}")
+    B, _, C = k.shape
+    expected = {"w": (w, (C,)), "u": (u, (C,)), "v": (v, tuple(k.shape))}
+    if state is not None:
+        expected["state"] = (state, (B, 3, C))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"wkv4: {name} must be {shape} to fit k {tuple(k.shape)}, not {tuple(tensor.shape)}")
+        if tensor.device != k.device:
+            raise ValueError(f"wkv4: {name} is on {tensor.device} but k on {k.device}")
+    for name, tensor in (("w", w), ("u", u), ("k", k)):
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"wkv4: {name} must have a floating dtype, not {tensor.dtype}")
+    if v.dtype != k.dtype:
+        raise ValueError(f"wkv4: k and v must have one dtype, not {k.dtype} and {v.dtype}")
+    if state is not None and state.dtype != reference.accumulator(k):
+        raise ValueError(f"wkv4: state must be {reference.accumulator(k)} for k in {k.dtype}, not {state.dtype}")
+
+
+def shift_mix(x: Tensor, previous: Tensor | None, *mixes: Tensor) -> list[Tensor]:
+    """Token shift and interpolation: x_t · μ + x_{t-1} · (1 - μ) for each μ.
+
+    Args:
+        x: (B, T, C).
+        previous: (B, C) the row before the first; None: zeros.
+        mixes: 1 to 8 of C elements each, any shape (the checkpoints have (1, 1, C)).
+
+    Returns:
+        One (B, T, C) in the dtype of x per mix.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    if x.dim() != 3 or 0 in x.shape:
+        raise ValueError(f"shift_mix: x must be (B, T, C) with no empty dimension, not {tuple(x.shape)}")
+    B, _, C = x.shape
+    if previous is not None and tuple(previous.shape) != (B, C):
+        raise ValueError(f"shift_mix: previous must be {(B, C)} to fit x {tuple(x.shape)}, not {tuple(previous.shape)}")
+    if not 1 <= len(mixes) <= 8 or any(mix.numel() != C for mix in mixes):
+        raise ValueError(f"shift_mix: 1 to 8 mixes of {C} elements are needed, not {[tuple(m.shape) for m in mixes]}")
+    if _by_definition(x):
+        return reference.shift_mix(x, previous, mixes)
+    before = None if previous is None else previous.to(x.dtype).contiguous()
+    flat = [mix.float().reshape(C) for mix in mixes]
+    return cast("list[Tensor]", torch.ops.rwkv_train.shift_mix(x.contiguous(), before, flat))
+
+
+def relu_squared(k: Tensor) -> Tensor:
+    """relu(k)², any shape and floating dtype. Only the result is kept for the backward pass, not k."""
+    return (
+        reference.relu_squared(k)
+        if _by_definition(k)
+        else cast(Tensor, torch.ops.rwkv_train.relu_squared(k.contiguous()))
+    )
+
+
+def sigmoid_gate(r: Tensor, y: Tensor) -> Tensor:
+    """σ(r) ⊙ y, both of one shape and dtype. Raises ValueError when they are not."""
+    if r.shape != y.shape or r.dtype != y.dtype:
+        raise ValueError(
+            f"sigmoid_gate: r {tuple(r.shape)} {r.dtype} and y {tuple(y.shape)} {y.dtype} must have one shape and dtype"
+        )
+    if _by_definition(r):
+        return reference.sigmoid_gate(r, y)
+    return cast(Tensor, torch.ops.rwkv_train.sigmoid_gate(r.contiguous(), y.contiguous()))

@@ -1,0 +1,222 @@
+"""Our operators in torch.library: schema, fake kernel and autograd of each, declared at import, without any C++.
+
+An engine registers implementations for its device when it is loaded. Until then a call lands in the kernel registered
+here for every device, which loads the engine and calls again, or runs the definition where there is no engine. So the
+same graph, compiled or not, runs with any engine, and nothing is built while torch.compile traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_train.ops import reference
+from rwkv_train.ops.build import CPP
+
+NAMESPACE = "rwkv_train"
+CHUNK = 64  # steps between two saved states of wkv4: 3/64 of a (B, T, C) tensor
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _declare(schema: str, definition: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Declares an operator that runs `definition` wherever no engine has an implementation."""
+    name = schema.split("(")[0]
+
+    def kernel(*args: Any) -> Any:
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device
+        if device.type == "cpu" and CPP.load():
+            return getattr(torch.ops.rwkv_train, name)(*args)
+        return definition(*args)
+
+    _library.define(schema)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
+def _differentiate(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Gives an operator its gradient, and its backward operator an error for second derivatives."""
+
+    def no_second_derivative(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{name} has no second derivative in its engines; RWKV_OPS=reference has it")
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=_library)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", no_second_derivative, lib=_library)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+# wkv4 ----------------------------------------------------------------------------------------------------------------
+
+
+def _wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    outputs, states = [], []
+    for k_part, v_part in zip(k.split(chunk, 1), v.split(chunk, 1), strict=True):
+        y, state = reference.wkv4(w, u, k_part, v_part, state)
+        outputs.append(y)
+        states.append(state)
+    saved = torch.stack(states[:-1], 1) if len(states) > 1 else state.new_empty(state.shape[0], 0, 3, state.shape[2])
+    return torch.cat(outputs, 1), state, saved
+
+
+def _wkv4_backward(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    saved: Tensor,
+    gy: Tensor,
+    gstate: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, ...]:
+    dw, du = torch.zeros_like(w), torch.zeros_like(u)
+    dk: list[Tensor] = []
+    dv: list[Tensor] = []
+    gstate = torch.zeros_like(state) if gstate is None else gstate
+    parts = list(zip(k.split(chunk, 1), v.split(chunk, 1), gy.split(chunk, 1), (state, *saved.unbind(1)), strict=True))
+    for k_part, v_part, gy_part, before in reversed(parts):
+        with torch.enable_grad():
+            inputs = [_leaf(x) for x in (w, u, k_part, v_part, before)]
+            outputs = reference.wkv4(*inputs)
+        dw_part, du_part, dk_part, dv_part, gstate = torch.autograd.grad(outputs, inputs, (gy_part, gstate))
+        dw, du = dw + dw_part, du + du_part
+        dk.append(dk_part)
+        dv.append(dv_part)
+    return dw, du, torch.cat(dk[::-1], 1), torch.cat(dv[::-1], 1), gstate
+
+
+def _wkv4_fake(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, C = k.shape
+    return torch.empty_like(k), torch.empty_like(state), state.new_empty(B, (T - 1) // chunk, 3, C)
+
+
+def _wkv4_backward_fake(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in (w, u, k, v, state))
+
+
+def _wkv4_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.chunk = inputs
+    saved = output[2]
+    ctx.save_for_backward(*tensors, saved)
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)  # an unused state has no gradient: nothing is computed for it
+
+
+def _wkv4_gradient(ctx: Any, gy: Tensor | None, gstate: Tensor | None, gsaved: None) -> tuple[Tensor | None, ...]:
+    w, u, k, v, state, saved = ctx.saved_tensors
+    gy = torch.zeros_like(k) if gy is None else gy.contiguous()  # autograd may hand over any strides
+    gstate = None if gstate is None else gstate.contiguous()
+    return *torch.ops.rwkv_train.wkv4_backward(w, u, k, v, state, saved, gy, gstate, ctx.chunk), None
+
+
+_declare(
+    "wkv4(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state, int chunk) -> (Tensor, Tensor, Tensor)",
+    _wkv4,
+    _wkv4_fake,
+)
+_declare(
+    "wkv4_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state, Tensor saved, Tensor gy, Tensor? gstate, "
+    "int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _wkv4_backward,
+    _wkv4_backward_fake,
+)
+_differentiate("wkv4", _wkv4_setup, _wkv4_gradient)
+
+
+# shift_mix -----------------------------------------------------------------------------------------------------------
+
+
+def _shift_mix_backward(
+    x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf, before = _leaf(x), _leaf(x[:, 0] if previous is None else previous)
+        mix_leaves = [_leaf(mix) for mix in mixes]
+        outputs = reference.shift_mix(leaf, None if previous is None else before, mix_leaves)
+    found = torch.autograd.grad(outputs, [leaf, before, *mix_leaves], list(grads), allow_unused=True)
+    dx, dprevious, *dmix = found
+    return dx, torch.zeros_like(before) if dprevious is None else dprevious, torch.stack(dmix)
+
+
+def _shift_mix_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, previous, mixes = inputs
+    ctx.with_previous = previous is not None
+    ctx.save_for_backward(x, previous, *mixes)
+    ctx.set_materialize_grads(False)
+
+
+def _shift_mix_gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    x, previous, *mixes = ctx.saved_tensors
+    whole = [torch.zeros_like(x) if g is None else g.contiguous() for g in grads]
+    dx, dprevious, dmix = torch.ops.rwkv_train.shift_mix_backward(x, previous, mixes, whole)
+    return dx, dprevious if ctx.with_previous else None, list(dmix.unbind(0))
+
+
+_declare(
+    "shift_mix(Tensor x, Tensor? previous, Tensor[] mixes) -> Tensor[]",
+    reference.shift_mix,
+    lambda x, previous, mixes: [torch.empty_like(x) for _ in mixes],
+)
+_declare(
+    "shift_mix_backward(Tensor x, Tensor? previous, Tensor[] mixes, Tensor[] grads) -> (Tensor, Tensor, Tensor)",
+    _shift_mix_backward,
+    lambda x, previous, mixes, grads: (
+        torch.empty_like(x),
+        torch.empty_like(x[:, 0]),
+        x.new_empty(len(mixes), x.shape[2], dtype=torch.float32),
+    ),
+)
+_differentiate("shift_mix", _shift_mix_setup, _shift_mix_gradient)
+
+
+# relu_squared --------------------------------------------------------------------------------------------------------
+
+
+def _relu_squared_setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(output)  # relu(k) = sqrt of it: k, the widest tensor of a block, need not be kept
+
+
+def _relu_squared_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    result: Tensor = torch.ops.rwkv_train.relu_squared_backward(*ctx.saved_tensors, grad.contiguous())
+    return result
+
+
+_declare("relu_squared(Tensor k) -> Tensor", reference.relu_squared, torch.empty_like)
+_declare(
+    "relu_squared_backward(Tensor h, Tensor grad) -> Tensor",
+    lambda h, grad: 2 * h.sqrt() * grad,
+    lambda h, grad: torch.empty_like(h),
+)
+_differentiate("relu_squared", _relu_squared_setup, _relu_squared_gradient)
+
+
+# sigmoid_gate --------------------------------------------------------------------------------------------------------
+
+
+def _sigmoid_gate_backward(r: Tensor, y: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(r)
+    return grad * y * (s * torch.sigmoid(-r)), grad * s
+
+
+def _sigmoid_gate_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _sigmoid_gate_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    dr, dy = torch.ops.rwkv_train.sigmoid_gate_backward(*ctx.saved_tensors, grad.contiguous())
+    return dr, dy
+
+
+_declare("sigmoid_gate(Tensor r, Tensor y) -> Tensor", reference.sigmoid_gate, lambda r, y: torch.empty_like(r))
+_declare(
+    "sigmoid_gate_backward(Tensor r, Tensor y, Tensor grad) -> (Tensor, Tensor)",
+    _sigmoid_gate_backward,
+    lambda r, y, grad: (torch.empty_like(r), torch.empty_like(y)),
+)
+_differentiate("sigmoid_gate", _sigmoid_gate_setup, _sigmoid_gate_gradient)

@@ -1,0 +1,79 @@
+"""The definition of every operator in plain PyTorch: any float dtype, autograd, any device.
+
+The engines are tested against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+EMPTY_MAXIMUM = -1e38  # running maximum of a state that has seen nothing: e^(it - anything) is 0 in float32 and float64
+
+
+def initial_state(k: Tensor) -> Tensor:
+    """The wkv state before the first token: (0, 0, -1e38) for k (B, T, C) → (B, 3, C), float32 (float64 when k is)."""
+    state = k.new_zeros(k.shape[0], 3, k.shape[2], dtype=accumulator(k))
+    state[:, 2] = EMPTY_MAXIMUM
+    return state
+
+
+def accumulator(k: Tensor) -> torch.dtype:
+    """The dtype of the recurrence: at least float32, whatever the inputs are."""
+    return torch.float64 if k.dtype == torch.float64 else torch.float32
+
+
+def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """RWKV-4's weighted average of the past values (arXiv 2305.13048, equation 14 and appendix D).
+
+        wkv_t = (Σ_{i<t} e^{(t-1-i)w + k_i} v_i + e^{u+k_t} v_t) / (Σ_{i<t} e^{(t-1-i)w + k_i} + e^{u+k_t})
+
+    Both sums are carried divided by e^p, where p is the largest exponent met so far: nothing overflows.
+
+    Args:
+        w: (C) decay per step, negative.
+        u: (C) bonus of the current token.
+        k: (B, T, C).
+        v: (B, T, C).
+        state: (B, 3, C) numerator, denominator and running maximum p before the first token.
+
+    Returns:
+        wkv (B, T, C) in the dtype of k, and the state after the last token in the dtype of the recurrence.
+    """
+    dtype = accumulator(k)
+    w, u = w.to(dtype), u.to(dtype)
+    num, den, p = state.to(dtype).unbind(1)  # each (B, C)
+    outputs = []
+    for k_t, v_t in zip(k.to(dtype).unbind(1), v.to(dtype).unbind(1), strict=True):
+        top = torch.maximum(p, u + k_t)
+        past, now = torch.exp(p - top), torch.exp(u + k_t - top)
+        outputs.append((past * num + now * v_t) / (past * den + now))
+
+        top = torch.maximum(p + w, k_t)
+        past, now = torch.exp(p + w - top), torch.exp(k_t - top)
+        num, den, p = past * num + now * v_t, past * den + now, top
+    return torch.stack(outputs, 1).to(k.dtype), torch.stack((num, den, p), 1)
+
+
+def token_shift(x: Tensor, previous: Tensor | None) -> Tensor:
+    """x_{t-1} for every t: x (B, T, C), previous (B, C) the row before the first (None: zeros) → (B, T, C)."""
+    first = torch.zeros_like(x[:, :1]) if previous is None else previous.to(x.dtype).unsqueeze(1)
+    return torch.cat((first, x[:, :-1]), 1)
+
+
+def shift_mix(x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor]) -> list[Tensor]:
+    """x_t · μ + x_{t-1} · (1 - μ) for each μ of `mixes` (C elements each): x (B, T, C) → one (B, T, C) per μ."""
+    shifted = token_shift(x, previous)
+    return [torch.lerp(shifted, x, mix.to(x.dtype).view(1, 1, -1)) for mix in mixes]
+
+
+def relu_squared(k: Tensor) -> Tensor:
+    """relu(k)², any shape."""
+    return torch.relu(k).square()
+
+
+def sigmoid_gate(r: Tensor, y: Tensor) -> Tensor:
+    """σ(r) ⊙ y, both of one shape."""
+    return torch.sigmoid(r) * y
