@@ -1,0 +1,109 @@
+"""What the framework costs: `python benchmarks/framework_overhead.py [--quick]`.
+
+Time of a training step through train.py (Lightning, callbacks, records) against a bare loop of the same model, batch,
+optimiser and clipping, at the default run's shape and at L6 C512 B4 T128; and the time from the start of `python train.py`
+to its first step. The two sides take turns in one process; medians. Last line: one JSON object, `overhead` is the worse
+of the two shapes (0.01 = 1 % slower than the bare loop).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from rwkv_train import launcher
+from rwkv_train.config import Config
+from rwkv_train.data.datamodule import DataModule
+from rwkv_train.models import ModelConfig, build_model, recipe_of
+from rwkv_train.training.loss import language_model_loss
+from rwkv_train.training.optim import build_optimizer, learning_rate, parameter_groups
+from rwkv_train.training.throughput import keep_freed_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = {
+    "default": [],
+    "L6 C512 B4 T128": ["model.n_layer=6", "model.n_embd=512", "batch.context=128", "batch.tokens=512"],
+}
+WARM = 3  # steps at the start of each turn that are not counted
+
+
+def through_train(words: list[str], steps: int) -> list[float]:
+    """Seconds of each step of a run through the front door, from its own records."""
+    with tempfile.TemporaryDirectory() as root:
+        quiet = [f"run.root={root}", "run.name=bench", f"budget.steps={steps}", "budget.tokens=null", "samples.tokens=0"]
+        quiet += ["data.hold_out=0", "checkpoint.every.steps=1000000", "validation.every.steps=1000000"]
+        with open(Path(root) / "out", "w") as out:
+            import contextlib
+
+            with contextlib.redirect_stdout(out):
+                code = launcher.main([*words, *[word for word in quiet if word != "budget.tokens=null"]])
+        assert code == 0, code
+        rows = [json.loads(line) for line in open(Path(root) / "bench" / "metrics.jsonl")]
+    return [row["seconds"] for row in rows[WARM:]]
+
+
+def bare_loop(config: Config, data: DataModule, steps: int) -> list[float]:
+    """Seconds of each step of the plainest loop that does the same arithmetic."""
+    shape = config.model
+    model = build_model(ModelConfig(config.arch, shape.n_layer, shape.n_embd, data.vocab_size, shape.dim_ffn), config.seed)
+    optimizer = build_optimizer(parameter_groups(model, recipe_of(model), config.optim.weight_decay), config.optim)
+    tokens, targets = data.batch(0, 0)
+    times = []
+    for step in range(steps):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optim, step, steps, config.batch.tokens) * group["lr_multiplier"]
+        logits, _ = model(tokens)
+        optimizer.zero_grad()
+        language_model_loss(logits, targets, config.optim.l2wrap).backward()
+        if config.optim.clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        optimizer.step()
+        times.append(time.perf_counter() - began)
+    return times[WARM:]
+
+
+def start_up() -> float:
+    """Seconds from the start of the process to the end of its first step."""
+    with tempfile.TemporaryDirectory() as root:
+        words = [f"run.root={root}", "run.name=start", "budget.steps=1", "samples.tokens=0", "data.hold_out=0"]
+        began = time.time()
+        subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True, capture_output=True)
+        first = (Path(root) / "start" / "metrics.jsonl").stat().st_mtime
+    return first - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds of the same shapes, under 50 s")
+    quick = parser.parse_args().quick
+    rounds, steps = (3, 12) if quick else (7, 25)
+    keep_freed_memory()
+    overheads = {}
+    print(f"{'shape':<18} {'bare ms':>9} {'train.py ms':>12} {'overhead':>9}")
+    for name, words in SHAPES.items():
+        config = launcher.load([*words, "data.hold_out=0"])
+        data = DataModule(config.data, config.batch, config.seed)
+        bare, whole, ratios = [], [], []
+        for _ in range(rounds):
+            bare.append(statistics.median(bare_loop(config, data, steps)))
+            whole.append(statistics.median(through_train(words, steps)))
+            ratios.append(whole[-1] / bare[-1])
+        overheads[name] = statistics.median(ratios) - 1
+        medians = statistics.median(bare) * 1e3, statistics.median(whole) * 1e3
+        print(f"{name:<18} {medians[0]:>9.1f} {medians[1]:>12.1f} {overheads[name]:>9.1%}")
+    started = start_up()
+    print(f"start of train.py to the end of the first step: {started:.1f} s")
+    print(json.dumps({"overhead": round(max(overheads.values()), 4), "start_seconds": round(started, 2)}))
+
+
+if __name__ == "__main__":
+    main()

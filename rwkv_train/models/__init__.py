@@ -1,0 +1,60 @@
+"""Models: `build_model(ModelConfig(arch="rwkv4", n_layer=12, n_embd=768, vocab_size=65536))`. No Lightning here."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import cast
+
+import torch
+
+from rwkv_train.models import rwkv4
+from rwkv_train.models.backbone import RWKV, Generation, LayerState, ModelConfig, State
+from rwkv_train.models.recipe import Row, claim, initialise
+
+__all__ = [
+    "ARCHITECTURES",
+    "RWKV",
+    "LayerState",
+    "ModelConfig",
+    "Row",
+    "State",
+    "build_model",
+    "recipe_of",
+]
+
+ARCHITECTURES: dict[str, ModuleType] = {"rwkv4": rwkv4}
+
+
+def _generation(config: ModelConfig) -> Generation:
+    if config.arch not in ARCHITECTURES:
+        raise ValueError(f"arch is {config.arch!r}; valid: {', '.join(ARCHITECTURES)}")
+    return cast(Generation, ARCHITECTURES[config.arch])
+
+
+def build_model(config: ModelConfig, seed: int = 0, device: str | torch.device = "cpu") -> RWKV:
+    """Builds a model in float32 with the generation's initial weights.
+
+    Args:
+        config: its shape.
+        seed: the weights are a function of (seed, parameter name, shape) only.
+        device: where it is made; "meta" makes the shapes and no values.
+
+    Raises:
+        ValueError: an unknown architecture or a size that is not positive.
+    """
+    generation = _generation(config)
+    for name in ("n_layer", "n_embd", "vocab_size", "dim_ffn"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    with torch.device("meta"):
+        model = RWKV(generation, config)
+    if torch.device(device).type != "meta":
+        model = model.to_empty(device=device)
+        initialise(model, generation.RECIPE, config.n_layer, seed)
+    return model
+
+
+def recipe_of(model: RWKV) -> dict[str, Row]:
+    """Each parameter's row of the recipe (initialisation, learning-rate multiplier, weight decay), by name."""
+    return claim((name for name, _ in model.named_parameters()), _generation(model.config).RECIPE)

@@ -1,0 +1,130 @@
+"""A generation's recipe: for each parameter its initial value, learning-rate multiplier and weight decay.
+
+Every models/rwkvN.py ends in one table of `Row`s. `claim` gives each parameter of a model exactly one row; `initialise`
+fills the model from it. An initial value is a function of (seed, parameter name, shape, layer) and of nothing else: not of
+the construction order, the number of threads or of other parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a parameter stands: layer l of L, with the two depth ratios of the RWKV papers."""
+
+    layer: int
+    n_layer: int
+
+    @property
+    def rho0(self) -> float:
+        """l / (L - 1): 0 in the first layer, 1 in the last."""
+        return self.layer / (self.n_layer - 1) if self.n_layer > 1 else 0.0
+
+    @property
+    def rho1(self) -> float:
+        """1 - l / L: 1 in the first layer, towards 0 in the last."""
+        return 1.0 - self.layer / self.n_layer
+
+
+Initialiser = Callable[[torch.Size, Site, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a recipe.
+
+    Args:
+        names: a regular expression that matches whole parameter names.
+        init: (shape, site, generator) → the initial value, float32 or float64, on the CPU.
+        lr: multiplier of the learning rate.
+        decay: whether weight decay, where it is asked for, applies.
+    """
+
+    names: str
+    init: Initialiser
+    lr: float = 1.0
+    decay: bool = False
+
+
+def constant(value: float) -> Initialiser:
+    return lambda shape, site, generator: torch.full(shape, value)
+
+
+def uniform(bound: float) -> Initialiser:
+    return lambda shape, site, generator: torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def curve(formula: Callable[[Tensor, int, Site], Tensor]) -> Initialiser:
+    """A value per channel: formula(c, C, site) with c = 0 … C-1 in float64, C channels in the last dimension."""
+
+    def init(shape: torch.Size, site: Site, generator: torch.Generator) -> Tensor:
+        channels = shape[-1]
+        return formula(torch.arange(channels, dtype=torch.float64), channels, site).expand(shape)
+
+    return init
+
+
+def orthogonal(scale: float) -> Initialiser:
+    """Orthogonal rows or columns times scale, and times sqrt(rows / columns) where there are more rows."""
+
+    def init(shape: torch.Size, site: Site, generator: torch.Generator) -> Tensor:
+        rows, columns = shape
+        gain = scale * math.sqrt(max(1.0, rows / columns))
+        return nn.init.orthogonal_(torch.empty(shape), gain=gain, generator=generator)
+
+    return init
+
+
+def claim(names: Iterable[str], recipe: Sequence[Row]) -> dict[str, Row]:
+    """Gives each parameter name its row.
+
+    Raises:
+        ValueError: a name that no row or more than one row matches, or a row that matches nothing.
+    """
+    patterns = [re.compile(row.names) for row in recipe]
+    claimed: dict[str, Row] = {}
+    used: set[int] = set()
+    for name in names:
+        found = [i for i, pattern in enumerate(patterns) if pattern.fullmatch(name)]
+        if len(found) != 1:
+            rows = ", ".join(recipe[i].names for i in found) or "none"
+            raise ValueError(f"parameter {name} must be claimed by exactly one row of the recipe, but these match: {rows}")
+        claimed[name] = recipe[found[0]]
+        used.add(found[0])
+    if idle := [row.names for i, row in enumerate(recipe) if i not in used]:
+        raise ValueError(f"rows of the recipe that match no parameter: {', '.join(idle)}")
+    return claimed
+
+
+def initial_value(name: str, shape: torch.Size, row: Row, n_layer: int, seed: int) -> Tensor:
+    """The initial value of one parameter, float32 on the CPU: a pure function of its arguments.
+
+    It is made by one thread, since the orthogonalisation's last bits depend on how many share the work.
+    """
+    layer = re.match(r"blocks\.(\d+)\.", name)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            return row.init(shape, Site(int(layer[1]) if layer else 0, n_layer), generator).float()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def initialise(model: nn.Module, recipe: Sequence[Row], n_layer: int, seed: int) -> None:
+    """Fills every parameter of the model in place with its initial value."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, row in claim(parameters, recipe).items():
+            parameters[name].copy_(initial_value(name, parameters[name].shape, row, n_layer, seed))

@@ -1,0 +1,86 @@
+"""RWKV-4: time mix, channel mix and recipe of "RWKV: Reinventing RNNs for the Transformer Era" (arXiv 2305.13048)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_train import ops
+from rwkv_train.models.backbone import ModelConfig
+from rwkv_train.models.recipe import Row, Site, constant, curve, orthogonal, uniform
+
+
+def _mix(channels: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(1, 1, channels))
+
+
+class TimeMix(nn.Module):
+    """Attention's place: o = W_o (σ(r) ⊙ wkv(k, v)), equations (11) to (17) of the paper."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        channels = config.n_embd
+        self.time_decay = nn.Parameter(torch.empty(channels))
+        self.time_first = nn.Parameter(torch.empty(channels))
+        self.time_mix_k, self.time_mix_v, self.time_mix_r = _mix(channels), _mix(channels), _mix(channels)
+        self.key = nn.Linear(channels, channels, bias=False)
+        self.value = nn.Linear(channels, channels, bias=False)
+        self.receptance = nn.Linear(channels, channels, bias=False)
+        self.output = nn.Linear(channels, channels, bias=False)
+
+    def forward(self, x: Tensor, last: Tensor | None, wkv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C); last (B, C) the input before it; wkv (B, 3, C) → output (B, T, C), new last, new wkv."""
+        shifted = ops.token_shift(x, last)
+        k = self.key(torch.lerp(shifted, x, self.time_mix_k))
+        v = self.value(torch.lerp(shifted, x, self.time_mix_v))
+        r = self.receptance(torch.lerp(shifted, x, self.time_mix_r))
+        y, wkv = ops.wkv4(-torch.exp(self.time_decay.float()), self.time_first.float(), k, v, wkv)
+        return self.output(torch.sigmoid(r) * y), x[:, -1], wkv
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward part: σ(r) ⊙ W_v relu(k)², equation (18) of the paper."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        channels = config.n_embd
+        width = config.dim_ffn or 4 * channels
+        self.time_mix_k, self.time_mix_r = _mix(channels), _mix(channels)
+        self.key = nn.Linear(channels, width, bias=False)
+        self.receptance = nn.Linear(channels, channels, bias=False)
+        self.value = nn.Linear(width, channels, bias=False)
+
+    def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, C); last (B, C) the input before it → output (B, T, C), new last."""
+        shifted = ops.token_shift(x, last)
+        k = self.key(torch.lerp(shifted, x, self.time_mix_k))
+        r = self.receptance(torch.lerp(shifted, x, self.time_mix_r))
+        return torch.sigmoid(r) * self.value(torch.relu(k).square()), x[:, -1]
+
+
+def _time_decay(c: Tensor, C: int, site: Site) -> Tensor:
+    return -5 + 8 * (c / max(C - 1, 1)) ** (0.7 + 1.3 * site.rho0)
+
+
+def _time_first(c: Tensor, C: int, site: Site) -> Tensor:
+    return math.log(0.3) + 0.5 * ((c + 1) % 3 - 1)
+
+
+RECIPE = (
+    Row(r"emb\.weight", uniform(1e-4), decay=True),
+    Row(r"head\.weight", orthogonal(0.5), decay=True),
+    Row(r".*\bln\w+\.weight", constant(1.0)),
+    Row(r".*\bln\w+\.bias", constant(0.0)),
+    Row(r"blocks\.\d+\.att\.time_decay", curve(_time_decay), lr=2.0),
+    Row(r"blocks\.\d+\.att\.time_first", curve(_time_first), lr=3.0),
+    Row(r"blocks\.\d+\.(att|ffn)\.time_mix_k", curve(lambda c, C, site: (c / C) ** site.rho1)),
+    Row(r"blocks\.\d+\.att\.time_mix_v", curve(lambda c, C, site: (c / C) ** site.rho1 + 0.3 * site.rho0)),
+    Row(r"blocks\.\d+\.att\.time_mix_r", curve(lambda c, C, site: (c / C) ** (0.5 * site.rho1))),
+    Row(r"blocks\.\d+\.ffn\.time_mix_r", curve(lambda c, C, site: (c / C) ** site.rho1)),
+    Row(r"blocks\.\d+\.att\.value\.weight", orthogonal(1.0), decay=True),
+    Row(r"blocks\.\d+\.att\.(key|receptance|output)\.weight", constant(0.0), decay=True),
+    Row(r"blocks\.\d+\.ffn\.key\.weight", orthogonal(1.0), decay=True),
+    Row(r"blocks\.\d+\.ffn\.(receptance|value)\.weight", constant(0.0), decay=True),
+)

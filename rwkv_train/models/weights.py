@@ -1,0 +1,64 @@
+"""Published and own weights: a dict of tensors under the field's names, in a .pth file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_train.errors import UserError
+from rwkv_train.models.backbone import ModelConfig
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The parameters of a .pth file or of a checkpoint directory, under the field's names, on the CPU.
+
+    Raises:
+        UserError: there is no such file, or it does not hold a dict of tensors.
+    """
+    file = path / "weights.pth" if path.is_dir() else path
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {file}", "give a .pth file or a checkpoint directory") from None
+    except Exception as error:  # torch raises many types for a file that is torn or no archive of tensors
+        raise UserError(f"{file} cannot be read as weights: {str(error).splitlines()[0][:200]}") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{file} does not hold a dict of tensors", "export the weights under the field's names")
+    return weights
+
+
+def mismatches(weights: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    """How a dict of weights differs from what the model wants: missing and unknown names, other shapes."""
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    missing = [f"{name} is missing" for name in wanted if name not in given]
+    unknown = [f"{name} is not in this model" for name in given if name not in wanted]
+    shapes = [
+        f"{name} has shape {given[name]}, this model {shape}"
+        for name, shape in wanted.items()
+        if name in given and given[name] != shape
+    ]
+    return shapes + missing + unknown
+
+
+def infer_config(weights: Mapping[str, Tensor]) -> ModelConfig:
+    """The shape of the model that a dict of weights under the field's names belongs to.
+
+    Raises:
+        UserError: the names are not those of a generation that can be built here.
+    """
+    if "emb.weight" not in weights or "blocks.0.ffn.key.weight" not in weights:
+        raise UserError("these weights are not an RWKV model's: emb.weight or blocks.0.ffn.key.weight is missing")
+    if "blocks.0.att.time_first" not in weights or weights["blocks.0.att.time_first"].dim() != 1:
+        raise UserError(
+            "these weights are of a generation that cannot be built here (no blocks.0.att.time_first of one dimension)",
+            "known: rwkv4",
+        )
+    vocab_size, n_embd = weights["emb.weight"].shape
+    layers = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
+    width = weights["blocks.0.ffn.key.weight"].shape[0]
+    return ModelConfig("rwkv4", max(layers) + 1, n_embd, vocab_size, None if width == 4 * n_embd else width)

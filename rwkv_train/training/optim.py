@@ -1,0 +1,91 @@
+"""The optimiser: parameter groups from the generation's recipe, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rwkv_train.config import GroupRule, OptimSettings
+from rwkv_train.errors import UserError
+from rwkv_train.models import Row
+
+
+def parameter_groups(
+    model: nn.Module, recipe: Mapping[str, Row], weight_decay: float, rules: Sequence[GroupRule] = ()
+) -> list[dict[str, Any]]:
+    """Groups the parameters by (learning-rate multiplier, weight decay), every parameter in exactly one.
+
+    Args:
+        model: its named parameters are grouped.
+        recipe: each parameter's row, by name.
+        weight_decay: the value for rows that decay; the others get 0.
+        rules: overrides; of several that match a name, the last one counts.
+
+    Returns:
+        groups for a torch optimiser: `params` as (name, parameter) pairs, `lr_multiplier`, `weight_decay`.
+
+    Raises:
+        UserError: a rule that matches no parameter.
+    """
+    for rule in rules:
+        if not any(re.fullmatch(rule.pattern, name) for name in recipe):
+            raise UserError(f"optim.rules: the pattern {rule.pattern!r} matches no parameter", "e.g. .*time_decay")
+    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        multiplier, decay = recipe[name].lr, recipe[name].decay
+        for rule in rules:
+            if re.fullmatch(rule.pattern, name):
+                multiplier = multiplier if rule.lr is None else rule.lr
+                decay = decay if rule.weight_decay is None else rule.weight_decay
+        groups.setdefault((multiplier, weight_decay if decay else 0.0), []).append((name, parameter))
+    return [
+        {"params": members, "lr_multiplier": multiplier, "weight_decay": decay}
+        for (multiplier, decay), members in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def describe_groups(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line for each group: learning-rate multiplier, weight decay, tensors, values, and the kinds of names in it."""
+    lines = []
+    for group in groups:
+        kinds = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name, _ in group["params"]})
+        values = sum(parameter.numel() for _, parameter in group["params"])
+        lines.append(
+            f"lr ×{group['lr_multiplier']:g}, weight decay {group['weight_decay']:g}: "
+            f"{len(group['params'])} tensors, {values:,} values ({', '.join(kinds)})"
+        )
+    return lines
+
+
+def build_optimizer(groups: list[dict[str, Any]], optim: OptimSettings) -> torch.optim.AdamW:
+    """AdamW in its fused form (with weight decay 0 it is Adam). Learning rates are written before each step."""
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def learning_rate(optim: OptimSettings, step: int, total_steps: int | None, tokens_per_step: int) -> float:
+    """The base learning rate of optimiser step `step` (0 for the first): a pure function of its arguments.
+
+    Warm-up rises linearly from 1 % (factor 0.01 + 0.99 · step / warm-up, as in the reference code); after it and a constant
+    span of `hold` the rate decays to final_lr at the end of the budget, by the schedule's shape.
+
+    Args:
+        total_steps: length of the run; None (a run without end) is valid for the constant shape only.
+        tokens_per_step: converts spans that are given in tokens.
+    """
+    schedule = optim.schedule
+    warmup = schedule.warmup.in_steps(tokens_per_step)
+    if step < warmup:
+        return optim.lr * (0.01 + 0.99 * step / warmup)
+    if schedule.shape == "constant":
+        return optim.lr
+    assert total_steps is not None, "a schedule that decays needs the length of the run"
+    start = warmup + schedule.hold.in_steps(tokens_per_step)
+    progress = min(max((step - start) / max(total_steps - 1 - start, 1), 0.0), 1.0)
+    if schedule.shape == "exponential":
+        return optim.lr * (optim.final_lr / optim.lr) ** progress
+    return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))

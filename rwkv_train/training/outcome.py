@@ -1,0 +1,78 @@
+"""What a run leaves beside its checkpoints: samples, final weights, the loss curve, and the words at its end."""
+
+from __future__ import annotations
+
+import codecs
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rwkv_train.config import SampleSettings
+from rwkv_train.data.tokenizers import Tokenizer
+from rwkv_train.evaluation.curve import draw_loss_curve
+from rwkv_train.inference.generate import generate
+from rwkv_train.models import RWKV
+from rwkv_train.training.directory import RunDirectory
+from rwkv_train.training.records import JsonLines
+
+
+def write_sample(model: RWKV, tokenizer: Tokenizer, settings: SampleSettings, seed: int, step: int, run: RunDirectory) -> None:
+    """Adds what the model generates now to samples.txt (temperature 0.8, top-p 0.9; the same draws each time)."""
+    if settings.tokens == 0:
+        return
+    training = model.training
+    prompt = tokenizer.encode(settings.prompt.encode()).tolist()
+    tokens = generate(model.eval(), prompt, settings.tokens, temperature=0.8, top_p=0.9, seed=seed)
+    text = codecs.decode(tokenizer.decode(list(tokens)), "utf-8", "replace")
+    model.train(training)
+    with open(run.samples, "a", encoding="utf-8") as file:
+        file.write(f"===== after {step} steps =====\n{settings.prompt}{text}\n\n")
+
+
+def write_weights(model: RWKV, run: RunDirectory) -> None:
+    """The final weights under the field's names, written beside and renamed."""
+    aside = run.weights.with_name(".weights.pth")
+    torch.save(model.state_dict(), aside)
+    aside.replace(run.weights)
+
+
+def summarise(
+    console: Console, run: RunDirectory, title: str, total_tokens: int, vocab_size: int, baselines: Mapping[str, float]
+) -> None:
+    """Draws the curve and prints the run's figures beside the baselines', where all lies, and what to type next."""
+    rows = JsonLines(run.metrics).rows()
+    if not rows:
+        return
+    draw_loss_curve(rows, run.curve, title, baselines)
+    validated = [row for row in rows if "val/loss" in row]
+    table = Table("on the held-out text", "nats/byte", "bits/byte", title=None, title_justify="left")
+    for name, loss in sorted(baselines.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{loss:.3f}", f"{loss / math.log(2):.3f}")
+    if validated:
+        bits = validated[-1]["val/bits_per_byte"]
+        table.add_row("[bold]this run[/bold]", f"[bold]{bits * math.log(2):.3f}[/bold]", f"[bold]{bits:.3f}[/bold]")
+        console.print(table)
+        loss, perplexity = validated[-1]["val/loss"], validated[-1]["val/perplexity"]
+        console.print(f"validation: {loss:.4f} nats/token, {bits:.4f} bits/byte, perplexity {perplexity:.3f}")
+    trained = sum(row["seconds"] for row in rows)
+    tokens = rows[-1]["tokens"]
+    console.print(f"{rows[-1]['step']} steps, {tokens:,} of {total_tokens:,} tokens, {trained / 60:.1f} min in training steps")
+    console.print("\nWhere it lies:", style="bold")
+    told: list[tuple[Any, str]] = [
+        (run.weights, "final weights, the field's names"),
+        (run.curve, "loss curve"),
+        (run.samples, "text generated before and after"),
+        (run.metrics, "one JSON object per step"),
+        (run.config, "the settled config"),
+        (run.checkpoints, "to resume from"),
+    ]
+    for path, what in told:
+        if path.exists():
+            console.print(f"  {path}  ({what})", highlight=False, soft_wrap=True)
+    console.print("\nWhat to type next:", style="bold")
+    console.print(f"  rwkv-train generate {run.weights} --prompt 'def '", highlight=False, soft_wrap=True)
+    console.print("  python train.py --help", highlight=False)
