@@ -32,12 +32,10 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, last: Tensor | None, wkv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C); last (B, C) the input before it; wkv (B, 3, C) → output (B, T, C), new last, new wkv."""
-        shifted = ops.token_shift(x, last)
-        k = self.key(torch.lerp(shifted, x, self.time_mix_k))
-        v = self.value(torch.lerp(shifted, x, self.time_mix_v))
-        r = self.receptance(torch.lerp(shifted, x, self.time_mix_r))
+        x_k, x_v, x_r = ops.shift_mix(x, last, self.time_mix_k, self.time_mix_v, self.time_mix_r)
+        k, v, r = self.key(x_k), self.value(x_v), self.receptance(x_r)
         y, wkv = ops.wkv4(-torch.exp(self.time_decay.float()), self.time_first.float(), k, v, wkv)
-        return self.output(torch.sigmoid(r) * y), x[:, -1], wkv
+        return self.output(ops.sigmoid_gate(r, y)), x[:, -1], wkv
 
 
 class ChannelMix(nn.Module):
@@ -54,10 +52,9 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, C); last (B, C) the input before it → output (B, T, C), new last."""
-        shifted = ops.token_shift(x, last)
-        k = self.key(torch.lerp(shifted, x, self.time_mix_k))
-        r = self.receptance(torch.lerp(shifted, x, self.time_mix_r))
-        return torch.sigmoid(r) * self.value(torch.relu(k).square()), x[:, -1]
+        x_k, x_r = ops.shift_mix(x, last, self.time_mix_k, self.time_mix_r)
+        k, r = ops.relu_squared(self.key(x_k)), self.receptance(x_r)
+        return ops.sigmoid_gate(r, self.value(k)), x[:, -1]
 
 
 def _time_decay(c: Tensor, C: int, site: Site) -> Tensor:
