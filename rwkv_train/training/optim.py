@@ -55,9 +55,10 @@ def describe_groups(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     for group in groups:
         kinds = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name, _ in group["params"]})
         values = sum(parameter.numel() for _, parameter in group["params"])
+        shown = ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more kinds" if len(kinds) > 4 else "")
         lines.append(
             f"lr ×{group['lr_multiplier']:g}, weight decay {group['weight_decay']:g}: "
-            f"{len(group['params'])} tensors, {values:,} values ({', '.join(kinds)})"
+            f"{len(group['params'])} tensors, {values:,} values ({shown})"
         )
     return lines
 

@@ -41,7 +41,7 @@ def write_weights(model: RWKV, run: RunDirectory) -> None:
 
 
 def summarise(
-    console: Console, run: RunDirectory, title: str, total_tokens: int, vocab_size: int, baselines: Mapping[str, float]
+    console: Console, run: RunDirectory, title: str, total_tokens: int, baselines: Mapping[str, float]
 ) -> None:
     """Draws the curve and prints the run's figures beside the baselines', where all lies, and what to type next."""
     rows = JsonLines(run.metrics).rows()

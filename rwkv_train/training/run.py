@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 from rich.console import Console
 
 import rwkv_train
-from rwkv_train.config import Config, as_tree, differences
+from rwkv_train.config import Config
 from rwkv_train.data.datamodule import DataModule
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.baselines import baselines
@@ -41,6 +41,7 @@ from rwkv_train.training.outcome import summarise, write_sample, write_weights
 from rwkv_train.training.records import Events, JsonLines
 from rwkv_train.training.strategy import build_strategy
 from rwkv_train.training.throughput import keep_freed_memory
+from rwkv_train.words import differences, as_tree
 
 DISK_REFUSED = 3  # exit code of a run that came to its end, but could not write all its checkpoints or records
 
@@ -228,7 +229,7 @@ def _find_checkpoint(run: RunDirectory, config: Config, console: Console) -> Pat
     found, damaged = newest(run.checkpoints)
     for damage in damaged:
         console.print(f"[bold red]damaged checkpoint passed over[/bold red]: {damage.path}: {damage.reason}")
-    if found is None and config.resume_typed:
+    if found is None:
         console.print("resume=auto: nothing to resume; the run starts at step 0")
     return found
 
