@@ -47,7 +47,7 @@ class Order:
 
     @property
     def windows(self) -> int:
-        """Windows of one epoch: as many as fit behind any offset, and at least one."""
+        """Windows of one epoch: as many as fit behind every offset below one context, and at least one."""
         return max(1, self.tokens // self.context - 1)
 
     def starts(self, samples: Ints) -> Ints:
@@ -61,7 +61,7 @@ class Order:
         """
         epoch, place = np.divmod(samples, self.windows)
         key = _mix(_mix(np.full(epoch.shape, self.seed % 2**64, np.uint64)) ^ epoch.astype(np.uint64))
-        room = min(self.context, self.tokens - self.windows * self.context)  # offsets that leave the last target
+        room = self.tokens - self.windows * self.context  # offsets that leave the last target: one to two contexts
         offset = (_mix(key) % np.uint64(room)).astype(np.int64)
         return offset + permute(place, self.windows, key) * self.context
 

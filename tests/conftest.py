@@ -1,0 +1,102 @@
+"""What all tests share: several ranks in one call, and a guard against tests that leave something behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from time import monotonic
+from typing import Any
+
+import pytest
+
+# Set by libraries for themselves, once for the whole process and whatever the test: torch.compile's caches, and the
+# variable with which pytest says which test runs.
+LIBRARIES_OWN = {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PYTEST_CURRENT_TEST"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fails a test after which the environment differs or a process group is still there, and mends both."""
+    before = dict(os.environ)
+    yield
+    changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
+    changed -= LIBRARIES_OWN
+    for name in changed:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+    distributed = sys.modules.get("torch.distributed")
+    group = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if group:
+        distributed.destroy_process_group()
+    assert not changed, f"the test changed the environment: {', '.join(sorted(changed))}"
+    assert not group, "the test left a process group behind"
+
+
+@pytest.fixture
+def run_ranks() -> Callable[..., list[Any]]:
+    """`run_ranks(fn, n, *args, seconds=120)`: fn(rank, n, *args) in n processes that share a gloo group.
+
+    fn is a function of a test module (it is pickled by name). Returns what the ranks returned, in their order; the
+    first rank that fails fails the test with its own traceback, and the others are ended.
+    """
+    return _run_ranks
+
+
+def _run_ranks(fn: Callable[..., Any], ranks: int, *args: Any, seconds: float = 120) -> list[Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "lightning"])  # imported once, not once for each rank
+    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+    processes = [
+        context.Process(target=_one_rank, args=(pipes[rank][1], port, fn, rank, ranks, args)) for rank in range(ranks)
+    ]
+    results: dict[int, Any] = {}
+    end = monotonic() + seconds
+    try:
+        for process, (_, sender) in zip(processes, pipes, strict=True):
+            process.start()
+            sender.close()  # the child has its own; so the end of a child is seen as the end of its pipe
+        waiting = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0, end - monotonic()))
+            assert ready, f"ranks {sorted(waiting.values())} did not finish in {seconds} s"
+            for receiver in ready:
+                rank = waiting.pop(receiver)  # type: ignore[call-overload]
+                try:
+                    failure, results[rank] = receiver.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    failure = "ended without a word"
+                assert failure is None, f"rank {rank}: {failure}"
+    finally:
+        for process in processes:
+            process.join(timeout=10 if len(results) == ranks else 0)
+            process.kill()
+            process.join()
+    return [results[rank] for rank in range(ranks)]
+
+
+def _one_rank(
+    result: Connection, port: int, fn: Callable[..., Any], rank: int, ranks: int, args: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+        result.send((None, fn(rank, ranks, *args)))
+        dist.barrier()  # no rank takes the group down while another still uses it
+    except BaseException:
+        result.send((traceback.format_exc(), None))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

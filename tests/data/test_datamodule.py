@@ -1,0 +1,205 @@
+"""Batches: what is in them, and that nothing is lost or doubled between steps, ranks and a resume."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from rwkv_train.config import BatchSettings, DataSettings
+from rwkv_train.data.datamodule import IGNORED, DataModule
+from rwkv_train.errors import UserError
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """3,000 bytes in 30 files, no two pieces of four bytes alike, nearly."""
+    noise = np.random.default_rng(0)
+    for number in range(30):
+        (tmp_path / f"{number:02}.txt").write_bytes(noise.integers(1, 256, 100, dtype=np.uint8).tobytes())
+    return tmp_path
+
+
+def module(corpus: Path, tokens: int = 64, context: int = 8, micro: int | None = None, **more: int) -> DataModule:
+    data = DataSettings(source="text", path=str(corpus), tokenizer="bytes", hold_out=0.2)
+    return DataModule(data, BatchSettings(tokens=tokens, context=context, micro=micro), seed=1, **more)
+
+
+def test_a_batch_is_tokens_and_what_follows_each(corpus: Path) -> None:
+    data = module(corpus)
+    tokens, targets = data.batch(3)
+    assert tokens.shape == targets.shape == (8, 8)
+    assert tokens.dtype == targets.dtype == torch.int64
+    assert tokens.is_contiguous()
+    assert targets.is_contiguous()
+    stream = data.train.tokens.tobytes()
+    for row, following in zip(tokens, targets, strict=True):
+        window = bytes([*row.tolist(), int(following[-1])])
+        assert window in stream
+        assert bytes(following.tolist()) == window[1:]
+
+
+def test_an_epoch_reads_every_window_once(corpus: Path) -> None:
+    data = module(corpus, tokens=8)
+    epoch = [bytes(data.batch(step)[0][0].tolist()) for step in range(data.order.windows)]
+    assert len(set(epoch)) == len(epoch)
+    assert len(epoch) * 8 > len(data.train) - 16
+
+
+def test_the_loader_starts_where_it_is_told(corpus: Path) -> None:
+    whole = module(corpus, micro=2)
+    assert (whole.micro, whole.accumulation) == (2, 4)
+    resumed = module(corpus, micro=2)
+    resumed.start_step = 77
+    batches = list(islice(whole.train_dataloader(), 90 * 4))
+    for number, batch in enumerate(islice(resumed.train_dataloader(), 13 * 4)):
+        expected = batches[77 * 4 + number]
+        assert torch.equal(batch[0], expected[0])
+        assert torch.equal(batch[1], expected[1])
+        assert torch.equal(batch[0], whole.batch(77 + number // 4, number % 4)[0])
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (2, None), (2, 2), (4, 1), (8, None)])
+def test_a_step_is_the_same_whatever_the_ranks(corpus: Path, ranks: int, micro: int | None) -> None:
+    alone = module(corpus).batch(5)[0]
+    data = module(corpus, micro=micro, world_size=ranks)
+    rows = []
+    for index in range(data.accumulation):
+        for rank in range(ranks):
+            data.rank = rank
+            rows.append(data.batch(5, index)[0])
+    assert torch.equal(torch.cat(rows), alone)
+
+
+@pytest.mark.parametrize("context", [1, 7, 8, 100, 5_000])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_validation_predicts_every_held_out_token_once(corpus: Path, context: int, ranks: int) -> None:
+    if context == 5_000:  # the held-out text is shorter than one window, the training text is not
+        (corpus / "more.txt").write_bytes(b"x" * 8_000)
+    data = module(corpus, tokens=6 * context, context=context, world_size=ranks)
+    predicted, batches = [], set()
+    for rank in range(ranks):
+        data.rank = rank
+        loader = data.val_dataloader()
+        batches.add((len(loader), len(list(loader))))
+        for number, (tokens, targets) in enumerate(loader):
+            assert tokens.shape == targets.shape
+            assert int(tokens.min()) >= 0
+            rows = zip(tokens, targets, strict=True)
+            predicted += [((number, rank, row), *pair) for row, pair in enumerate(rows)]
+    assert len({count for pair in batches for count in pair}) == 1, "every rank has as many batches"
+    text = []
+    for _, tokens, targets in sorted(predicted, key=lambda item: item[0]):
+        real = targets != IGNORED
+        assert torch.equal(tokens[1:][real[1:]], targets[:-1][real[1:]])
+        text += targets[real].tolist()
+    assert bytes(text) == data.held_out.tokens.tobytes()[1:]
+    assert data.held_out.tokens[0] == data.tokenizer.end_of_text
+
+
+def test_a_limited_validation_is_spread_over_the_text(corpus: Path) -> None:
+    whole = list(module(corpus, tokens=16).val_dataloader())
+    few = list(module(corpus, tokens=16, validation_batches=3).val_dataloader())
+    numbers = [next(n for n, batch in enumerate(whole) if torch.equal(batch[0], one[0])) for one in few]
+    assert numbers == [0, len(whole) // 3, 2 * len(whole) // 3]
+    assert len(module(corpus, tokens=16, validation_batches=10_000).val_dataloader()) == len(whole)
+
+
+def test_without_held_out_text_there_is_no_validation(corpus: Path) -> None:
+    data = DataSettings(source="text", path=str(corpus), tokenizer="bytes", hold_out=0.0)
+    assert len(DataModule(data, BatchSettings(64, 8, None), seed=1).val_dataloader()) == 0
+
+
+def test_eighteen_short_samples_train(tmp_path: Path) -> None:
+    for number in range(18):
+        (tmp_path / f"{number}.txt").write_bytes(b"question? answer!\n")
+    data = module(tmp_path, tokens=512, context=128)
+    tokens, _ = data.batch(1_000)
+    assert tokens.shape == (4, 128)
+
+
+def test_less_text_than_one_sample_names_found_and_needed(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_bytes(b"a few words\n" * 2)
+    with pytest.raises(
+        UserError, match=r"The training data has \d+ tokens; one sample of batch\.context=64 needs 65\."
+    ):
+        module(tmp_path, context=64)
+
+
+def test_what_a_vocabulary_must_hold(corpus: Path) -> None:
+    data = module(corpus)
+    assert (data.vocab_size, data.largest_token) == (256, 255)
+    for file in corpus.iterdir():
+        file.write_bytes(b"plain text")
+    assert module(corpus).largest_token == ord("x")
+
+
+class Counts(L.LightningModule):
+    """Trains nothing, and writes down what comes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[torch.Tensor] = []
+        self.predicted = 0
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.seen.append(batch[0])
+        return self.weight * 1.0
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        self.predicted += int((batch[1] != IGNORED).sum())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def trainer(tmp_path: Path, data: DataModule, **more: object) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=5,
+        accumulate_grad_batches=data.accumulation,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **more,
+    )
+
+
+def test_lightning_takes_the_batches_as_they_are(corpus: Path, tmp_path: Path) -> None:
+    data, counts = module(corpus, micro=4), Counts()
+    data.start_step = 2
+    trainer(tmp_path, data, val_check_interval=5 * data.accumulation).fit(counts, datamodule=data)
+    expected = [data.batch(step, index)[0] for step in range(2, 7) for index in range(2)]
+    assert torch.equal(torch.cat(counts.seen), torch.cat(expected))
+    assert counts.predicted == len(data.held_out) - 1
+
+
+def test_another_number_of_ranks_than_the_data_was_split_for_is_refused(corpus: Path, tmp_path: Path) -> None:
+    data = module(corpus, world_size=2)
+    with pytest.raises(RuntimeError, match="the trainer has 1 ranks, the data was split for 2"):
+        trainer(tmp_path, data).fit(Counts(), datamodule=data)
+
+
+def one_rank(rank: int, ranks: int, path: str) -> tuple[list[bytes], int]:
+    data = module(Path(path), micro=2, world_size=ranks)
+    data.rank = rank
+    rows = [bytes(row.tolist()) for index in range(data.accumulation) for row in data.batch(9, index)[0]]
+    predicted = torch.tensor(sum(int((targets != IGNORED).sum()) for _, targets in data.val_dataloader()))
+    torch.distributed.all_reduce(predicted)
+    return rows, int(predicted)
+
+
+def test_two_real_ranks_share_a_batch_and_a_validation(corpus: Path, run_ranks) -> None:  # type: ignore[no-untyped-def]
+    (first, predicted), (second, _) = run_ranks(one_rank, 2, str(corpus))
+    alone = module(corpus)
+    assert sorted(first + second) == sorted(bytes(row.tolist()) for row in alone.batch(9)[0])
+    assert predicted == len(alone.held_out) - 1

@@ -1,0 +1,174 @@
+"""The order of samples: every window exactly once per epoch, the same for any number of ranks (PAINS 13, 20)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_train.data import Order, split_batch
+from rwkv_train.data.order import permute
+from rwkv_train.errors import UserError
+
+
+def keys(seed: int, count: int) -> np.ndarray:
+    return np.full(count, seed, np.uint64)
+
+
+def epoch(order: Order, number: int) -> np.ndarray:
+    return order.starts(np.arange(number * order.windows, (number + 1) * order.windows))
+
+
+@pytest.mark.parametrize("key", [0, 1, 2**63 + 5])
+def test_permute_is_a_bijection_of_every_small_range(key: int) -> None:
+    for size in range(1, 300):
+        assert sorted(permute(np.arange(size), size, keys(key, size))) == list(range(size)), size
+
+
+@given(st.integers(1, 50_000), st.integers(0, 2**64 - 1))
+@settings(max_examples=30, deadline=None)
+def test_permute_is_a_bijection_of_any_range(size: int, key: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(size), size, keys(key, size))), np.arange(size))
+
+
+def test_permute_reaches_far_beyond_32_bits() -> None:
+    size, places = 10**13 + 7, np.arange(10**12, 10**12 + 5_000)
+    images = permute(places, size, keys(3, 5_000))
+    assert len(set(images.tolist())) == 5_000
+    assert images.min() >= 0
+    assert images.max() < size
+
+
+def chi_square(counts: np.ndarray) -> float:
+    """The statistic in standard deviations from what a uniform distribution gives."""
+    freedom = counts.size - 1
+    expected = counts.mean()
+    return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
+
+
+def test_places_are_uniform_and_neighbours_independent() -> None:
+    """Where neighbouring places go, as cells of a 16 × 16 grid, over ranges that are no power of two."""
+    for size in (100_003, 1_000_000):
+        images = permute(np.arange(size), size, keys(7, size)) * 16 // size
+        assert abs(chi_square(np.bincount(images[0 : size - 1 : 2] * 16 + images[1:size:2]))) < 5
+        head = images[: size // 10]  # a tenth of an epoch is a fair sample of the whole text
+        assert abs(chi_square(np.bincount(head, minlength=16))) < 5
+
+
+def test_epochs_are_independent_of_each_other() -> None:
+    size = 100_003
+    first, second = (permute(np.arange(size), size, keys(key, size)) for key in (11, 12))
+    assert abs(chi_square(np.bincount((first * 16 // size) * 16 + second * 16 // size))) < 5
+    assert (first == second).sum() < 12  # one is expected
+
+
+@pytest.mark.parametrize("context", [1, 2, 7, 32])
+@pytest.mark.parametrize("tokens", [33, 63, 64, 65, 1_000])
+def test_every_window_of_an_epoch_comes_once(tokens: int, context: int) -> None:
+    order = Order(seed=5, tokens=tokens, context=context)
+    offsets = set()
+    for number in range(40):
+        starts = np.sort(epoch(order, number))
+        assert np.array_equal(np.diff(starts), np.full(order.windows - 1, context)), "side by side, without overlap"
+        assert starts[0] >= 0
+        assert starts[-1] + context < tokens, "the last target is inside"
+        offsets.add(int(starts[0]))
+    room = tokens - order.windows * context
+    assert tokens < 2 * context or context <= room < 2 * context
+    assert offsets <= set(range(room))
+    assert len(offsets) > min(room, 40) // 3, "each epoch cuts elsewhere"
+
+
+def test_almost_no_text_is_left_out() -> None:
+    order = Order(seed=0, tokens=100_000, context=64)
+    seen = np.zeros(100_000, bool)
+    for number in range(50):
+        for start in epoch(order, number):
+            seen[start : start + 64] = True
+        assert (~seen).sum() < 2 * 64
+    assert (~seen).sum() < 16, "what one epoch's offset leaves out, another's has"
+
+
+def test_order_differs_between_seeds_and_between_epochs() -> None:
+    one, other = Order(1, 10_000, 10), Order(2, 10_000, 10)
+    assert not np.array_equal(epoch(one, 0), epoch(other, 0))
+    assert not np.array_equal(epoch(one, 0) // 10, epoch(one, 1) // 10)
+    assert np.array_equal(epoch(one, 3), epoch(Order(1, 10_000, 10), 3))
+    assert len(epoch(Order(-1, 10_000, 10), 0)) == 999, "a negative seed is a seed"
+
+
+def test_a_batch_across_the_end_of_an_epoch_is_one_of_each() -> None:
+    order = Order(seed=1, tokens=101, context=10)
+    assert order.windows == 9
+    across = order.starts(np.arange(5, 14))
+    assert np.array_equal(across, np.concatenate((epoch(order, 0)[5:], epoch(order, 1)[:5])))
+
+
+def test_the_order_is_pinned() -> None:
+    """A checkpoint of an older version goes on with the same data: changing these numbers breaks every run's resume."""
+    assert Order(seed=0, tokens=1_000, context=16).starts(np.arange(6)).tolist() == [569, 761, 809, 425, 393, 521]
+
+
+@pytest.mark.parametrize("ranks", range(1, 65))
+def test_the_ranks_share_out_exactly_the_global_batch(ranks: int) -> None:
+    for micro, accumulation in ((1, 1), (1, 3), (3, 1), (2, 5)):
+        split = split_batch(ranks * micro * accumulation * 8, 8, micro, ranks)
+        assert (split.micro, split.accumulation, split.samples) == (micro, accumulation, ranks * micro * accumulation)
+        for step in (0, 7):
+            shares = [split.share(step, index, rank) for index in range(accumulation) for rank in range(ranks)]
+            assert np.array_equal(np.concatenate(shares), np.arange(step * split.samples, (step + 1) * split.samples))
+
+
+@given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 8), st.integers(1, 64))
+def test_a_step_has_the_same_samples_on_any_number_of_ranks(ranks: int, micro: int, passes: int, step: int) -> None:
+    tokens = ranks * micro * passes * 4
+    many, one = split_batch(tokens, 4, micro, ranks), split_batch(tokens, 4, None, 1)
+    shares = [many.share(step, index, rank) for index in range(many.accumulation) for rank in range(ranks)]
+    assert sorted(np.concatenate(shares)) == sorted(one.share(step, 0, 0))
+
+
+def test_without_micro_a_device_takes_its_share_in_one_pass() -> None:
+    assert (split_batch(4096, 128, None, 4).micro, split_batch(4096, 128, None, 4).accumulation) == (8, 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "micro", "ranks", "message"),
+    [
+        (
+            1000,
+            128,
+            None,
+            1,
+            "batch.tokens=1000 is not a multiple of 128 (batch.context=128).\n"
+            "  Nearest: batch.tokens=896, batch.tokens=1024",
+        ),
+        (
+            1024,
+            128,
+            3,
+            2,
+            "batch.tokens=1024 is not a multiple of 768 (batch.context=128 × batch.micro=3 × 2 devices).\n"
+            "  Nearest: batch.tokens=768, batch.tokens=1536",
+        ),
+        (
+            64,
+            128,
+            None,
+            1,
+            "batch.tokens=64 is not a multiple of 128 (batch.context=128).\n  Nearest: batch.tokens=128",
+        ),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_out(
+    tokens: int, context: int, micro: int | None, ranks: int, message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        split_batch(tokens, context, micro, ranks)
+    assert str(error.value) == message
+
+
+def test_less_text_than_one_sample() -> None:
+    assert Order(0, 65, 64).starts(np.arange(3)).tolist() == [0, 0, 0]
+    with pytest.raises(UserError, match=r"has 64 tokens; one sample of batch\.context=64 needs 65\.\n.*data\.path"):
+        Order(0, 64, 64)
