@@ -16,6 +16,11 @@ def _mix(channels: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(1, 1, channels))
 
 
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class TimeMix(nn.Module):
     """Attention's place: o = W_o (σ(r) ⊙ wkv(k, v)), equations (11) to (17) of the paper."""
 
@@ -34,7 +39,7 @@ class TimeMix(nn.Module):
         """x (B, T, C); last (B, C) the input before it; wkv (B, 3, C) → output (B, T, C), new last, new wkv."""
         x_k, x_v, x_r = ops.shift_mix(x, last, self.time_mix_k, self.time_mix_v, self.time_mix_r)
         k, v, r = self.key(x_k), self.value(x_v), self.receptance(x_r)
-        y, wkv = ops.wkv4(-torch.exp(self.time_decay.float()), self.time_first.float(), k, v, wkv)
+        y, wkv = ops.wkv4(-torch.exp(_wide(self.time_decay)), self.time_first, k, v, wkv)
         return self.output(ops.sigmoid_gate(r, y)), x[:, -1], wkv
 
 

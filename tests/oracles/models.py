@@ -8,14 +8,18 @@ from torch import Tensor
 from rwkv_train.models import RWKV, ModelConfig, build_model
 
 
-def lively_model(n_layer: int = 3, n_embd: int = 32, vocab_size: int = 50, seed: int = 0, dtype: torch.dtype = torch.float32) -> RWKV:
+def lively_model(
+    n_layer: int = 3, n_embd: int = 32, vocab_size: int = 50, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> RWKV:
     """An RWKV-4 with every parameter moved off its initial value, so that no term hides behind a zero."""
     model = build_model(ModelConfig("rwkv4", n_layer, n_embd, vocab_size), seed).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            scale = 0.5 if name == "emb.weight" else 0.1 if parameter.squeeze().dim() < 2 else parameter.shape[1] ** -0.5
+            scale = (
+                0.5 if name == "emb.weight" else 0.1 if parameter.squeeze().dim() < 2 else parameter.shape[1] ** -0.5
+            )
             parameter += (scale * noise).to(dtype)
     return model
 

@@ -23,7 +23,9 @@ def compare(model: RWKV, batch: int, length: int) -> tuple[float, float, str]:
     worst, where = 0.0, ""
     for name, parameter in model.named_parameters():
         other = of_twin[in_transformers(name)].grad
-        gradients = [torch.zeros_like(parameter) if g is None else g for g in (parameter.grad, other)]  # T = 1: no decay
+        gradients = [
+            torch.zeros_like(parameter) if g is None else g for g in (parameter.grad, other)
+        ]  # T = 1: no decay
         scale = float(gradients[1].abs().max())
         error = float((gradients[0] - gradients[1]).abs().max()) / max(scale, 1e-9)
         if error > worst:
