@@ -40,8 +40,8 @@ class DataModule(L.LightningDataModule):
         largest_token: the largest one in the text; the model's vocabulary must hold it.
         train, held_out: the two streams of tokens; an end-of-text stands before each document.
         description: one line for people: root, files, bytes, hash, what is held out, what was skipped.
-        digest: content hash of the text and its split; a checkpoint remembers it.
-        bytes_per_token: of the held-out text, for bits per byte.
+        digest: hash of the text and its split, 16 hexadecimal digits.
+        bytes_per_token: of the held-out text (of the training text if none is), an end-of-text counted as one byte.
         micro, accumulation: samples of a pass on one device; passes of a step.
         start_step: the step that train_dataloader() begins with; set it before fit() to resume.
         rank: which device this process drives; fit() sets it.
@@ -67,12 +67,11 @@ class DataModule(L.LightningDataModule):
 
         self.tokenizer = load_tokenizer(data.tokenizer)
         corpus = read_corpus(data)
-        self.description = corpus.description
-        self.digest = corpus.digest
+        self.description, self.digest = corpus.description, corpus.digest
         self.train = MemoryStore(join(corpus.train, self.tokenizer))
         self.held_out = MemoryStore(join(corpus.held_out, self.tokenizer))
-        held_bytes = sum(len(document.text) + 1 for document in corpus.held_out)  # and the end-of-text of each
-        self.bytes_per_token = held_bytes / max(1, len(self.held_out))
+        documents, store = (corpus.held_out, self.held_out) if corpus.held_out else (corpus.train, self.train)
+        self.bytes_per_token = sum(len(document.text) + 1 for document in documents) / max(1, len(store))
         self.order = Order(seed, len(self.train), batch.context)
 
     @property

@@ -74,6 +74,12 @@ def test_a_change_of_any_file_changes_the_hash(tmp_path: Path) -> None:
     assert len(set(digests)) == 4
 
 
+def test_another_split_of_the_same_files_changes_the_hash(tmp_path: Path) -> None:
+    all_of_it, half = (read_corpus(text(write(tmp_path, a=b"ab", b=b"cd"), share)) for share in (0.0, 0.5))
+    assert (half.train, half.held_out) == (all_of_it.train[:1], all_of_it.train[1:])
+    assert half.digest != all_of_it.digest
+
+
 def test_stray_files_are_skipped_and_counted(tmp_path: Path) -> None:
     (tmp_path / ".ipynb_checkpoints").mkdir()
     (tmp_path / "deep" / "er").mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -136,6 +137,19 @@ def test_what_a_vocabulary_must_hold(corpus: Path) -> None:
     for file in corpus.iterdir():
         file.write_bytes(b"plain text")
     assert module(corpus).largest_token == ord("x")
+
+
+def test_what_a_run_says_of_its_data(corpus: Path) -> None:
+    data = module(corpus)
+    assert data.bytes_per_token == 1.0
+    assert f"{corpus}: 30 files, 3,000 bytes, hash {data.digest}; held out: " in data.description
+
+
+def test_the_trainer_says_which_rank_this_is(corpus: Path) -> None:
+    data = module(corpus, world_size=4)
+    data.trainer = SimpleNamespace(world_size=4, global_rank=3)  # type: ignore[assignment]
+    data.setup("fit")
+    assert data.rank == 3
 
 
 class Counts(L.LightningModule):
