@@ -16,7 +16,12 @@ import pytest
 
 # Set by libraries for themselves, once for the whole process and whatever the test: torch.compile's caches, and the
 # variable with which pytest says which test runs.
-LIBRARIES_OWN = {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PYTEST_CURRENT_TEST"}
+LIBRARIES_OWN = {
+    "TORCHINDUCTOR_CACHE_DIR",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
+    "TRITON_CACHE_DIR",
+    "PYTEST_CURRENT_TEST",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -155,5 +155,5 @@ def test_mistakes_are_told_with_the_way_out(tmp_path: Path) -> None:
     )
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "loop" in message(text(tmp_path / "loop"))
-    with pytest.raises(UserError, match="data.tokenizer=gpt5 is no tokenizer"):
+    with pytest.raises(UserError, match=r"data\.tokenizer=gpt5 is no tokenizer"):
         load_tokenizer("gpt5")
