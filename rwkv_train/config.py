@@ -156,3 +156,4 @@ class Config:
     packages: tuple[str, ...] = ()  # whose classes a _target_ may name, beside lightning's and ours
     logger: dict[str, Any] = field(default_factory=dict)  # name → a tree with _target_
     callbacks: dict[str, Any] = field(default_factory=dict)
+    resume_typed: bool = field(default=False, metadata={"word": None})  # whether the command line says resume=

@@ -61,7 +61,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Words:
     return words
 
 
-def to_tree(config: Config) -> dict[str, Any]:
+def as_tree(config: Config) -> dict[str, Any]:
     """A config as nested dicts, lists and plain values under the words: what config.yaml and checkpoints hold."""
     tree: dict[str, Any] = {}
     for word, _, value in _walk(Config, config):
@@ -74,7 +74,7 @@ def to_tree(config: Config) -> dict[str, Any]:
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:
-    """The inverse of to_tree.
+    """The inverse of as_tree.
 
     Raises:
         UserErrors: all unknown words, missing words, wrong types and values out of bounds.
@@ -91,7 +91,7 @@ def identity(tree: Mapping[str, Any]) -> Words:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """How the identities of two trees of to_tree differ: "word: value → value" for each word."""
+    """How the identities of two trees of as_tree differ: "word: value → value" for each word."""
     old, new = identity(before), identity(after)
     return [
         f"{word}: {old.get(word, 'absent')} → {new.get(word, 'absent')}"
@@ -136,8 +136,9 @@ def unknown(word: str, value: Any, known: Sequence[str]) -> UserError:
     if any(other.startswith(f"{word}.") for other in known):
         inside = ", ".join(other for other in known if other.startswith(f"{word}."))
         return UserError(f"{word}={show(value)}: {word} is a group of settings", f"valid: {inside}")
-    near = ELSEWHERE.get(word) or nearest(word, known)
-    section = [other for other in known if other.startswith(f"{word.split('.')[0]}.")]
+    groups = {other.split(".")[0] for other in known} | {"experiment", "debug"}
+    near = ELSEWHERE.get(word) or nearest(word, [*known, *sorted(groups)])
+    section = [k for k in known if k.startswith(f"{word.split('.')[0]}.") and k != "model.size"]
     valid = f"valid: {', '.join(section)}" if section else "`python train.py --help` lists all"
     return UserError(f"{word}={show(value)}: there is no {word}", f"nearest: {near}; {valid}" if near else valid)
 
@@ -185,6 +186,8 @@ def _walk(kind: Any, value: Any = None, prefix: str = "") -> Iterator[tuple[str,
     for setting in fields(kind):
         hint, inner = hints[setting.name], getattr(value, setting.name, None)
         word = setting.metadata.get("word", prefix + setting.name)
+        if word is None:
+            continue
         if hint in (Duration, Duration | None):
             for unit in ("steps", "tokens"):
                 yield f"{word}.{unit}", NotNegative | None, getattr(inner, unit, None)
@@ -205,6 +208,8 @@ def _build(kind: Any, values: Words, prefix: str = "") -> Any:
     hints, built = get_type_hints(kind, include_extras=True), {}
     for setting in fields(kind):
         hint, word = hints[setting.name], setting.metadata.get("word", prefix + setting.name)
+        if word is None:
+            continue
         if hint in (Duration, Duration | None):
             span = Duration(values[f"{word}.steps"], values[f"{word}.tokens"])
             built[setting.name] = span if span != Duration() else None

@@ -1,0 +1,142 @@
+"""What must hold between several settings, and between a setting and this machine; everything that needs no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rwkv_train.config import Config
+from rwkv_train.data.order import split_batch
+from rwkv_train.data.tokenizers import load_tokenizer
+from rwkv_train.errors import UserError
+
+_PRECISION = {  # why a precision of Lightning's is refused
+    "16": "float16 overflows in the channel mix (relu²)",
+    "bf": "decay, bonus, mix and norm parameters must stay float32",
+    "64": "the engines compute in float32; the float64 definition is for tests",
+    "tr": "TransformerEngine has no RWKV operator",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the launcher knows of the place where this process runs."""
+
+    cores: int
+    rank: int = 0  # of this process; only the first one reports, since the others see what the first has made
+
+
+def check(config: Config, machine: Machine) -> list[UserError]:
+    """Everything that is wrong with a config whose single values are right."""
+    return [
+        *_check_data(config),
+        *_check_batch(config, machine),
+        *_check_schedule(config),
+        *_check_run(config, machine),
+    ]
+
+
+def _check_data(config: Config) -> Iterator[UserError]:
+    vocabulary, data = config.model.vocab_size, config.data
+    needed = load_tokenizer(data.tokenizer).vocab_size
+    if vocabulary is not None and vocabulary < needed:
+        yield UserError(
+            f"model.vocab_size={vocabulary} is smaller than the {needed} tokens of data.tokenizer={data.tokenizer}",
+            f"model.vocab_size={needed}, or leave it out",
+        )
+    if data.path is None:
+        if data.source == "text":
+            yield UserError("data.path is not given", "data.path=FILE or data.path=DIRECTORY of text files")
+        return
+    path = Path(data.path).expanduser()
+    try:
+        if not path.exists():
+            yield UserError(
+                f"data.path={data.path}: there is no such file or directory", "it is taken from " + os.getcwd()
+            )
+        elif path.is_dir() and next(path.iterdir(), None) is None:
+            yield UserError(f"data.path={data.path} is an empty directory", "name a directory of text files")
+        elif path.is_file() and path.stat().st_size == 0:
+            yield UserError(f"data.path={data.path} is an empty file", "name a text file")
+    except OSError as error:
+        yield UserError(f"data.path={data.path} cannot be read: {error.strerror}", "mend its permissions, or move it")
+
+
+def _check_batch(config: Config, machine: Machine) -> Iterator[UserError]:
+    trainer, batch = config.trainer, config.batch
+    if trainer.precision not in ("32-true", "bf16-mixed"):
+        reason = _PRECISION.get(trainer.precision[:2], "it is none of Lightning's")
+        if trainer.precision in ("32", "bf16"):
+            reason = "the full name is asked for"
+        yield UserError(f"trainer.precision={trainer.precision}: {reason}", "valid: 32-true, bf16-mixed")
+    if trainer.devices == "auto" and trainer.accelerator != "cpu":
+        return  # how many there are is known to torch only; training/run.py asks again
+    devices = 1 if trainer.devices == "auto" else trainer.devices
+    if trainer.accelerator == "cpu" and devices > machine.cores:
+        yield UserError(
+            f"trainer.devices={devices}: this machine has {machine.cores} CPU cores", f"trainer.devices={machine.cores}"
+        )
+        return
+    try:
+        split_batch(batch.tokens, batch.context, batch.micro, devices * trainer.num_nodes)
+    except UserError as problem:
+        yield problem
+
+
+def _check_schedule(config: Config) -> Iterator[UserError]:
+    budget, optim, batch = config.budget, config.optim, config.batch
+    schedule = optim.schedule
+    if budget.total is None and budget.hours is None:
+        yield UserError("the run has no end", "budget.steps=…, budget.tokens=… or budget.hours=…")
+    if budget.total is None and schedule.shape != "constant":
+        yield UserError(
+            f"optim.schedule.shape={schedule.shape} needs the length of the run",
+            "budget.steps=… or budget.tokens=…, or optim.schedule.shape=constant",
+        )
+    spans = {
+        "budget": budget.total,
+        "checkpoint.every": config.checkpoint.every,
+        "validation.every": config.validation.every,
+    }
+    for name, span in spans.items():
+        if span is not None and span.in_steps(batch.tokens) == 0:
+            yield UserError(f"{name}.{'tokens' if span.steps is None else 'steps'}=0 is not valid", "valid: at least 1")
+    if schedule.shape == "exponential" and optim.final_lr == 0:
+        yield UserError("optim.final_lr=0: an exponential decay never gets to 0", "give one above 0, or another shape")
+    if optim.final_lr > optim.lr:
+        yield UserError(
+            f"optim.final_lr={optim.final_lr:g} is above optim.lr={optim.lr:g}", "it is where the decay ends"
+        )
+    for rule in optim.rules:
+        try:
+            re.compile(rule.pattern)
+        except re.error as error:
+            yield UserError(f"optim.rules: {rule.pattern!r} is no regular expression: {error}", "e.g. .*time_decay")
+
+
+def _check_run(config: Config, machine: Machine) -> Iterator[UserError]:
+    run, resume = config.run, config.resume
+    if not re.fullmatch(r"[^\s=,{}\[\]/\\]+", run.name) or run.name in (".", ".."):
+        yield UserError(
+            f"run.name={run.name!r} is not valid", "a name without blanks and without any of = , { } [ ] / \\"
+        )
+    if resume == "never" and machine.rank == 0 and holds_run(Path(run.root).expanduser() / run.name):
+        yield UserError(
+            f"resume=never, but {run.root}/{run.name} holds a run",
+            "run.name=NAME for another directory, or resume=auto to go on with it",
+        )
+    if resume not in ("auto", "never") and not Path(resume).expanduser().exists():
+        yield UserError(
+            f"resume={resume}: there is no such checkpoint", "valid: auto, never, or the path of a checkpoint"
+        )
+    weights = config.init_weights
+    if weights is not None and not Path(weights).expanduser().exists():
+        yield UserError(f"init.weights={weights}: there is no such file", "a .pth file or a checkpoint directory")
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether a run was begun in that directory."""
+    return any((directory / name).exists() for name in ("config.yaml", "metrics.jsonl"))

@@ -1,0 +1,161 @@
+"""The front door of `python train.py` and `rwkv-train train`, and the one place that reads the environment.
+
+Nothing heavy is imported until the configuration is found right: help and the report of a mistake come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rwkv_train.config import Config
+from rwkv_train.errors import UserError, UserErrors
+from rwkv_train.resources import resource
+
+MISTAKE = 2  # exit codes
+INTERRUPTED = 130
+
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # torchrun's, Lightning's, SLURM's
+
+
+def main(argv: Sequence[str]) -> int:
+    """Composes and checks what the words ask for, then trains.
+
+    Args:
+        argv: the command line without the program's name.
+
+    Returns:
+        the exit code: 0, 2 for a mistake of the user's, 3 where the disk refused writes, 130 when interrupted.
+    """
+    first = rank() == 0  # the others would say the same
+    try:
+        flags, words = _split(argv)
+        folders = [resource("conf"), *([flags.config_dir.expanduser().resolve()] if flags.config_dir else [])]
+        if flags.help:
+            print(_menu(folders))
+            return 0
+        lines, configs = _settle(words, folders, flags.multirun)
+    except UserError as error:
+        if first:
+            report(error)
+        return MISTAKE
+    if flags.cfg:
+        _show(configs)
+        return 0
+    try:
+        if flags.multirun:
+            return _run_all(lines, configs, flags.config_dir)
+        from rwkv_train.training.run import train
+
+        return train(configs[0])
+    except UserError as error:
+        report(error)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def load(words: Sequence[str]) -> Config:
+    """The settled and checked config of one run; what scripts and tests hand to `training.run.train`.
+
+    Raises:
+        UserError: the same mistakes that the command line would report.
+    """
+    _, (config,) = _settle(words, [resource("conf")], multirun=False)
+    return config
+
+
+def report(error: UserError) -> None:
+    """Prints every mistake in one block on standard error."""
+    problems = error.problems if isinstance(error, UserErrors) else [error]
+    print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
+
+
+def rank() -> int:
+    """0 for the first process of a run (or its only one), above 0 for the others."""
+    return max(int(value) if (value := os.environ.get(name, "")).isdigit() else 0 for name in _RANKS)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser("train.py", add_help=False, allow_abbrev=False, usage="python train.py --help")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--cfg", action="store_true")
+    parser.add_argument("--config-dir", type=Path)
+    flags, words = parser.parse_known_args(argv)
+    for word in words:
+        if word.startswith("-"):
+            raise UserError(
+                f"{word}: there is no such flag", "settings are typed without dashes: word=value; --help lists them"
+            )
+    if flags.config_dir is not None and not flags.config_dir.expanduser().is_dir():
+        raise UserError(f"--config-dir {flags.config_dir}: there is no such directory")
+    return flags, words
+
+
+def _menu(folders: Sequence[Path]) -> str:
+    from rwkv_train.menu import groups, menu
+
+    return menu(folders[0], groups(folders), min(shutil.get_terminal_size().columns, 120))
+
+
+def _settle(words: Sequence[str], folders: Sequence[Path], multirun: bool) -> tuple[list[list[str]], list[Config]]:
+    """Every command line that the words stand for, and its config; all are checked before the first one runs."""
+    from rwkv_train.checks import Machine
+    from rwkv_train.compose import composer
+
+    with composer(folders, Machine(cores(), rank())) as conf:
+        lines = conf.combinations(words) if multirun else [list(words)]
+        configs: list[Config] = []
+        problems: dict[str, UserError] = {}
+        for line in lines:
+            try:
+                configs.append(conf.settle(line))
+            except UserErrors as error:
+                problems.update((str(problem), problem) for problem in error.problems)
+            except UserError as error:
+                problems[str(error)] = error
+    names = [config.run.name for config in configs]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems[name] = UserError(
+            f"run.name={name} would be the directory of {names.count(name)} runs", "leave run.name out"
+        )
+    if problems:
+        raise UserErrors(list(problems.values()))
+    return lines, configs
+
+
+def _show(configs: Sequence[Config]) -> None:
+    import yaml
+
+    from rwkv_train.words import as_tree
+
+    print(
+        "---\n".join(yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True) for config in configs), end=""
+    )
+
+
+def _run_all(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_dir: Path | None) -> int:
+    """One run after the other, each in a process of its own: none inherits the memory or the state of another."""
+    door = [sys.argv[0]] if sys.argv[0].endswith("train.py") else ["-m", "rwkv_train.cli", "train"]
+    extra = ["--config-dir", str(config_dir)] if config_dir else []
+    codes: list[int] = []
+    for number, (line, config) in enumerate(zip(lines, configs, strict=True), 1):
+        print(f"\n[{number}/{len(lines)}] {config.run.name}: {' '.join(line)}", flush=True)
+        codes.append(subprocess.run([sys.executable, *door, *extra, *line], check=False).returncode)
+        if codes[-1] == INTERRUPTED:
+            break
+    for config, code in zip(configs, codes, strict=False):
+        print(f"exit code {code}  {config.run.root}/{config.run.name}")
+    return next((code for code in codes if code), 0)

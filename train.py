@@ -1,0 +1,8 @@
+"""Trains an RWKV language model: `python train.py --help` is the menu."""
+
+import sys
+
+from rwkv_train.launcher import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
