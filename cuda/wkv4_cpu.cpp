@@ -8,7 +8,7 @@
 //   Gn = e^p ∂L/∂N and Gd = e^p ∂L/∂D,
 // which obey, with g the gradient of y and c = a d + b:
 //   Gn = a g/c + e^(p+w-p') Gn',   Gd = -a y g/c + e^(p+w-p') Gd'
-//   dv = b g/c + e^(k-p') Gn',     du += b g (v - y)/c
+//   dv = b g/c + e^(k-p') Gn',     du += b g (v - y)/c, where v - y = a (v d - n)/c loses no digits if b is large
 //   dk = b g (v - y)/c + e^(k-p') (v Gn' + Gd'),     dw += e^(p+w-p') (n Gn' + d Gd')
 // Only a loss on the new state itself sees p: n_T = N e^(-p_T), d_T = D e^(-p_T) and p_T with gradients gn, gd, gp give
 //   Gn' = gn, Gd' = gd, and q = gp - n_T gn - d_T gd, the derivative along p_T at fixed N and D.
@@ -130,7 +130,7 @@ void backward_block(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &a
         const float k = load(kt[c]), v = load(vt[c]), n = n_at[c], d = d_at[c], p = p_at[c], decayed = p + w[c];
         const Pair out = exp_pair(p, u[c] + k), next = exp_pair(decayed, k);
         const float inverse = 1.0f / (out.x * d + out.y), y = (out.x * n + out.y * v) * inverse;
-        const float g = load(gt[c]) * inverse, bonus = out.y * g * (v - y);
+        const float g = load(gt[c]) * inverse, bonus = out.x * out.y * g * (v * d - n) * inverse;
         float dk = bonus + next.y * (v * gn[c] + gd[c]), decay = next.x * (n * gn[c] + d * gd[c]);
         if (WITH_STATE) {
           const float won = decayed < k ? q[c] : decayed == k ? 0.5f * q[c] : 0.0f;

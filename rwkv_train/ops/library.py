@@ -47,10 +47,6 @@ def _differentiate(name: str, setup: Callable[..., None], backward: Callable[...
     torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", no_second_derivative, lib=_library)
 
 
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
-
-
 # wkv4 ----------------------------------------------------------------------------------------------------------------
 
 
@@ -81,10 +77,9 @@ def _wkv4_backward(
     gstate = torch.zeros_like(state) if gstate is None else gstate
     parts = list(zip(k.split(chunk, 1), v.split(chunk, 1), gy.split(chunk, 1), (state, *saved.unbind(1)), strict=True))
     for k_part, v_part, gy_part, before in reversed(parts):
-        with torch.enable_grad():
-            inputs = [_leaf(x) for x in (w, u, k_part, v_part, before)]
-            outputs = reference.wkv4(*inputs)
-        dw_part, du_part, dk_part, dv_part, gstate = torch.autograd.grad(outputs, inputs, (gy_part, gstate))
+        # An operator's kernel runs below autograd, so torch.autograd.grad would find no graph here; vjp brings its own.
+        vjp = torch.func.vjp(reference.wkv4, w, u, k_part, v_part, before)[1]
+        dw_part, du_part, dk_part, dv_part, gstate = vjp((gy_part, gstate))
         dw, du = dw + dw_part, du + du_part
         dk.append(dk_part)
         dv.append(dv_part)
@@ -135,13 +130,10 @@ _differentiate("wkv4", _wkv4_setup, _wkv4_gradient)
 def _shift_mix_backward(
     x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf, before = _leaf(x), _leaf(x[:, 0] if previous is None else previous)
-        mix_leaves = [_leaf(mix) for mix in mixes]
-        outputs = reference.shift_mix(leaf, None if previous is None else before, mix_leaves)
-    found = torch.autograd.grad(outputs, [leaf, before, *mix_leaves], list(grads), allow_unused=True)
-    dx, dprevious, *dmix = found
-    return dx, torch.zeros_like(before) if dprevious is None else dprevious, torch.stack(dmix)
+    first = torch.zeros_like(x[:, 0]) if previous is None else previous
+    vjp = torch.func.vjp(lambda x, first, *mixes: reference.shift_mix(x, first, mixes), x, first, *mixes)[1]
+    dx, dprevious, *dmix = vjp(list(grads))
+    return dx, dprevious, torch.stack(dmix)
 
 
 def _shift_mix_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -1,0 +1,163 @@
+"""Building the C++ engine: at first use, by several processes at once, after a kill, without a compiler."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rwkv_train import ops
+from rwkv_train.ops import build
+
+CALL = (
+    "import torch; from rwkv_train import ops; ops.relu_squared(torch.ones(3)); from rwkv_train.ops.build import CPP; "
+)
+REPORT = CALL + "print('library', CPP.library)"
+
+
+def start(code: str, home: Path, **environment: str) -> subprocess.Popen[str]:
+    """Python on `code` with a home of its own, where no engine has been built."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RWKV_OPS", "HOME")}
+    variables = {**inherited, "HOME": str(home), "PYTHONWARNINGS": "default", **environment}
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=variables, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    output, errors = process.communicate(timeout=150)
+    assert process.returncode == 0, errors
+    return output, errors
+
+
+def test_two_processes_at_once_build_one_library_with_a_stripped_path(tmp_path: Path) -> None:
+    both = [start(REPORT, tmp_path, PATH="/nowhere") for _ in range(2)]
+    lines = {line for process in both for line in finish(process)[0].splitlines()}
+    libraries = list((tmp_path / ".cache" / "rwkv_train").rglob("*.so"))
+    assert len(libraries) == 1
+    assert lines == {f"library {libraries[0]}"}
+    assert {path.name for path in libraries[0].parent.iterdir()} == {libraries[0].name, "lock"}
+
+
+def test_nothing_is_built_at_import(tmp_path: Path) -> None:
+    finish(start("import rwkv_train.ops", tmp_path))
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_killed_builder_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    engine = build.Engine("cpp", ("elementwise_cpu.cpp",))
+    code = (
+        "import pathlib; from rwkv_train.ops import build; "
+        f"build.Engine('cpp', ('elementwise_cpu.cpp',)).build(pathlib.Path({str(tmp_path)!r}))"
+    )
+    process = start(code, tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("build.ninja")):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not list(tmp_path.rglob("*.so"))
+    assert engine.build(tmp_path).exists()
+    assert not list(tmp_path.rglob("build-*"))
+
+
+def test_without_a_compiler_one_warning_and_the_definition(tmp_path: Path) -> None:
+    code = (
+        "from rwkv_train.ops import build; build.COMPILERS = ('no-such-compiler',); "
+        "import torch; from rwkv_train import ops; one = torch.ones(4); "
+        "x = torch.randn(2, 70, 4, generator=torch.Generator().manual_seed(0)).requires_grad_(); "
+        "mixed = lambda: ops.relu_squared(ops.shift_mix(x, None, x[0, 0])[0]); "
+        "f = lambda: ops.sigmoid_gate(ops.wkv4(-one, one, x, x)[0], mixed()); "
+        "engine = torch.autograd.grad(f().sum(), x)[0]; ops.ENGINE = 'reference'; "
+        "print(torch.allclose(engine, torch.autograd.grad(f().sum(), x)[0], rtol=1e-5, atol=1e-6))"
+    )
+    output, errors = finish(start(code, tmp_path))
+    assert output == "True\n"
+    assert errors.count("RuntimeWarning") == 1
+    message = errors[errors.index("RuntimeWarning") :].splitlines()
+    assert message[0].endswith("the cpp engine is not available: operators run by their definition, far slower")
+    assert message[1:3] == ["  why: no C++ compiler (no-such-compiler) was found", "  try: sudo apt install g++"]
+
+
+def test_a_demanded_engine_that_cannot_be_had_is_an_error(tmp_path: Path) -> None:
+    code = "from rwkv_train.ops import build; build.COMPILERS = ('no-such-compiler',); " + CALL
+    process = start(code, tmp_path, RWKV_OPS="cpp")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "UserError: RWKV_OPS=cpp demands an engine that is not available: no C++ compiler" in errors
+    process = start(CALL, tmp_path, RWKV_OPS="fast")
+    _, errors = process.communicate(timeout=60)
+    assert "UserError: RWKV_OPS=fast names no engine\n  valid are auto, reference, cpp" in errors
+
+
+def test_the_definition_on_demand_builds_nothing(tmp_path: Path) -> None:
+    output, _ = finish(start(REPORT, tmp_path, RWKV_OPS="reference"))
+    assert output == "library None\n"
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_sources_that_do_not_compile_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "broken.cpp").write_text("int f() { return nothing; }\n")
+    monkeypatch.setattr(build, "source_directory", lambda: sources)
+    with pytest.raises(build.BuildError) as caught:
+        build.Engine("cpp", ("broken.cpp",)).build(tmp_path)
+    assert "nothing" in caught.value.why
+    assert "\n" not in caught.value.why
+    assert "ninja -C" in caught.value.command
+
+
+def test_a_home_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    monkeypatch.setattr(Path, "home", lambda: blocked)
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    library = build.Engine("cpp", ("elementwise_cpu.cpp",)).build()
+    assert library.is_relative_to(tmp_path / f"rwkv_train-{os.getuid()}")
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(blocked))
+    with pytest.raises(build.BuildError, match="nowhere to write"):
+        build.Engine("cpp", ("elementwise_cpu.cpp",)).build()
+
+
+def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
+    assert build.CPP.load()
+    assert build.CPP.library is not None
+    damaged = tmp_path / ".cache" / "rwkv_train" / build.CPP.library.parent.name / build.CPP.library.name
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"cut off")
+    finish(start(REPORT, tmp_path))
+    assert damaged.read_bytes()[:4] == b"\x7fELF"
+
+
+def test_doctors_report() -> None:
+    definition, cpp = ops.engines()
+    assert definition.name == "reference"
+    assert cpp.name == "cpp"
+    assert cpp.ready
+    assert cpp.problem is None
+    assert cpp.where is not None
+    assert Path(cpp.where).exists()
+    assert cpp.error_ratio is not None
+    assert cpp.error_ratio < 3
+
+
+def test_doctor_sees_a_wrong_engine_and_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rwkv_train.ops import health
+
+    monkeypatch.setattr(health, "_self_test", lambda: 1e4)
+    wrong = ops.engines()[1]
+    assert not wrong.ready
+    assert "results are wrong" in str(wrong.problem)
+    broken = build.Engine("cpp", (), error=build.BuildError("no C++ compiler", "sudo apt install g++"))
+    monkeypatch.setattr(health, "CPP", broken)
+    missing = ops.engines()[1]
+    assert (missing.ready, missing.where, missing.problem) == (False, None, "no C++ compiler")
+    assert missing.way_out == "sudo apt install g++"
