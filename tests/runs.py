@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+
+from rwkv_train import launcher
+from rwkv_train.training.checkpoint import LocalStorage
+from rwkv_train.training.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,6 +72,41 @@ def start(words: Sequence[str], **environment: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+class SlowStorage(LocalStorage):
+    """Takes its time over each file, so that a save lasts longer than the steps between two of them.
+
+    Args:
+        saving: a file that is there while a checkpoint is being written.
+    """
+
+    def __init__(self, saving: Path) -> None:
+        self.saving = saving
+
+    @contextmanager
+    def write(self, path: Path) -> Iterator[BinaryIO]:
+        with super().write(path) as file:
+            self.saving.touch()
+            yield file
+            time.sleep(0.04)
+
+    def rename(self, source: Path, target: Path) -> None:
+        super().rename(source, target)
+        self.saving.unlink()
+
+
+def _train_slow_saving(words: Sequence[str], saving: Path) -> None:
+    sys.exit(train(launcher.load(words), SlowStorage(saving)))
+
+
+def start_slow_saving(words: Sequence[str], saving: Path) -> ForkServerProcess:
+    """A run with that storage in a process of its own, whose imports are done already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.runs"])
+    process = context.Process(target=_train_slow_saving, args=(words, saving))
+    process.start()
+    return process
 
 
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

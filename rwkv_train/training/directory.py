@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from rwkv_train.errors import UserError
 
@@ -22,34 +23,37 @@ class RunDirectory:
         self.curve = self.path / "loss.png"
         self.samples = self.path / "samples.txt"
         self.weights = self.path / "weights.pth"
-        self._lock: IO[str] | None = None
 
-    def claim(self) -> None:
-        """Makes the directory and keeps it for this process until it ends, however it ends.
+    @contextmanager
+    def claimed(self, first: bool) -> Iterator[None]:
+        """Makes the directory and keeps it for this process until the block or the process ends, however it ends.
+
+        Args:
+            first: whether this is the run's first process; the others use what it has claimed.
 
         Raises:
             UserError: another process has it, or it cannot be written.
         """
+        if not first:
+            yield
+            return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+")
+            lock = open(self.path / ".lock", "a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"the run directory {self.path} cannot be written: {error.strerror}", "run.root=DIR") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
-            raise UserError(
-                f"the run directory {self.path} is in use by another process ({owner})",
-                "wait for it, stop it, or give this run another name: run.name=NAME",
-            ) from None
-        self._lock.seek(0)
-        self._lock.truncate()
-        self._lock.write(f"pid {os.getpid()} on {os.uname().nodename}")
-        self._lock.flush()
-
-    def release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+            what = f"the run directory {self.path} cannot be written: {error.strerror}"
+            raise UserError(what, "run.root=DIR puts it elsewhere") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                raise UserError(
+                    f"the run directory {self.path} is in use by another process ({lock.read().strip() or 'unknown'})",
+                    "wait for it, stop it, or give this run another name: run.name=NAME",
+                ) from None
+            lock.seek(0)
+            lock.truncate()
+            lock.write(f"pid {os.getpid()} on {os.uname().nodename}")
+            lock.flush()
+            yield

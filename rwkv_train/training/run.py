@@ -71,8 +71,23 @@ def train(config: Config, storage: Storage | None = None) -> int:
     tree = as_tree(config)
     if config.resume not in ("auto", "never"):
         _check_checkpoint(Path(config.resume), config, tree, model, data.digest)
-    if first:
-        run.claim()
+    with run.claimed(first):
+        return _train_in(run, config, tree, accelerator, processes, data, model, first, console, storage)
+
+
+def _train_in(
+    run: RunDirectory,
+    config: Config,
+    tree: dict[str, Any],
+    accelerator: str,
+    processes: int,
+    data: DataModule,
+    model: RWKV,
+    first: bool,
+    console: Console,
+    storage: Storage | None,
+) -> int:
+    """The run itself, once its directory is ours."""
     checkpoint = _find_checkpoint(run, config, console)
     if checkpoint is not None and config.resume == "auto":
         _check_checkpoint(checkpoint, config, tree, model, data.digest)

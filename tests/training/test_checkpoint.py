@@ -61,7 +61,9 @@ class Full(LocalStorage):
 
 
 @pytest.mark.parametrize("files", [0, 4, 6])
-def test_a_full_disk_costs_checkpoints_not_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], files: int) -> None:
+def test_a_full_disk_costs_checkpoints_not_the_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], files: int
+) -> None:
     assert train(launcher.load(words_for(tmp_path, "run", *NINE)), Full(files)) == 3
     run = tmp_path / "runs" / "run"
     assert len(losses(run)) == 9  # training went on
@@ -115,7 +117,9 @@ def test_a_damaged_checkpoint_is_seen(copy: Path, file: str, harm: str) -> None:
         assert [damage.path.name for damage in damaged] == ["step_000000006"]
 
 
-def test_resume_passes_over_the_damaged_one_and_says_so(whole: Path, copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_resume_passes_over_the_damaged_one_and_says_so(
+    whole: Path, copy: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = copy / "runs" / "run"
     with open(run / "checkpoints" / "step_000000006" / "weights.pth", "r+b") as file:
         file.truncate(1000)
