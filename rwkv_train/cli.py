@@ -1,0 +1,77 @@
+"""`rwkv-train train|generate|doctor`: the front door of an installed wheel, with the same words as train.py."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rwkv_train import __version__, launcher
+from rwkv_train.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 where the doctor found something, 2 for a user's mistake."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"]:
+        return launcher.main(argv[1:])
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "doctor":
+            from rwkv_train.doctor import examine
+
+            return examine(launcher.cores())
+        from rwkv_train.inference.generate import run
+
+        return run(
+            arguments.checkpoint,
+            arguments.prompt,
+            arguments.temperature,
+            arguments.top_p,
+            arguments.tokens,
+            arguments.seed,
+        )
+    except UserError as error:
+        launcher.report(error)
+        return launcher.MISTAKE
+    except BrokenPipeError:  # `… | head` has seen enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print()
+        return launcher.INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("rwkv-train", description="Trains RWKV language models, and uses them.")
+    parser.add_argument("--version", action="version", version=f"rwkv-train {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("train", help="train a model: rwkv-train train --help", add_help=False)
+    generate = commands.add_parser(
+        "generate",
+        help="continue a text, step by step",
+        description="Continues a text with a trained model, streamed to the terminal.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    generate.add_argument(
+        "checkpoint", metavar="CKPT", help="a checkpoint directory or a .pth file with the field's names"
+    )
+    generate.add_argument("--prompt", default="", help="the text to go on from")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")
+    generate.add_argument(
+        "--top-p", type=float, default=0.9, help="share of the probability that is drawn from, up to 1"
+    )
+    generate.add_argument("--tokens", type=int, default=500, help="how many to generate")
+    generate.add_argument(
+        "--seed", type=int, help="of the draws; the same seed gives the same text (default: another each time)"
+    )
+    commands.add_parser(
+        "doctor",
+        help="what works on this machine, and what does not and why",
+        description="Checks versions, compiler, operator engines and devices. Exit code 1 where something needs you.",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
