@@ -72,7 +72,7 @@ def test_no_room_without_a_purpose() -> None:
 
 
 def test_nothing_is_left_to_do() -> None:
-    unfinished = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError\b(?!\())")
+    unfinished = re.compile(r"\b(TODO|FIXME|XXX)\b|raise NotImplementedError\b(?!\()")
     here = Path(__file__)
     found = [
         f"{name(path)}:{number}"

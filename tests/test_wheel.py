@@ -49,6 +49,8 @@ def test_a_step_is_trained_elsewhere(wheel: Path, tmp_path: Path) -> None:
     (packages,) = (bare / "lib").glob("python*/site-packages")
     # As a line of a .pth file the folder lends its packages, but not its own .pth files: not the checkout.
     (packages / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    for heavy in ("deepspeed", "wandb", "datasets"):  # the default path does without
+        (packages / f"{heavy}.py").write_text(f"raise RuntimeError('{heavy} was imported')\n")
     python = bare / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
     where = "import rwkv_train.resources as r; print(r.__file__, r.resource('conf'), r.resource('cuda'), sep='\\n')"
