@@ -97,14 +97,15 @@ def main() -> None:
     print(f"RWKV-4 L4 C256 V256, {TOKENS} tokens a step, {torch.get_num_threads()} threads")
     print(f"{'T':>6} {'batch':>6} {'µs/token':>9} {'KiB/token':>10}")
     for length in LENGTHS:
-        print(f"{length:>6} {TOKENS // length:>6} {medians[length] / TOKENS * 1e6:>9.2f} {peaks[length] / TOKENS / 1024:>10.1f}")
-    time_of_generation, memory_of_generation = generation(1024, 32768, 1024)
-    print(f"generation after 32,768 tokens ÷ after 1,024: time {time_of_generation:.3f}, memory {memory_of_generation:.3f}")
+        time_each, memory_each = medians[length] / TOKENS * 1e6, peaks[length] / TOKENS / 1024
+        print(f"{length:>6} {TOKENS // length:>6} {time_each:>9.2f} {memory_each:>10.1f}")
+    generate_time, generate_memory = generation(1024, 32768, 1024)
+    print(f"generation after 32,768 tokens ÷ after 1,024: time {generate_time:.3f}, memory {generate_memory:.3f}")
     figures = {
         "time_ratio": max(medians.values()) / medians[512],
         "memory_ratio": max(peaks.values()) / peaks[512],
-        "generate_time_ratio": time_of_generation,
-        "generate_memory_ratio": memory_of_generation,
+        "generate_time_ratio": generate_time,
+        "generate_memory_ratio": generate_memory,
     }
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 

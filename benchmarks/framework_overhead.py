@@ -1,14 +1,16 @@
 """What the framework costs: `python benchmarks/framework_overhead.py [--quick]`.
 
 Time of a training step through train.py (Lightning, callbacks, records) against a bare loop of the same model, batch,
-optimiser and clipping, at the default run's shape and at L6 C512 B4 T128; and the time from the start of `python train.py`
-to its first step. The two sides take turns in one process; medians. Last line: one JSON object, `overhead` is the worse
-of the two shapes (0.01 = 1 % slower than the bare loop).
+optimiser and clipping, at the default run's shape and at L6 C512 B4 T128; and the time from the start of
+`python train.py` to its first step. The two sides take turns in one process; medians. Last line: one JSON object,
+`overhead` is the worse of the two shapes (0.01 = 1 % slower than the bare loop).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import statistics
 import subprocess
@@ -38,22 +40,21 @@ WARM = 3  # steps at the start of each turn that are not counted
 def through_train(words: list[str], steps: int) -> list[float]:
     """Seconds of each step of a run through the front door, from its own records."""
     with tempfile.TemporaryDirectory() as root:
-        quiet = [f"run.root={root}", "run.name=bench", f"budget.steps={steps}", "budget.tokens=null", "samples.tokens=0"]
-        quiet += ["data.hold_out=0", "checkpoint.every.steps=1000000", "validation.every.steps=1000000"]
-        with open(Path(root) / "out", "w") as out:
-            import contextlib
-
-            with contextlib.redirect_stdout(out):
-                code = launcher.main([*words, *[word for word in quiet if word != "budget.tokens=null"]])
-        assert code == 0, code
-        rows = [json.loads(line) for line in open(Path(root) / "bench" / "metrics.jsonl")]
-    return [row["seconds"] for row in rows[WARM:]]
+        fixed = [f"run.root={root}", "run.name=bench", f"budget.steps={steps}", "samples.tokens=0", "data.hold_out=0"]
+        seldom = ["checkpoint.every.steps=1000000", "validation.every.steps=1000000"]
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            code = launcher.main([*words, *fixed, *seldom])
+        assert code == 0, said.getvalue()
+        lines = (Path(root) / "bench" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["seconds"] for line in lines[WARM:]]
 
 
 def bare_loop(config: Config, data: DataModule, steps: int) -> list[float]:
     """Seconds of each step of the plainest loop that does the same arithmetic."""
     shape = config.model
-    model = build_model(ModelConfig(config.arch, shape.n_layer, shape.n_embd, data.vocab_size, shape.dim_ffn), config.seed)
+    model = build_model(
+        ModelConfig(config.arch, shape.n_layer, shape.n_embd, data.vocab_size, shape.dim_ffn), config.seed
+    )
     optimizer = build_optimizer(parameter_groups(model, recipe_of(model), config.optim.weight_decay), config.optim)
     tokens, targets = data.batch(0, 0)
     times = []

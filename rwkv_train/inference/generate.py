@@ -19,7 +19,7 @@ _PROMPT_CHUNK = 1024  # tokens read in one pass: the memory for a long prompt do
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
-    """Draws a token from logits (V): the likeliest at temperature 0, else from the smallest set with probability top_p."""
+    """Draws a token from logits (V): the likeliest at temperature 0, else one of the smallest set that has top_p."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
@@ -32,12 +32,17 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 @torch.inference_mode()
 def generate(
-    model: RWKV, prompt: Sequence[int], tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int | None = None
+    model: RWKV,
+    prompt: Sequence[int],
+    tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
 ) -> Iterator[int]:
     """Yields new token ids one by one.
 
-    The prompt is read in the time-parallel mode, the rest step by step: time per token and memory do not depend on how many
-    were read. Runs on the model's device.
+    The prompt is read in the time-parallel mode, the rest step by step: time per token and memory do not depend on how
+    many were read. Runs on the model's device.
 
     Args:
         prompt: token ids; an empty one starts from end-of-text (0).
@@ -63,7 +68,7 @@ def generate(
 
 
 def load_model(checkpoint: Path) -> RWKV:
-    """The model of a checkpoint directory or a .pth file under the field's names; its shape is read from the tensors."""
+    """The model of a checkpoint directory or a .pth file under the field's names; the tensors tell its shape."""
     weights = load_weights(checkpoint)
     model = build_model(infer_config(weights), device="meta").to_empty(device="cpu")
     model.load_state_dict(weights)
@@ -85,7 +90,8 @@ def run(checkpoint: str, prompt: str, temperature: float, top_p: float, tokens: 
     tokenizer = load_tokenizer("bytes")
     if model.config.vocab_size != tokenizer.vocab_size:
         raise UserError(
-            f"{checkpoint} has a vocabulary of {model.config.vocab_size} tokens; only bytes ({tokenizer.vocab_size}) have a tokenizer here",
+            f"{checkpoint} has a vocabulary of {model.config.vocab_size} tokens; the tokenizer here (bytes) has "
+            f"{tokenizer.vocab_size}",
             "use rwkv_train.inference.generate.generate() with token ids of your own tokenizer",
         )
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

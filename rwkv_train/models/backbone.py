@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,21 +95,24 @@ class Block(nn.Module):
 class RWKV(nn.Module):
     """An RWKV language model; parameter names are those of the published checkpoints.
 
-    `model(tokens, state=None)` takes tokens (B, T) int64 and returns logits (B, T, V) and the state after the last token.
-    T > 1 runs in parallel over time, T = 1 step by step: same weights, same numbers. Gradients flow through the state.
+    `model(tokens, state=None)` takes tokens (B, T) int64 and returns logits (B, T, V) and the state after the last
+    token. T > 1 runs in parallel over time, T = 1 step by step: same weights, same numbers. Gradients flow through the
+    state.
     """
 
     def __init__(self, generation: Generation, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # recompute each block in the backward pass instead of storing its insides
+        self.activation_checkpointing = (
+            False  # recompute each block in the backward pass instead of storing its insides
+        )
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(generation, config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        x = self.blocks[0].ln0(self.emb(tokens))  # (B, T, C)
+        x = cast(Block, self.blocks[0]).ln0(self.emb(tokens))  # (B, T, C)
         after: list[LayerState] = []
         for index, block in enumerate(self.blocks):
             before = None if state is None else state.layer(index)

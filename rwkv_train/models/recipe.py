@@ -1,8 +1,8 @@
 """A generation's recipe: for each parameter its initial value, learning-rate multiplier and weight decay.
 
 Every models/rwkvN.py ends in one table of `Row`s. `claim` gives each parameter of a model exactly one row; `initialise`
-fills the model from it. An initial value is a function of (seed, parameter name, shape, layer) and of nothing else: not of
-the construction order, the number of threads or of other parameters.
+fills the model from it. An initial value is a function of (seed, parameter name, shape, layer) and of nothing else: not
+of the construction order, the number of threads or of other parameters.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def claim(names: Iterable[str], recipe: Sequence[Row]) -> dict[str, Row]:
         found = [i for i, pattern in enumerate(patterns) if pattern.fullmatch(name)]
         if len(found) != 1:
             rows = ", ".join(recipe[i].names for i in found) or "none"
-            raise ValueError(f"parameter {name} must be claimed by exactly one row of the recipe, but these match: {rows}")
+            raise ValueError(
+                f"parameter {name} must be claimed by exactly one row of the recipe, but these match: {rows}"
+            )
         claimed[name] = recipe[found[0]]
         used.add(found[0])
     if idle := [row.names for i, row in enumerate(recipe) if i not in used]:

@@ -7,7 +7,7 @@ A checkpoint is a directory `step_000000123/` with
     meta.json       step, tokens, probe loss, settled config, versions
     manifest.json   size and SHA-256 of the others, written last: without it the directory is no checkpoint
 
-It is written beside its final place, every file synced, then renamed. A kill at any moment leaves a whole checkpoint or none.
+It is written beside its final place, every file synced, then renamed: a kill leaves a whole checkpoint or none.
 """
 
 from __future__ import annotations
@@ -114,7 +114,10 @@ def by_number(named: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dic
     """The inverse of `by_name`, for this optimiser's order of parameters; the groups are its own."""
     state = optimizer.state_dict()
     names = [name for group in state["param_groups"] for name in group["param_names"]]
-    return {"state": {i: named[name] for i, name in enumerate(names) if name in named}, "param_groups": state["param_groups"]}
+    return {
+        "state": {i: named[name] for i, name in enumerate(names) if name in named},
+        "param_groups": state["param_groups"],
+    }
 
 
 def sha256(path: Path) -> str:

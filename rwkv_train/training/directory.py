@@ -39,7 +39,7 @@ class RunDirectory:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "a+", encoding="utf-8")
+            lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  the `with` below closes it
         except OSError as error:
             what = f"the run directory {self.path} cannot be written: {error.strerror}"
             raise UserError(what, "run.root=DIR puts it elsewhere") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ IGNORED = -100  # a target that is not predicted
 class _L2Wrap(torch.autograd.Function):
     """Passes the loss through and adds factor · max logit to the gradient of each position's largest logit.
 
-    The reference code's own version ignores the incoming gradient; here the term scales with it, as gradient accumulation
-    and loss scaling need.
+    The reference code's own version ignores the incoming gradient; here the term scales with it, as gradient
+    accumulation and loss scaling need.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ def language_model_loss(logits: Tensor, targets: Tensor, l2wrap: float = 1e-4) -
     wide = logits if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
     if l2wrap:
-        loss = _L2Wrap.apply(loss, wide, l2wrap / targets.numel())
+        loss = cast(Tensor, _L2Wrap.apply(loss, wide, l2wrap / targets.numel()))  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -22,10 +22,11 @@ class RWKVModule(L.LightningModule):
     """Trains a model on batches of (tokens, targets), each (B, T) int64.
 
     Args:
-        model: the language model; `compiled`, where given, runs in its place in training (torch.compile of the same one).
+        model: the language model.
         optim: optimiser settings.
         total_steps: length of the run in optimiser steps; None: no end.
         tokens_per_step: of the whole batch, over all devices and micro-batches.
+        compile: whether training runs torch.compile of the model.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ def parameter_groups(
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each group: learning-rate multiplier, weight decay, tensors, values, and the kinds of names in it."""
+    """One line for each group: learning-rate multiplier, weight decay, tensors, values, and kinds of names."""
     lines = []
     for group in groups:
         kinds = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name, _ in group["params"]})
@@ -71,8 +71,8 @@ def build_optimizer(groups: list[dict[str, Any]], optim: OptimSettings) -> torch
 def learning_rate(optim: OptimSettings, step: int, total_steps: int | None, tokens_per_step: int) -> float:
     """The base learning rate of optimiser step `step` (0 for the first): a pure function of its arguments.
 
-    Warm-up rises linearly from 1 % (factor 0.01 + 0.99 · step / warm-up, as in the reference code); after it and a constant
-    span of `hold` the rate decays to final_lr at the end of the budget, by the schedule's shape.
+    Warm-up rises linearly from 1 % (factor 0.01 + 0.99 · step / warm-up, as in the reference code); after it and a
+    constant span of `hold` the rate decays to final_lr at the end of the budget, by the schedule's shape.
 
     Args:
         total_steps: length of the run; None (a run without end) is valid for the constant shape only.
@@ -88,5 +88,5 @@ def learning_rate(optim: OptimSettings, step: int, total_steps: int | None, toke
     start = warmup + schedule.hold.in_steps(tokens_per_step)
     progress = min(max((step - start) / max(total_steps - 1 - start, 1), 0.0), 1.0)
     if schedule.shape == "exponential":
-        return optim.lr * (optim.final_lr / optim.lr) ** progress
+        return float(optim.lr * (optim.final_lr / optim.lr) ** progress)
     return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))

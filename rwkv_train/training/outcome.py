@@ -20,7 +20,9 @@ from rwkv_train.training.directory import RunDirectory
 from rwkv_train.training.records import JsonLines
 
 
-def write_sample(model: RWKV, tokenizer: Tokenizer, settings: SampleSettings, seed: int, step: int, run: RunDirectory) -> None:
+def write_sample(
+    model: RWKV, tokenizer: Tokenizer, settings: SampleSettings, seed: int, step: int, run: RunDirectory
+) -> None:
     """Adds what the model generates now to samples.txt (temperature 0.8, top-p 0.9; the same draws each time)."""
     if settings.tokens == 0:
         return
@@ -40,9 +42,7 @@ def write_weights(model: RWKV, run: RunDirectory) -> None:
     aside.replace(run.weights)
 
 
-def summarise(
-    console: Console, run: RunDirectory, title: str, total_tokens: int, baselines: Mapping[str, float]
-) -> None:
+def summarise(console: Console, run: RunDirectory, title: str, baselines: Mapping[str, float]) -> None:
     """Draws the curve and prints the run's figures beside the baselines', where all lies, and what to type next."""
     rows = JsonLines(run.metrics).rows()
     if not rows:
@@ -60,7 +60,7 @@ def summarise(
         console.print(f"validation: {loss:.4f} nats/token, {bits:.4f} bits/byte, perplexity {perplexity:.3f}")
     trained = sum(row["seconds"] for row in rows)
     tokens = rows[-1]["tokens"]
-    console.print(f"{rows[-1]['step']} steps, {tokens:,} of {total_tokens:,} tokens, {trained / 60:.1f} min in training steps")
+    console.print(f"{rows[-1]['step']} steps, {tokens:,} tokens, {trained / 60:.1f} min in training steps")
     console.print("\nWhere it lies:", style="bold")
     told: list[tuple[Any, str]] = [
         (run.weights, "final weights, the field's names"),

@@ -1,4 +1,4 @@
-"""How fast the machine multiplies matrices, what share of that a training step uses, and memory that is kept for speed."""
+"""How fast the machine multiplies matrices, what share of it a training step uses, and memory kept for speed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def matmul_rate(device: torch.device, precision: str) -> float:
-    """Floating-point operations per second of a matrix product on this device: the best of a few, in the step's dtype."""
+    """Floating-point operations per second of a matrix product on this device, in the step's dtype: best of a few."""
     size, repeats = (1024, 12) if device.type == "cpu" else (8192, 8)
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     if device.type == "cpu" and dtype == torch.bfloat16:
@@ -26,7 +26,7 @@ def matmul_rate(device: torch.device, precision: str) -> float:
 
 
 def utilisation(matmul_parameters: int, tokens_per_second: float, rate: float, devices: int) -> float:
-    """Model FLOPs utilisation: 6 FLOPs per matmul parameter and token (forward 2, backward 4), over what the devices do."""
+    """Model FLOPs utilisation: 6 FLOPs a matmul parameter and token (forward 2, backward 4), over the devices' rate."""
     return 6 * matmul_parameters * tokens_per_second / (rate * devices)
 
 

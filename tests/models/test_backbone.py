@@ -32,7 +32,9 @@ def test_gradients_flow_through_the_state() -> None:
     tokens = text(2, 24)
     whole, _ = model(tokens)
     whole.square().mean().backward()
-    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    expected = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     model.zero_grad()
     first, state = model(tokens[:, :11])
     second, _ = model(tokens[:, 11:], state)

@@ -100,9 +100,9 @@ def test_a_value_depends_on_seed_name_and_shape_only(weights: dict[str, torch.Te
 
 def test_each_parameter_is_claimed_once() -> None:
     row = Row("a", constant(0))
-    with pytest.raises(ValueError, match="parameter b must be claimed by exactly one row.*none"):
+    with pytest.raises(ValueError, match=r"parameter b must be claimed by exactly one row.*none"):
         claim(["a", "b"], [row])
-    with pytest.raises(ValueError, match="parameter a must be claimed"):
+    with pytest.raises(ValueError, match=r"parameter a must be claimed"):
         claim(["a"], [row, Row(".*", constant(0))])
     with pytest.raises(ValueError, match="match no parameter: idle"):
         claim(["a"], [row, Row("idle", constant(0))])

@@ -1,5 +1,6 @@
 """The learning rate is a pure function of the step."""
 
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ def test_decay_ends_at_the_final_rate(shape: str) -> None:
     settings = optim(shape, Duration(steps=10), Duration(steps=20))
     rates = [learning_rate(settings, step, 101, 64) for step in range(120)]
     assert rates[10:31] == [pytest.approx(1e-3)] * 21
-    assert all(later < earlier for earlier, later in zip(rates[30:100], rates[31:101], strict=True))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[30:101]))
     assert rates[100] == pytest.approx(1e-5)
     assert rates[110] == pytest.approx(1e-5)  # past the end, should one go there
     middle = {"exponential": math.sqrt(1e-3 * 1e-5), "cosine": (1e-3 + 1e-5) / 2}[shape]

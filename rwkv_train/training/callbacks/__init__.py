@@ -1,1 +1,1 @@
-""""""
+"""One concern of a run in each file."""

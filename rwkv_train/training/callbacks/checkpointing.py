@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,13 @@ class Checkpointing(Callback):
     """
 
     def __init__(
-        self, directory: Path, every: int, keep: int, meta: dict[str, Any], events: Events, storage: Storage | None = None
+        self,
+        directory: Path,
+        every: int,
+        keep: int,
+        meta: dict[str, Any],
+        events: Events,
+        storage: Storage | None = None,
     ) -> None:
         self.directory, self.every, self.keep, self.meta, self.events = directory, every, keep, meta, events
         self.storage: Storage = storage or LocalStorage()
@@ -48,12 +55,14 @@ class Checkpointing(Callback):
         tolerance = _PROBE_TOLERANCE.get(str(trainer.precision), 1e-2)
         if not abs(now - before) <= tolerance * abs(before):
             raise UserError(
-                f"resume: the loss of the next batch under the saved weights is {now!r}, but was {before!r} when they were saved",
-                "the data, the engine or the weights are not those of the checkpoint; run.name=NEW init.weights=CHECKPOINT "
-                "starts a new run from them",
+                f"resume: the loss of the next batch under the saved weights is {now!r}, at the save it was {before!r}",
+                "the data, the engine or the weights are not those of the checkpoint; "
+                "run.name=NEW init.weights=CHECKPOINT starts a new run from them",
             )
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         if batch_idx % trainer.accumulate_grad_batches == 0 and step and step % self.every == 0:
             self.save(trainer, pl_module)
@@ -62,7 +71,7 @@ class Checkpointing(Callback):
         self.save(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes a checkpoint of this step, unless there is one. A disk that refuses it costs the checkpoint, not the run."""
+        """Writes a checkpoint of this step, unless there is one. A disk that refuses it costs no more than that."""
         step, began = trainer.global_step, time.perf_counter()
         if step == self.last:
             return
@@ -82,10 +91,8 @@ class Checkpointing(Callback):
     def _refused(self, path: Path, error: OSError) -> None:
         self.failures += 1
         kept, _ = newest(self.directory, self.storage)
-        try:
+        with contextlib.suppress(OSError):  # then the next start removes it
             self.storage.delete(path.with_name(f".writing-{path.name}"))
-        except OSError:
-            pass  # the next start removes it
         print(
             f"\nWARNING: the checkpoint {path} could not be written: {error.strerror or error}\n"
             f"  training goes on; the last whole checkpoint is {kept or 'none'}",
@@ -125,8 +132,8 @@ class Checkpointing(Callback):
 def between_steps(loops: dict[str, Any], step: int, accumulation: int) -> dict[str, Any]:
     """Lightning's counters, set to "step is done, with its validation, and the next has not begun".
 
-    They are saved from inside hooks, where some count a batch as ready that is not trained yet; written like this, every
-    checkpoint of a step is the same, whichever hook saved it.
+    They are saved from inside hooks, where some count a batch as ready that is not trained yet; written like this,
+    every checkpoint of a step is the same, whichever hook saved it.
     """
     fit = loops["fit_loop"]
     batches = step * accumulation

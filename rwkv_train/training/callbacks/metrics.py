@@ -74,6 +74,6 @@ class Metrics(Callback):
         self._pending = None
         self.latest = row
         self.lines.append(row)
-        trainer_metrics = {key: value for key, value in row.items() if key not in ("step", "seconds")}
+        logged = {key: value for key, value in row.items() if key not in ("step", "seconds")}
         for logger in trainer.loggers:
-            logger.log_metrics(trainer_metrics, step=row["step"])
+            logger.log_metrics(logged, step=int(row["step"]))

@@ -44,7 +44,9 @@ class ProgressBar(Callback):
         self._spoke = time.monotonic()
         if self.console.is_terminal:
             columns = (TextColumn("{task.completed}/{task.total} steps"), BarColumn(), TimeRemainingColumn(True))
-            self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=self.console, refresh_per_second=4)
+            self._bar = Progress(
+                *columns, TextColumn("{task.fields[text]}"), console=self.console, refresh_per_second=4
+            )
             self._bar.start()
             self._bar.add_task("train", total=self.total, completed=trainer.global_step, text="")
 
