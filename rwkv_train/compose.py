@@ -8,12 +8,12 @@ whether it was typed or stands in a file.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from json import dumps
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -103,23 +103,23 @@ class Composer:
         parsed, problems = [], []
         for word in words:
             key, equals, value = word.partition("=")
-            try:
-                parsed.append(self.parser.parse_override(word))
-            except HydraException:
-                if equals and str in (self.schema.get(key), *get_args(self.schema.get(key))):
-                    quoted = value.replace("\\", "\\\\").replace("'", "\\'")  # a path may hold anything
-                    parsed.append(self.parser.parse_override(f"{key}='{quoted}'"))
-                elif not equals:
-                    problems.append(
-                        UserError(f"{word!r} is no setting", "settings are typed as word=value, e.g. model=169m")
-                    )
-                else:
-                    problems.append(
-                        UserError(
-                            f"{word} cannot be read",
-                            f"quote the value for the shell and for Hydra: '{key}=\"{value}\"'",
-                        )
-                    )
+            text = equals and self.schema.get(key) in (str, str | None)
+            override = None
+            with suppress(HydraException):
+                override = self.parser.parse_override(word)
+            if text and (override is None or not _is_text(override)):  # a path may hold any sign, a name may be 1e5
+                quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+                override = self.parser.parse_override(f"{key}='{quoted}'")
+            if override is not None:
+                parsed.append(override)
+            elif equals:
+                problems.append(
+                    UserError(f"{word} cannot be read", f"quote it for the shell and for Hydra: '{key}=\"{value}\"'")
+                )
+            else:
+                problems.append(
+                    UserError(f"{word!r} is no setting", "settings are typed as word=value, e.g. model=169m")
+                )
         return parsed, problems
 
     def _sort(self, words: Sequence[str]) -> Line:
@@ -200,12 +200,11 @@ class Composer:
         """Of steps and tokens, the one that was said last counts: by a file of LAYERED, then by the command line."""
         sources = [self._file(group, chosen.get(group)) for group in LAYERED] + [line.typed]
         for span in DURATIONS:
+            said: list[str] = []
             for source in sources:
-                said = [unit for unit in ("steps", "tokens") if source.get(f"{span}.{unit}") is not None]
-                if len(said) == 1:
-                    settings[f"{span}.{'tokens' if said == ['steps'] else 'steps'}"] = None
-                elif said:  # both at once: read() refuses them
-                    settings.update({f"{span}.{unit}": source[f"{span}.{unit}"] for unit in said})
+                said = [u for u in ("steps", "tokens") if source.get(f"{span}.{u}") is not None] or said
+            if len(said) == 1:  # both at once are refused by read()
+                settings[f"{span}.{'tokens' if said == ['steps'] else 'steps'}"] = None
 
     def _file(self, group: str, name: Any) -> Words:
         for folder in self.folders:
@@ -218,6 +217,7 @@ class Composer:
         """Fills what is null from the size's row for the arch, or from the weights to start from."""
         arch, size = settings["arch"], settings["model.size"]
         row, shape = published.get(arch, {}), None
+        problems: list[UserError] = []
         if settings.get("init.weights") is not None:
             shape = read_shape(Path(str(settings["init.weights"])).expanduser())
         if shape is not None:
@@ -226,22 +226,21 @@ class Composer:
                 size, row = self._size_of(arch, shape)
                 settings["model.size"] = size
             settings.update({f"model.{name}": value for name, value in shape._asdict().items()})
-            if problems:
-                return problems
         for name, word in ROW.items():
             if settings.get(word) is None and name in row:
                 settings[word] = row[name]
         missing = [word for word in ROW.values() if settings.get(word) is None]
         if not missing:
-            return []
+            return problems
         for word in missing:  # so that the rest can be read and checked
             settings[word] = 2 if word.startswith("model") else 1.0
         table = "; ".join(f"{name}: {', '.join(rows)}" for name, rows in self._published().items())
         return [
+            *problems,
             UserError(
                 f"model={size} arch={arch}: nobody published this pair (published: {table})",
                 f"by hand: {' '.join(f'{word}=…' for word in missing)}",
-            )
+            ),
         ]
 
     def _published(self) -> dict[str, dict[str, Any]]:
@@ -271,11 +270,15 @@ def composer(folders: Sequence[Path], machine: Machine) -> Iterator[Composer]:
         yield Composer(folders, machine)
 
 
+def _is_text(override: Override) -> bool:
+    return bool(override.is_sweep_override()) or override.value() is None or isinstance(override.value(), str)
+
+
 def _resolve(cfg: DictConfig) -> dict[str, Any]:
     try:
         resolved = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"conf: {' '.join(str(error).split())}", "mend the ${…} that it names") from None
+        raise UserErrors([UserError(str(error).splitlines()[0], "mend the ${…} that it names")]) from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
             return _run_all(lines, configs, flags.config_dir)
         from rwkv_train.training.run import train
 
-        return train(configs[0])
+        return train(configs[0], rank=rank())
     except UserError as error:
         report(error)
         return MISTAKE
@@ -62,10 +62,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def load(words: Sequence[str]) -> Config:
-    """The settled and checked config of one run; what scripts and tests hand to `training.run.train`.
+    """The config of one command line, for use from Python: `train(load(["model=nano", "budget.steps=10"]))`.
 
     Raises:
-        UserError: the same mistakes that the command line would report.
+        UserErrors: everything that is wrong with it.
     """
     _, (config,) = _settle(words, [resource("conf")], multirun=False)
     return config

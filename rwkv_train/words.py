@@ -11,7 +11,7 @@ import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rwkv_train.config import Config, Duration, NotNegative
@@ -43,8 +43,8 @@ def parse_count(value: int | float | str) -> int:
     text = str(value).strip()
     factor = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:], 1)
     try:
-        exact = Decimal(text[:-1] if factor > 1 else text) * factor
-    except InvalidOperation:
+        exact = Decimal(value) if isinstance(value, float) else Decimal(text[:-1] if factor > 1 else text) * factor
+    except ArithmeticError:  # no number, or one that overflows even here
         raise ValueError(f"{value!r} is no number") from None
     if not exact.is_finite() or abs(exact) > 10**18 or exact != exact.to_integral_value():
         raise ValueError(f"{value!r} is no whole number up to 1e18")
