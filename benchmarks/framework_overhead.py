@@ -23,7 +23,7 @@ import torch
 
 from rwkv_train import launcher
 from rwkv_train.config import Config
-from rwkv_train.data.datamodule import DataModule
+from rwkv_train.data.batches import Batches
 from rwkv_train.models import ModelConfig, build_model, recipe_of
 from rwkv_train.training.loss import language_model_loss
 from rwkv_train.training.optim import build_optimizer, learning_rate, parameter_groups
@@ -49,7 +49,7 @@ def through_train(words: list[str], steps: int) -> list[float]:
     return [json.loads(line)["seconds"] for line in lines[WARM:]]
 
 
-def bare_loop(config: Config, data: DataModule, steps: int) -> list[float]:
+def bare_loop(config: Config, data: Batches, steps: int) -> list[float]:
     """Seconds of each step of the plainest loop that does the same arithmetic."""
     shape = config.model
     model = build_model(
@@ -92,7 +92,7 @@ def main() -> None:
     print(f"{'shape':<18} {'bare ms':>9} {'train.py ms':>12} {'overhead':>9}")
     for name, words in SHAPES.items():
         config = launcher.load([*words, "data.hold_out=0"])
-        data = DataModule(config.data, config.batch, config.seed)
+        data = Batches(config.data, config.batch, config.seed)
         bare, whole, ratios = [], [], []
         for _ in range(rounds):
             bare.append(statistics.median(bare_loop(config, data, steps)))

@@ -1,6 +1,6 @@
-"""From files to batches: corpus → tokenizer → store → order → DataModule.
+"""From files to batches: corpus → tokenizer → store → order → Batches → DataModule.
 
-Nothing here imports torch but `rwkv_train.data.datamodule`, so that a mistake in a path is told quickly.
+batches.py imports torch, datamodule.py Lightning, and nothing else here does: a mistake in a path is told quickly.
 """
 
 from rwkv_train.data.corpus import Corpus, Document, read_corpus

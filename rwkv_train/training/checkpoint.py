@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 import torch
-from lightning.pytorch.plugins import CheckpointIO
 
 from rwkv_train.errors import UserError
 from rwkv_train.models.weights import load_weights
@@ -181,42 +180,43 @@ def read_meta(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads((path / "meta.json").read_text()))
 
 
-class DirectoryCheckpointIO(CheckpointIO):
-    """Lightning's checkpoint dict ↔ a checkpoint directory. Only rank 0 writes; every rank reads."""
+def save(content: Mapping[str, Any], final: Path, storage: Storage) -> None:
+    """Writes a checkpoint directory.
 
-    def __init__(self, storage: Storage | None = None) -> None:
-        self.storage: Storage = storage or LocalStorage()
+    Args:
+        content: `weights` and `meta` get a file of their own, all else goes into state.pth.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes the dict that RWKVModule.on_save_checkpoint has put into our form (keys weights, meta)."""
-        final = Path(path)
-        aside = final.with_name(f".writing-{final.name}")
-        content = dict(checkpoint)
-        weights, meta = content.pop("weights"), content.pop("meta")
-        self.storage.delete(aside)
-        files: dict[str, Any] = {}
-        for name, value in (("weights.pth", weights), ("state.pth", content), ("meta.json", meta)):
-            with self.storage.write(aside / name) as file:
-                hashing = _Hashing(file)
-                if name.endswith(".pth"):
-                    torch.save(value, cast(BinaryIO, hashing))
-                else:
-                    hashing.write(json.dumps(value, indent=1).encode())
-            files[name] = hashing.entry()
-        with self.storage.write(aside / MANIFEST) as file:
-            file.write(json.dumps({"files": files}, indent=1).encode())
-        if final.exists():
-            self.storage.delete(final)  # a damaged one of the same step, or one of a branch that was left
-        self.storage.rename(aside, final)
+    Raises:
+        OSError: the disk refused; what was written is beside the final place, under a name that is no checkpoint.
+    """
+    aside = final.with_name(f".writing-{final.name}")
+    state = {key: value for key, value in content.items() if key not in ("weights", "meta")}
+    storage.delete(aside)
+    files: dict[str, Any] = {}
+    for name, value in (("weights.pth", content["weights"]), ("state.pth", state), ("meta.json", content["meta"])):
+        with storage.write(aside / name) as file:
+            hashing = _Hashing(file)
+            if name.endswith(".pth"):
+                torch.save(value, cast(BinaryIO, hashing))
+            else:
+                hashing.write(json.dumps(value, indent=1).encode())
+        files[name] = hashing.entry()
+    with storage.write(aside / MANIFEST) as file:
+        file.write(json.dumps({"files": files}, indent=1).encode())
+    if final.exists():
+        storage.delete(final)  # a damaged one of the same step
+    storage.rename(aside, final)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        directory = Path(path)
-        meta = read_meta(directory)
-        state = torch.load(directory / "state.pth", map_location="cpu", weights_only=True)
-        return {**state, "weights": load_weights(directory), "meta": meta}
 
-    def remove_checkpoint(self, path: Any) -> None:
-        self.storage.delete(Path(path))
+def load(path: Path) -> dict[str, Any]:
+    """The inverse of `save`, on the CPU.
+
+    Raises:
+        UserError: the directory is missing or not a whole checkpoint.
+    """
+    meta = read_meta(path)
+    state = torch.load(path / "state.pth", map_location="cpu", weights_only=True)
+    return {**state, "weights": load_weights(path), "meta": meta}
 
 
 def remove_unfinished(directory: Path, storage: Storage | None = None) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from rwkv_train.errors import UserError, UserErrors
 
 T = TypeVar("T")
+Makers = Sequence[Callable[[], T]]  # what is called to make each object
 OURS = ("lightning", "rwkv_train")  # packages whose classes may be named without saying so
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from rwkv_train.config import BatchSettings, DataSettings
-from rwkv_train.data.datamodule import IGNORED, DataModule
+from rwkv_train.data.batches import IGNORED, Batches
+from rwkv_train.data.datamodule import DataModule
 from rwkv_train.errors import UserError
 
 
@@ -25,9 +26,9 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def module(corpus: Path, tokens: int = 64, context: int = 8, micro: int | None = None, **more: int) -> DataModule:
+def module(corpus: Path, tokens: int = 64, context: int = 8, micro: int | None = None, **more: int) -> Batches:
     data = DataSettings(source="text", path=str(corpus), tokenizer="bytes", hold_out=0.2)
-    return DataModule(data, BatchSettings(tokens=tokens, context=context, micro=micro), seed=1, **more)
+    return Batches(data, BatchSettings(tokens=tokens, context=context, micro=micro), seed=1, **more)
 
 
 def test_a_batch_is_tokens_and_what_follows_each(corpus: Path) -> None:
@@ -56,8 +57,8 @@ def test_the_loader_starts_where_it_is_told(corpus: Path) -> None:
     assert (whole.micro, whole.accumulation) == (2, 4)
     resumed = module(corpus, micro=2)
     resumed.start_step = 77
-    batches = list(islice(whole.train_dataloader(), 90 * 4))
-    for number, batch in enumerate(islice(resumed.train_dataloader(), 13 * 4)):
+    batches = list(islice(whole.training(), 90 * 4))
+    for number, batch in enumerate(islice(resumed.training(), 13 * 4)):
         expected = batches[77 * 4 + number]
         assert torch.equal(batch[0], expected[0])
         assert torch.equal(batch[1], expected[1])
@@ -85,7 +86,7 @@ def test_validation_predicts_every_held_out_token_once(corpus: Path, context: in
     predicted, batches = [], set()
     for rank in range(ranks):
         data.rank = rank
-        loader = data.val_dataloader()
+        loader = data.validation()
         batches.add((len(loader), len(list(loader))))
         for number, (tokens, targets) in enumerate(loader):
             assert tokens.shape == targets.shape
@@ -103,16 +104,16 @@ def test_validation_predicts_every_held_out_token_once(corpus: Path, context: in
 
 
 def test_a_limited_validation_is_spread_over_the_text(corpus: Path) -> None:
-    whole = list(module(corpus, tokens=16).val_dataloader())
-    few = list(module(corpus, tokens=16, validation_batches=3).val_dataloader())
+    whole = list(module(corpus, tokens=16).validation())
+    few = list(module(corpus, tokens=16, validation_batches=3).validation())
     numbers = [next(n for n, batch in enumerate(whole) if torch.equal(batch[0], one[0])) for one in few]
     assert numbers == [0, len(whole) // 3, 2 * len(whole) // 3]
-    assert len(module(corpus, tokens=16, validation_batches=10_000).val_dataloader()) == len(whole)
+    assert len(module(corpus, tokens=16, validation_batches=10_000).validation()) == len(whole)
 
 
 def test_without_held_out_text_there_is_no_validation(corpus: Path) -> None:
     data = DataSettings(source="text", path=str(corpus), tokenizer="bytes", hold_out=0.0)
-    assert len(DataModule(data, BatchSettings(64, 8, None), seed=1).val_dataloader()) == 0
+    assert len(Batches(data, BatchSettings(64, 8, None), seed=1).validation()) == 0
 
 
 def test_eighteen_short_samples_train(tmp_path: Path) -> None:
@@ -146,10 +147,10 @@ def test_what_a_run_says_of_its_data(corpus: Path) -> None:
 
 
 def test_the_trainer_says_which_rank_this_is(corpus: Path) -> None:
-    data = module(corpus, world_size=4)
+    data = DataModule(module(corpus, world_size=4))
     data.trainer = SimpleNamespace(world_size=4, global_rank=3)  # type: ignore[assignment]
     data.setup("fit")
-    assert data.rank == 3
+    assert data.batches.rank == 3
 
 
 class Counts(L.LightningModule):
@@ -172,7 +173,7 @@ class Counts(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def trainer(tmp_path: Path, data: DataModule, **more: object) -> L.Trainer:
+def trainer(tmp_path: Path, data: Batches, **more: object) -> L.Trainer:
     return L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -191,7 +192,7 @@ def trainer(tmp_path: Path, data: DataModule, **more: object) -> L.Trainer:
 def test_lightning_takes_the_batches_as_they_are(corpus: Path, tmp_path: Path) -> None:
     data, counts = module(corpus, micro=4), Counts()
     data.start_step = 2
-    trainer(tmp_path, data, val_check_interval=5 * data.accumulation).fit(counts, datamodule=data)
+    trainer(tmp_path, data, val_check_interval=5 * data.accumulation).fit(counts, datamodule=DataModule(data))
     expected = [data.batch(step, index)[0] for step in range(2, 7) for index in range(2)]
     assert torch.equal(torch.cat(counts.seen), torch.cat(expected))
     assert counts.predicted == len(data.held_out) - 1
@@ -200,14 +201,14 @@ def test_lightning_takes_the_batches_as_they_are(corpus: Path, tmp_path: Path) -
 def test_another_number_of_ranks_than_the_data_was_split_for_is_refused(corpus: Path, tmp_path: Path) -> None:
     data = module(corpus, world_size=2)
     with pytest.raises(RuntimeError, match="the trainer has 1 ranks, the data was split for 2"):
-        trainer(tmp_path, data).fit(Counts(), datamodule=data)
+        trainer(tmp_path, data).fit(Counts(), datamodule=DataModule(data))
 
 
 def one_rank(rank: int, ranks: int, path: str) -> tuple[list[bytes], int]:
     data = module(Path(path), micro=2, world_size=ranks)
     data.rank = rank
     rows = [bytes(row.tolist()) for index in range(data.accumulation) for row in data.batch(9, index)[0]]
-    predicted = torch.tensor(sum(int((targets != IGNORED).sum()) for _, targets in data.val_dataloader()))
+    predicted = torch.tensor(sum(int((targets != IGNORED).sum()) for _, targets in data.validation()))
     torch.distributed.all_reduce(predicted)
     return rows, int(predicted)
 

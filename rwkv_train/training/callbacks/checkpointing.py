@@ -112,7 +112,7 @@ class Checkpointing(Callback):
     def _measure_probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float:
         """The loss of this rank's first micro-batch of the next step, mean over the ranks, without an update."""
         assert isinstance(pl_module, RWKVModule)
-        batch = trainer.datamodule.batch(trainer.global_step, 0)  # type: ignore[attr-defined]
+        batch = trainer.datamodule.batches.batch(trainer.global_step)  # type: ignore[attr-defined]
         tokens, targets = trainer.strategy.batch_to_device(batch)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             logits, _ = pl_module.model(tokens)

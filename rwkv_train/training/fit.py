@@ -1,0 +1,189 @@
+"""From the parts of a run to its end: callbacks, Lightning's trainer, and what is left behind."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.loggers import Logger
+
+import rwkv_train
+from rwkv_train.data.datamodule import DataModule
+from rwkv_train.evaluation.baselines import baselines
+from rwkv_train.training.callbacks.checkpointing import Checkpointing
+from rwkv_train.training.callbacks.metrics import Metrics
+from rwkv_train.training.callbacks.progress import ProgressBar
+from rwkv_train.training.checkpoint import newest, read_meta, remove_unfinished, set_aside_newer
+from rwkv_train.training.checkpoint_io import DirectoryCheckpointIO
+from rwkv_train.training.instantiate import Makers, prepare
+from rwkv_train.training.module import RWKVModule
+from rwkv_train.training.optim import describe_groups
+from rwkv_train.training.outcome import summarise, write_sample, write_weights
+from rwkv_train.training.parts import Parts, check_checkpoint
+from rwkv_train.training.records import Events, JsonLines
+from rwkv_train.training.strategy import build_strategy
+
+DISK_REFUSED = 3  # exit codes: the run came to its end, but could not write all its checkpoints or records;
+INTERRUPTED = 130  # stopped by Ctrl-C
+
+
+def fit(parts: Parts) -> int:
+    """Trains until the budget is reached; the exit code is that of `train`.
+
+    Raises:
+        UserError: a logger or callback that cannot be made, a directory in use, a checkpoint that does not fit.
+    """
+    config = parts.config
+    loggers = prepare("logger", config.logger, Logger, config.packages)  # type: ignore[type-abstract]
+    callbacks = prepare("callbacks", config.callbacks, Callback, config.packages)
+    with parts.directory.claimed(parts.first):
+        return _fit(parts, loggers, callbacks)
+
+
+def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> int:
+    """The run itself, once its directory is ours."""
+    config, run, data, console, total = parts.config, parts.directory, parts.data, parts.console, parts.total_steps
+    checkpoint = _find_checkpoint(parts)
+    step = 0 if checkpoint is None else int(read_meta(checkpoint)["step"])
+    if total is not None and step >= total:
+        console.print(
+            f"{run.path} is finished: {step} of {total} steps.\n"
+            "  budget.steps=MORE run.allow_changes=true goes on; run.name=NEW starts anew"
+        )
+        return 0
+
+    events, lines = Events(run.events, parts.first), JsonLines(run.metrics, parts.first)
+    if parts.first:
+        remove_unfinished(run.checkpoints, parts.storage)
+        set_aside_newer(run.checkpoints, step)
+        run.config.write_text(yaml.safe_dump(parts.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    lines.cut(step)
+    events.add("started" if checkpoint is None else "resumed", step)
+    data.start_step = step
+
+    module = RWKVModule(parts.model, config.optim, total, config.batch.tokens, config.compile)
+    metrics = Metrics(lines, data.bytes_per_token)
+    saving = Checkpointing(
+        run.checkpoints,
+        config.checkpoint.every.in_steps(config.batch.tokens),
+        config.checkpoint.keep,
+        {"config": parts.tree, "data": data.digest, "versions": _versions()},
+        events,
+        parts.storage,
+    )
+    _describe(parts, module, checkpoint)
+    if checkpoint is None and parts.first:
+        write_sample(parts.model, data.tokenizer, config.samples, config.seed, 0, run)
+    ours: list[Callback] = [metrics, saving, ProgressBar(metrics, total, console)]
+    if config.budget.hours is not None:
+        ours.append(Timer(timedelta(hours=config.budget.hours), verbose=False))
+    trainer = _trainer(parts, [*ours, *(make() for make in callbacks)], [make() for make in loggers])
+    try:
+        trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        console.print(f"\ninterrupted at step {trainer.global_step}; the same command goes on from the last checkpoint")
+        return INTERRUPTED
+    events.add("finished" if trainer.global_step == total else "stopped", trainer.global_step)
+    return _finish(parts, trainer.global_step, saving.failures + lines.lost + events.lost)
+
+
+def _finish(parts: Parts, step: int, refused: int) -> int:
+    """After the last step: final weights, samples, curve and summary, by the first process."""
+    if not parts.first:
+        return 0
+    config, run, data, model, console = parts.config, parts.directory, parts.data, parts.model, parts.console
+    try:
+        write_weights(model, run)
+        write_sample(model, data.tokenizer, config.samples, config.seed, step, run)
+        comparable = len(data.held_out) and data.tokenizer.name == "bytes"
+        known = baselines(data.train.tokens, data.held_out.tokens) if comparable else {}
+        title = f"{run.path.name}: {sum(p.numel() for p in model.parameters()):,} parameters"
+        summarise(console, run, title, known)
+    except OSError as error:
+        console.print(f"[bold red]WARNING[/bold red]: {error.filename} could not be written: {error.strerror}")
+        refused += 1
+    if not refused:
+        return 0
+    kept, _ = newest(run.checkpoints)
+    console.print(
+        f"[bold red]WARNING[/bold red]: the disk refused {refused} writes; the last whole checkpoint is {kept}"
+    )
+    return DISK_REFUSED
+
+
+def _find_checkpoint(parts: Parts) -> Path | None:
+    """What to resume from; names damaged checkpoints that are passed over."""
+    if parts.config.resume == "never":
+        return None
+    if parts.config.resume != "auto":
+        return Path(parts.config.resume)
+    directory = parts.directory.checkpoints
+    found, damaged = newest(directory, parts.storage)
+    for damage in damaged:
+        parts.console.print(f"[bold red]damaged checkpoint passed over[/bold red]: {damage.path}: {damage.reason}")
+    if found is not None:
+        check_checkpoint(found, parts)
+    else:
+        parts.console.print(f"resume=auto: nothing to resume in {directory}; the run starts at step 0")
+    return found
+
+
+def _trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches are cut from memory
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning's own use of torch
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    config, data = parts.config, parts.data
+    return L.Trainer(
+        accelerator=parts.accelerator,
+        devices=parts.processes,
+        num_nodes=config.trainer.num_nodes,
+        precision=config.trainer.precision,  # type: ignore[arg-type]
+        strategy=build_strategy(config.strategy, parts.accelerator, data.split.ranks),
+        max_steps=parts.total_steps or -1,
+        max_epochs=-1,
+        accumulate_grad_batches=data.accumulation,
+        val_check_interval=config.validation.every.in_steps(config.batch.tokens) * data.accumulation,
+        check_val_every_n_epoch=None,
+        limit_val_batches=None if len(data.held_out) else 0,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[DirectoryCheckpointIO(parts.storage)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=parts.directory.path,
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {"rwkv_train": rwkv_train.__version__, "torch": torch.__version__, "lightning": L.__version__}
+
+
+def _describe(parts: Parts, module: RWKVModule, checkpoint: Path | None) -> None:
+    """The head of a run: what is trained on what, how, and where it is kept."""
+    config, data, shape, say = parts.config, parts.data, parts.model.config, parts.console.print
+    parameters = sum(p.numel() for p in parts.model.parameters())
+    say(f"data    {data.description}")
+    sizes = f"L{shape.n_layer} C{shape.n_embd} V{shape.vocab_size}"
+    say(f"model   {shape.arch} {config.model.size}: {sizes}, {parameters:,} parameters")
+    for line in describe_groups(module.groups):
+        say(f"group   {line}")
+    split = data.split
+    say(
+        f"batch   {config.batch.tokens:,} tokens a step: context {config.batch.context} × micro-batch {split.micro} "
+        f"× {split.ranks} devices × {split.accumulation} passes, {torch.get_num_threads()} threads"
+    )
+    total, hours = parts.total_steps, config.budget.hours
+    budget = "no end" if total is None else f"{total:,} steps = {total * config.batch.tokens:,} tokens"
+    say(f"budget  {budget}" + ("" if hours is None else f", at most {hours:g} h"))
+    say(f"run     {parts.directory.path}" + ("" if checkpoint is None else f", resumed from {checkpoint}"))
