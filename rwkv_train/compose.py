@@ -104,12 +104,12 @@ class Composer:
         for word in words:
             key, equals, value = word.partition("=")
             text = equals and self.schema.get(key) in (str, str | None)
-            override = None
+            override: Override | None = None
             with suppress(HydraException):
-                override = self.parser.parse_override(word)
+                (override,) = self.parser.parse_overrides([word])
             if text and (override is None or not _is_text(override)):  # a path may hold any sign, a name may be 1e5
                 quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-                override = self.parser.parse_override(f"{key}='{quoted}'")
+                (override,) = self.parser.parse_overrides([f"{key}='{quoted}'"])
             if override is not None:
                 parsed.append(override)
             elif equals:
