@@ -21,6 +21,7 @@ import ninja
 import torch
 
 from rwkv_train.errors import UserError
+from rwkv_train.resources import resource
 
 # -fno-math-errno and -fno-trapping-math let loops with a square root or a select become vector code; none of the flags
 # lets the compiler reorder sums or forget about NaN.
@@ -40,10 +41,8 @@ class BuildError(Exception):
 
 
 def source_directory() -> Path:
-    """Where the kernels' sources are: cuda/ of the checkout, or its copy inside an installed wheel."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "cuda"
-    return inside if inside.is_dir() else package.parent / "cuda"
+    """Where the kernels' sources are."""
+    return resource("cuda")
 
 
 def find_compiler() -> str:
