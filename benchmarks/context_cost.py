@@ -29,7 +29,7 @@ TOKENS = 8192  # per step, for every length
 
 
 def model() -> RWKV:
-    return build_model(ModelConfig("rwkv4", n_layer=4, n_embd=256, vocab_size=256))
+    return build_model(ModelConfig("rwkv4", n_layer=4, n_embd=128, vocab_size=256))
 
 
 def step(network: RWKV, length: int) -> None:
@@ -94,7 +94,7 @@ def main() -> None:
                 times[length].append(time.perf_counter() - began)
     medians = {length: statistics.median(times[length]) for length in LENGTHS}
     peaks = {length: peak_memory(length) for length in LENGTHS}
-    print(f"RWKV-4 L4 C256 V256, {TOKENS} tokens a step, {torch.get_num_threads()} threads")
+    print(f"RWKV-4 L4 C128 V256, {TOKENS} tokens a step, {torch.get_num_threads()} threads")
     print(f"{'T':>6} {'batch':>6} {'µs/token':>9} {'KiB/token':>10}")
     for length in LENGTHS:
         time_each, memory_each = medians[length] / TOKENS * 1e6, peaks[length] / TOKENS / 1024

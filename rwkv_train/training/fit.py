@@ -131,7 +131,7 @@ def _find_checkpoint(parts: Parts) -> Path | None:
         parts.console.print(f"[bold red]damaged checkpoint passed over[/bold red]: {damage.path}: {damage.reason}")
     if found is not None:
         check_checkpoint(found, parts)
-    else:
+    elif parts.config.resume_typed:
         parts.console.print(f"resume=auto: nothing to resume in {directory}; the run starts at step 0")
     return found
 

@@ -66,7 +66,7 @@ class RWKVModule(L.LightningModule):
         count = torch.stack([counts for _, counts in self._validation]).sum().to(nats)
         self._validation.clear()
         nats, count = self.trainer.strategy.reduce(torch.stack([nats, count]), reduce_op="sum")
-        self.log("val/loss", nats / count)
+        self.log("val/loss", nats / count, sync_dist=self.trainer.world_size > 1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.groups, self.optim)
