@@ -60,7 +60,7 @@ template <class Body> void over_tasks(int64_t tasks, int64_t elements, const Bod
 rwkv::Wkv4Shape wkv4_shape(const Tensor &k, int64_t chunk) {
   rwkv::Wkv4Shape s{k.size(0), k.size(1), k.size(2), chunk, rwkv::WKV4_LANES};
   const int64_t threads = torch::stable::get_num_threads();
-  while (s.lanes > 32 && s.tasks() < 2 * threads) s.lanes /= 2;  // narrower blocks where else threads would idle
+  while (s.lanes > 32 && s.tasks() < threads) s.lanes /= 2;  // narrower blocks where else threads would idle
   s.lanes = std::min(s.lanes, ((s.C + s.blocks() - 1) / s.blocks() + 15) / 16 * 16);  // blocks of equal width
   return s;
 }
@@ -115,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(const Tensor &w
       rwkv::wkv4_backward(s, a, scratch.get(), begin, end);
     });
   });
-  rwkv::sum_rows(dw_parts, out<float>(dw), s.B, s.C);
-  rwkv::sum_rows(du_parts, out<float>(du), s.B, s.C);
+  rwkv::sum_rows(dw_parts, out<float>(dw), s.B, s.C, s.C);
+  rwkv::sum_rows(du_parts, out<float>(du), s.B, s.C, s.C);
   return {dw, du, dk, dv, dstate};
 }
 
@@ -128,8 +128,9 @@ rwkv::ShiftMix<S> shift_mix_inputs(const Tensor &x, const std::optional<Tensor> 
   if (previous) check(*previous, "previous", {B, C}, x.scalar_type());
   rwkv::ShiftMix<S> a{};
   a.B = B, a.T = T, a.C = C, a.count = count, a.x = in<S>(x), a.previous = previous ? in<S>(*previous) : nullptr;
-  for (size_t i = 0; i < mixes.size(); ++i) {
-    check(mixes[i], "a mix", {C}, ScalarType::Float);
+  for (size_t i = 0; i < mixes.size(); ++i) {  // C elements in whatever shape: the checkpoints have (1, 1, C)
+    STD_TORCH_CHECK(mixes[i].numel() == C, "rwkv_train: a mix has the wrong number of elements");
+    check(mixes[i], "a mix", sizes_of(mixes[i]), ScalarType::Float);
     a.mix[i] = in<float>(mixes[i]);
   }
   return a;
@@ -149,11 +150,11 @@ std::vector<Tensor> shift_mix(const Tensor &x, std::optional<Tensor> previous, s
   return outputs;
 }
 
-// Returns dx (B, T, C), dprevious (B, C) and dmix (count, C).
-std::tuple<Tensor, Tensor, Tensor> shift_mix_backward(const Tensor &x, std::optional<Tensor> previous,
+// Returns dx (B, T, C), dprevious (B, C) and the gradient of each mix in its shape.
+std::tuple<Tensor, Tensor, std::vector<Tensor>> shift_mix_backward(const Tensor &x, std::optional<Tensor> previous,
                                                       std::vector<Tensor> mixes, std::vector<Tensor> grads) {
-  Tensor dx = empty(x, sizes_of(x), x.scalar_type()), dprevious = empty(x, {x.size(0), x.size(2)}, x.scalar_type()),
-         dmix = empty(x, {int64_t(mixes.size()), x.size(2)}, ScalarType::Float);
+  Tensor dx = empty(x, sizes_of(x), x.scalar_type()), dprevious = empty(x, {x.size(0), x.size(2)}, x.scalar_type());
+  std::vector<Tensor> dmixes;
   with_storage(x, [&](auto storage) {
     using S = decltype(storage);
     rwkv::ShiftMix<S> a = shift_mix_inputs<S>(x, previous, mixes);
@@ -162,15 +163,18 @@ std::tuple<Tensor, Tensor, Tensor> shift_mix_backward(const Tensor &x, std::opti
       check(grads[i], "a gradient of shift_mix", sizes_of(x), x.scalar_type());
       a.grad[i] = in<S>(grads[i]);
     }
-    Tensor parts = empty(dmix, {a.tasks(), a.count, a.C}, ScalarType::Float);
+    Tensor parts = empty(x, {a.tasks(), a.count, a.C}, ScalarType::Float);
     a.dx = out<S>(dx), a.dprevious = out<S>(dprevious), a.dmix = out<float>(parts);
     over_tasks(a.tasks(), a.B * a.T * a.C, [&](int64_t begin, int64_t end) {
       const std::unique_ptr<float[]> scratch(new float[size_t(2 * a.C)]);
       rwkv::shift_mix_backward(a, scratch.get(), begin, end);
     });
-    rwkv::sum_rows(out<float>(parts), out<float>(dmix), a.tasks(), a.count * a.C);
+    for (int64_t i = 0; i < a.count; ++i) {
+      dmixes.push_back(empty(x, sizes_of(mixes[size_t(i)]), ScalarType::Float));
+      rwkv::sum_rows(out<float>(parts) + i * a.C, out<float>(dmixes[size_t(i)]), a.tasks(), a.C, a.count * a.C);
+    }
   });
-  return {dx, dprevious, dmix};
+  return {dx, dprevious, dmixes};
 }
 
 Tensor relu_squared(const Tensor &k) {

@@ -107,7 +107,7 @@ template <class S> void sigmoid_gate_forward(const S *r, const S *y, S *o, int64
 template <class S>
 void sigmoid_gate_backward(const S *r, const S *y, const S *go, S *dr, S *dy, int64_t begin, int64_t end);
 
-// out[c] = sum over rows of in (rows, n), in the order of the rows whatever the number of threads.
-void sum_rows(const float *in, float *out, int64_t rows, int64_t n);
+// out[c] = sum of n columns over rows that are `stride` apart, in their order whatever the number of threads.
+void sum_rows(const float *in, float *out, int64_t rows, int64_t n, int64_t stride);
 
 }  // namespace rwkv

@@ -114,11 +114,11 @@ void sigmoid_gate_backward(const S *r, const S *y, const S *go, S *dr, S *dy, in
   }
 }
 
-void sum_rows(const float *in, float *out, int64_t rows, int64_t n) {
+void sum_rows(const float *in, float *out, int64_t rows, int64_t n, int64_t stride) {
   std::fill_n(out, n, 0.0f);
   for (int64_t row = 0; row < rows; ++row)
 #pragma omp simd
-    for (int64_t c = 0; c < n; ++c) out[c] += in[row * n + c];
+    for (int64_t c = 0; c < n; ++c) out[c] += in[row * stride + c];
 }
 
 #define RWKV_ELEMENTWISE(S)                                                                              \

@@ -106,8 +106,8 @@ def shift_mix(x: Tensor, previous: Tensor | None, *mixes: Tensor) -> list[Tensor
     if _by_definition(x):
         return reference.shift_mix(x, previous, mixes)
     before = None if previous is None else previous.to(x.dtype).contiguous()
-    flat = [mix.float().reshape(C) for mix in mixes]
-    return cast("list[Tensor]", torch.ops.rwkv_train.shift_mix(x.contiguous(), before, flat))
+    weights = [mix.float().contiguous() for mix in mixes]
+    return cast("list[Tensor]", torch.ops.rwkv_train.shift_mix(x.contiguous(), before, weights))
 
 
 def relu_squared(k: Tensor) -> Tensor:

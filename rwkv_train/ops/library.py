@@ -129,11 +129,11 @@ _differentiate("wkv4", _wkv4_setup, _wkv4_gradient)
 
 def _shift_mix_backward(
     x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor], grads: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     first = torch.zeros_like(x[:, 0]) if previous is None else previous
     vjp = torch.func.vjp(lambda x, first, *mixes: reference.shift_mix(x, first, mixes), x, first, *mixes)[1]
-    dx, dprevious, *dmix = vjp(list(grads))
-    return dx, dprevious, torch.stack(dmix)
+    dx, dprevious, *dmixes = vjp(list(grads))
+    return dx, dprevious, dmixes
 
 
 def _shift_mix_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -146,8 +146,8 @@ def _shift_mix_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) ->
 def _shift_mix_gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     x, previous, *mixes = ctx.saved_tensors
     whole = [torch.zeros_like(x) if g is None else g.contiguous() for g in grads]
-    dx, dprevious, dmix = torch.ops.rwkv_train.shift_mix_backward(x, previous, mixes, whole)
-    return dx, dprevious if ctx.with_previous else None, list(dmix.unbind(0))
+    dx, dprevious, dmixes = torch.ops.rwkv_train.shift_mix_backward(x, previous, mixes, whole)
+    return dx, dprevious if ctx.with_previous else None, dmixes
 
 
 _declare(
@@ -156,12 +156,12 @@ _declare(
     lambda x, previous, mixes: [torch.empty_like(x) for _ in mixes],
 )
 _declare(
-    "shift_mix_backward(Tensor x, Tensor? previous, Tensor[] mixes, Tensor[] grads) -> (Tensor, Tensor, Tensor)",
+    "shift_mix_backward(Tensor x, Tensor? previous, Tensor[] mixes, Tensor[] grads) -> (Tensor, Tensor, Tensor[])",
     _shift_mix_backward,
     lambda x, previous, mixes, grads: (
         torch.empty_like(x),
         torch.empty_like(x[:, 0]),
-        x.new_empty(len(mixes), x.shape[2], dtype=torch.float32),
+        [torch.empty_like(mix) for mix in mixes],
     ),
 )
 _differentiate("shift_mix", _shift_mix_setup, _shift_mix_gradient)

@@ -1,0 +1,52 @@
+"""How the benchmarks measure: both sides in one process, in turn, and medians, so that a busy machine hurts both."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+GIGA = 1e9
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of every run in every round; a round calls each once."""
+    for _ in range(warm_up):
+        for run in runs.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return times
+
+
+def median(times: list[float]) -> float:
+    return statistics.median(times)
+
+
+def copy_bytes_per_second(elements: int, repeats: int = 5) -> float:
+    """Bytes read and written per second by a copy between two float32 tensors, best of repeats."""
+    a, b = torch.ones(elements), torch.ones(elements)
+    return 8 * elements / min(seconds(lambda: b.copy_(a)) for _ in range(repeats))
+
+
+def matmul_flops_per_second(m: int, k: int, n: int, repeats: int = 1) -> float:
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    return 2 * m * k * n / min(seconds(lambda: a @ b) for _ in range(repeats))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""The CPU operator wkv4 against its floor, its linearity in T, its threads and its memory.
+
+    python benchmarks/wkv_cpu.py [--quick]
+
+The floor of forward + backward is the larger of moving 36 bytes an element (forward: k, v, y; backward: k, v, the
+gradient of y, dk, dv; and one to spare) at the measured copy bandwidth, and 6 exponentials an element at the faster of
+torch.exp and ours. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from measure import GIGA, copy_bytes_per_second, in_turn, median, seconds, table
+
+from rwkv_train import ops
+from rwkv_train.ops import build
+from rwkv_train.training.throughput import keep_freed_memory
+
+EXPONENTIAL = """
+#include "cpu.h"
+extern "C" void exponential(float *x, float *y, int64_t n, int64_t repeats) {
+  for (int64_t r = 0; r < repeats; ++r) {
+    for (int64_t i = 0; i < n; ++i) y[i] = rwkv::exp_negative(x[i]);
+    x[r % n] = -float(r % 80);
+  }
+}
+"""
+
+
+def our_exponentials_per_second() -> float:
+    """Of one thread, on data in the first-level cache."""
+    with tempfile.TemporaryDirectory() as directory:
+        source, library = Path(directory) / "exponential.cpp", Path(directory) / "exponential.so"
+        source.write_text(EXPONENTIAL)
+        flags = build.FLAGS.replace("-fvisibility=hidden", "").split()
+        include = f"-I{build.source_directory()}"
+        subprocess.run([build.find_compiler(), *flags, include, "-shared", str(source), "-o", str(library)], check=True)
+        function = ctypes.CDLL(str(library)).exponential
+    x, y, n, repeats = -torch.rand(2048) * 20, torch.empty(2048), 2048, 2000
+    call = [ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(n), ctypes.c_int64(repeats)]
+    return n * repeats / min(seconds(lambda: function(*call)) for _ in range(7))
+
+
+def torch_exponentials_per_second() -> float:
+    x = -torch.rand(64 * 1024) * 20
+    out = torch.empty_like(x)
+    return x.numel() / min(seconds(lambda: torch.exp(x, out=out)) for _ in range(300))
+
+
+class Case:
+    """Inputs of one shape and the step that is measured: forward, and backward with the gradient given."""
+
+    def __init__(self, B: int, T: int, C: int) -> None:
+        self.elements = B * T * C
+        draw = [torch.randn(C), torch.randn(C), torch.randn(B, T, C), torch.randn(B, T, C)]
+        draw[0] = -torch.exp(draw[0])
+        self.inputs = [x.requires_grad_() for x in draw]
+        self.gradient = torch.randn(B, T, C)
+
+    def step(self) -> None:
+        y, _ = ops.wkv4(*self.inputs)
+        torch.autograd.grad(y, self.inputs, self.gradient)
+
+
+def resident(name: str) -> int:
+    """VmRSS or VmHWM (the peak since the last reset) of this process in bytes."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return 1024 * int(found.group(1))
+
+
+def extra_memory(B: int, T: int, C: int) -> float:
+    """Peak memory of a step beyond inputs and outputs, in units of one (B, T, C) tensor."""
+    case = Case(B, T, C)
+    Case(B, 64, C).step()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    case.step()
+    outputs = 3  # y, dk, dv
+    return (resident("VmHWM") - before) / (4 * case.elements) - outputs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, under 50 seconds")
+    rounds = 7 if parser.parse_args().quick else 25
+    assert build.CPP.load(), "the C++ engine is not available"
+    memory = extra_memory(1, 65536, 512)  # before the allocator is told to keep what is freed
+    keep_freed_memory()
+    threads = torch.get_num_threads()
+
+    case = Case(4, 1024, 1024)
+    bandwidth, exponentials = 0.0, 0.0
+    alone: list[float] = []
+    together: list[float] = []
+    case.step()
+    for _ in range(rounds):  # the floor is measured beside the operator, in every round
+        bandwidth = max(bandwidth, copy_bytes_per_second(case.elements, 2))
+        exponentials = max(exponentials, our_exponentials_per_second() * threads, torch_exponentials_per_second())
+        together.append(seconds(case.step))
+        torch.set_num_threads(1)
+        alone.append(seconds(case.step))
+        torch.set_num_threads(threads)
+    by_bytes, by_exponentials = 36 * case.elements / bandwidth, 6 * case.elements / exponentials
+    floor, time = max(by_bytes, by_exponentials), median(together)
+
+    del case
+    short, long = Case(64, 1024, 256), Case(1, 65536, 256)
+    times = in_turn({"short": short.step, "long": long.step}, max(3, rounds // 3))
+    result = {
+        "floor_ratio": round(time / floor, 3),
+        "linearity_65536_vs_1024": round(median(times["long"]) / median(times["short"]), 3),
+        "threads_2_vs_1": round(median(alone) / time, 3),
+        "extra_memory": round(memory, 4),
+        "bytes_are_the_floor": by_bytes > by_exponentials,
+    }
+    rows = [
+        ["forward + backward, B4 T1024 C1024", f"{time * 1e3:.1f} ms", "best " + f"{min(together) * 1e3:.1f} ms"],
+        ["floor by 36 bytes an element", f"{by_bytes * 1e3:.1f} ms", f"{bandwidth / GIGA:.1f} GB/s copied"],
+        ["floor by 6 exponentials an element", f"{by_exponentials * 1e3:.1f} ms", f"{exponentials / GIGA:.1f} G/s"],
+        ["one thread", f"{median(alone) * 1e3:.1f} ms", f"{threads} threads {result['threads_2_vs_1']:.2f} × as fast"],
+        ["B64 T1024 C256", f"{median(times['short']) * 1e3:.1f} ms", ""],
+        ["B1 T65536 C256", f"{median(times['long']) * 1e3:.1f} ms", f"{result['linearity_65536_vs_1024']:.2f} ×"],
+        ["memory beyond inputs and outputs", f"{memory:.3f}", "of one (B, T, C) tensor, B1 T65536 C512"],
+    ]
+    print(table(["what", "measured", "beside it"], rows))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
