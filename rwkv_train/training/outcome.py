@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import codecs
 import math
+import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,5 +77,13 @@ def summarise(console: Console, run: RunDirectory, title: str, baselines: Mappin
         if path.exists():
             console.print(f"  {path}  ({what})", highlight=False, soft_wrap=True)
     console.print("\nWhat to type next:", style="bold")
-    console.print(f"  rwkv-train generate {run.weights} --prompt 'def '", highlight=False, soft_wrap=True)
-    console.print("  python train.py --help", highlight=False)
+    console.print(f"  {_typed('rwkv-train')} generate {run.weights} --prompt 'def '", highlight=False, soft_wrap=True)
+    console.print(f"  {_typed('rwkv-train')} train --help", highlight=False, soft_wrap=True)
+
+
+def _typed(tool: str) -> str:
+    """How a tool of this environment is called from here: by its name where PATH finds it, else by its path."""
+    if shutil.which(tool):
+        return tool
+    path = Path(sys.executable).parent / tool
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
