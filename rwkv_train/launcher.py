@@ -32,6 +32,14 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         the exit code: 0, 2 for a mistake of the user's, 3 where the disk refused writes, 130 when interrupted.
     """
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main(argv: Sequence[str]) -> int:
     first = rank() == 0  # the others would say the same
     try:
         flags, words = _split(argv)
@@ -56,9 +64,6 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         report(error)
         return MISTAKE
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
 
 
 def load(words: Sequence[str]) -> Config:

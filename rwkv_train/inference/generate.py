@@ -13,7 +13,7 @@ from torch import Tensor
 from rwkv_train.data.tokenizers import load_tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV, build_model
-from rwkv_train.models.weights import infer_config, load_weights
+from rwkv_train.models.weights import infer_config, load_weights, refuse_mismatches
 
 _PROMPT_CHUNK = 1024  # tokens read in one pass: the memory for a long prompt does not grow with it
 
@@ -68,9 +68,14 @@ def generate(
 
 
 def load_model(checkpoint: Path) -> RWKV:
-    """The model of a checkpoint directory or a .pth file under the field's names; the tensors tell its shape."""
+    """The model of a checkpoint directory or a .pth file under the field's names; the tensors tell its shape.
+
+    Raises:
+        UserError: there is no such file, or it is not the weights of a model that can be built here.
+    """
     weights = load_weights(checkpoint)
     model = build_model(infer_config(weights), device="meta").to_empty(device="cpu")
+    refuse_mismatches(str(checkpoint), weights, model)
     model.load_state_dict(weights)
     return model.eval()
 

@@ -26,7 +26,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"there is no file {file}", "give a .pth file or a checkpoint directory") from None
     except Exception as error:  # torch raises many types for a file that is torn or no archive of tensors
         raise UserError(f"{file} cannot be read as weights: {str(error).splitlines()[0][:200]}") from None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
         raise UserError(f"{file} does not hold a dict of tensors", "export the weights under the field's names")
     return weights
 
@@ -43,6 +45,16 @@ def mismatches(weights: Mapping[str, Tensor], model: nn.Module) -> list[str]:
         if name in given and given[name] != shape
     ]
     return shapes + missing + unknown
+
+
+def refuse_mismatches(what: str, weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raises a UserError that names the first tensors that do not fit; `what` says where they come from."""
+    different = mismatches(weights, model)
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise UserError(
+            f"{what} does not fit the model: {'; '.join(different[:3])}{more}", "give weights or a model of one shape"
+        )
 
 
 def infer_config(weights: Mapping[str, Tensor]) -> ModelConfig:

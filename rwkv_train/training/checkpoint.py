@@ -128,6 +128,21 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def dump(value: Any, file: BinaryIO) -> None:
+    """torch.save into an open file.
+
+    Raises:
+        OSError: the disk refused; torch.save by itself makes a RuntimeError of it.
+    """
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
+
+
 @dataclass(frozen=True)
 class Damage:
     """Why a directory that looks like a checkpoint is not a whole one."""
@@ -173,8 +188,13 @@ def read_meta(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the directory is missing or not a whole checkpoint.
     """
+    wanted = "give a directory like RUN/checkpoints/step_000001000"
+    if path.is_file():
+        raise UserError(f"{path} is a file and no checkpoint", f"{wanted}; init.weights=FILE starts a run from weights")
     if not path.is_dir():
-        raise UserError(f"there is no checkpoint at {path}", "give a directory like RUN/checkpoints/step_000001000")
+        raise UserError(f"there is no checkpoint at {path}", wanted)
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{path} is a run and no checkpoint", f"name one of those in {path / 'checkpoints'}")
     if damage := verify(path):
         raise UserError(f"the checkpoint {path} is damaged: {damage.reason}", "use an older one beside it")
     return cast(dict[str, Any], json.loads((path / "meta.json").read_text()))
@@ -197,7 +217,7 @@ def save(content: Mapping[str, Any], final: Path, storage: Storage) -> None:
         with storage.write(aside / name) as file:
             hashing = _Hashing(file)
             if name.endswith(".pth"):
-                torch.save(value, cast(BinaryIO, hashing))
+                dump(value, cast(BinaryIO, hashing))
             else:
                 hashing.write(json.dumps(value, indent=1).encode())
         files[name] = hashing.entry()

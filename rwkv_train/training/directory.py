@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
@@ -52,8 +53,7 @@ class RunDirectory:
                     f"the run directory {self.path} is in use by another process ({lock.read().strip() or 'unknown'})",
                     "wait for it, stop it, or give this run another name: run.name=NAME",
                 ) from None
-            lock.seek(0)
-            lock.truncate()
-            lock.write(f"pid {os.getpid()} on {os.uname().nodename}")
-            lock.flush()
+            with contextlib.suppress(OSError):  # a full disk: the claim holds, it only has no name
+                os.truncate(lock.fileno(), 0)
+                os.write(lock.fileno(), f"pid {os.getpid()} on {os.uname().nodename}".encode())
             yield

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 import rwkv_train
 from rwkv_train.data.datamodule import DataModule
 from rwkv_train.evaluation.baselines import baselines
+from rwkv_train.evaluation.curve import draw_loss_curve
 from rwkv_train.training.callbacks.checkpointing import Checkpointing
+from rwkv_train.training.callbacks.ending import Ending
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.progress import ProgressBar
 from rwkv_train.training.checkpoint import newest, read_meta, remove_unfinished, set_aside_newer
@@ -26,7 +27,7 @@ from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.optim import describe_groups
 from rwkv_train.training.outcome import summarise, write_sample, write_weights
 from rwkv_train.training.parts import Parts, check_checkpoint
-from rwkv_train.training.records import Events, JsonLines
+from rwkv_train.training.records import Events, JsonLines, Refusals
 from rwkv_train.training.strategy import build_strategy
 
 DISK_REFUSED = 3  # exit codes: the run came to its end, but could not write all its checkpoints or records;
@@ -58,11 +59,14 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
         )
         return 0
 
-    events, lines = Events(run.events, parts.first), JsonLines(run.metrics, parts.first)
+    events, lines, refusals = Events(run.events, parts.first), JsonLines(run.metrics, parts.first), Refusals()
     if parts.first:
         remove_unfinished(run.checkpoints, parts.storage)
         set_aside_newer(run.checkpoints, step)
-        run.config.write_text(yaml.safe_dump(parts.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        with refusals.outlived(run.config):
+            aside = run.config.with_name(".config.yaml")
+            aside.write_text(yaml.safe_dump(parts.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            aside.replace(run.config)
     lines.cut(step)
     events.add("started" if checkpoint is None else "resumed", step)
     data.start_step = step
@@ -79,44 +83,55 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
     )
     _describe(parts, module, checkpoint)
     if checkpoint is None and parts.first:
-        write_sample(parts.model, data.tokenizer, config.samples, config.seed, 0, run)
-    ours: list[Callback] = [metrics, saving, ProgressBar(metrics, total, console)]
-    if config.budget.hours is not None:
-        ours.append(Timer(timedelta(hours=config.budget.hours), verbose=False))
+        with refusals.outlived(run.samples):
+            write_sample(parts.model, data.tokenizer, config.samples, config.seed, 0, run)
+    hours = config.budget.hours
+    ending = Ending(total, None if hours is None else hours * 3600)
+    ours: list[Callback] = [metrics, saving, ProgressBar(metrics, total, console), ending]
     trainer = _trainer(parts, [*ours, *(make() for make in callbacks)], [make() for make in loggers])
     try:
         trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
     except SystemExit:
         if not trainer.interrupted:
             raise
-        console.print(f"\ninterrupted at step {trainer.global_step}; the same command goes on from the last checkpoint")
+        console.print(f"\ninterrupted at step {trainer.global_step}; {_next_time(saving)}")
         return INTERRUPTED
-    events.add("finished" if trainer.global_step == total else "stopped", trainer.global_step)
-    return _finish(parts, trainer.global_step, saving.failures + lines.lost + events.lost)
-
-
-def _finish(parts: Parts, step: int, refused: int) -> int:
-    """After the last step: final weights, samples, curve and summary, by the first process."""
-    if not parts.first:
-        return 0
-    config, run, data, model, console = parts.config, parts.directory, parts.data, parts.model, parts.console
-    try:
-        write_weights(model, run)
-        write_sample(model, data.tokenizer, config.samples, config.seed, step, run)
-        comparable = len(data.held_out) and data.tokenizer.name == "bytes"
-        known = baselines(data.train.tokens, data.held_out.tokens) if comparable else {}
-        title = f"{run.path.name}: {sum(p.numel() for p in model.parameters()):,} parameters"
-        summarise(console, run, title, known)
-    except OSError as error:
-        console.print(f"[bold red]WARNING[/bold red]: {error.filename} could not be written: {error.strerror}")
-        refused += 1
+    step = trainer.global_step
+    events.add("finished" if step == total else "stopped", step)
+    _finish(parts, step, lines, refusals)
+    if step != total:
+        why = f"budget.hours={hours:g} is over" if ending.out_of_time else "a callback stopped the run"
+        console.print(f"\n{why}: step {step}" + (f" of {total}" if total else "") + f"; {_next_time(saving)}")
+    refused = refusals.count + saving.failures + lines.lost + events.lost
     if not refused:
         return 0
-    kept, _ = newest(run.checkpoints)
-    console.print(
-        f"[bold red]WARNING[/bold red]: the disk refused {refused} writes; the last whole checkpoint is {kept}"
-    )
+    kept = newest(run.checkpoints)[0] or "none"
+    console.print(f"[bold red]WARNING[/bold red]: the disk refused {refused} writes; the last whole checkpoint is {kept}")
     return DISK_REFUSED
+
+
+def _next_time(saving: Checkpointing) -> str:
+    if saving.last is None:
+        return "there is no checkpoint yet: the same command starts at step 0"
+    return f"the same command goes on from the checkpoint of step {saving.last}"
+
+
+def _finish(parts: Parts, step: int, lines: JsonLines, refusals: Refusals) -> None:
+    """After the last step: final weights, samples, curve and summary, by the first process."""
+    if not parts.first:
+        return
+    config, run, data, model = parts.config, parts.directory, parts.data, parts.model
+    with refusals.outlived(run.weights):
+        write_weights(model, run)
+    with refusals.outlived(run.samples):
+        write_sample(model, data.tokenizer, config.samples, config.seed, step, run)
+    comparable = len(data.held_out) and data.tokenizer.name == "bytes"
+    known = baselines(data.train.tokens, data.held_out.tokens) if comparable else {}
+    title = f"{run.path.name}: {sum(p.numel() for p in model.parameters()):,} parameters"
+    rows = lines.rows()
+    with refusals.outlived(run.curve):
+        draw_loss_curve(rows, run.curve, title, known)
+    summarise(parts.console, run, rows, known)
 
 
 def _find_checkpoint(parts: Parts) -> Path | None:
@@ -124,7 +139,7 @@ def _find_checkpoint(parts: Parts) -> Path | None:
     if parts.config.resume == "never":
         return None
     if parts.config.resume != "auto":
-        return Path(parts.config.resume)
+        return Path(parts.config.resume).expanduser()
     directory = parts.directory.checkpoints
     found, damaged = newest(directory, parts.storage)
     for damage in damaged:
@@ -139,7 +154,8 @@ def _find_checkpoint(parts: Parts) -> Path | None:
 def _trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches are cut from memory
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning's own use of torch
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for room in ("lightning.pytorch", "lightning.fabric"):  # what they say of devices, our own head of a run says
+        logging.getLogger(room).setLevel(logging.WARNING)
     config, data = parts.config, parts.data
     return L.Trainer(
         accelerator=parts.accelerator,

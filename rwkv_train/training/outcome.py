@@ -6,21 +6,19 @@ import codecs
 import math
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from rwkv_train.config import SampleSettings
 from rwkv_train.data.tokenizers import Tokenizer
-from rwkv_train.evaluation.curve import draw_loss_curve
 from rwkv_train.inference.generate import generate
 from rwkv_train.models import RWKV
+from rwkv_train.training.checkpoint import LocalStorage, dump
 from rwkv_train.training.directory import RunDirectory
-from rwkv_train.training.records import JsonLines
 
 
 def write_sample(
@@ -39,18 +37,28 @@ def write_sample(
 
 
 def write_weights(model: RWKV, run: RunDirectory) -> None:
-    """The final weights under the field's names, written beside and renamed."""
-    aside = run.weights.with_name(".weights.pth")
-    torch.save(model.state_dict(), aside)
-    aside.replace(run.weights)
+    """The final weights under the field's names, written beside and renamed.
+
+    Raises:
+        OSError: the disk refused; nothing is left of the attempt.
+    """
+    storage, aside = LocalStorage(), run.weights.with_name(".weights.pth")
+    try:
+        with storage.write(aside) as file:
+            dump(model.state_dict(), file)
+        storage.rename(aside, run.weights)
+    finally:
+        storage.delete(aside)
 
 
-def summarise(console: Console, run: RunDirectory, title: str, baselines: Mapping[str, float]) -> None:
-    """Draws the curve and prints the run's figures beside the baselines', where all lies, and what to type next."""
-    rows = JsonLines(run.metrics).rows()
-    if not rows:
-        return
-    draw_loss_curve(rows, run.curve, title, baselines)
+def summarise(
+    console: Console, run: RunDirectory, rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]
+) -> None:
+    """Prints the run's figures beside the baselines', where all lies, and what to type next.
+
+    Args:
+        rows: of metrics.jsonl, at least one.
+    """
     validated = [row for row in rows if "val/loss" in row]
     table = Table("on the held-out text", "nats/byte", "bits/byte", title=None, title_justify="left")
     for name, loss in sorted(baselines.items(), key=lambda item: -item[1]):

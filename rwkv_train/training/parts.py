@@ -7,7 +7,6 @@ it takes seconds to import.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from rwkv_train.config import Config
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV, ModelConfig, build_model
-from rwkv_train.models.weights import load_weights, mismatches
+from rwkv_train.models.weights import load_weights, refuse_mismatches
 from rwkv_train.training.checkpoint import Storage, read_meta
 from rwkv_train.training.directory import RunDirectory
 from rwkv_train.training.throughput import keep_freed_memory
@@ -73,7 +72,7 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
         storage=storage,
     )
     if config.resume not in ("auto", "never"):
-        check_checkpoint(Path(config.resume), parts)
+        check_checkpoint(Path(config.resume).expanduser(), parts)
     return parts
 
 
@@ -117,24 +116,16 @@ def _build(config: Config, vocab_size: int) -> RWKV:
     else:
         weights = load_weights(Path(config.init_weights).expanduser())
         model = build_model(shape, device="meta").to_empty(device="cpu")
-        _refuse(f"init.weights={config.init_weights}", mismatches(weights, model))
+        refuse_mismatches(f"init.weights={config.init_weights}", weights, model)
         model.load_state_dict(weights)
     model.activation_checkpointing = config.activation_checkpointing
     return model
 
 
-def _refuse(what: str, different: Sequence[str]) -> None:
-    if different:
-        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-        raise UserError(
-            f"{what} does not fit the model: {'; '.join(different[:3])}{more}", "give the model's own shape"
-        )
-
-
 def check_checkpoint(path: Path, parts: Parts) -> None:
     """Refuses to go on from a checkpoint of another model, other data or another config."""
     meta = read_meta(path)
-    _refuse(f"the checkpoint {path}", mismatches(load_weights(path), parts.model))
+    refuse_mismatches(f"the checkpoint {path}", load_weights(path), parts.model)
     changed = differences(meta["config"], parts.tree)
     if meta["data"] != parts.data.digest:
         changed.append(f"the data itself: content hash {meta['data']} → {parts.data.digest}")
