@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -58,10 +59,10 @@ template <class Body> void over_tasks(int64_t tasks, int64_t elements, const Bod
 }
 
 rwkv::Wkv4Shape wkv4_shape(const Tensor &k, int64_t chunk) {
-  rwkv::Wkv4Shape s{k.size(0), k.size(1), k.size(2), chunk, rwkv::WKV4_LANES};
+  rwkv::Wkv4Shape s{k.size(0), k.size(1), k.size(2), chunk, k.size(2)};
   const int64_t threads = torch::stable::get_num_threads();
-  while (s.lanes > 32 && s.tasks() < threads) s.lanes /= 2;  // narrower blocks where else threads would idle
-  s.lanes = std::min(s.lanes, ((s.C + s.blocks() - 1) / s.blocks() + 15) / 16 * 16);  // blocks of equal width
+  const int64_t ranges = threads / std::gcd(s.B, threads);  // so that tasks are a multiple of the threads
+  s.width = std::max<int64_t>(32, ((s.C + ranges - 1) / ranges + 15) / 16 * 16);
   return s;
 }
 

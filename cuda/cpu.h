@@ -48,14 +48,16 @@ inline float exp_negative(float x) {
   return x < lowest ? 0.0f : p * scale;
 }
 
-// wkv4: B sequences of T steps and C channels. A task is one sequence × one block of `lanes` channels.
+// wkv4: B sequences of T steps and C channels. A task is one sequence × one range of `width` channels; it goes over time
+// in chunks, and through a chunk in blocks of at most WKV4_LANES channels, whose states fit into the first-level cache.
+constexpr int64_t WKV4_LANES = 64;
+
 struct Wkv4Shape {
-  int64_t B, T, C, chunk, lanes;  // a state is saved every `chunk` steps, but not the first, which the caller has
-  int64_t blocks() const { return (C + lanes - 1) / lanes; }
-  int64_t tasks() const { return B * blocks(); }
-  int64_t saved() const { return (T - 1) / chunk; }
+  int64_t B, T, C, chunk, width;
+  int64_t ranges() const { return (C + width - 1) / width; }
+  int64_t tasks() const { return B * ranges(); }
+  int64_t saved() const { return (T - 1) / chunk; }  // states, one before each chunk but the first, which the caller has
 };
-constexpr int64_t WKV4_LANES = 128;  // most channels of a task: their states fit into the first-level cache
 
 template <class S> struct Wkv4Forward {
   const float *w, *u;           // (C)
@@ -79,7 +81,7 @@ template <class S> void wkv4_forward(const Wkv4Shape &, const Wkv4Forward<S> &, 
 // `scratch` holds wkv4_scratch(shape) floats that no other thread touches.
 template <class S>
 void wkv4_backward(const Wkv4Shape &, const Wkv4Backward<S> &, float *scratch, int64_t begin, int64_t end);
-inline int64_t wkv4_scratch(const Wkv4Shape &s) { return 3 * s.chunk * s.lanes; }
+inline int64_t wkv4_scratch(const Wkv4Shape &s) { return 5 * s.chunk * WKV4_LANES; }
 
 // shift_mix: out_i = x_t μ_i + x_(t-1) (1 - μ_i) for `count` mixes. A task is one sequence × a block of MIX_ROWS steps.
 constexpr int64_t MIX_ROWS = 64, MOST_MIXES = 8;

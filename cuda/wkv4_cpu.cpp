@@ -31,7 +31,7 @@ struct Pair {  // e^(x-m) and e^(y-m) with m = max(x, y): one exponential, as on
 };
 
 inline Pair exp_pair(float x, float y) {
-  const float difference = x - y, e = exp_negative(difference < 0 ? difference : -difference);
+  const float difference = x - y, e = exp_negative(-__builtin_fabsf(difference));
   return {difference < 0 ? e : 1.0f, difference < 0 ? 1.0f : e};
 }
 
@@ -48,35 +48,48 @@ struct State {
   }
 };
 
-// A task reads a short piece of each row, often a page apart from the last: too far for the hardware's prefetchers.
-constexpr int64_t AHEAD = 8;
-
 template <bool WRITE, class S> void prefetch(const S *row, int64_t lanes) {
   for (int64_t c = 0; c < lanes; c += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + c, WRITE);
 }
 
-struct Block {  // where a task works
-  int64_t b, first, lanes;
+// Some channels of one sequence through one chunk of time. `next` is how far on in memory the next block's rows are: a
+// block fetches them while it computes, since the hardware's prefetchers see only short pieces of rows, often a page apart.
+struct Block {
+  int64_t b, first, lanes, begin, end, next;
 
-  Block(const Wkv4Shape &s, int64_t task) : b(task / s.blocks()), first(task % s.blocks() * s.lanes) {
-    lanes = std::min(s.lanes, s.C - first);
-  }
+  // Where the block's channels start in a (B, rows, C) tensor.
+  int64_t in(const Wkv4Shape &s, int64_t rows, int64_t row) const { return (b * rows + row) * s.C + first; }
 };
+
+// Calls body with every block of a task: forward in time, or backward.
+template <class Body> void over_blocks(const Wkv4Shape &s, int64_t task, bool backward, const Body &body) {
+  const int64_t b = task / s.ranges(), from = task % s.ranges() * s.width, to = std::min(from + s.width, s.C);
+  for (int64_t i = 0; i <= s.saved(); ++i) {
+    const int64_t begin = (backward ? s.saved() - i : i) * s.chunk, end = std::min(begin + s.chunk, s.T);
+    for (int64_t first = from; first < to; first += WKV4_LANES) {
+      const int64_t to_next_chunk = (backward ? -s.chunk : s.chunk) * s.C + from - first;
+      const int64_t next = first + WKV4_LANES < to ? WKV4_LANES : to_next_chunk;
+      body(Block{b, first, std::min(WKV4_LANES, to - first), begin, end, next});
+    }
+  }
+}
+
+// Where the state before a block's chunk was saved.
+template <class Arguments> const float *state_before(const Wkv4Shape &s, const Arguments &a, const Block &at) {
+  if (at.begin == 0) return a.state + at.in(s, 3, 0);
+  return a.saved + ((at.b * s.saved() + at.begin / s.chunk - 1) * 3) * s.C + at.first;
+}
 
 template <class S> void forward_block(const Wkv4Shape &s, const Wkv4Forward<S> &a, const Block &at) {
   const float *w = a.w + at.first, *u = a.u + at.first;
   State state;
-  state.read(a.state + at.b * 3 * s.C + at.first, s.C, at.lanes);
-  for (int64_t t = 0; t < s.T; ++t) {
-    if (t > 0 && t % s.chunk == 0)
-      state.write(a.saved + (at.b * s.saved() + t / s.chunk - 1) * 3 * s.C + at.first, s.C, at.lanes);
-    const int64_t row = (at.b * s.T + t) * s.C + at.first;
+  state.read(state_before(s, a, at), s.C, at.lanes);
+  for (int64_t t = at.begin; t < at.end; ++t) {
+    const int64_t row = at.in(s, s.T, t);
     const S *kt = a.k + row, *vt = a.v + row;
     S *yt = a.y + row;
-    if (t + AHEAD < s.T) {
-      const int64_t ahead = AHEAD * s.C;
-      prefetch<false>(kt + ahead, at.lanes), prefetch<false>(vt + ahead, at.lanes), prefetch<true>(yt + ahead, at.lanes);
-    }
+    prefetch<false>(kt + at.next, at.lanes), prefetch<false>(vt + at.next, at.lanes);
+    prefetch<true>(yt + at.next, at.lanes);
 #pragma omp simd
     for (int64_t c = 0; c < at.lanes; ++c) {
       const float k = load(kt[c]), v = load(vt[c]), n = state.n[c], d = state.d[c], p = state.p[c];
@@ -87,24 +100,26 @@ template <class S> void forward_block(const Wkv4Shape &s, const Wkv4Forward<S> &
       state.p[c] = larger(p + w[c], k);
     }
   }
-  state.write(a.new_state + at.b * 3 * s.C + at.first, s.C, at.lanes);
+  float *after = at.end == s.T ? a.new_state + at.in(s, 3, 0)
+                               : a.saved + ((at.b * s.saved() + at.begin / s.chunk) * 3) * s.C + at.first;
+  state.write(after, s.C, at.lanes);
 }
 
 // Recomputes the states before each step of a chunk into scratch; `state` ends as the state after the chunk.
 template <class S>
-void recompute(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &at, int64_t begin, int64_t end, State &state,
-               float *scratch) {
+void recompute(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &at, State &state, float *scratch) {
   const float *w = a.w + at.first;
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t row = (at.b * s.T + t) * s.C + at.first;
-    const S *kt = a.k + row, *vt = a.v + row;
-    float *n_before = scratch + 3 * (t - begin) * s.lanes, *d_before = n_before + s.lanes, *p_before = d_before + s.lanes;
-    if (t + AHEAD < end) prefetch<false>(kt + AHEAD * s.C, at.lanes), prefetch<false>(vt + AHEAD * s.C, at.lanes);
+  for (int64_t t = at.begin; t < at.end; ++t) {
+    const S *kt = a.k + at.in(s, s.T, t), *vt = a.v + at.in(s, s.T, t);
+    float *n_at = scratch + 5 * (t - at.begin) * WKV4_LANES, *d_at = n_at + WKV4_LANES, *p_at = d_at + WKV4_LANES;
+    float *x_at = p_at + WKV4_LANES, *y_at = x_at + WKV4_LANES;
+    prefetch<false>(kt + at.next, at.lanes), prefetch<false>(vt + at.next, at.lanes);
 #pragma omp simd
     for (int64_t c = 0; c < at.lanes; ++c) {
       const float k = load(kt[c]), v = load(vt[c]), n = state.n[c], d = state.d[c], p = state.p[c];
-      n_before[c] = n, d_before[c] = d, p_before[c] = p;
+      n_at[c] = n, d_at[c] = d, p_at[c] = p;
       const Pair next = exp_pair(p + w[c], k);
+      x_at[c] = next.x, y_at[c] = next.y;
       state.n[c] = next.x * n + next.y * v;
       state.d[c] = next.x * d + next.y;
       state.p[c] = larger(p + w[c], k);
@@ -112,61 +127,55 @@ void recompute(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &at, in
   }
 }
 
-// WITH_STATE: the new state has a gradient, so q is carried too.
+// Between chunks Gn, Gd and q wait in dstate, the sums for w and u in dw and du. WITH_STATE: q is carried too.
 template <bool WITH_STATE, class S>
 void backward_block(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &at, float *scratch) {
-  const float *w = a.w + at.first, *u = a.u + at.first;
-  const int64_t lanes = at.lanes, state_at = at.b * 3 * s.C + at.first;
-  float gn[WKV4_LANES] = {}, gd[WKV4_LANES] = {}, q[WKV4_LANES] = {}, dw[WKV4_LANES] = {}, du[WKV4_LANES] = {};
+  const float *w = a.w + at.first, *u = a.u + at.first, *start = state_before(s, a, at);
+  float *ds = a.dstate + at.in(s, 3, 0), *dw = a.dw + at.in(s, 1, 0), *du = a.du + at.in(s, 1, 0);
+  float gn[WKV4_LANES] = {}, gd[WKV4_LANES] = {}, q[WKV4_LANES] = {};
+  float dw_chunk[WKV4_LANES] = {}, du_chunk[WKV4_LANES] = {};
   State state;
-  for (int64_t chunk = s.saved(); chunk >= 0; --chunk) {
-    const int64_t begin = chunk * s.chunk, end = std::min(begin + s.chunk, s.T);
-    const float *start = chunk ? a.saved + (at.b * s.saved() + chunk - 1) * 3 * s.C + at.first : a.state + state_at;
-    state.read(start, s.C, lanes);
-    recompute(s, a, at, begin, end, state, scratch);
-    if (WITH_STATE && end == s.T) {
-      const float *gs = a.gstate + state_at;
-      for (int64_t c = 0; c < lanes; ++c) {
-        gn[c] = gs[c], gd[c] = gs[c + s.C];
-        q[c] = gs[c + 2 * s.C] - state.n[c] * gn[c] - state.d[c] * gd[c];
-      }
+  state.read(start, s.C, at.lanes);
+  recompute(s, a, at, state, scratch);
+  const bool last = at.end == s.T;
+  if (!last || WITH_STATE) {
+    const float *after = last ? a.gstate + at.in(s, 3, 0) : ds;
+    for (int64_t c = 0; c < at.lanes; ++c) {
+      gn[c] = after[c], gd[c] = after[c + s.C], q[c] = after[c + 2 * s.C];
+      if (last) q[c] -= state.n[c] * gn[c] + state.d[c] * gd[c];
     }
-    float dw_chunk[WKV4_LANES] = {}, du_chunk[WKV4_LANES] = {};
-    for (int64_t t = end - 1; t >= begin; --t) {
-      const int64_t row = (at.b * s.T + t) * s.C + at.first;
-      const S *kt = a.k + row, *vt = a.v + row, *gt = a.gy + row;
-      S *dkt = a.dk + row, *dvt = a.dv + row;
-      const float *n_at = scratch + 3 * (t - begin) * s.lanes, *d_at = n_at + s.lanes, *p_at = d_at + s.lanes;
-      if (t >= AHEAD) {
-        const int64_t ahead = AHEAD * s.C;
-        prefetch<false>(gt - ahead, lanes), prefetch<true>(dkt - ahead, lanes), prefetch<true>(dvt - ahead, lanes);
-      }
-#pragma omp simd
-      for (int64_t c = 0; c < lanes; ++c) {
-        const float k = load(kt[c]), v = load(vt[c]), n = n_at[c], d = d_at[c], p = p_at[c], decayed = p + w[c];
-        const Pair out = exp_pair(p, u[c] + k), next = exp_pair(decayed, k);
-        const float inverse = 1.0f / (out.x * d + out.y), y = (out.x * n + out.y * v) * inverse;
-        const float g = load(gt[c]) * inverse, bonus = out.x * out.y * g * (v * d - n) * inverse;
-        float dk = bonus + next.y * (v * gn[c] + gd[c]), decay = next.x * (n * gn[c] + d * gd[c]);
-        if (WITH_STATE) {
-          const float won = decayed < k ? q[c] : decayed == k ? 0.5f * q[c] : 0.0f;
-          q[c] -= won;
-          dk += won, decay += q[c];
-        }
-        du_chunk[c] += bonus, dw_chunk[c] += decay;
-        store(&dkt[c], dk);
-        store(&dvt[c], out.y * g + next.y * gn[c]);
-        gn[c] = out.x * g + next.x * gn[c];
-        gd[c] = next.x * gd[c] - out.x * g * y;
-      }
-    }
-    for (int64_t c = 0; c < lanes; ++c) dw[c] += dw_chunk[c], du[c] += du_chunk[c];
   }
-  const float *start = a.state + state_at;
-  float *ds = a.dstate + state_at;
-  for (int64_t c = 0; c < lanes; ++c) {
-    ds[c] = gn[c], ds[c + s.C] = gd[c], ds[c + 2 * s.C] = q[c] + start[c] * gn[c] + start[c + s.C] * gd[c];
-    a.dw[at.b * s.C + at.first + c] = dw[c], a.du[at.b * s.C + at.first + c] = du[c];
+  for (int64_t t = at.end - 1; t >= at.begin; --t) {
+    const int64_t row = at.in(s, s.T, t);
+    const S *kt = a.k + row, *vt = a.v + row, *gt = a.gy + row;
+    S *dkt = a.dk + row, *dvt = a.dv + row;
+    const float *n_at = scratch + 5 * (t - at.begin) * WKV4_LANES, *d_at = n_at + WKV4_LANES, *p_at = d_at + WKV4_LANES;
+    const float *x_at = p_at + WKV4_LANES, *y_at = x_at + WKV4_LANES;
+    prefetch<false>(gt + at.next, at.lanes);
+    prefetch<true>(dkt + at.next, at.lanes), prefetch<true>(dvt + at.next, at.lanes);
+#pragma omp simd
+    for (int64_t c = 0; c < at.lanes; ++c) {
+      const float k = load(kt[c]), v = load(vt[c]), n = n_at[c], d = d_at[c], p = p_at[c], decayed = p + w[c];
+      const Pair out = exp_pair(p, u[c] + k), next = {x_at[c], y_at[c]};
+      const float inverse = 1.0f / (out.x * d + out.y), y = (out.x * n + out.y * v) * inverse;
+      const float g = load(gt[c]) * inverse, bonus = out.x * out.y * g * (v * d - n) * inverse;
+      float dk = bonus + next.y * (v * gn[c] + gd[c]), decay = next.x * (n * gn[c] + d * gd[c]);
+      if (WITH_STATE) {
+        const float won = decayed < k ? q[c] : decayed == k ? 0.5f * q[c] : 0.0f;
+        q[c] -= won;
+        dk += won, decay += q[c];
+      }
+      du_chunk[c] += bonus, dw_chunk[c] += decay;
+      store(&dkt[c], dk);
+      store(&dvt[c], out.y * g + next.y * gn[c]);
+      gn[c] = out.x * g + next.x * gn[c];
+      gd[c] = next.x * gd[c] - out.x * g * y;
+    }
+  }
+  for (int64_t c = 0; c < at.lanes; ++c) {
+    if (at.begin == 0) q[c] += start[c] * gn[c] + start[c + s.C] * gd[c];
+    ds[c] = gn[c], ds[c + s.C] = gd[c], ds[c + 2 * s.C] = q[c];
+    dw[c] = dw_chunk[c] + (last ? 0.0f : dw[c]), du[c] = du_chunk[c] + (last ? 0.0f : du[c]);
   }
 }
 
@@ -174,17 +183,16 @@ void backward_block(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &a
 
 template <class S>
 void wkv4_forward(const Wkv4Shape &s, const Wkv4Forward<S> &a, int64_t begin, int64_t end) {
-  for (int64_t task = begin; task < end; ++task) forward_block(s, a, Block(s, task));
+  for (int64_t task = begin; task < end; ++task)
+    over_blocks(s, task, false, [&](const Block &at) { forward_block(s, a, at); });
 }
 
 template <class S>
 void wkv4_backward(const Wkv4Shape &s, const Wkv4Backward<S> &a, float *scratch, int64_t begin, int64_t end) {
-  for (int64_t task = begin; task < end; ++task) {
-    if (a.gstate)
-      backward_block<true>(s, a, Block(s, task), scratch);
-    else
-      backward_block<false>(s, a, Block(s, task), scratch);
-  }
+  for (int64_t task = begin; task < end; ++task)
+    over_blocks(s, task, true, [&](const Block &at) {
+      a.gstate ? backward_block<true>(s, a, at, scratch) : backward_block<false>(s, a, at, scratch);
+    });
 }
 
 template void wkv4_forward(const Wkv4Shape &, const Wkv4Forward<float> &, int64_t, int64_t);

@@ -62,7 +62,7 @@ def call(function: ctypes._CFuncPtr, guarded: Guarded, *shape: int) -> None:
     guarded.assert_unharmed()
 
 
-def run_wkv4(kernels: ctypes.CDLL, inputs: Sequence[Tensor], chunk: int, lanes: int) -> list[Tensor]:
+def run_wkv4(kernels: ctypes.CDLL, inputs: Sequence[Tensor], chunk: int, width: int) -> list[Tensor]:
     """Outputs and gradients as value_and_gradients returns them, computed by the kernels on guarded memory."""
     w, u, k, v, state = inputs
     B, T, C = k.shape
@@ -70,21 +70,21 @@ def run_wkv4(kernels: ctypes.CDLL, inputs: Sequence[Tensor], chunk: int, lanes: 
     for x in inputs:
         forward.add(*x.shape, value=x)
     y, new_state, saved = forward.add(B, T, C), forward.add(B, 3, C), forward.add(B, (T - 1) // chunk, 3, C)
-    call(kernels.forward, forward, B, T, C, chunk, lanes)
+    call(kernels.forward, forward, B, T, C, chunk, width)
     generator = torch.Generator().manual_seed(7)
     gy, gstate = torch.randn(y.shape, generator=generator), torch.randn(state.shape, generator=generator)
     for x in (w, u, k, v, state, saved, gy, gstate):
         backward.add(*x.shape, value=x)
     dk, dv, dw, du, dstate = (backward.add(*shape) for shape in (k.shape, v.shape, (B, C), (B, C), state.shape))
-    call(kernels.backward, backward, B, T, C, chunk, lanes)
+    call(kernels.backward, backward, B, T, C, chunk, width)
     return [x.double() for x in (y, new_state, dw.sum(0), du.sum(0), dk, dv, dstate)]
 
 
-def check_wkv4(kernels: ctypes.CDLL, shape: tuple[int, int, int], chunk: int, lanes: int) -> None:
+def check_wkv4(kernels: ctypes.CDLL, shape: tuple[int, int, int], chunk: int, width: int) -> None:
     inputs, single = wkv4_inputs(*shape), [torch.float32] * 5
     truth = value_and_gradients(reference.wkv4, inputs, [torch.float64] * 5)
     definition = value_and_gradients(reference.wkv4, inputs, single)
-    ours = run_wkv4(kernels, inputs, chunk, lanes)
+    ours = run_wkv4(kernels, inputs, chunk, width)
     assert_as_good_as(ours, definition, truth, outputs=2, epsilon=torch.finfo(torch.float32).eps)
 
 
@@ -118,11 +118,11 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65, 1000])
-@pytest.mark.parametrize(("B", "C", "chunk", "lanes"), [(1, 33, 64, 128), (2, 100, 16, 32), (3, 40, 7, 48)])
+@pytest.mark.parametrize(("B", "C", "chunk", "width"), [(1, 33, 64, 128), (2, 100, 16, 32), (3, 140, 7, 80)])
 def test_wkv4_writes_its_outputs_and_nothing_else(
-    kernels: ctypes.CDLL, B: int, T: int, C: int, chunk: int, lanes: int
+    kernels: ctypes.CDLL, B: int, T: int, C: int, chunk: int, width: int
 ) -> None:
-    check_wkv4(kernels, (B, T, C), chunk, lanes)
+    check_wkv4(kernels, (B, T, C), chunk, width)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 24), (2, 63, 33), (2, 64, 16), (3, 130, 40)])
@@ -166,7 +166,7 @@ def check(kernels: ctypes.CDLL) -> None:
          "const Pair out = exp_pair(p, u[c] - k), next = exp_pair(p + w[c], k);"),
         ("wkv4_cpu.cpp", "gd[c] = next.x * gd[c] - out.x * g * y;", "gd[c] = next.x * gd[c] + out.x * g * y;"),
         ("wkv4_cpu.cpp", "q[c] -= won;", "q[c] += won;"),
-        ("wkv4_cpu.cpp", "- state.d[c] * gd[c];", "+ state.d[c] * gd[c];"),
+        ("wkv4_cpu.cpp", "q[c] -= state.n[c] * gn[c] + state.d[c] * gd[c];", "q[c] += state.n[c] * gn[c];"),
         ("elementwise_cpu.cpp", "fresh[c] += gc - direct;", "fresh[c] += gc + direct;"),
         ("elementwise_cpu.cpp", "carry[c] += load(g[c]) - load(g[c]) * mix[c];", "carry[c] += load(g[c]) * mix[c];"),
     ],
