@@ -128,13 +128,32 @@ def _check_run(config: Config, machine: Machine) -> Iterator[UserError]:
             f"resume=never, but {run.root}/{run.name} holds a run",
             "run.name=NAME for another directory, or resume=auto to go on with it",
         )
-    if resume not in ("auto", "never") and not Path(resume).expanduser().exists():
-        yield UserError(
-            f"resume={resume}: there is no such checkpoint", "valid: auto, never, or the path of a checkpoint"
-        )
+    if resume not in ("auto", "never"):
+        yield from _check_checkpoint(resume, Path(resume).expanduser())
     weights = config.init_weights
     if weights is not None and not Path(weights).expanduser().exists():
         yield UserError(f"init.weights={weights}: there is no such file", "a .pth file or a checkpoint directory")
+
+
+def _check_checkpoint(resume: str, path: Path) -> Iterator[UserError]:
+    """What can be seen of a checkpoint from outside; training/checkpoint.py looks into it."""
+    if not path.exists():
+        yield UserError(
+            f"resume={resume}: there is no such checkpoint", "valid: auto, never, or the path of a checkpoint"
+        )
+    elif path.is_file():
+        yield UserError(
+            f"resume={resume} is a file, and a checkpoint is a directory",
+            f"init.weights={resume} starts a new run from weights",
+        )
+    elif not (path / "manifest.json").exists():
+        inside = sorted(
+            file.parent for file in [*path.glob("*/manifest.json"), *path.glob("checkpoints/*/manifest.json")]
+        )
+        yield UserError(
+            f"resume={resume} is no whole checkpoint: it has no manifest.json",
+            f"resume={inside[-1]}" if inside else "a checkpoint is a directory like RUN/checkpoints/step_000001000",
+        )
 
 
 def holds_run(directory: Path) -> bool:

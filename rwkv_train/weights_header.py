@@ -35,15 +35,21 @@ def read_shape(path: Path) -> Shape | None:
         with zipfile.ZipFile(file) as archive:
             table = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             with archive.open(table) as stream:
-                shapes = _Table(stream).load()
+                shapes: Any = _Table(stream).load()
         vocab_size, n_embd = shapes["emb.weight"]
         width = shapes["blocks.0.ffn.key.weight"][0]
         generation_4 = len(shapes["blocks.0.att.time_first"]) == 1
         layers = {int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))}
     except (OSError, zipfile.BadZipFile, StopIteration, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{file} cannot be read as weights: {error or 'no table of tensors'}", "is it whole?") from None
+        broken = isinstance(error, zipfile.BadZipFile)
+        reason = "it is cut short, or no .pth file" if broken else error or "it has no table of tensors"
+        raise UserError(f"{file} cannot be read as weights: {reason}", "copy it anew, or give another file") from None
     except (KeyError, TypeError, ValueError, IndexError):
-        raise UserError(f"{file} does not hold the weights of an RWKV-4 model under the field's names") from None
+        held = ", ".join(map(str, list(shapes)[:2])) if isinstance(shapes, dict) else type(shapes).__name__
+        raise UserError(
+            f"{file} does not hold the weights of an RWKV-4 model under the field's names (it holds {held}, …)",
+            "give weights with emb.weight, blocks.0.att.key.weight, …",
+        ) from None
     if not generation_4:
         raise UserError(f"{file} is of another generation than RWKV-4", "known: rwkv4")
     return Shape(max(layers) + 1, n_embd, width, vocab_size)

@@ -64,10 +64,10 @@ def read_corpus(data: DataSettings) -> Corpus:
     """
     library = data.source == "stdlib" and data.path is None
     if data.path is None and not library:
-        raise UserError("data.path is not given.", "Name a text file or a directory of them: data.path=…")
+        raise UserError("data.path is not given", "name a text file or a directory of them: data.path=…")
     root = Path(sysconfig.get_paths()["stdlib"] if data.path is None else data.path).expanduser()
     if not root.exists():
-        raise UserError(f"data.path={root} does not exist.", "Name a text file or a directory of them.")
+        raise UserError(f"data.path={root} does not exist", "name a text file or a directory of them")
     documents, binary = [], 0
     try:
         files, hidden = (_library_files(root), 0) if library else _files(root)
@@ -79,12 +79,12 @@ def read_corpus(data: DataSettings) -> Corpus:
                 documents.append(Document(name, text))
     except OSError as error:
         raise UserError(
-            f"{error.filename} cannot be read: {error.strerror}.", "Mend its permissions, or move it."
+            f"{error.filename} cannot be read: {error.strerror}", "mend its permissions, or move it"
         ) from None
     if not documents:
         raise UserError(
-            f"data.path={root} holds no text (skipped: {binary} binary and {hidden} hidden files).",
-            "Name a text file, or a directory with at least one.",
+            f"data.path={root} holds no text (skipped: {binary} binary and {hidden} hidden files)",
+            "name a text file, or a directory with at least one",
         )
     train, held_out, rule = _hold_out(documents, data.hold_out)
     return Corpus(root, train, held_out, rule, _digest(train, held_out), hidden, binary)

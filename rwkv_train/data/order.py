@@ -40,9 +40,9 @@ class Order:
     def __post_init__(self) -> None:
         if self.tokens <= self.context:
             raise UserError(
-                f"The training data has {self.tokens:,} tokens; one sample of batch.context={self.context} needs "
-                f"{self.context + 1:,}.",
-                "Give more text (data.path=…) or a shorter batch.context=…",
+                f"the training data has {self.tokens:,} tokens; one sample of batch.context={self.context} needs "
+                f"{self.context + 1:,}",
+                "give more text (data.path=…) or a shorter batch.context=…",
             )
 
     @property
@@ -137,8 +137,8 @@ def split_batch(tokens: int, context: int, micro: int | None, ranks: int) -> Spl
         parts += [f"{ranks} devices"] if ranks > 1 else []
         near = [lower, lower + unit] if lower > 0 else [unit]
         raise UserError(
-            f"batch.tokens={tokens} is not a multiple of {unit} ({' × '.join(parts)}).",
-            "Nearest: " + ", ".join(f"batch.tokens={value}" for value in near),
+            f"batch.tokens={tokens} is not a multiple of {unit} ({' × '.join(parts)})",
+            "nearest: " + ", ".join(f"batch.tokens={value}" for value in near),
         )
     samples = tokens // context
     micro = micro or samples // ranks

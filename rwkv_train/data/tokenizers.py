@@ -61,4 +61,4 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return ByteTokenizer()
-    raise UserError(f"data.tokenizer={name} is no tokenizer.", "There is: bytes.")
+    raise UserError(f"data.tokenizer={name} is no tokenizer", "there is: bytes")

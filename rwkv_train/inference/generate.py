@@ -74,7 +74,7 @@ def load_model(checkpoint: Path) -> RWKV:
         UserError: there is no such file, or it is not the weights of a model that can be built here.
     """
     weights = load_weights(checkpoint)
-    model = build_model(infer_config(weights), device="meta").to_empty(device="cpu")
+    model = build_model(infer_config(weights, str(checkpoint)), device="meta").to_empty(device="cpu")
     refuse_mismatches(str(checkpoint), weights, model)
     model.load_state_dict(weights)
     return model.eval()

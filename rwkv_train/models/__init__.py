@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from rwkv_train.models import rwkv4
 from rwkv_train.models.backbone import RWKV, Generation, LayerState, ModelConfig, State
@@ -47,12 +48,24 @@ def build_model(config: ModelConfig, seed: int = 0, device: str | torch.device =
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    with torch.device("meta"):
+    with torch.device("meta"), _NoValues():
         model = RWKV(generation, config)
     if torch.device(device).type != "meta":
         model = model.to_empty(device=device)
         initialise(model, generation.RECIPE, config.n_layer, seed)
     return model
+
+
+class _NoValues(TorchFunctionMode):
+    """Layers are made without values of their own: the recipe gives them.
+
+    On the meta device torch's own initialisation would import its compiler, more than a second for nothing.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def recipe_of(model: RWKV) -> dict[str, Row]:

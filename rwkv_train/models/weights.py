@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"there is no file {file}", "give a .pth file or a checkpoint directory") from None
     except Exception as error:  # torch raises many types for a file that is torn or no archive of tensors
-        raise UserError(f"{file} cannot be read as weights: {str(error).splitlines()[0][:200]}") from None
+        reason = str(error).splitlines()[0][:200] if zipfile.is_zipfile(file) else "it is cut short, or no .pth file"
+        raise UserError(f"{file} cannot be read as weights: {reason}", "copy it anew, or give another file") from None
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     ):
@@ -57,17 +59,26 @@ def refuse_mismatches(what: str, weights: Mapping[str, Tensor], model: nn.Module
         )
 
 
-def infer_config(weights: Mapping[str, Tensor]) -> ModelConfig:
+def infer_config(weights: Mapping[str, Tensor], what: str = "the dict of weights") -> ModelConfig:
     """The shape of the model that a dict of weights under the field's names belongs to.
+
+    Args:
+        weights: name → tensor.
+        what: where they come from, for the message.
 
     Raises:
         UserError: the names are not those of a generation that can be built here.
     """
-    if "emb.weight" not in weights or "blocks.0.ffn.key.weight" not in weights:
-        raise UserError("these weights are not an RWKV model's: emb.weight or blocks.0.ffn.key.weight is missing")
+    for name in ("emb.weight", "blocks.0.ffn.key.weight"):
+        if name not in weights or weights[name].dim() != 2:
+            held = ", ".join(list(weights)[:2]) or "nothing"
+            raise UserError(
+                f"{what} does not hold an RWKV model's weights: no matrix {name} (it holds {held}, …)",
+                "give weights under the field's names: emb.weight, blocks.0.att.key.weight, …",
+            )
     if "blocks.0.att.time_first" not in weights or weights["blocks.0.att.time_first"].dim() != 1:
         raise UserError(
-            "these weights are of a generation that cannot be built here (no blocks.0.att.time_first of one dimension)",
+            f"{what} is of a generation that cannot be built here (no blocks.0.att.time_first of one dimension)",
             "known: rwkv4",
         )
     vocab_size, n_embd = weights["emb.weight"].shape

@@ -188,13 +188,8 @@ def read_meta(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the directory is missing or not a whole checkpoint.
     """
-    wanted = "give a directory like RUN/checkpoints/step_000001000"
-    if path.is_file():
-        raise UserError(f"{path} is a file and no checkpoint", f"{wanted}; init.weights=FILE starts a run from weights")
     if not path.is_dir():
-        raise UserError(f"there is no checkpoint at {path}", wanted)
-    if (path / "checkpoints").is_dir():
-        raise UserError(f"{path} is a run and no checkpoint", f"name one of those in {path / 'checkpoints'}")
+        raise UserError(f"there is no checkpoint at {path}", "give a directory like RUN/checkpoints/step_000001000")
     if damage := verify(path):
         raise UserError(f"the checkpoint {path} is damaged: {damage.reason}", "use an older one beside it")
     return cast(dict[str, Any], json.loads((path / "meta.json").read_text()))

@@ -106,7 +106,9 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
     if not refused:
         return 0
     kept = newest(run.checkpoints)[0] or "none"
-    console.print(f"[bold red]WARNING[/bold red]: the disk refused {refused} writes; the last whole checkpoint is {kept}")
+    console.print(
+        f"[bold red]WARNING[/bold red]: the disk refused {refused} writes; the last whole checkpoint is {kept}"
+    )
     return DISK_REFUSED
 
 

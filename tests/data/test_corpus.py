@@ -145,13 +145,13 @@ def test_mistakes_are_told_with_the_way_out(tmp_path: Path) -> None:
         return str(error.value)
 
     assert message(text(tmp_path / "gone")) == (
-        f"data.path={tmp_path}/gone does not exist.\n  Name a text file or a directory of them."
+        f"data.path={tmp_path}/gone does not exist\n  name a text file or a directory of them"
     )
-    assert message(text(None)) == "data.path is not given.\n  Name a text file or a directory of them: data.path=…"
+    assert message(text(None)) == "data.path is not given\n  name a text file or a directory of them: data.path=…"
     write(tmp_path, picture=b"\0\1\2", **{".hidden": b"x"})
     assert message(text(tmp_path)) == (
-        f"data.path={tmp_path} holds no text (skipped: 1 binary and 1 hidden files).\n"
-        "  Name a text file, or a directory with at least one."
+        f"data.path={tmp_path} holds no text (skipped: 1 binary and 1 hidden files)\n"
+        "  name a text file, or a directory with at least one"
     )
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "loop" in message(text(tmp_path / "loop"))

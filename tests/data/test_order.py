@@ -140,23 +140,23 @@ def test_without_micro_a_device_takes_its_share_in_one_pass() -> None:
             128,
             None,
             1,
-            "batch.tokens=1000 is not a multiple of 128 (batch.context=128).\n"
-            "  Nearest: batch.tokens=896, batch.tokens=1024",
+            "batch.tokens=1000 is not a multiple of 128 (batch.context=128)\n"
+            "  nearest: batch.tokens=896, batch.tokens=1024",
         ),
         (
             1024,
             128,
             3,
             2,
-            "batch.tokens=1024 is not a multiple of 768 (batch.context=128 × batch.micro=3 × 2 devices).\n"
-            "  Nearest: batch.tokens=768, batch.tokens=1536",
+            "batch.tokens=1024 is not a multiple of 768 (batch.context=128 × batch.micro=3 × 2 devices)\n"
+            "  nearest: batch.tokens=768, batch.tokens=1536",
         ),
         (
             64,
             128,
             None,
             1,
-            "batch.tokens=64 is not a multiple of 128 (batch.context=128).\n  Nearest: batch.tokens=128",
+            "batch.tokens=64 is not a multiple of 128 (batch.context=128)\n  nearest: batch.tokens=128",
         ),
     ],
 )
@@ -170,5 +170,5 @@ def test_a_batch_that_cannot_be_shared_out(
 
 def test_less_text_than_one_sample() -> None:
     assert Order(0, 65, 64).starts(np.arange(3)).tolist() == [0, 0, 0]
-    with pytest.raises(UserError, match=r"has 64 tokens; one sample of batch\.context=64 needs 65\.\n.*data\.path"):
+    with pytest.raises(UserError, match=r"has 64 tokens; one sample of batch\.context=64 needs 65\n.*data\.path"):
         Order(0, 64, 64)
