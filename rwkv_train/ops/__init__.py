@@ -15,9 +15,8 @@ from rwkv_train.errors import UserError
 from rwkv_train.ops import library, reference
 from rwkv_train.ops.build import CPP
 from rwkv_train.ops.health import EngineReport, engines
-from rwkv_train.ops.reference import token_shift
 
-__all__ = ["EngineReport", "engines", "relu_squared", "shift_mix", "sigmoid_gate", "token_shift", "wkv4"]
+__all__ = ["EngineReport", "engines", "relu_squared", "shift_mix", "sigmoid_gate", "wkv4"]
 
 ENGINES = ("auto", "reference", "cpp")
 ENGINE = os.environ.get("RWKV_OPS", "auto")
