@@ -27,18 +27,22 @@ def draw_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, title: str, l
     steps = np.array([row["step"] for row in rows])
     losses = np.array([row["train/loss"] for row in rows])
     axes.plot(steps, losses, color="#9ecae1", linewidth=0.6)
-    window = min(50, len(losses))
-    if window:
-        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(steps[window - 1 :], mean, color="#2171b5", label=f"training (mean of {window} steps)")
+    window = max(1, min(50, len(losses) // 10))
+    mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+    middle = steps[(window - 1) // 2 :][: len(mean)]  # of each mean's steps: at their end it would lag behind
+    axes.plot(middle, mean, color="#2171b5", label=f"training (mean of {window} steps)")
     validated = [(row["step"], row["val/loss"]) for row in rows if "val/loss" in row]
     if validated:
         axes.plot(*zip(*validated, strict=True), color="#d94801", marker="o", markersize=4, label="validation")
-    for shade, (name, loss) in enumerate(lines.items()):
-        axes.axhline(loss, color=str(0.25 + 0.12 * (shade % 5)), linestyle="--", linewidth=0.9)
-        axes.text(steps[-1], loss, f"{name} {loss:.2f}", ha="right", va="bottom", fontsize=8, color="#444444")
     low = min([*losses[len(losses) // 2 :], *lines.values(), *(loss for _, loss in validated)])
-    axes.set_ylim(max(0.0, low - 0.25), max(min(losses[0], low + 3.5), low + 1.0))
+    bottom, top = max(0.0, low - 0.25), max(min(losses[0], low + 3.5), low + 1.0)
+    axes.set_ylim(bottom, top)
+    free = bottom  # labels stand beside the picture, one above the other, though their lines may touch
+    for name, loss in sorted(lines.items(), key=lambda item: item[1]):
+        axes.axhline(loss, color="#777777", linestyle="--", linewidth=0.9)
+        place = max(loss, free)
+        free = place + 0.035 * (top - bottom)
+        axes.annotate(f" {name} {loss:.2f}", (1, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     axes.set_xlabel("optimiser steps")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title, fontsize=10)

@@ -1,0 +1,172 @@
+"""What goes wrong while a run goes on and is nobody's mistake, and runs at the edges of what a run can be."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from rwkv_train import launcher
+from rwkv_train.training.checkpoint import newest
+from rwkv_train.training.module import RWKVModule
+from rwkv_train.training.records import JsonLines
+from rwkv_train.training.run import train
+from tests.runs import losses, rows, words_for, write_text
+
+
+@contextmanager
+def disk_that_takes(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes: what is more is refused, as by a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def validated(run: Path) -> list[int]:
+    return [row["step"] for row in rows(run) if "val/loss" in row]
+
+
+def test_a_full_disk_refuses_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checkpoints, rows, samples, weights, curve: each is told, the run goes on to its end, and says 3."""
+    words = words_for(tmp_path, "run", "budget.steps=60", "samples.tokens=20")
+    assert train(launcher.load([*words, "budget.steps=20"])) == 0
+    run = tmp_path / "runs" / "run"
+    before = {name: (run / name).read_bytes() for name in ("loss.png", "weights.pth", "metrics.jsonl")}
+    capsys.readouterr()
+    with disk_that_takes(len(before["metrics.jsonl"]) + 600):
+        assert train(launcher.load([*words, "run.allow_changes=true"])) == 3
+    said = capsys.readouterr()
+    for name in ("metrics.jsonl", "weights.pth", "loss.png"):
+        assert said.err.count(f"{run / name} could not be written: ") == 1
+    assert said.err.count("could not be written: File too large\n  training goes on") == 4  # checkpoints 30, 40, 50, 60
+    kept = newest(run / "checkpoints")[0]
+    assert kept is not None
+    assert kept.name == "step_000000020"
+    assert f"the last whole checkpoint is {kept}" in said.out
+    assert "60 steps, 7,680 tokens" in said.out  # the summary knows the rows that wait
+    assert (run / "loss.png").read_bytes() == before["loss.png"]
+    assert (run / "weights.pth").read_bytes() == before["weights.pth"]
+    assert (run / "metrics.jsonl").read_bytes().startswith(before["metrics.jsonl"])
+    assert len(losses(run)) < 60  # whole rows, no torn one
+
+    assert train(launcher.load([*words, "run.allow_changes=true"])) == 0  # there is room again
+    assert len(losses(run)) == 60
+
+
+def test_rows_wait_for_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = JsonLines(tmp_path / "rows.jsonl")
+    lines.append({"step": 1})
+    with disk_that_takes(20):
+        for step in (2, 3, 4):
+            lines.append({"step": step})
+        assert (tmp_path / "rows.jsonl").read_text() == '{"step": 1}\n'
+        assert lines.lost == 3
+    assert capsys.readouterr().err.count("could not be written") == 1
+    assert [row["step"] for row in lines.rows()] == [1, 2, 3, 4]
+    lines.append({"step": 5})
+    assert lines.lost == 0
+    assert [json.loads(line)["step"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("step", "left"), [(0, []), (2, [1, 2]), (9, [1, 2, 3])])
+def test_rows_are_cut_behind_a_step(tmp_path: Path, step: int, left: list[int]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "to')
+    with disk_that_takes(1):
+        JsonLines(path).cut(step)
+    assert [row["step"] for row in JsonLines(path).rows()] == left
+    assert path.read_text().count("\n") == len(left)
+
+
+def test_text_that_is_no_utf8(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    (tmp_path / "text.txt").write_bytes(bytes(draw.randrange(128, 256) for _ in range(3000)))
+    assert train(launcher.load(words_for(tmp_path, "run", "budget.steps=3", "samples.tokens=30"))) == 0
+    run = tmp_path / "runs" / "run"
+    assert len(losses(run)) == 3
+    assert "after 3 steps" in (run / "samples.txt").read_text(encoding="utf-8")
+
+
+def test_eighteen_short_samples(tmp_path: Path) -> None:
+    """Each of them its own document of a line; every step sees more samples than there are."""
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    for number in range(18):
+        (folder / f"{number:02}.txt").write_text(f"sample number {number} of eighteen\n")
+    words = words_for(tmp_path, "run", f"data.path={folder}", "budget.steps=30", "batch.tokens=1024")
+    assert train(launcher.load(words)) == 0
+    found = losses(tmp_path / "runs" / "run")
+    assert found[-1] < 0.6 * found[0]
+
+
+def test_nothing_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(launcher.load(words_for(tmp_path, "run", "budget.steps=3", "data.hold_out=0"))) == 0
+    run = tmp_path / "runs" / "run"
+    assert validated(run) == []
+    said = capsys.readouterr().out
+    assert "held out: nothing" in said
+    assert "3 steps, 384 tokens" in said
+    assert (run / "loss.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(("every", "steps"), [(3, [3, 6]), (2, [2, 4, 6]), (4, [4, 6]), (100, [6])])
+def test_validation_comes_when_due_and_once_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, steps: list[int]
+) -> None:
+    """With two passes a step: the interval counts steps."""
+    seen: list[int] = []
+    log = RWKVModule.on_validation_epoch_end
+    monkeypatch.setattr(
+        RWKVModule, "on_validation_epoch_end", lambda self: seen.append(self.trainer.global_step) or log(self)
+    )
+    words = words_for(tmp_path, "run", "budget.steps=6", f"validation.every.steps={every}", "batch.micro=2")
+    assert train(launcher.load(words)) == 0
+    assert seen == steps
+    assert validated(tmp_path / "runs" / "run") == steps
+
+
+def test_out_of_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each start has its time, however long the run has taken before."""
+    words = words_for(tmp_path, "run", "budget.hours=1e-9", "batch.micro=2")
+    run = tmp_path / "runs" / "run"
+    for step in (1, 2, 3):
+        assert train(launcher.load(words)) == 0
+        said = capsys.readouterr().out
+        ending = f"budget.hours=1e-09 is over: step {step} of 50; the same command goes on from the checkpoint of step"
+        assert f"{ending} {step}\n" in said
+        assert len(losses(run)) == step
+        assert validated(run) == list(range(1, step + 1))  # where it stopped
+    events = [row["event"] for row in rows(run, "events.jsonl") if row["event"] != "checkpoint"]
+    assert events == ["started", "stopped", "resumed", "stopped", "resumed", "stopped"]
+
+
+def test_a_run_cut_into_pieces_by_the_clock_is_the_run_in_one_piece(tmp_path: Path) -> None:
+    write_text(tmp_path / "text.txt")
+    assert train(launcher.load(words_for(tmp_path, "whole", "budget.steps=3"))) == 0
+    for _ in range(3):
+        assert train(launcher.load(words_for(tmp_path, "pieces", "budget.steps=3", "budget.hours=1e-9"))) == 0
+    whole, pieces = (losses(tmp_path / "runs" / name) for name in ("whole", "pieces"))
+    assert pieces == whole
+
+
+def test_nothing_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(launcher.load(words_for(tmp_path, "run", "budget.steps=1", "resume=auto"))) == 0
+    assert "resume=auto: nothing to resume in" in capsys.readouterr().out
+    assert len(losses(tmp_path / "runs" / "run")) == 1
+
+
+def test_interrupted_before_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launcher, "_settle", interrupt)
+    assert launcher.main([]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
