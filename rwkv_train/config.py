@@ -125,6 +125,7 @@ class CheckpointSettings:
 class ValidationSettings:
     every: Duration
     batches: Positive | None  # micro-batches of each validation; None: all of the held-out data
+    context: Positive | None  # tokens of one window of held-out text; None: batch.context
 
 
 @dataclass(frozen=True)

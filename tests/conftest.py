@@ -17,6 +17,7 @@ import pytest
 # Set by libraries for themselves, once for the whole process and whatever the test: torch.compile's caches, and the
 # variable with which pytest says which test runs.
 LIBRARIES_OWN = {
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
     "TORCHINDUCTOR_CACHE_DIR",
     "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
     "TRITON_CACHE_DIR",

@@ -124,3 +124,12 @@ def same_weights(one: Path, other: Path) -> bool:
     """Whether the final weights of two runs are equal to the last bit."""
     first, second = (torch.load(run / "weights.pth", weights_only=True) for run in (one, other))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def save_weights(path: Path, n_layer: int, n_embd: int, vocab_size: int = 256) -> Path:
+    weights: dict[str, torch.Tensor] = {"emb.weight": torch.zeros(vocab_size, n_embd)}
+    for layer in range(n_layer):
+        weights[f"blocks.{layer}.att.time_first"] = torch.zeros(n_embd)
+        weights[f"blocks.{layer}.ffn.key.weight"] = torch.zeros(4 * n_embd, n_embd, dtype=torch.bfloat16)
+    torch.save(weights, path)
+    return path

@@ -33,6 +33,7 @@ class Batches:
         world_size: number of devices; DataModule checks that the trainer has as many.
         validation_batches: at most so many batches per device in a validation, spread evenly over the held-out text;
             None: all of it.
+        validation_context: tokens of one window of held-out text; None: batch.context.
 
     Attributes:
         tokenizer: between bytes and tokens; vocab_size is its.
@@ -56,10 +57,12 @@ class Batches:
         seed: int,
         world_size: int = 1,
         validation_batches: int | None = None,
+        validation_context: int | None = None,
     ) -> None:
         self.split = split_batch(batch.tokens, batch.context, batch.micro, world_size)
         self.context = batch.context
         self.validation_batches = validation_batches
+        self.validation_context = validation_context or batch.context
         self.start_step = 0
         self.rank = 0
 
@@ -106,11 +109,13 @@ class Batches:
         Only the end-of-text that it begins with is no target. The last window is filled up with ignored targets,
         and so are windows that make the number of batches the same on every rank: a whole batch may be ignored.
         """
-        length, ranks = self.context, self.split.ranks
+        length, ranks = self.validation_context, self.split.ranks
         windows = -(-max(0, len(self.held_out) - 1) // length)
         if windows == 0:
             return ()  # Lightning's word for no validation
-        micro = min(self.micro, -(-windows // ranks))
+        micro = min(
+            max(1, self.micro * self.context // length), -(-windows // ranks)
+        )  # no more tokens than in training
         batches = -(-windows // (micro * ranks))
         chosen = np.arange(batches * ranks * micro).reshape(batches, ranks, micro)
         if self.validation_batches is not None and self.validation_batches < batches:
@@ -119,7 +124,7 @@ class Batches:
 
     def validation_batch(self, numbers: Ints) -> Batch:
         """The held-out windows with these numbers (B,); what lies past the end of the text is ignored."""
-        places = numbers[:, None] * self.context + np.arange(self.context + 1)  # (B, T + 1)
+        places = numbers[:, None] * self.validation_context + np.arange(self.validation_context + 1)  # (B, T + 1)
         inside = places < len(self.held_out)
         text = self.held_out.tokens[np.where(inside, places, 0)].astype(np.int64)
         tokens, targets = self._cut(np.where(inside, text, self.tokenizer.end_of_text))

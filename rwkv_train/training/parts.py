@@ -57,7 +57,12 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
     torch.set_num_threads(config.threads or max(1, _cores() // (processes if accelerator == "cpu" else 1)))
     keep_freed_memory()
     data = Batches(
-        config.data, config.batch, config.seed, processes * config.trainer.num_nodes, config.validation.batches
+        config.data,
+        config.batch,
+        config.seed,
+        processes * config.trainer.num_nodes,
+        config.validation.batches,
+        config.validation.context,
     )
     parts = Parts(
         config=config,

@@ -126,9 +126,7 @@ def test_eighteen_short_samples_train(tmp_path: Path) -> None:
 
 def test_less_text_than_one_sample_names_found_and_needed(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_bytes(b"a few words\n" * 2)
-    with pytest.raises(
-        UserError, match=r"the training data has \d+ tokens; one sample of batch\.context=64 needs 65"
-    ):
+    with pytest.raises(UserError, match=r"the training data has \d+ tokens; one sample of batch\.context=64 needs 65"):
         module(tmp_path, context=64)
 
 
