@@ -84,7 +84,7 @@ WRONG = {
     "path missing": (["data.path=/no/such"], ["data.path=/no/such: there is no such file"]),
     "path with signs": (["data.path=~/a (b)=é,"], [r"data.path=~/a \(b\)=é,: there is no such file"]),
     "batch": (["batch.tokens=2000", "trainer.accelerator=cpu"], ["batch.tokens=2000 is not a multiple of 256.*1792"]),
-    "micro-batch": (["batch.micro=3", "trainer.devices=1"], ["2048 is not a multiple of 768.*batch.micro=3.*1536"]),
+    "micro-batch": (["batch.micro=3", "trainer.devices=1"], ["1024 is not a multiple of 768.*batch.micro=3.*768"]),
     "devices": (["trainer.devices=3", "trainer.accelerator=cpu"], ["trainer.devices=3: this machine has 2 CPU cores"]),
     "no device": (["trainer.devices=0"], ["trainer.devices=0 is not valid.*auto or a whole number at least 1"]),
     "float16": (["trainer.precision=16-mixed"], ["16-mixed: float16 overflows.*32-true, bf16-mixed"]),
@@ -131,7 +131,7 @@ def test_the_default_run(conf: Composer) -> None:
     config = conf.settle([])
     assert (config.arch, config.model.size, config.data.source) == ("rwkv4", "tiny", "stdlib")
     assert (config.model.n_layer, config.model.n_embd) == (4, 192)
-    assert (config.batch.context, config.batch.tokens, config.budget.total) == (256, 2048, Duration(steps=2000))
+    assert (config.batch.context, config.batch.tokens, config.budget.total) == (256, 1024, Duration(steps=4400))
     assert (config.trainer.precision, config.optim.schedule.shape) == ("32-true", "cosine")
     assert config.optim.betas == (0.9, 0.99)
     assert not config.resume_typed
@@ -310,7 +310,7 @@ def test_what_differs(conf: Composer) -> None:
     )
     assert differences(as_tree(config), as_tree(config)) == []
     assert differences(as_tree(config), as_tree(other)) == [
-        "budget.steps: 2000 → None",
+        "budget.steps: 4400 → None",
         "budget.tokens: None → 5",
         "seed: 1 → 2",
     ]
