@@ -69,7 +69,7 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as weights"):
         run(str(tmp_path / "torn.pth"), "", 1.0, 1.0, 1, None)
     torch.save({"x.weight": torch.zeros(2)}, tmp_path / "foreign.pth")
-    with pytest.raises(UserError, match="not an RWKV model's"):
+    with pytest.raises(UserError, match="does not hold an RWKV model's weights"):
         load_model(tmp_path / "foreign.pth")
     with pytest.raises(UserError, match="out of range"):
         run(str(tmp_path / "other.pth"), "", 1.0, 0.0, 1, None)
