@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # a target that is not predicted
+from rwkv_train.data.batches import IGNORED
 
 
 class _L2Wrap(torch.autograd.Function):
