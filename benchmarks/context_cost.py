@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 
+import measure
 import torch
 
 from rwkv_train.inference.generate import generate
@@ -32,17 +32,11 @@ def model() -> RWKV:
     return build_model(ModelConfig("rwkv4", n_layer=4, n_embd=128, vocab_size=256))
 
 
-def step(network: RWKV, length: int) -> None:
-    text = torch.randint(256, (TOKENS // length, length + 1), generator=torch.Generator().manual_seed(length))
+def step(network: RWKV, length: int, tokens: int = TOKENS) -> None:
+    text = torch.randint(256, (tokens // length, length + 1), generator=torch.Generator().manual_seed(length))
     logits, _ = network(text[:, :-1])
     language_model_loss(logits, text[:, 1:]).backward()
     network.zero_grad()
-
-
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_memory(length: int) -> int:
@@ -54,13 +48,13 @@ def peak_memory(length: int) -> int:
 
 
 def report_peak(length: int) -> None:
-    keep_freed_memory()
     network = model()
-    step(network, TOKENS // 64)  # builds the operators and fills the pools with little: 64 samples of a 64th
-    before = resident()
+    step(network, 16, tokens=64)  # loads the operators, starts the threads
+    before = measure.resident()
+    measure.reset_peak()
     step(network, length)
     step(network, length)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    print(measure.peak() - before)
 
 
 def generation(short: int, long: int, window: int) -> tuple[float, float]:
@@ -73,7 +67,7 @@ def generation(short: int, long: int, window: int) -> tuple[float, float]:
         times.append(now - began)
         began, count = now, count + 1
         if count in (short, long):
-            memory[count] = resident()
+            memory[count] = measure.resident()
     early = statistics.median(times[short : short + window])
     late = statistics.median(times[long : long + window])
     return late / early, memory[long] / memory[short]

@@ -1,9 +1,10 @@
 """What the framework costs: `python benchmarks/framework_overhead.py [--quick]`.
 
 Time of a training step through train.py (Lightning, callbacks, records) against a bare loop of the same model, batch,
-optimiser and clipping, at the default run's shape and at L6 C512 B4 T128; and the time from the start of
-`python train.py` to its first step. The two sides take turns in one process; medians. Last line: one JSON object,
-`overhead` is the worse of the two shapes (0.01 = 1 % slower than the bare loop).
+optimiser and clipping, at the default run's shape and at L6 C512 B4 T128; the time from the start of
+`python train.py` to its first step; and the time of a step beside a process that keeps one core busy, over that alone.
+The two sides take turns in one process; medians. Last line: one JSON object, `overhead` is the worse of the two shapes
+(0.01 = 1 % slower than the bare loop).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import measure
 import torch
 
 from rwkv_train import launcher
@@ -72,6 +74,26 @@ def bare_loop(config: Config, data: Batches, steps: int) -> list[float]:
     return times[WARM:]
 
 
+def beside_a_busy_process(rounds: int) -> float:
+    """Seconds of a step of `python train.py` while another process never sleeps, over those of a step without it."""
+    ratios = []
+    for _ in range(rounds):
+        alone = in_own_process()
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
+            ratios.append(in_own_process() / alone)
+            neighbour.kill()
+    return measure.median(ratios)
+
+
+def in_own_process() -> float:
+    """Mean seconds of a step of the default run's shape."""
+    with tempfile.TemporaryDirectory() as root:
+        words = [f"run.root={root}", "run.name=own", "budget.steps=25", "samples.tokens=0", "data.hold_out=0"]
+        subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True, capture_output=True)
+        lines = (Path(root) / "own" / "metrics.jsonl").read_text().splitlines()
+    return statistics.mean(json.loads(line)["seconds"] for line in lines[WARM:])
+
+
 def start_up() -> float:
     """Seconds from the start of the process to the end of its first step."""
     with tempfile.TemporaryDirectory() as root:
@@ -95,15 +117,18 @@ def main() -> None:
         data = Batches(config.data, config.batch, config.seed)
         bare, whole, ratios = [], [], []
         for _ in range(rounds):
-            bare.append(statistics.median(bare_loop(config, data, steps)))
-            whole.append(statistics.median(through_train(words, steps)))
+            bare.append(measure.median(bare_loop(config, data, steps)))
+            whole.append(measure.median(through_train(words, steps)))
             ratios.append(whole[-1] / bare[-1])
-        overheads[name] = statistics.median(ratios) - 1
-        medians = statistics.median(bare) * 1e3, statistics.median(whole) * 1e3
+        overheads[name] = measure.median(ratios) - 1
+        medians = measure.median(bare) * 1e3, measure.median(whole) * 1e3
         print(f"{name:<18} {medians[0]:>9.1f} {medians[1]:>12.1f} {overheads[name]:>9.1%}")
     started = start_up()
     print(f"start of train.py to the end of the first step: {started:.1f} s")
-    print(json.dumps({"overhead": round(max(overheads.values()), 4), "start_seconds": round(started, 2)}))
+    busy = beside_a_busy_process(1 if quick else 3)
+    print(f"a step beside a busy process: {busy:.2f} × as long")
+    figures = {"overhead": max(overheads.values()), "start_seconds": started, "beside_a_busy_process": busy}
+    print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
 
 if __name__ == "__main__":

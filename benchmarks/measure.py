@@ -1,13 +1,21 @@
-"""How the benchmarks measure: both sides in one process, in turn, and medians, so that a busy machine hurts both."""
+"""How the benchmarks measure: both sides in one process, in turn, and medians, so that a busy machine hurts both.
+
+Import it before torch: the threads then share their cores as those of a run do.
+"""
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
+from rwkv_train import launcher
+
+launcher.share_cores()
+import torch  # noqa: E402
 
 GIGA = 1e9
 
@@ -32,6 +40,26 @@ def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
 
 def median(times: list[float]) -> float:
     return statistics.median(times)
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes that it had in memory since the last `reset_peak`."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return 1024 * int(found.group(1))
 
 
 def copy_bytes_per_second(elements: int, repeats: int = 5) -> float:

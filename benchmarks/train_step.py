@@ -16,8 +16,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import measure
 import torch
-from measure import GIGA, matmul_flops_per_second, median, seconds, table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, RwkvConfig, RwkvForCausalLM
 
@@ -77,22 +77,22 @@ def matmul_shapes(tokens: int) -> list[tuple[int, int, int]]:
     return [(tokens, k, n) for k, n in widths] + [(m, tokens, n) for m, n in widths]
 
 
-def measure(B: int, T: int, trainees: dict[str, Trainee], rounds: int, slow_rounds: int) -> dict[str, Any]:
+def compare(B: int, T: int, trainees: dict[str, Trainee], rounds: int, slow_rounds: int) -> dict[str, Any]:
     tokens = torch.randint(VOCABULARY, (B, T + 1), generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {name: [] for name in trainees}
     rates: dict[tuple[int, int, int], float] = {}
     for index in range(-1, rounds):  # round -1 warms up
         shapes = [(2048, 2048, 2048), *matmul_shapes(B * T)] + ([(4096, 4096, 4096)] if index % 3 == 0 else [])
         for shape in shapes:
-            rates[shape] = max(rates.get(shape, 0.0), matmul_flops_per_second(*shape, repeats=2))
+            rates[shape] = max(rates.get(shape, 0.0), measure.matmul_flops_per_second(*shape, repeats=2))
         for name, trainee in trainees.items():
             if name == "hf_rwkv" and index not in range(slow_rounds):
                 continue
-            took = seconds(lambda trainee=trainee: trainee.step(tokens))  # type: ignore[misc]
+            took = measure.seconds(lambda trainee=trainee: trainee.step(tokens))  # type: ignore[misc]
             if index >= 0:
                 times[name].append(took)
     best = max(rates, key=lambda shape: rates[shape])
-    speed = {name: B * T / median(values) for name, values in times.items()}
+    speed = {name: B * T / measure.median(values) for name, values in times.items()}
     return {"speed": speed, "rate": rates[best], "rate_shape": "×".join(map(str, best)), "times": times}
 
 
@@ -115,7 +115,7 @@ def main() -> None:
     result, rows = {}, []
     for name, (B, T) in CASES.items():
         rounds, slow_rounds = (6 if T == 128 else 4, 1) if quick else (25 if T == 128 else 15, 3)
-        found = measure(B, T, trainees, rounds, slow_rounds)
+        found = compare(B, T, trainees, rounds, slow_rounds)
         speed = found["speed"]
         assert isinstance(ours, RWKV)
         result[name] = {
@@ -130,15 +130,15 @@ def main() -> None:
                 name.replace("_", " "),
                 f"{speed['ours']:.0f} tok/s",
                 f"{result[name]['matmul_fraction']:.3f}",
-                f"{found['rate'] / GIGA:.0f} at {found['rate_shape']}",
+                f"{found['rate'] / measure.GIGA:.0f} at {found['rate_shape']}",
                 f"{speed['hf_rwkv']:.0f} ({result[name]['vs_hf_rwkv']:.2f} ×)",
                 f"{speed['hf_llama']:.0f} ({result[name]['vs_hf_llama']:.2f} ×)",
                 f"{llama_fraction:.3f}",
-                f"{min(found['times']['ours']) * 1e3:.0f} / {median(found['times']['ours']) * 1e3:.0f} ms",
+                f"{min(found['times']['ours']) * 1e3:.0f} / {measure.median(found['times']['ours']) * 1e3:.0f} ms",
             ]
         )
     header = ["case", "ours", "of matmul rate", "GFLOP/s", "HF Rwkv", "HF Llama", "Llama's share", "ours best/median"]
-    print(table(header, rows))
+    print(measure.table(header, rows))
     print(json.dumps(result))
 
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import re
 import subprocess
 import tempfile
 from pathlib import Path
 
+import measure
 import torch
-from measure import GIGA, copy_bytes_per_second, in_turn, median, seconds, table
 
 from rwkv_train import ops
 from rwkv_train.ops import build
@@ -46,13 +45,13 @@ def our_exponentials_per_second() -> float:
         function = ctypes.CDLL(str(library)).exponential
     x, y, n, repeats = -torch.rand(2048) * 20, torch.empty(2048), 2048, 2000
     call = [ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(n), ctypes.c_int64(repeats)]
-    return n * repeats / min(seconds(lambda: function(*call)) for _ in range(7))
+    return n * repeats / min(measure.seconds(lambda: function(*call)) for _ in range(7))
 
 
 def torch_exponentials_per_second() -> float:
     x = -torch.rand(64 * 1024) * 20
     out = torch.empty_like(x)
-    return x.numel() / min(seconds(lambda: torch.exp(x, out=out)) for _ in range(300))
+    return x.numel() / min(measure.seconds(lambda: torch.exp(x, out=out)) for _ in range(300))
 
 
 class Case:
@@ -70,22 +69,15 @@ class Case:
         torch.autograd.grad(y, self.inputs, self.gradient)
 
 
-def resident(name: str) -> int:
-    """VmRSS or VmHWM (the peak since the last reset) of this process in bytes."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return 1024 * int(found.group(1))
-
-
 def extra_memory(B: int, T: int, C: int) -> float:
     """Peak memory of a step beyond inputs and outputs, in units of one (B, T, C) tensor."""
     case = Case(B, T, C)
     Case(B, 64, C).step()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident("VmRSS")
+    before = measure.resident()
+    measure.reset_peak()
     case.step()
     outputs = 3  # y, dk, dv
-    return (resident("VmHWM") - before) / (4 * case.elements) - outputs
+    return (measure.peak() - before) / (4 * case.elements) - outputs
 
 
 def main() -> None:
@@ -104,36 +96,48 @@ def main() -> None:
     together: list[float] = []
     case.step()
     for _ in range(rounds):  # the floor is measured beside the operator, in every round
-        bandwidths.append(copy_bytes_per_second(8 * case.elements, 2))  # far beyond any cache
+        bandwidths.append(measure.copy_bytes_per_second(8 * case.elements, 2))  # far beyond any cache
         exponentials = max(exponentials, our_exponentials_per_second() * threads, torch_exponentials_per_second())
-        together.append(seconds(case.step))
+        together.append(measure.seconds(case.step))
         torch.set_num_threads(1)
-        alone.append(seconds(case.step))
+        alone.append(measure.seconds(case.step))
         torch.set_num_threads(threads)
-    bandwidth = median(bandwidths)
+    bandwidth = measure.median(bandwidths)
     by_bytes, by_exponentials = 36 * case.elements / bandwidth, 6 * case.elements / exponentials
-    floor, time = max(by_bytes, by_exponentials), median(together)
+    floor, time = max(by_bytes, by_exponentials), measure.median(together)
 
     del case
     short, long = Case(128, 1024, 256), Case(2, 65536, 256)
-    times = in_turn({"short": short.step, "long": long.step}, max(3, rounds // 3))
+    times = measure.in_turn({"short": short.step, "long": long.step}, max(3, rounds // 3))
     result = {
         "floor_ratio": round(time / floor, 3),
-        "linearity_65536_vs_1024": round(median(times["long"]) / median(times["short"]), 3),
-        "threads_2_vs_1": round(median(alone) / time, 3),
+        "linearity_65536_vs_1024": round(measure.median(times["long"]) / measure.median(times["short"]), 3),
+        "threads_2_vs_1": round(measure.median(alone) / time, 3),
         "extra_memory": round(memory, 4),
         "bytes_are_the_floor": by_bytes > by_exponentials,
     }
     rows = [
         ["forward + backward, B4 T1024 C1024", f"{time * 1e3:.1f} ms", "best " + f"{min(together) * 1e3:.1f} ms"],
-        ["floor by 36 bytes an element", f"{by_bytes * 1e3:.1f} ms", f"{bandwidth / GIGA:.1f} GB/s copied"],
-        ["floor by 6 exponentials an element", f"{by_exponentials * 1e3:.1f} ms", f"{exponentials / GIGA:.1f} G/s"],
-        ["one thread", f"{median(alone) * 1e3:.1f} ms", f"{threads} threads {result['threads_2_vs_1']:.2f} × as fast"],
-        ["B128 T1024 C256", f"{median(times['short']) * 1e3:.1f} ms", ""],
-        ["B2 T65536 C256", f"{median(times['long']) * 1e3:.1f} ms", f"{result['linearity_65536_vs_1024']:.2f} ×"],
+        ["floor by 36 bytes an element", f"{by_bytes * 1e3:.1f} ms", f"{bandwidth / measure.GIGA:.1f} GB/s copied"],
+        [
+            "floor by 6 exponentials an element",
+            f"{by_exponentials * 1e3:.1f} ms",
+            f"{exponentials / measure.GIGA:.1f} G/s",
+        ],
+        [
+            "one thread",
+            f"{measure.median(alone) * 1e3:.1f} ms",
+            f"{threads} threads {result['threads_2_vs_1']:.2f} × as fast",
+        ],
+        ["B128 T1024 C256", f"{measure.median(times['short']) * 1e3:.1f} ms", ""],
+        [
+            "B2 T65536 C256",
+            f"{measure.median(times['long']) * 1e3:.1f} ms",
+            f"{result['linearity_65536_vs_1024']:.2f} ×",
+        ],
         ["memory beyond inputs and outputs", f"{memory:.3f}", "of one (B, T, C) tensor, B1 T65536 C512"],
     ]
-    print(table(["what", "measured", "beside it"], rows))
+    print(measure.table(["what", "measured", "beside it"], rows))
     print(json.dumps(result))
 
 

@@ -167,8 +167,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> shift_mix_backward(const Tensor 
     Tensor parts = empty(x, {a.tasks(), a.count, a.C}, ScalarType::Float);
     a.dx = out<S>(dx), a.dprevious = out<S>(dprevious), a.dmix = out<float>(parts);
     over_tasks(a.tasks(), a.B * a.T * a.C, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<float[]> scratch(new float[size_t(2 * a.C)]);
-      rwkv::shift_mix_backward(a, scratch.get(), begin, end);
+      const std::unique_ptr<float[]> carry(new float[size_t(a.C)]);
+      rwkv::shift_mix_backward(a, carry.get(), begin, end);
     });
     for (int64_t i = 0; i < a.count; ++i) {
       dmixes.push_back(empty(x, sizes_of(mixes[size_t(i)]), ScalarType::Float));

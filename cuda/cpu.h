@@ -99,8 +99,8 @@ template <class S> struct ShiftMix {
 };
 
 template <class S> void shift_mix_forward(const ShiftMix<S> &, int64_t begin, int64_t end);
-// `scratch` holds 2 C floats that no other thread touches.
-template <class S> void shift_mix_backward(const ShiftMix<S> &, float *scratch, int64_t begin, int64_t end);
+// `carry` holds C floats that no other thread touches.
+template <class S> void shift_mix_backward(const ShiftMix<S> &, float *carry, int64_t begin, int64_t end);
 
 // Element-wise on [begin, end): h = relu(k)^2 and, from h and its gradient, the gradient of k; o = σ(r) y and back.
 template <class S> void relu_squared_forward(const S *k, S *h, int64_t begin, int64_t end);

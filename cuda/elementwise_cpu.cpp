@@ -2,6 +2,7 @@
 #include "cpu.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace rwkv {
 namespace {
@@ -14,72 +15,85 @@ template <class S> const S *row_before(const ShiftMix<S> &a, int64_t b, int64_t 
 
 template <class S> inline float load_or_zero(const S *row, int64_t c) { return row ? load(row[c]) : 0.0f; }
 
+// The loops below take the number of mixes as a constant: a channel's loads serve all of them, in registers.
+template <class Body> void with_count(int64_t count, const Body &body) {
+  static_assert(MOST_MIXES == 8);
+  switch (count) {
+    case 1: return body(std::integral_constant<int, 1>());
+    case 2: return body(std::integral_constant<int, 2>());
+    case 3: return body(std::integral_constant<int, 3>());
+    case 4: return body(std::integral_constant<int, 4>());
+    case 5: return body(std::integral_constant<int, 5>());
+    case 6: return body(std::integral_constant<int, 6>());
+    case 7: return body(std::integral_constant<int, 7>());
+    case 8: return body(std::integral_constant<int, 8>());
+  }
+}
+
+template <int COUNT, class S> void row_forward(const ShiftMix<S> &a, const S *before, int64_t at) {
+  const S *x = a.x + at;
+#pragma omp simd
+  for (int64_t c = 0; c < a.C; ++c) {
+    const float old = load_or_zero(before, c), difference = load(x[c]) - old;
+    for (int i = 0; i < COUNT; ++i) store(&a.out[i][at + c], old + difference * a.mix[i][c]);
+  }
+}
+
 // Gradients of one row. `carry` (C) holds Σ g_i (1 - μ_i) of the next row on entry and of this row on return: what the
-// shift hands to the row before. dmix (count, C) is added to.
-template <class S>
-void row_backward(const ShiftMix<S> &a, const S *x, const S *before, int64_t at, float *carry, float *fresh, float *dmix,
-                  S *dx) {
-  std::fill_n(fresh, a.C, 0.0f);
+// shift hands to the row before. dmix (COUNT, C) is added to.
+template <int COUNT, class S>
+void row_backward(const ShiftMix<S> &a, const S *before, int64_t at, float *carry, float *dmix) {
+  const S *x = a.x + at;
+#pragma omp simd
+  for (int64_t c = 0; c < a.C; ++c) {
+    const float difference = load(x[c]) - load_or_zero(before, c);
+    float here = carry[c], earlier = 0.0f;
+    for (int i = 0; i < COUNT; ++i) {
+      const float g = load(a.grad[i][at + c]), direct = g * a.mix[i][c];
+      dmix[i * a.C + c] += g * difference;
+      here += direct;
+      earlier += g - direct;
+    }
+    store(&a.dx[at + c], here);
+    carry[c] = earlier;
+  }
+}
+
+// What row `at` hands to the row before it, alone.
+template <class S> void carried_from(const ShiftMix<S> &a, int64_t at, float *carry) {
   for (int64_t i = 0; i < a.count; ++i) {
     const S *g = a.grad[i] + at;
     const float *mix = a.mix[i];
-    float *dm = dmix + i * a.C;
 #pragma omp simd
-    for (int64_t c = 0; c < a.C; ++c) {
-      const float gc = load(g[c]), direct = gc * mix[c];
-      dm[c] += gc * (load(x[c]) - load_or_zero(before, c));
-      carry[c] += direct;
-      fresh[c] += gc - direct;
-    }
+    for (int64_t c = 0; c < a.C; ++c) carry[c] += load(g[c]) - load(g[c]) * mix[c];
   }
-#pragma omp simd
-  for (int64_t c = 0; c < a.C; ++c) store(&dx[c], carry[c]), carry[c] = fresh[c];
 }
 
 }  // namespace
 
 template <class S> void shift_mix_forward(const ShiftMix<S> &a, int64_t begin, int64_t end) {
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / a.blocks(), first = task % a.blocks() * MIX_ROWS, last = std::min(first + MIX_ROWS, a.T);
-    for (int64_t t = first; t < last; ++t) {
-      const int64_t at = (b * a.T + t) * a.C;
-      const S *x = a.x + at, *before = row_before(a, b, t);
-      for (int64_t i = 0; i < a.count; ++i) {
-        const float *mix = a.mix[i];
-        S *out = a.out[i] + at;
-#pragma omp simd
-        for (int64_t c = 0; c < a.C; ++c) {
-          const float old = load_or_zero(before, c);
-          store(&out[c], old + (load(x[c]) - old) * mix[c]);
-        }
-      }
+  with_count(a.count, [&](auto count) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / a.blocks(), first = task % a.blocks() * MIX_ROWS, last = std::min(first + MIX_ROWS, a.T);
+      for (int64_t t = first; t < last; ++t) row_forward<count>(a, row_before(a, b, t), (b * a.T + t) * a.C);
     }
-  }
+  });
 }
 
-template <class S> void shift_mix_backward(const ShiftMix<S> &a, float *scratch, int64_t begin, int64_t end) {
-  float *carry = scratch, *fresh = scratch + a.C;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / a.blocks(), first = task % a.blocks() * MIX_ROWS, last = std::min(first + MIX_ROWS, a.T);
-    float *dmix = a.dmix + task * a.count * a.C;
-    std::fill_n(dmix, a.count * a.C, 0.0f);
-    std::fill_n(carry, a.C, 0.0f);
-    if (last < a.T) {  // what the first row of the next block hands back
-      const int64_t at = (b * a.T + last) * a.C;
-      for (int64_t i = 0; i < a.count; ++i) {
-        const S *g = a.grad[i] + at;
-        const float *mix = a.mix[i];
-#pragma omp simd
-        for (int64_t c = 0; c < a.C; ++c) carry[c] += load(g[c]) - load(g[c]) * mix[c];
-      }
+template <class S> void shift_mix_backward(const ShiftMix<S> &a, float *carry, int64_t begin, int64_t end) {
+  with_count(a.count, [&](auto count) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / a.blocks(), first = task % a.blocks() * MIX_ROWS, last = std::min(first + MIX_ROWS, a.T);
+      float *dmix = a.dmix + task * a.count * a.C;
+      std::fill_n(dmix, a.count * a.C, 0.0f);
+      std::fill_n(carry, a.C, 0.0f);
+      if (last < a.T) carried_from(a, (b * a.T + last) * a.C, carry);
+      for (int64_t t = last - 1; t >= first; --t)
+        row_backward<count>(a, row_before(a, b, t), (b * a.T + t) * a.C, carry, dmix);
+      if (first == 0 && a.dprevious)
+        for (int64_t c = 0; c < a.C; ++c) store(&a.dprevious[b * a.C + c], carry[c]);
     }
-    for (int64_t t = last - 1; t >= first; --t) {
-      const int64_t at = (b * a.T + t) * a.C;
-      row_backward(a, a.x + at, row_before(a, b, t), at, carry, fresh, dmix, a.dx + at);
-    }
-    if (first == 0 && a.dprevious)
-      for (int64_t c = 0; c < a.C; ++c) store(&a.dprevious[b * a.C + c], carry[c]);
-  }
+  });
 }
 
 template <class S> void relu_squared_forward(const S *k, S *h, int64_t begin, int64_t end) {

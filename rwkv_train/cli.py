@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["train"]:
         return launcher.main(argv[1:])
     arguments = _parser().parse_args(argv)
+    launcher.share_cores()
     try:
         if arguments.command == "doctor":
             from rwkv_train.doctor import examine

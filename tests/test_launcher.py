@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -49,6 +50,23 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "error: the data is shorter than one context\n  give more of it\n"
     trained(monkeypatch, interrupt)
     assert launcher.main([]) == 130
+
+
+@pytest.mark.parametrize(
+    ("given", "settled"),
+    [
+        ({}, f"{launcher.SPINS} None"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 None"),
+        ({"OMP_WAIT_POLICY": "active"}, "None active"),
+    ],
+)
+def test_waiting_threads_give_their_cores_away_unless_told_otherwise(given: dict[str, str], settled: str) -> None:
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    seen = "print(*[os.environ.get(name) for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')], 'torch' in sys.modules)"
+    code = f"import os, sys; from rwkv_train import launcher; launcher.main(['--help']); {seen}"
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"{settled} False", done.stderr
 
 
 def test_all_mistakes_in_one_block(capsys: pytest.CaptureFixture[str]) -> None:
