@@ -3,6 +3,9 @@
 // The state (n, d, p) stands for the sums N = n e^p and D = d e^p. With a = e^p, b = e^(u+k) (both divided by the larger):
 //   y  = (a n + b v) / (a d + b)
 //   p' = max(p + w, k),  n' = e^(p+w-p') n + e^(k-p') v,  d' = e^(p+w-p') d + e^(k-p')
+// Only the ratio a : b counts in y, and a : b = e^(p+w-p') : e^(k-p') e^(u+w), so one pair of exponentials serves y and the
+// new state. Only where e^(u+w) is so far from 1 that the pair, flushed to 0 below e^-87, would lose what counts in y does
+// y get a pair of its own.
 //
 // The gradient. Outputs depend on the sums N and D only, not on how p splits them, so the backward pass carries
 //   Gn = e^p ∂L/∂N and Gd = e^p ∂L/∂D,
@@ -48,6 +51,25 @@ struct State {
   }
 };
 
+constexpr float NEAR = 40.0f;  // |u + w| up to here: a pair flushed below e^-87 is then below e^-47 in the other's scale
+
+// e^(u+w) of a block's channels, and whether all are near enough to 1 for y to do with the pair of the new state.
+struct Bonus {
+  float factor[WKV4_LANES];
+  bool near = true;
+
+  Bonus(const float *w, const float *u, int64_t lanes) {
+    float furthest = 0.0f;
+    for (int64_t c = 0; c < lanes; ++c) furthest = larger(furthest, __builtin_fabsf(u[c] + w[c]));
+    near = furthest <= NEAR;
+#pragma omp simd
+    for (int64_t c = 0; c < lanes; ++c) {
+      const float x = u[c] + w[c], e = exp_negative(-__builtin_fabsf(x));
+      factor[c] = x < 0.0f ? e : 1.0f / e;
+    }
+  }
+};
+
 template <bool WRITE, class S> void prefetch(const S *row, int64_t lanes) {
   for (int64_t c = 0; c < lanes; c += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + c, WRITE);
 }
@@ -80,7 +102,8 @@ template <class Arguments> const float *state_before(const Wkv4Shape &s, const A
   return a.saved + ((at.b * s.saved() + at.begin / s.chunk - 1) * 3) * s.C + at.first;
 }
 
-template <class S> void forward_block(const Wkv4Shape &s, const Wkv4Forward<S> &a, const Block &at) {
+template <bool NEAR_BONUS, class S>
+void forward_block(const Wkv4Shape &s, const Wkv4Forward<S> &a, const Block &at, const Bonus &bonus) {
   const float *w = a.w + at.first, *u = a.u + at.first;
   State state;
   state.read(state_before(s, a, at), s.C, at.lanes);
@@ -93,7 +116,8 @@ template <class S> void forward_block(const Wkv4Shape &s, const Wkv4Forward<S> &
 #pragma omp simd
     for (int64_t c = 0; c < at.lanes; ++c) {
       const float k = load(kt[c]), v = load(vt[c]), n = state.n[c], d = state.d[c], p = state.p[c];
-      const Pair out = exp_pair(p, u[c] + k), next = exp_pair(p + w[c], k);
+      const Pair next = exp_pair(p + w[c], k);
+      const Pair out = NEAR_BONUS ? Pair{next.x, next.y * bonus.factor[c]} : exp_pair(p, u[c] + k);
       store(&yt[c], (out.x * n + out.y * v) / (out.x * d + out.y));
       state.n[c] = next.x * n + next.y * v;
       state.d[c] = next.x * d + next.y;
@@ -128,8 +152,8 @@ void recompute(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &at, St
 }
 
 // Between chunks Gn, Gd and q wait in dstate, the sums for w and u in dw and du. WITH_STATE: q is carried too.
-template <bool WITH_STATE, class S>
-void backward_block(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &at, float *scratch) {
+template <bool WITH_STATE, bool NEAR_BONUS, class S>
+void backward_block(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &at, const Bonus &bonus, float *scratch) {
   const float *w = a.w + at.first, *u = a.u + at.first, *start = state_before(s, a, at);
   float *ds = a.dstate + at.in(s, 3, 0), *dw = a.dw + at.in(s, 1, 0), *du = a.du + at.in(s, 1, 0);
   float gn[WKV4_LANES] = {}, gd[WKV4_LANES] = {}, q[WKV4_LANES] = {};
@@ -156,16 +180,17 @@ void backward_block(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &a
 #pragma omp simd
     for (int64_t c = 0; c < at.lanes; ++c) {
       const float k = load(kt[c]), v = load(vt[c]), n = n_at[c], d = d_at[c], p = p_at[c], decayed = p + w[c];
-      const Pair out = exp_pair(p, u[c] + k), next = {x_at[c], y_at[c]};
+      const Pair next = {x_at[c], y_at[c]};
+      const Pair out = NEAR_BONUS ? Pair{next.x, next.y * bonus.factor[c]} : exp_pair(p, u[c] + k);
       const float inverse = 1.0f / (out.x * d + out.y), y = (out.x * n + out.y * v) * inverse;
-      const float g = load(gt[c]) * inverse, bonus = out.x * out.y * g * (v * d - n) * inverse;
-      float dk = bonus + next.y * (v * gn[c] + gd[c]), decay = next.x * (n * gn[c] + d * gd[c]);
+      const float g = load(gt[c]) * inverse, du_here = out.x * out.y * g * (v * d - n) * inverse;
+      float dk = du_here + next.y * (v * gn[c] + gd[c]), decay = next.x * (n * gn[c] + d * gd[c]);
       if (WITH_STATE) {
         const float won = decayed < k ? q[c] : decayed == k ? 0.5f * q[c] : 0.0f;
         q[c] -= won;
         dk += won, decay += q[c];
       }
-      du_chunk[c] += bonus, dw_chunk[c] += decay;
+      du_chunk[c] += du_here, dw_chunk[c] += decay;
       store(&dkt[c], dk);
       store(&dvt[c], out.y * g + next.y * gn[c]);
       gn[c] = out.x * g + next.x * gn[c];
@@ -184,14 +209,23 @@ void backward_block(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &a
 template <class S>
 void wkv4_forward(const Wkv4Shape &s, const Wkv4Forward<S> &a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task)
-    over_blocks(s, task, false, [&](const Block &at) { forward_block(s, a, at); });
+    over_blocks(s, task, false, [&](const Block &at) {
+      const Bonus bonus(a.w + at.first, a.u + at.first, at.lanes);
+      bonus.near ? forward_block<true>(s, a, at, bonus) : forward_block<false>(s, a, at, bonus);
+    });
 }
 
 template <class S>
 void wkv4_backward(const Wkv4Shape &s, const Wkv4Backward<S> &a, float *scratch, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task)
     over_blocks(s, task, true, [&](const Block &at) {
-      a.gstate ? backward_block<true>(s, a, at, scratch) : backward_block<false>(s, a, at, scratch);
+      const Bonus bonus(a.w + at.first, a.u + at.first, at.lanes);
+      if (a.gstate)
+        bonus.near ? backward_block<true, true>(s, a, at, bonus, scratch)
+                   : backward_block<true, false>(s, a, at, bonus, scratch);
+      else
+        bonus.near ? backward_block<false, true>(s, a, at, bonus, scratch)
+                   : backward_block<false, false>(s, a, at, bonus, scratch);
     });
 }
 
