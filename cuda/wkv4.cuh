@@ -51,24 +51,21 @@ struct Map {
   float factor, keep, n, d;
 };
 
-struct Weights {  // e^(past - m) and e^(now - m) with m the larger: one exponential, as one of the two is 1
-  float past, now;
+struct Weights {  // e^(past - top) and e^(now - top) with top the larger: one exponential, as one of the two is 1
+  float past, now, top;
 };
 
 __device__ __forceinline__ Weights weigh(float past, float now) {
   const float difference = past - now, e = __expf(-fabsf(difference));
-  return {difference < 0.f ? e : 1.f, difference < 0.f ? 1.f : e};
+  return difference < 0.f ? Weights{e, 1.f, now} : Weights{1.f, e, past};
 }
-
-__device__ __forceinline__ float larger(float x, float y) { return x < y ? y : x; }
 
 __device__ __forceinline__ State empty() { return {0.f, 0.f, EMPTY_MAXIMUM}; }
 
 // The state after `before` and then the steps that `part` summarises, which decay `before` by e^decay.
 __device__ __forceinline__ State then(State before, State part, float decay) {
   const Weights e = weigh(before.p + decay, part.p);
-  return {fmaf(e.past, before.n, e.now * part.n), fmaf(e.past, before.d, e.now * part.d),
-          larger(before.p + decay, part.p)};
+  return {fmaf(e.past, before.n, e.now * part.n), fmaf(e.past, before.d, e.now * part.d), e.top};
 }
 
 __device__ __forceinline__ State step(State s, float w, float k, float v) { return then(s, {v, 1.f, k}, w); }
