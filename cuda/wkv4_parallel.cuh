@@ -74,6 +74,7 @@ template <class S, int V, bool SUMMARY> __global__ __launch_bounds__(LANES * WAR
 #pragma unroll
       for (int i = 0; i < V; ++i)
         s[i] = {carry[now][0][i * LANES + lane], carry[now][1][i * LANES + lane], carry[now][2][i * LANES + lane]};
+#pragma unroll 1
       for (int other = 0; other < warp; ++other) {  // the steps of the warps before this one are all there
         float(*from)[WIDTH] = part[now][other];
 #pragma unroll
@@ -189,6 +190,7 @@ __global__ __launch_bounds__(LANES * WARPS, sizeof(S) == 2 ? 2 : 1) void wkv4_ba
       part[warp][0][x] = local[i].n, part[warp][1][x] = local[i].d, part[warp][2][x] = local[i].p;
     }
     __syncthreads();
+#pragma unroll 1
     for (int other = 0; other < warp; ++other) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -231,6 +233,7 @@ __global__ __launch_bounds__(LANES * WARPS, sizeof(S) == 2 ? 2 : 1) void wkv4_ba
         const int x = i * LANES + lane;
         g[i] = {carry[now][0][x], carry[now][1][x], carry[now][2][x]};
       }
+#pragma unroll 1
       for (int other = WARPS - 1; other > warp - SUMMARY; --other) {
 #pragma unroll
         for (int i = 0; i < V; ++i) {
