@@ -7,21 +7,21 @@ from dataclasses import dataclass
 CHUNK = 64  # steps, as in cuda/kernels.h
 COLUMN = 64  # channels of one block of the parallel kernels
 LEAST_CHUNKS = 16  # in a segment: what segments cost in memory stays below 1/64 of a (B, T, C) float32 tensor
-FILLING = 24  # warps of the sequential kernel on a multiprocessor from which on nothing is gained by cutting time
+FILLING = 5  # warps of the sequential kernel on a multiprocessor from which on nothing is gained by cutting time
 
 
 def segments_on(B: int, T: int, C: int, multiprocessors: int) -> int:
     """How wkv4 cuts (B, T, C) on a card: 0 is the sequential kernel, n > 0 the parallel one with time in n segments.
 
-    Sequential where its warps alone fill the card. Parallel otherwise; segments cost a second reading of the inputs, so
-    time is cut only where its blocks would leave more than half of the multiprocessors idle, and then into two blocks a
-    multiprocessor.
+    Sequential where its warps alone keep the card busy. Parallel otherwise; segments cost a second reading of the inputs,
+    so time is cut only where its blocks would leave more than half of the multiprocessors idle, and then into no more
+    blocks than two a multiprocessor, which all run at once.
     """
     columns = B * -(-C // COLUMN)
     if columns >= FILLING * multiprocessors:
         return 0
     most = max(1, -(-T // CHUNK) // LEAST_CHUNKS)
-    return 1 if 2 * columns > multiprocessors else min(most, -(-2 * multiprocessors // columns))
+    return 1 if 2 * columns > multiprocessors else min(most, 2 * multiprocessors // columns)
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Kernel:
     ahead: float  # bytes of a warp that are on their way at once
 
 
-PARALLEL = {"forward": Kernel(6.2, 84, 5.0, 24, 4096), "backward": Kernel(10.2, 204, 8.4, 16, 6144)}
-SUMMARY = {"forward": Kernel(4, 47, 2.0, 24, 4096), "backward": Kernel(6.2, 110, 4.9, 16, 6144)}
+PARALLEL = {"forward": Kernel(6.2, 77, 4.6, 24, 4096), "backward": Kernel(10.2, 184, 7.9, 16, 6144)}
+SUMMARY = {"forward": Kernel(4, 36, 1.3, 24, 4096), "backward": Kernel(6.2, 105, 4.4, 16, 6144)}
 SEQUENTIAL = {"forward": Kernel(6.2, 51, 3.0, 20, 2048), "backward": Kernel(14.2, 134, 5.3, 14, 3072)}
 FLOOR = {"forward": 6, "backward": 10}  # bytes an element: k, v, y; k, v, gy, dk, dv
 HIDDEN = 0.75  # of the shorter of memory and arithmetic, how much hides behind the longer

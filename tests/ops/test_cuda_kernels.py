@@ -283,3 +283,11 @@ def test_no_access_out_of_bounds_by_the_address_sanitizer() -> None:
         [sys.executable, "-c", program], cwd=ROOT, env=loader.asan_environment(), capture_output=True, text=True
     )
     assert done.stdout.strip() == "clean", done.stderr[-3000:]
+
+
+@pytest.mark.kernels
+@pytest.mark.timeout(900)
+def test_every_planted_error_is_caught() -> None:
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "kernel_mutants.py"], capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
