@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint format check golden bench
+.PHONY: help setup train test test-slow test-kernels lint format check golden bench gpu
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -37,10 +37,13 @@ train: setup ## the default run: a byte-level RWKV-4 on the Python library's sou
 	$(RUN) train.py $(ARGS)
 
 test: setup ## all quick tests
-	$(RUN) -m pytest -m "not slow and not gpu" $(ARGS)
+	$(RUN) -m pytest -m "not slow and not gpu and not kernels" $(ARGS)
 
 test-slow: setup ## the slow tests
-	$(RUN) -m pytest -m "slow and not gpu" $(ARGS)
+	$(RUN) -m pytest -m "slow and not gpu and not kernels" $(ARGS)
+
+test-kernels: setup ## the CUDA kernels on a CPU: every shape, planted errors, nvcc's figures; at most 10 minutes
+	$(RUN) -m pytest -m kernels $(ARGS)
 
 lint: setup ## format, lint, types, spelling, import layers
 	$(RUN) -m ruff format --check .
@@ -60,3 +63,9 @@ golden: setup ## remake tests/golden (say why in the commit)
 
 bench: setup ## every benchmark in its quick form
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(RUN) $$script --quick; done
+
+# Torch with CUDA is all it needs: the environment of `make setup` if that has it, else python3's own.
+GPU_PYTHON ?= $(shell $(RUN) -c 'import torch; torch.cuda.is_available() or exit(1)' 2>/dev/null && echo $(RUN) || echo $(PYTHON))
+
+gpu: ## what only a GPU can show: correctness, speed, whole steps; 12 minutes, ARGS=--quick 3
+	$(GPU_PYTHON) scripts/gpu.py $(ARGS)

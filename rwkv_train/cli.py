@@ -1,4 +1,4 @@
-"""`rwkv-train train|generate|doctor`: the front door of an installed wheel, with the same words as train.py."""
+"""`rwkv-train train|generate|doctor|build-ops`: the front door of an installed wheel, with the same words as train.py."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rwkv_train.doctor import examine
 
             return examine(launcher.cores())
+        if arguments.command == "build-ops":
+            from rwkv_train.ops.build_cuda import build_ahead
+
+            for library in build_ahead(arguments.arch, arguments.cache):
+                print(library)
+            return 0
         from rwkv_train.inference.generate import run
 
         return run(
@@ -71,6 +77,13 @@ def _parser() -> argparse.ArgumentParser:
         help="what works on this machine, and what does not and why",
         description="Checks versions, compiler, operator engines and devices. Exit code 1 where something needs you.",
     )
+    build = commands.add_parser(
+        "build-ops",
+        help="compile the operators now, not at their first use",
+        description="Compiles the C++ and the CUDA engine into the cache, for a machine that has no compiler or no time.",
+    )
+    build.add_argument("--arch", help="compute capabilities of the cards, like 8.0,9.0,10.0 (default: this machine's)")
+    build.add_argument("--cache", metavar="DIRECTORY", help="instead of ~/.cache/rwkv_train; RWKV_OPS_CACHE at use")
     return parser
 
 

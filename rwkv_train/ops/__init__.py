@@ -1,33 +1,51 @@
 """The operators. Each has one definition (reference.py) and engines that compute the same faster (cuda/).
 
-`RWKV_OPS=reference|cpp` demands an engine; without it, or with `auto`, the fastest available one runs.
+`RWKV_OPS=reference|cpp|cuda` demands an engine; without it, or with `auto`, the fastest available one runs.
+`RWKV_OPS_CACHE=DIRECTORY` is where compiled engines are looked for and put first.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from rwkv_train.errors import UserError
-from rwkv_train.ops import library, reference
+from rwkv_train.ops import build, library, reference
 from rwkv_train.ops.build import CPP
+from rwkv_train.ops.build_cuda import CUDA
 from rwkv_train.ops.health import EngineReport, engines
 
 __all__ = ["EngineReport", "engines", "relu_squared", "shift_mix", "sigmoid_gate", "wkv4"]
 
-ENGINES = ("auto", "reference", "cpp")
+ENGINES = ("auto", "reference", "cpp", "cuda")
 ENGINE = os.environ.get("RWKV_OPS", "auto")
 if ENGINE not in ENGINES:
     raise UserError(f"RWKV_OPS={ENGINE} names no engine", f"valid are {', '.join(ENGINES)}")
-CPP.required = ENGINE == "cpp"
+CPP.required, CUDA.required = ENGINE == "cpp", ENGINE == "cuda"
+if cache := os.environ.get("RWKV_OPS_CACHE"):
+    build.CACHE = Path(cache).expanduser()
+
+_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
+_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def _by_definition(x: Tensor) -> bool:
-    """Whether the definition runs on x: on demand, and in the dtypes that no engine computes in."""
-    return ENGINE == "reference" or x.dtype not in (torch.float32, torch.bfloat16)
+    """Whether the definition runs on x: on demand, and where no engine knows the device or computes in the dtype.
+
+    Raises UserError when an engine is demanded that does not run on x's device.
+    """
+    device = x.device.type
+    demanded = _DEVICES.get(ENGINE, device)
+    if demanded != device and device in _DTYPES:
+        raise UserError(
+            f"RWKV_OPS={ENGINE} demands an engine for {demanded}, and a tensor is on {x.device}",
+            "move the model and its inputs there, or unset RWKV_OPS",
+        )
+    return ENGINE == "reference" or x.dtype not in _DTYPES.get(device, ())
 
 
 def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:

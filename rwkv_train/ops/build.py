@@ -54,7 +54,7 @@ def find_compiler() -> str:
     raise BuildError(f"no C++ compiler ({', '.join(COMPILERS)}) was found", "sudo apt install g++")
 
 
-def _run(*command: str) -> str:
+def run(*command: str) -> str:
     """Output and errors of a command. Raises BuildError when it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
@@ -65,6 +65,13 @@ def _run(*command: str) -> str:
         lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines() or ["?"]
         raise BuildError(lines[0].strip()[:300], " ".join(command))
     return output
+
+
+def sources_key(names: tuple[str, ...], headers: tuple[str, ...]) -> str:
+    """What a library is made of: the named files of cuda/ and its headers, as one text."""
+    folder = source_directory()
+    files = [folder / name for name in names] + sorted(file for pattern in headers for file in folder.glob(pattern))
+    return "\0".join(file.read_text() for file in files)
 
 
 @dataclass
@@ -132,23 +139,30 @@ class Engine:
         Raises:
             BuildError: no compiler, the sources do not compile, or nowhere to write.
         """
-        compiler, sources = find_compiler(), source_directory()
+        compiler = find_compiler()
         # What -march=native means here is asked of the compiler: a home shared by unlike machines stays right.
-        native = _run(compiler, "-march=native", "-###", "-E", "-x", "c++", os.devnull)
-        texts = [(sources / name).read_text() for name in self.sources]
-        texts += [header.read_text() for header in sorted(sources.glob("*.h"))]
-        key = "\0".join([*texts, FLAGS, torch.__version__, _run(compiler, "--version"), native])
-        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        native = run(compiler, "-march=native", "-###", "-E", "-x", "c++", os.devnull)
+        texts = [sources_key(self.sources, ("*.h",)), FLAGS, torch.__version__, run(compiler, "--version"), native]
+        digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+        roots = [cache] if cache else cache_directories()
+        return self._build_in_one_of(roots, f"{self.name}-{digest}", compiler)
+
+    @property
+    def library_name(self) -> str:
+        """The file that a build ends in."""
+        return f"rwkv_train_{self.name}.so"
+
+    def _build_in_one_of(self, roots: list[Path], name: str, compiler: str) -> Path:
         failures = []
-        for root in [cache] if cache else _cache_directories():
+        for root in roots:
             try:
-                return self._build_in(root / f"{self.name}-{digest}", compiler, sources)
+                return self._build_in(root / name, compiler, source_directory())
             except OSError as error:
                 failures.append(f"{root}: {error.strerror or error}")
         raise BuildError(f"nowhere to write the compiled engine ({'; '.join(failures)})", "df -h ~ /tmp")
 
     def _build_in(self, directory: Path, compiler: str, sources: Path) -> Path:
-        library = directory / f"rwkv_train_{self.name}.so"
+        library = directory / self.library_name
         if library.exists():  # it was renamed into place when whole
             return library
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -161,7 +175,7 @@ class Engine:
             workplace = Path(tempfile.mkdtemp(prefix="build-", dir=directory))
             try:
                 (workplace / "build.ninja").write_text(self._ninja_file(compiler, sources))
-                _run(str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(workplace))
+                run(str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(workplace))
                 os.replace(workplace / library.name, library)
             finally:
                 shutil.rmtree(workplace, ignore_errors=True)
@@ -170,33 +184,36 @@ class Engine:
     def _ninja_file(self, compiler: str, sources: Path) -> str:
         home = Path(torch.__file__).parent
         # The compiler calls as and ld by PATH, which a service may have stripped.
-        call = f'PATH="$$PATH:{os.defpath}" {_quoted(compiler)}'
+        call = f'PATH="$$PATH:{os.defpath}" {quoted(compiler)}'
         objects = [f"{Path(name).stem}.o" for name in self.sources]
         lines = [
             "rule compile",
-            f"  command = {call} {FLAGS} -isystem {_quoted(home / 'include')} -c $in -o $out",
+            f"  command = {call} {FLAGS} -isystem {quoted(home / 'include')} -c $in -o $out",
             "rule link",
-            f"  command = {call} -shared $in -o $out -L{_quoted(home / 'lib')} -ltorch_cpu",
+            f"  command = {call} -shared $in -o $out -L{quoted(home / 'lib')} -ltorch_cpu",
             *(
-                f"build {obj}: compile {_escaped(sources / name)}"
+                f"build {obj}: compile {escaped(sources / name)}"
                 for obj, name in zip(objects, self.sources, strict=True)
             ),
-            f"build rwkv_train_{self.name}.so: link {' '.join(objects)}",
+            f"build {self.library_name}: link {' '.join(objects)}",
         ]
         return "\n".join(lines) + "\n"
 
 
-def _quoted(path: str | Path) -> str:
+def quoted(path: str | Path) -> str:
     return "'" + str(path).replace("'", "'\\''").replace("$", "$$") + "'"  # for the shell inside a ninja file
 
 
-def _escaped(path: Path) -> str:
+def escaped(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # for a path in a ninja file
 
 
-def _cache_directories() -> list[Path]:
+CACHE: Path | None = None  # set by rwkv_train.ops: where to look and build before anywhere else
+
+
+def cache_directories() -> list[Path]:
     """Where a built engine may lie, best first."""
-    roots = []
+    roots = [] if CACHE is None else [CACHE]
     with contextlib.suppress(RuntimeError):  # this user has no home
         roots.append(Path.home() / ".cache" / "rwkv_train")
     private = Path(tempfile.gettempdir()) / f"rwkv_train-{os.getuid()}"

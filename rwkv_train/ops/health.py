@@ -12,7 +12,8 @@ import torch
 
 from rwkv_train.errors import UserError
 from rwkv_train.ops import library, reference
-from rwkv_train.ops.build import CPP, BuildError
+from rwkv_train.ops.build import CPP, BuildError, Engine
+from rwkv_train.ops.build_cuda import CUDA
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class EngineReport:
         seconds: what loading (and building, where needed) and the self-test took.
     """
 
-    name: Literal["reference", "cpp"]
+    name: Literal["reference", "cpp", "cuda"]
     ready: bool
     where: str | None
     problem: str | None
@@ -39,30 +40,33 @@ class EngineReport:
 
 def engines() -> list[EngineReport]:
     """Builds, loads and self-tests every engine; never raises and never warns."""
-    reports = [EngineReport("reference", True, reference.__file__, None, None, 1.0, 0.0)]
+    reports = [EngineReport("reference", True, reference.__file__, None, None, 1.0, 0.0), _examine("cpp", CPP)]
+    return [*reports, _examine("cuda", CUDA)] if torch.cuda.is_available() else reports
+
+
+def _examine(name: Literal["cpp", "cuda"], engine: Engine) -> EngineReport:
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         with contextlib.suppress(UserError):
-            CPP.load()
+            engine.load()
     ratio, problem, way_out = None, None, None
-    if CPP.library is None:
-        failure = CPP.error or BuildError("it was not built", "rwkv-train doctor")
+    if engine.library is None:
+        failure = engine.error or BuildError("it was not built", "rwkv-train doctor")
         problem, way_out = failure.why, failure.command
     else:
-        ratio = _self_test()
+        ratio = _self_test("cuda" if name == "cuda" else "cpu")
         if not ratio <= 3.0:
             problem = f"its results are wrong: error {ratio:.1f} times the definition's"
             way_out = (
                 "RWKV_OPS=reference trains correctly meanwhile; please report this machine's compiler and processor"
             )
-    where = None if CPP.library is None else str(CPP.library)
-    seconds = time.perf_counter() - start
-    return [*reports, EngineReport("cpp", problem is None, where, problem, way_out, ratio, seconds)]
+    where = None if engine.library is None else str(engine.library)
+    return EngineReport(name, problem is None, where, problem, way_out, ratio, time.perf_counter() - start)
 
 
-def _self_test() -> float:
-    """Largest error of the C++ wkv4 and its gradients against float64, relative to the float32 definition's error."""
+def _self_test(device: str) -> float:
+    """Largest error of the engine's wkv4 and its gradients against float64, relative to the float32 definition's error."""
     generator = torch.Generator().manual_seed(0)
     B, T, C = 2, 70, 40
     shapes = [(C,), (C,), (B, T, C), (B, T, C)]
@@ -70,10 +74,10 @@ def _self_test() -> float:
     truth = [-torch.exp(w), u, 5 * k, v, reference.initial_state(k)]
     results = []
     for dtype, engine in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
-        inputs = [x.to(dtype).requires_grad_() for x in truth]
+        inputs = [x.to(dtype).to(device if engine else "cpu").requires_grad_() for x in truth]
         outputs = torch.ops.rwkv_train.wkv4(*inputs, library.CHUNK)[:2] if engine else reference.wkv4(*inputs)
         grads = torch.autograd.grad(outputs[0].square().sum(), inputs)
-        results.append([x.detach().double() for x in (*outputs, *grads)])
+        results.append([x.detach().cpu().double() for x in (*outputs, *grads)])
     exact, definition, ours = results
     ratios: list[float] = []
     for a, b, c in zip(exact, definition, ours, strict=True):

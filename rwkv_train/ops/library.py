@@ -15,6 +15,8 @@ from torch import Tensor
 
 from rwkv_train.ops import reference
 from rwkv_train.ops.build import CPP
+from rwkv_train.ops.build_cuda import CUDA
+from rwkv_train.ops.cost import segments_on
 
 NAMESPACE = "rwkv_train"
 CHUNK = 64  # steps between two saved states of wkv4: 3/64 of a (B, T, C) tensor
@@ -22,15 +24,23 @@ CHUNK = 64  # steps between two saved states of wkv4: 3/64 of a (B, T, C) tensor
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def _declare(schema: str, definition: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Declares an operator that runs `definition` wherever no engine has an implementation."""
+def _declare(
+    schema: str, definition: Callable[..., Any], fake: Callable[..., Any], on_card: Callable[..., Any] | None = None
+) -> None:
+    """Declares an operator that runs `definition` wherever no engine has an implementation.
+
+    The CUDA engine registers one of its own, or `on_card` calls what it registers.
+    """
     name = schema.split("(")[0]
 
     def kernel(*args: Any) -> Any:
-        device = next(arg for arg in args if isinstance(arg, Tensor)).device
-        if device.type == "cpu" and CPP.load():
-            return getattr(torch.ops.rwkv_train, name)(*args)
-        return definition(*args)
+        first = next(arg for arg in args if isinstance(arg, Tensor))
+        engine = {"cpu": CPP, "cuda": CUDA}.get(first.device.type)
+        if engine is None or not engine.load():
+            return definition(*args)
+        if engine is CUDA and on_card is not None:
+            return on_card(*args)
+        return getattr(torch.ops.rwkv_train, name)(*args)
 
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -110,16 +120,45 @@ def _wkv4_gradient(ctx: Any, gy: Tensor | None, gstate: Tensor | None, gsaved: N
     return *torch.ops.rwkv_train.wkv4_backward(w, u, k, v, state, saved, gy, gstate, ctx.chunk), None
 
 
+# What the CUDA engine registers: wkv4 with the choice between its kernels as an argument (0: sequential).
+_library.define(
+    "wkv4_in_segments(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state, int segments) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "wkv4_in_segments_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state, Tensor saved, Tensor gy, "
+    "Tensor? gstate, int segments) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _wkv4_on_card(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, chunk = args
+    return _on_card(torch.ops.rwkv_train.wkv4_in_segments, tensors, chunk)
+
+
+def _wkv4_backward_on_card(*args: Any) -> tuple[Tensor, ...]:
+    *tensors, chunk = args
+    return _on_card(torch.ops.rwkv_train.wkv4_in_segments_backward, tensors, chunk)
+
+
+def _on_card(operator: Callable[..., Any], tensors: list[Any], chunk: int) -> Any:
+    if chunk != CHUNK:
+        raise ValueError(f"wkv4: the CUDA engine saves a state each {CHUNK} steps, not {chunk}")
+    k = tensors[2]
+    return operator(*tensors, segments_on(*k.shape, torch.cuda.get_device_properties(k.device).multi_processor_count))
+
+
 _declare(
     "wkv4(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state, int chunk) -> (Tensor, Tensor, Tensor)",
     _wkv4,
     _wkv4_fake,
+    _wkv4_on_card,
 )
 _declare(
     "wkv4_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state, Tensor saved, Tensor gy, Tensor? gstate, "
     "int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _wkv4_backward,
     _wkv4_backward_fake,
+    _wkv4_backward_on_card,
 )
 _differentiate("wkv4", _wkv4_setup, _wkv4_gradient)
 

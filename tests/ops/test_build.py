@@ -94,7 +94,7 @@ def test_a_demanded_engine_that_cannot_be_had_is_an_error(tmp_path: Path) -> Non
     assert "UserError: RWKV_OPS=cpp demands an engine that is not available: no C++ compiler" in errors
     process = start(CALL, tmp_path, RWKV_OPS="fast")
     _, errors = process.communicate(timeout=60)
-    assert "UserError: RWKV_OPS=fast names no engine\n  valid are auto, reference, cpp" in errors
+    assert "UserError: RWKV_OPS=fast names no engine\n  valid are auto, reference, cpp, cuda" in errors
 
 
 def test_the_definition_on_demand_builds_nothing(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_doctors_report() -> None:
 def test_doctor_sees_a_wrong_engine_and_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from rwkv_train.ops import health
 
-    monkeypatch.setattr(health, "_self_test", lambda: 1e4)
+    monkeypatch.setattr(health, "_self_test", lambda device: 1e4)
     wrong = ops.engines()[1]
     assert not wrong.ready
     assert "results are wrong" in str(wrong.problem)

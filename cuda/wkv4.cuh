@@ -1,0 +1,180 @@
+// The recurrence of RWKV-4's wkv and its gradient, as both ways to cut it use them. The equations, those of the gradient
+// too, stand at the head of wkv4_cpu.cpp.
+#pragma once
+
+#include "device.cuh"
+#include "kernels.h"
+
+namespace rwkv {
+namespace {
+
+constexpr int LANES = 32, WARPS = 8, STEPS = 8;  // a chunk is WARPS · STEPS steps
+constexpr int CHUNK = int(RWKV_CHUNK), ALONE = 64;  // ALONE: threads in a block of the sequential kernels
+constexpr float EMPTY_MAXIMUM = -1e38f;
+static_assert(CHUNK == WARPS * STEPS, "a block of the parallel kernels works on one chunk at a time");
+
+struct Inputs {
+  int64_t B, T, C, segments;
+  const float *w, *u;             // (C)
+  const void *k, *v;              // (B, T, C)
+  const float *state;             // (B, 3, C)
+  __host__ __device__ int64_t chunks() const { return (T + CHUNK - 1) / CHUNK; }
+  __host__ __device__ int64_t first_chunk(int64_t segment) const { return segment * chunks() / segments; }
+};
+
+struct Forward : Inputs {
+  void *y;
+  float *new_state, *saved;       // saved: (B, chunks - 1, 3, C), the states before each chunk but the first
+  float *summaries, *starts;      // (B, segments, 3, C) of each segment from nothing; the states before each segment
+};
+
+struct Backward : Inputs {
+  const float *saved;
+  const void *gy;
+  const float *gstate;            // of new_state, or null
+  void *dk, *dv;
+  float *dstate, *parts;          // parts: (2, B · segments, C), of dw and du
+  float *maps, *ends;             // (B, segments, 5, C) what a segment does to a gradient; the gradients behind each
+};
+
+struct State {
+  float n, d, p;
+};
+
+// The gradient of the state after some step, as wkv4_cpu.cpp has it: Gn = e^p ∂L/∂N, Gd = e^p ∂L/∂D, and q.
+struct Gradient {
+  float n, d, q;
+};
+
+// What some steps do to the gradient behind them: n → n_out + factor · n, d likewise, q → keep · q.
+struct Map {
+  float factor, keep, n, d;
+};
+
+struct Weights {  // e^(past - top) and e^(now - top) with top the larger: one exponential, as one of the two is 1
+  float past, now, top;
+};
+
+__device__ __forceinline__ Weights weigh(float past, float now) {
+  const float difference = past - now, e = __expf(-fabsf(difference));
+  return difference < 0.f ? Weights{e, 1.f, now} : Weights{1.f, e, past};
+}
+
+__device__ __forceinline__ State empty() { return {0.f, 0.f, EMPTY_MAXIMUM}; }
+
+// The state after `before` and then the steps that `part` summarises, which decay `before` by e^decay.
+__device__ __forceinline__ State then(State before, State part, float decay) {
+  const Weights e = weigh(before.p + decay, part.p);
+  return {fmaf(e.past, before.n, e.now * part.n), fmaf(e.past, before.d, e.now * part.d), e.top};
+}
+
+__device__ __forceinline__ State step(State s, float w, float k, float v) { return then(s, {v, 1.f, k}, w); }
+
+struct Output {
+  Weights e;
+  float inverse, y;  // 1 / denominator
+};
+
+__device__ __forceinline__ Output output(State s, float u, float k, float v) {
+  const Weights e = weigh(s.p, u + k);
+  const float inverse = __fdividef(1.f, fmaf(e.past, s.d, e.now));
+  return {e, inverse, fmaf(e.past, s.n, e.now * v) * inverse};
+}
+
+// How much of q passes a step: all of it where the past has won the maximum, half at a tie.
+__device__ __forceinline__ float kept(float decayed, float k) { return decayed < k ? 0.f : decayed == k ? 0.5f : 1.f; }
+
+__device__ __forceinline__ Gradient through(Map m, Gradient g) {
+  return {fmaf(m.factor, g.n, m.n), fmaf(m.factor, g.d, m.d), m.keep * g.q};
+}
+
+// The map of `later` steps followed, going back in time, by `earlier` ones.
+__device__ __forceinline__ Map compose(Map earlier, Map later) {
+  return {earlier.factor * later.factor, earlier.keep * later.keep, fmaf(earlier.factor, later.n, earlier.n),
+          fmaf(earlier.factor, later.d, earlier.d)};
+}
+
+struct Slopes {
+  float dk, dv, dw, du;
+};
+
+// One step back: s is the state before it, g the gradient of y_t; `behind` becomes the gradient of s.
+__device__ __forceinline__ Slopes step_back(State s, float w, float u, float k, float v, float g, Gradient &behind) {
+  const Output out = output(s, u, k, v);
+  const float decayed = s.p + w, scaled = g * out.inverse;
+  const Weights next = weigh(decayed, k);
+  const float bonus = out.e.past * out.e.now * scaled * fmaf(v, s.d, -s.n) * out.inverse;
+  const float q = kept(decayed, k) * behind.q, won = behind.q - q;
+  const Slopes result = {bonus + next.now * fmaf(v, behind.n, behind.d) + won,
+                         fmaf(out.e.now, scaled, next.now * behind.n),
+                         next.past * fmaf(s.n, behind.n, s.d * behind.d) + q, bonus};
+  behind = {fmaf(out.e.past, scaled, next.past * behind.n), fmaf(next.past, behind.d, -out.e.past * scaled * out.y), q};
+  return result;
+}
+
+// The gradient of the last state, from that of new_state (null: zeros) and the state itself.
+__device__ __forceinline__ Gradient at_the_end(const float *gstate, int64_t at, int64_t C, State s) {
+  if (!gstate) return {0.f, 0.f, 0.f};
+  const float n = gstate[at], d = gstate[at + C];
+  return {n, d, gstate[at + 2 * C] - s.n * n - s.d * d};
+}
+
+__device__ __forceinline__ State read_state(const float *from, int64_t at, int64_t C) {
+  return {from[at], from[at + C], from[at + 2 * C]};
+}
+
+__device__ __forceinline__ void write_state(float *to, int64_t at, int64_t C, State s) {
+  to[at] = s.n, to[at + C] = s.d, to[at + 2 * C] = s.p;
+}
+
+// dn_0, dd_0 and dp_0 from the gradient that arrives at the first state.
+__device__ __forceinline__ void write_dstate(float *to, int64_t at, int64_t C, State first, Gradient g) {
+  write_state(to, at, C, {g.n, g.d, g.q + first.n * g.n + first.d * g.d});
+}
+
+// How many of a thread's next STEPS steps there are, given how many are left in all; STEPS + 1 where more follow them.
+__device__ __forceinline__ int steps_of(int64_t left) {
+  return left < 0 ? 0 : left > STEPS ? STEPS + 1 : int(left);
+}
+
+// `count` rows of V channels, at most STEPS; the rest of `to` stays as it is.
+template <class S, int V>
+__device__ __forceinline__ void load_steps(Pack<S, V> *to, const void *from, int64_t at, int64_t C, int count) {
+#pragma unroll
+  for (int j = 0; j < STEPS; ++j)
+    if (j < count) to[j] = load<S, V>(static_cast<const S *>(from) + at + j * C);
+}
+
+// The gradients of STEPS steps, from the last back to the first; g is that of the state behind them and becomes that of
+// the state before them; dw and du are added to. `before` holds the states before the even steps, the odd ones cost less than their registers.
+template <class S, int V>
+__device__ __forceinline__ void go_back(const Pack<S, V> *k, const Pack<S, V> *v, const Pack<S, V> *gy,
+                                        const State (*before)[V], int count, const float *w, const float *u, Gradient *g,
+                                        float *dw, float *du, S *dk, S *dv, int64_t C) {
+#pragma unroll
+  for (int j = STEPS - 1; j >= 0; --j) {
+    if (j < count) {
+      float kj[V], vj[V], gj[V], k_before[V], v_before[V], dkj[V], dvj[V];
+      unpack<S, V>(k[j], kj), unpack<S, V>(v[j], vj), unpack<S, V>(gy[j], gj);
+      unpack<S, V>(k[j & ~1], k_before), unpack<S, V>(v[j & ~1], v_before);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        State s = before[j / 2][i];
+        if (j % 2) s = step(s, w[i], k_before[i], v_before[i]);
+        const Slopes slope = step_back(s, w[i], u[i], kj[i], vj[i], gj[i], g[i]);
+        dkj[i] = slope.dk, dvj[i] = slope.dv, dw[i] += slope.dw, du[i] += slope.du;
+      }
+      store<S, V>(dk + j * C, dkj), store<S, V>(dv + j * C, dvj);
+    }
+  }
+}
+
+// Where a thread works: V channels from c on of sequence b; its segment of time where there are several.
+struct Place {
+  int64_t b, c;
+  int segment;
+  bool inside;
+};
+
+}  // namespace
+}  // namespace rwkv
