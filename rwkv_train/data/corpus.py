@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_train.config import DataSettings
-from rwkv_train.data.tokenizers import Tokenizer, Tokens
+from rwkv_train.data.store import MemoryStore
+from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
 
 # Of the standard library, what has near-copies of itself elsewhere in it (character tables, the tests, the generated
@@ -70,7 +71,7 @@ def read_corpus(data: DataSettings) -> Corpus:
         raise UserError(f"data.path={root} does not exist", "name a text file or a directory of them")
     documents, binary = [], 0
     try:
-        files, hidden = (_library_files(root), 0) if library else _files(root)
+        files, hidden = (_library_files(root), 0) if library else find_files(root)
         for name, path in files:
             text = path.read_bytes()
             if b"\0" in text[:8192]:
@@ -90,7 +91,7 @@ def read_corpus(data: DataSettings) -> Corpus:
     return Corpus(root, train, held_out, rule, _digest(train, held_out), hidden, binary)
 
 
-def _files(root: Path, pruned: Set[str] = frozenset()) -> tuple[list[tuple[str, Path]], int]:
+def find_files(root: Path, pruned: Set[str] = frozenset()) -> tuple[list[tuple[str, Path]], int]:
     """Names and paths of all files below a directory (or of the one file) in the order of their names.
 
     Left out are directories called as in `pruned`, links to nothing, and what is hidden; of the last the number of
@@ -110,7 +111,7 @@ def _files(root: Path, pruned: Set[str] = frozenset()) -> tuple[list[tuple[str, 
 
 def _library_files(root: Path) -> list[tuple[str, Path]]:
     """The Python sources of the standard library, without LIBRARY_SKIPS."""
-    found, _ = _files(root, LIBRARY_SKIPS)
+    found, _ = find_files(root, LIBRARY_SKIPS)
     return [(name, path) for name, path in found if name.endswith(".py") and LIBRARY_GENERATED not in name]
 
 
@@ -161,8 +162,10 @@ def _digest(*parts: Sequence[Document]) -> str:
     return digest.hexdigest()[:16]
 
 
-def join(documents: Sequence[Document], tokenizer: Tokenizer) -> Tokens:
-    """All documents as one stream (N,), an end-of-text before each, so that its first token too is predicted."""
-    end = np.full(1, tokenizer.end_of_text, tokenizer.encode(b"").dtype)
+def join(documents: Sequence[Document], tokenizer: Tokenizer) -> MemoryStore:
+    """All documents as one stream, an end-of-text before each, so that its first token too is predicted."""
+    kind = tokenizer.encode(b"").dtype
+    end = np.full(1, tokenizer.end_of_text, kind)
     pieces = [piece for document in documents for piece in (end, tokenizer.encode(document.text))]
-    return np.concatenate(pieces) if pieces else end[:0]
+    starts = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)[::2]  # each behind its end-of-text
+    return MemoryStore(np.concatenate(pieces) if pieces else end[:0], starts)
