@@ -74,25 +74,44 @@ void check_wkv4(const Tensor &w, const Tensor &u, const Tensor &k, const Tensor 
   check(state, "state", {B, 3, C}, ScalarType::Float);
 }
 
-std::tuple<Tensor, Tensor, Tensor> wkv4(const Tensor &w, const Tensor &u, const Tensor &k, const Tensor &v,
-                                        const Tensor &state, int64_t chunk) {
+// Where documents begin, (B, T); null where the operator takes none.
+const bool *starts_of(const Tensor *starts, const Tensor &x) {
+  if (!starts) return nullptr;
+  check(*starts, "starts", {x.size(0), x.size(1)}, ScalarType::Bool);
+  return in<bool>(*starts);
+}
+
+std::tuple<Tensor, Tensor, Tensor> wkv4_over(const Tensor &w, const Tensor &u, const Tensor &k, const Tensor &v,
+                                             const Tensor &state, const Tensor *starts, int64_t chunk) {
   check_wkv4(w, u, k, v, state, chunk);
   const rwkv::Wkv4Shape s = wkv4_shape(k, chunk);
   Tensor y = empty(k, sizes_of(k), k.scalar_type()), new_state = empty(state, {s.B, 3, s.C}, ScalarType::Float),
          saved = empty(state, {s.B, s.saved(), 3, s.C}, ScalarType::Float);
   with_storage(k, [&](auto storage) {
     using S = decltype(storage);
-    const rwkv::Wkv4Forward<S> a{in<float>(w), in<float>(u), in<S>(k),              in<S>(v),
-                                 in<float>(state), out<S>(y), out<float>(new_state), out<float>(saved)};
+    const rwkv::Wkv4Forward<S> a{in<float>(w),     in<float>(u), in<S>(k),              in<S>(v),
+                                 in<float>(state), out<S>(y),    out<float>(new_state), out<float>(saved),
+                                 starts_of(starts, k)};
     over_tasks(s.tasks(), s.B * s.T * s.C, [&](int64_t begin, int64_t end) { rwkv::wkv4_forward(s, a, begin, end); });
   });
   return {y, new_state, saved};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(const Tensor &w, const Tensor &u, const Tensor &k,
-                                                                 const Tensor &v, const Tensor &state,
-                                                                 const Tensor &saved, const Tensor &gy,
-                                                                 std::optional<Tensor> gstate, int64_t chunk) {
+std::tuple<Tensor, Tensor, Tensor> wkv4(const Tensor &w, const Tensor &u, const Tensor &k, const Tensor &v,
+                                        const Tensor &state, int64_t chunk) {
+  return wkv4_over(w, u, k, v, state, nullptr, chunk);
+}
+
+std::tuple<Tensor, Tensor, Tensor> wkv4_documents(const Tensor &w, const Tensor &u, const Tensor &k, const Tensor &v,
+                                                  const Tensor &state, const Tensor &starts, int64_t chunk) {
+  return wkv4_over(w, u, k, v, state, &starts, chunk);
+}
+
+using Wkv4Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Wkv4Gradients wkv4_backward_over(const Tensor &w, const Tensor &u, const Tensor &k, const Tensor &v, const Tensor &state,
+                                 const Tensor *starts, const Tensor &saved, const Tensor &gy,
+                                 const std::optional<Tensor> &gstate, int64_t chunk) {
   check_wkv4(w, u, k, v, state, chunk);
   const rwkv::Wkv4Shape s = wkv4_shape(k, chunk);
   check(saved, "saved", {s.B, s.saved(), 3, s.C}, ScalarType::Float);
@@ -110,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(const Tensor &w
                                   in<S>(gy),        gstate ? in<float>(*gstate) : nullptr,
                                   out<S>(dk),       out<S>(dv),
                                   dw_parts,         du_parts,
-                                  out<float>(dstate)};
+                                  out<float>(dstate), starts_of(starts, k)};
     over_tasks(s.tasks(), s.B * s.T * s.C, [&](int64_t begin, int64_t end) {
       const std::unique_ptr<float[]> scratch(new float[size_t(rwkv::wkv4_scratch(s))]);
       rwkv::wkv4_backward(s, a, scratch.get(), begin, end);
@@ -121,14 +140,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(const Tensor &w
   return {dw, du, dk, dv, dstate};
 }
 
+Wkv4Gradients wkv4_backward(const Tensor &w, const Tensor &u, const Tensor &k, const Tensor &v, const Tensor &state,
+                            const Tensor &saved, const Tensor &gy, std::optional<Tensor> gstate, int64_t chunk) {
+  return wkv4_backward_over(w, u, k, v, state, nullptr, saved, gy, gstate, chunk);
+}
+
+Wkv4Gradients wkv4_documents_backward(const Tensor &w, const Tensor &u, const Tensor &k, const Tensor &v,
+                                      const Tensor &state, const Tensor &starts, const Tensor &saved, const Tensor &gy,
+                                      std::optional<Tensor> gstate, int64_t chunk) {
+  return wkv4_backward_over(w, u, k, v, state, &starts, saved, gy, gstate, chunk);
+}
+
 template <class S>
-rwkv::ShiftMix<S> shift_mix_inputs(const Tensor &x, const std::optional<Tensor> &previous, const std::vector<Tensor> &mixes) {
+rwkv::ShiftMix<S> shift_mix_inputs(const Tensor &x, const std::optional<Tensor> &previous, const std::vector<Tensor> &mixes,
+                                   const Tensor *starts) {
   const int64_t B = x.size(0), T = x.size(1), C = x.size(2), count = int64_t(mixes.size());
   STD_TORCH_CHECK(count > 0 && count <= rwkv::MOST_MIXES, "rwkv_train: shift_mix takes 1 to 8 mixes");
   check(x, "x", {B, T, C}, x.scalar_type());
   if (previous) check(*previous, "previous", {B, C}, x.scalar_type());
   rwkv::ShiftMix<S> a{};
   a.B = B, a.T = T, a.C = C, a.count = count, a.x = in<S>(x), a.previous = previous ? in<S>(*previous) : nullptr;
+  a.starts = starts_of(starts, x);
   for (size_t i = 0; i < mixes.size(); ++i) {  // C elements in whatever shape: the checkpoints have (1, 1, C)
     STD_TORCH_CHECK(mixes[i].numel() == C, "rwkv_train: a mix has the wrong number of elements");
     check(mixes[i], "a mix", sizes_of(mixes[i]), ScalarType::Float);
@@ -137,11 +169,12 @@ rwkv::ShiftMix<S> shift_mix_inputs(const Tensor &x, const std::optional<Tensor> 
   return a;
 }
 
-std::vector<Tensor> shift_mix(const Tensor &x, std::optional<Tensor> previous, std::vector<Tensor> mixes) {
+std::vector<Tensor> shift_mix_over(const Tensor &x, const std::optional<Tensor> &previous, const std::vector<Tensor> &mixes,
+                                   const Tensor *starts) {
   std::vector<Tensor> outputs;
   with_storage(x, [&](auto storage) {
     using S = decltype(storage);
-    rwkv::ShiftMix<S> a = shift_mix_inputs<S>(x, previous, mixes);
+    rwkv::ShiftMix<S> a = shift_mix_inputs<S>(x, previous, mixes, starts);
     for (size_t i = 0; i < mixes.size(); ++i) {
       outputs.push_back(empty(x, sizes_of(x), x.scalar_type()));
       a.out[i] = out<S>(outputs[i]);
@@ -151,14 +184,26 @@ std::vector<Tensor> shift_mix(const Tensor &x, std::optional<Tensor> previous, s
   return outputs;
 }
 
+std::vector<Tensor> shift_mix(const Tensor &x, std::optional<Tensor> previous, std::vector<Tensor> mixes) {
+  return shift_mix_over(x, previous, mixes, nullptr);
+}
+
+std::vector<Tensor> shift_mix_documents(const Tensor &x, std::optional<Tensor> previous, std::vector<Tensor> mixes,
+                                        const Tensor &starts) {
+  return shift_mix_over(x, previous, mixes, &starts);
+}
+
+using ShiftMixGradients = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
+
 // Returns dx (B, T, C), dprevious (B, C) and the gradient of each mix in its shape.
-std::tuple<Tensor, Tensor, std::vector<Tensor>> shift_mix_backward(const Tensor &x, std::optional<Tensor> previous,
-                                                      std::vector<Tensor> mixes, std::vector<Tensor> grads) {
+ShiftMixGradients shift_mix_backward_over(const Tensor &x, const std::optional<Tensor> &previous,
+                                          const std::vector<Tensor> &mixes, const Tensor *starts,
+                                          const std::vector<Tensor> &grads) {
   Tensor dx = empty(x, sizes_of(x), x.scalar_type()), dprevious = empty(x, {x.size(0), x.size(2)}, x.scalar_type());
   std::vector<Tensor> dmixes;
   with_storage(x, [&](auto storage) {
     using S = decltype(storage);
-    rwkv::ShiftMix<S> a = shift_mix_inputs<S>(x, previous, mixes);
+    rwkv::ShiftMix<S> a = shift_mix_inputs<S>(x, previous, mixes, starts);
     STD_TORCH_CHECK(grads.size() == mixes.size(), "rwkv_train: shift_mix needs one gradient per mix");
     for (size_t i = 0; i < grads.size(); ++i) {
       check(grads[i], "a gradient of shift_mix", sizes_of(x), x.scalar_type());
@@ -176,6 +221,16 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> shift_mix_backward(const Tensor 
     }
   });
   return {dx, dprevious, dmixes};
+}
+
+ShiftMixGradients shift_mix_backward(const Tensor &x, std::optional<Tensor> previous, std::vector<Tensor> mixes,
+                                     std::vector<Tensor> grads) {
+  return shift_mix_backward_over(x, previous, mixes, nullptr, grads);
+}
+
+ShiftMixGradients shift_mix_documents_backward(const Tensor &x, std::optional<Tensor> previous, std::vector<Tensor> mixes,
+                                               const Tensor &starts, std::vector<Tensor> grads) {
+  return shift_mix_backward_over(x, previous, mixes, &starts, grads);
 }
 
 Tensor relu_squared(const Tensor &k) {
@@ -231,8 +286,12 @@ std::tuple<Tensor, Tensor> sigmoid_gate_backward(const Tensor &r, const Tensor &
 STABLE_TORCH_LIBRARY_IMPL(rwkv_train, CPU, m) {
   m.impl("wkv4", TORCH_BOX(&wkv4));
   m.impl("wkv4_backward", TORCH_BOX(&wkv4_backward));
+  m.impl("wkv4_documents", TORCH_BOX(&wkv4_documents));
+  m.impl("wkv4_documents_backward", TORCH_BOX(&wkv4_documents_backward));
   m.impl("shift_mix", TORCH_BOX(&shift_mix));
   m.impl("shift_mix_backward", TORCH_BOX(&shift_mix_backward));
+  m.impl("shift_mix_documents", TORCH_BOX(&shift_mix_documents));
+  m.impl("shift_mix_documents_backward", TORCH_BOX(&shift_mix_documents_backward));
   m.impl("relu_squared", TORCH_BOX(&relu_squared));
   m.impl("relu_squared_backward", TORCH_BOX(&relu_squared_backward));
   m.impl("sigmoid_gate", TORCH_BOX(&sigmoid_gate));

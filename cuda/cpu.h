@@ -65,6 +65,7 @@ template <class S> struct Wkv4Forward {
   const float *state;           // (B, 3, C)
   S *y;                         // (B, T, C)
   float *new_state, *saved;     // (B, 3, C), (B, saved(), 3, C)
+  const bool *starts = nullptr; // (B, T) where a document begins, and the state before is the empty one
 };
 
 template <class S> struct Wkv4Backward {
@@ -75,6 +76,7 @@ template <class S> struct Wkv4Backward {
   const float *gstate;          // of new_state, or null
   S *dk, *dv;
   float *dw, *du, *dstate;      // dw, du: (B, C), to be summed over B
+  const bool *starts = nullptr;
 };
 
 template <class S> void wkv4_forward(const Wkv4Shape &, const Wkv4Forward<S> &, int64_t begin, int64_t end);
@@ -94,6 +96,8 @@ template <class S> struct ShiftMix {
   const S *grad[MOST_MIXES];      // backward: gradients of the outputs
   S *dx, *dprevious;              // dprevious may be null
   float *dmix;                    // (tasks, count, C), to be summed over the tasks
+  const bool *starts = nullptr;   // (B, T) where a document begins, and zeros are before
+  bool begins(int64_t b, int64_t t) const { return starts && starts[b * T + t]; }
   int64_t blocks() const { return (T + MIX_ROWS - 1) / MIX_ROWS; }
   int64_t tasks() const { return B * blocks(); }
 };

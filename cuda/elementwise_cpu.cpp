@@ -7,8 +7,9 @@
 namespace rwkv {
 namespace {
 
-// The row before row t of sequence b: of x, or `previous` (null: zeros) for t = 0.
+// The row before row t of sequence b: of x, or `previous` for t = 0; null, which is zeros, where a document begins.
 template <class S> const S *row_before(const ShiftMix<S> &a, int64_t b, int64_t t) {
+  if (a.begins(b, t)) return nullptr;
   if (t > 0) return a.x + (b * a.T + t - 1) * a.C;
   return a.previous ? a.previous + b * a.C : nullptr;
 }
@@ -87,9 +88,11 @@ template <class S> void shift_mix_backward(const ShiftMix<S> &a, float *carry, i
       float *dmix = a.dmix + task * a.count * a.C;
       std::fill_n(dmix, a.count * a.C, 0.0f);
       std::fill_n(carry, a.C, 0.0f);
-      if (last < a.T) carried_from(a, (b * a.T + last) * a.C, carry);
-      for (int64_t t = last - 1; t >= first; --t)
+      if (last < a.T && !a.begins(b, last)) carried_from(a, (b * a.T + last) * a.C, carry);
+      for (int64_t t = last - 1; t >= first; --t) {
         row_backward<count>(a, row_before(a, b, t), (b * a.T + t) * a.C, carry, dmix);
+        if (a.begins(b, t)) std::fill_n(carry, a.C, 0.0f);  // nothing goes back into the document before
+      }
       if (first == 0 && a.dprevious)
         for (int64_t c = 0; c < a.C; ++c) store(&a.dprevious[b * a.C + c], carry[c]);
     }

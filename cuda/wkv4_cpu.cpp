@@ -46,6 +46,9 @@ struct State {
   void read(const float *from, int64_t C, int64_t lanes) {
     std::copy_n(from, lanes, n), std::copy_n(from + C, lanes, d), std::copy_n(from + 2 * C, lanes, p);
   }
+  void empty(int64_t lanes) {  // that of reference.py: nothing was seen
+    std::fill_n(n, lanes, 0.0f), std::fill_n(d, lanes, 0.0f), std::fill_n(p, lanes, -1e38f);
+  }
   void write(float *to, int64_t C, int64_t lanes) const {
     std::copy_n(n, lanes, to), std::copy_n(d, lanes, to + C), std::copy_n(p, lanes, to + 2 * C);
   }
@@ -96,6 +99,10 @@ template <class Body> void over_blocks(const Wkv4Shape &s, int64_t task, bool ba
   }
 }
 
+template <class Arguments> bool begins(const Wkv4Shape &s, const Arguments &a, const Block &at, int64_t t) {
+  return a.starts && a.starts[at.b * s.T + t];
+}
+
 // Where the state before a block's chunk was saved.
 template <class Arguments> const float *state_before(const Wkv4Shape &s, const Arguments &a, const Block &at) {
   if (at.begin == 0) return a.state + at.in(s, 3, 0);
@@ -111,6 +118,7 @@ void forward_block(const Wkv4Shape &s, const Wkv4Forward<S> &a, const Block &at,
     const int64_t row = at.in(s, s.T, t);
     const S *kt = a.k + row, *vt = a.v + row;
     S *yt = a.y + row;
+    if (begins(s, a, at, t)) state.empty(at.lanes);
     prefetch<false>(kt + at.next, at.lanes), prefetch<false>(vt + at.next, at.lanes);
     prefetch<true>(yt + at.next, at.lanes);
 #pragma omp simd
@@ -137,6 +145,7 @@ void recompute(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &at, St
     const S *kt = a.k + at.in(s, s.T, t), *vt = a.v + at.in(s, s.T, t);
     float *n_at = scratch + 5 * (t - at.begin) * WKV4_LANES, *d_at = n_at + WKV4_LANES, *p_at = d_at + WKV4_LANES;
     float *x_at = p_at + WKV4_LANES, *y_at = x_at + WKV4_LANES;
+    if (begins(s, a, at, t)) state.empty(at.lanes);
     prefetch<false>(kt + at.next, at.lanes), prefetch<false>(vt + at.next, at.lanes);
 #pragma omp simd
     for (int64_t c = 0; c < at.lanes; ++c) {
@@ -196,6 +205,8 @@ void backward_block(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &a
       gn[c] = out.x * g + next.x * gn[c];
       gd[c] = next.x * gd[c] - out.x * g * y;
     }
+    if (begins(s, a, at, t))  // the empty state does not depend on what came before
+      for (int64_t c = 0; c < at.lanes; ++c) gn[c] = gd[c] = q[c] = 0.0f;
   }
   for (int64_t c = 0; c < at.lanes; ++c) {
     if (at.begin == 0) q[c] += start[c] * gn[c] + start[c + s.C] * gd[c];

@@ -3,11 +3,15 @@
 The stream of tokens is cut into windows of one context each. One epoch visits every window exactly once, in an order
 of its own, and the cuts of each epoch start at an offset of its own, so that no two epochs see the same windows. The
 order is a keyed bijection, evaluated where it is asked for: nothing is stored, resuming needs only the step.
+ReferenceOrder is that of RWKV-LM, for curves that are to be compared with published ones.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +22,17 @@ Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 ROUNDS = 6  # four make a Feistel network pseudo-random (Luby and Rackoff 1988), two more for a modest round function
+
+
+class StreamOrder(Protocol):
+    """Which windows of a stream of tokens are read, and when."""
+
+    @property
+    def windows(self) -> int:
+        """Windows of one epoch."""
+
+    def starts(self, samples: Ints) -> Ints:
+        """Where in the stream the samples with these numbers (≥ 0) start, same shape."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +53,7 @@ class Order:
     context: int
 
     def __post_init__(self) -> None:
-        if self.tokens <= self.context:
-            raise UserError(
-                f"the training data has {self.tokens:,} tokens; one sample of batch.context={self.context} needs "
-                f"{self.context + 1:,}",
-                "give more text (data.path=…) or a shorter batch.context=…",
-            )
+        _refuse_short(self.tokens, self.context)
 
     @property
     def windows(self) -> int:
@@ -60,10 +70,71 @@ class Order:
             The first token of each, same shape; its targets end at start + context, inclusive.
         """
         epoch, place = np.divmod(samples, self.windows)
-        key = _mix(_mix(np.full(epoch.shape, self.seed % 2**64, np.uint64)) ^ epoch.astype(np.uint64))
+        key = _key(self.seed, epoch)
         room = self.tokens - self.windows * self.context  # offsets that leave the last target: one to two contexts
         offset = (_mix(key) % np.uint64(room)).astype(np.int64)
         return offset + permute(place, self.windows, key) * self.context
+
+
+@dataclass(frozen=True)
+class ReferenceOrder:
+    """RWKV-LM's walk (dataset.py of its v4neo to v7 trainers), without the prime having to be looked up.
+
+    Sample n starts at context · (⌊p·(√5-1)/2⌋ · i³ mod p), where i = n + 1 and p is the largest prime below
+    tokens/context - 1 that is 2 modulo 3: for such p, and no other, cubing is a bijection modulo p.
+    Every epoch of p samples has the same order, and a seed plays no part.
+
+    Args:
+        tokens: length of the stream.
+        context: tokens of one window.
+
+    Raises:
+        UserError: the stream is too short for such a prime.
+    """
+
+    tokens: int
+    context: int
+
+    def __post_init__(self) -> None:
+        _refuse_short(self.tokens, self.context)
+        if self.tokens // self.context < 4:
+            raise UserError(
+                f"data.order=reference needs four windows of batch.context={self.context}: {4 * self.context:,} tokens, "
+                f"not {self.tokens:,}",
+                "give more text, a shorter batch.context=…, or data.order=shuffled",
+            )
+
+    @cached_property
+    def windows(self) -> int:
+        """The prime."""
+        from sympy import isprime
+
+        return next(p for p in range(self.tokens // self.context - 2, 1, -1) if p % 3 == 2 and isprime(p))
+
+    def starts(self, samples: Ints) -> Ints:
+        """Where in the stream the samples with these numbers start, same shape."""
+        prime = self.windows
+        factor = int(prime * (math.sqrt(5) - 1) / 2)
+        walk = [factor * pow(int(n) + 1, 3, prime) % prime * self.context for n in samples.ravel()]
+        return np.array(walk, np.int64).reshape(samples.shape)
+
+
+def _refuse_short(tokens: int, context: int) -> None:
+    if tokens <= context:
+        raise UserError(
+            f"the training data has {tokens:,} tokens; one sample of batch.context={context} needs {context + 1:,}",
+            "give more text (data.path=…) or a shorter batch.context=…",
+        )
+
+
+def shuffled(samples: Ints, size: int, seed: int) -> Ints:
+    """Which of `size` things the samples with these numbers are: all of them in each epoch, in an order of its own."""
+    epoch, place = np.divmod(samples, size)
+    return permute(place, size, _key(seed, epoch))
+
+
+def _key(seed: int, epoch: Ints) -> Words:
+    return _mix(_mix(np.full(epoch.shape, seed % 2**64, np.uint64)) ^ epoch.astype(np.uint64))
 
 
 def permute(place: Ints, size: int, key: Words) -> Ints:

@@ -35,11 +35,16 @@ class TimeMix(nn.Module):
         self.receptance = nn.Linear(channels, channels, bias=False)
         self.output = nn.Linear(channels, channels, bias=False)
 
-    def forward(self, x: Tensor, last: Tensor | None, wkv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C); last (B, C) the input before it; wkv (B, 3, C) → output (B, T, C), new last, new wkv."""
-        x_k, x_v, x_r = ops.shift_mix(x, last, self.time_mix_k, self.time_mix_v, self.time_mix_r)
+    def forward(
+        self, x: Tensor, last: Tensor | None, wkv: Tensor | None, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C); last (B, C) the input before it; wkv (B, 3, C) → output (B, T, C), new last, new wkv.
+
+        At `starts` (B, T) a document begins: nothing of what came before is known there.
+        """
+        x_k, x_v, x_r = ops.shift_mix(x, last, self.time_mix_k, self.time_mix_v, self.time_mix_r, starts=starts)
         k, v, r = self.key(x_k), self.value(x_v), self.receptance(x_r)
-        y, wkv = ops.wkv4(-torch.exp(_wide(self.time_decay)), self.time_first, k, v, wkv)
+        y, wkv = ops.wkv4(-torch.exp(_wide(self.time_decay)), self.time_first, k, v, wkv, starts)
         return self.output(ops.sigmoid_gate(r, y)), x[:, -1], wkv
 
 
@@ -55,9 +60,9 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(channels, channels, bias=False)
         self.value = nn.Linear(width, channels, bias=False)
 
-    def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, T, C); last (B, C) the input before it → output (B, T, C), new last."""
-        x_k, x_r = ops.shift_mix(x, last, self.time_mix_k, self.time_mix_r)
+    def forward(self, x: Tensor, last: Tensor | None, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, C); last (B, C) the input before it; starts as above → output (B, T, C), new last."""
+        x_k, x_r = ops.shift_mix(x, last, self.time_mix_k, self.time_mix_r, starts=starts)
         k, r = ops.relu_squared(self.key(x_k)), self.receptance(x_r)
         return ops.sigmoid_gate(r, self.value(k)), x[:, -1]
 

@@ -48,7 +48,9 @@ def _by_definition(x: Tensor) -> bool:
     return ENGINE == "reference" or x.dtype not in _DTYPES.get(device, ())
 
 
-def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def wkv4(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """RWKV-4's weighted average of past values (arXiv 2305.13048, equation 14), with gradients for every argument.
 
         wkv_t = (Σ_{i<t} e^{(t-1-i)w + k_i} v_i + e^{u+k_t} v_t) / (Σ_{i<t} e^{(t-1-i)w + k_i} + e^{u+k_t})
@@ -61,6 +63,8 @@ def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None
         k: (B, T, C), T ≥ 1.
         v: (B, T, C) in the dtype of k.
         state: (B, 3, C) numerator, denominator, running maximum after the tokens before; None: no tokens before.
+        starts: (B, T) bool, the first tokens of documents: each finds the empty state, whatever came before in its row.
+            None: one document.
 
     Returns:
         wkv (B, T, C) in the dtype of k, and the state after the last token (B, 3, C).
@@ -69,13 +73,28 @@ def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None
         ValueError: shapes, dtypes or devices do not fit together.
     """
     _check_wkv4(w, u, k, v, state)
+    _check_starts("wkv4", k, starts)
     accumulator = reference.accumulator(k)
     w, u = w.to(accumulator).contiguous(), u.to(accumulator).contiguous()
     state = reference.initial_state(k) if state is None else state.to(accumulator).contiguous()
     if _by_definition(k):
-        return reference.wkv4(w, u, k, v, state)
-    y, new_state, _ = torch.ops.rwkv_train.wkv4(w, u, k.contiguous(), v.contiguous(), state, library.CHUNK)
+        return reference.wkv4(w, u, k, v, state, starts)
+    inputs = (w, u, k.contiguous(), v.contiguous(), state)
+    if starts is None:
+        y, new_state, _ = torch.ops.rwkv_train.wkv4(*inputs, library.CHUNK)
+    else:
+        y, new_state, _ = torch.ops.rwkv_train.wkv4_documents(*inputs, starts.contiguous(), library.CHUNK)
     return y, new_state
+
+
+def _check_starts(name: str, x: Tensor, starts: Tensor | None) -> None:
+    if starts is None:
+        return
+    if starts.shape != x.shape[:2] or starts.dtype != torch.bool or starts.device != x.device:
+        raise ValueError(
+            f"{name}: starts must be {tuple(x.shape[:2])} of torch.bool on {x.device}, "
+            f"not {tuple(starts.shape)} of {starts.dtype} on {starts.device}"
+        )
 
 
 def _check_wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> None:
@@ -99,13 +118,14 @@ def _check_wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None
         raise ValueError(f"wkv4: state must be {reference.accumulator(k)} for k in {k.dtype}, not {state.dtype}")
 
 
-def shift_mix(x: Tensor, previous: Tensor | None, *mixes: Tensor) -> list[Tensor]:
+def shift_mix(x: Tensor, previous: Tensor | None, *mixes: Tensor, starts: Tensor | None = None) -> list[Tensor]:
     """Token shift and interpolation: x_t · μ + x_{t-1} · (1 - μ) for each μ.
 
     Args:
         x: (B, T, C).
         previous: (B, C) the row before the first; None: zeros.
         mixes: 1 to 8 of C elements each, any shape (the checkpoints have (1, 1, C)).
+        starts: (B, T) bool, the first tokens of documents: zeros are before each. None: one document.
 
     Returns:
         One (B, T, C) in the dtype of x per mix.
@@ -120,11 +140,15 @@ def shift_mix(x: Tensor, previous: Tensor | None, *mixes: Tensor) -> list[Tensor
         raise ValueError(f"shift_mix: previous must be {(B, C)} to fit x {tuple(x.shape)}, not {tuple(previous.shape)}")
     if not 1 <= len(mixes) <= 8 or any(mix.numel() != C for mix in mixes):
         raise ValueError(f"shift_mix: 1 to 8 mixes of {C} elements are needed, not {[tuple(m.shape) for m in mixes]}")
+    _check_starts("shift_mix", x, starts)
     if _by_definition(x):
-        return reference.shift_mix(x, previous, mixes)
+        return reference.shift_mix(x, previous, mixes, starts)
     before = None if previous is None else previous.to(x.dtype).contiguous()
     weights = [mix.float().contiguous() for mix in mixes]
-    return cast("list[Tensor]", torch.ops.rwkv_train.shift_mix(x.contiguous(), before, weights))
+    if starts is None:
+        return cast("list[Tensor]", torch.ops.rwkv_train.shift_mix(x.contiguous(), before, weights))
+    mixed = torch.ops.rwkv_train.shift_mix_documents(x.contiguous(), before, weights, starts.contiguous())
+    return cast("list[Tensor]", mixed)
 
 
 def relu_squared(k: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ same graph, compiled or not, runs with any engine, and nothing is built while to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,12 +59,16 @@ def _differentiate(name: str, setup: Callable[..., None], backward: Callable[...
 
 
 # wkv4 ----------------------------------------------------------------------------------------------------------------
+#
+# wkv4_documents is the same recurrence with `starts` (B, T), where it forgets. It is an operator of its own so that an
+# engine without it is still whole: there, the definition runs.
 
 
-def _wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *starts, chunk = rest
     outputs, states = [], []
-    for k_part, v_part in zip(k.split(chunk, 1), v.split(chunk, 1), strict=True):
-        y, state = reference.wkv4(w, u, k_part, v_part, state)
+    for k_part, v_part, *starts_part in zip(*(x.split(chunk, 1) for x in (k, v, *starts)), strict=True):
+        y, state = reference.wkv4(w, u, k_part, v_part, state, *starts_part)
         outputs.append(y)
         states.append(state)
     saved = torch.stack(states[:-1], 1) if len(states) > 1 else state.new_empty(state.shape[0], 0, 3, state.shape[2])
@@ -76,19 +81,20 @@ def _wkv4_backward(
     k: Tensor,
     v: Tensor,
     state: Tensor,
-    saved: Tensor,
-    gy: Tensor,
-    gstate: Tensor | None,
-    chunk: int,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
+    *starts, saved, gy, gstate, chunk = rest
     dw, du = torch.zeros_like(w), torch.zeros_like(u)
     dk: list[Tensor] = []
     dv: list[Tensor] = []
     gstate = torch.zeros_like(state) if gstate is None else gstate
-    parts = list(zip(k.split(chunk, 1), v.split(chunk, 1), gy.split(chunk, 1), (state, *saved.unbind(1)), strict=True))
-    for k_part, v_part, gy_part, before in reversed(parts):
+    split = [x.split(chunk, 1) for x in (k, v, gy, *starts)]
+    for k_part, v_part, gy_part, *starts_part, before in reversed(
+        list(zip(*split, (state, *saved.unbind(1)), strict=True))
+    ):
+        definition = partial(_with_starts, *starts_part)
         # An operator's kernel runs below autograd, so torch.autograd.grad would find no graph here; vjp brings its own.
-        vjp = torch.func.vjp(reference.wkv4, w, u, k_part, v_part, before)[1]
+        vjp = torch.func.vjp(definition, w, u, k_part, v_part, before)[1]
         dw_part, du_part, dk_part, dv_part, gstate = vjp((gy_part, gstate))
         dw, du = dw + dw_part, du + du_part
         dk.append(dk_part)
@@ -96,9 +102,14 @@ def _wkv4_backward(
     return dw, du, torch.cat(dk[::-1], 1), torch.cat(dv[::-1], 1), gstate
 
 
-def _wkv4_fake(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _with_starts(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    *starts, w, u, k, v, state = inputs
+    return reference.wkv4(w, u, k, v, state, *starts)
+
+
+def _wkv4_fake(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     B, T, C = k.shape
-    return torch.empty_like(k), torch.empty_like(state), state.new_empty(B, (T - 1) // chunk, 3, C)
+    return torch.empty_like(k), torch.empty_like(state), state.new_empty(B, (T - 1) // rest[-1], 3, C)
 
 
 def _wkv4_backward_fake(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -114,10 +125,12 @@ def _wkv4_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
 
 
 def _wkv4_gradient(ctx: Any, gy: Tensor | None, gstate: Tensor | None, gsaved: None) -> tuple[Tensor | None, ...]:
-    w, u, k, v, state, saved = ctx.saved_tensors
+    w, u, k, v, state, *starts, saved = ctx.saved_tensors
     gy = torch.zeros_like(k) if gy is None else gy.contiguous()  # autograd may hand over any strides
     gstate = None if gstate is None else gstate.contiguous()
-    return *torch.ops.rwkv_train.wkv4_backward(w, u, k, v, state, saved, gy, gstate, ctx.chunk), None
+    backward = torch.ops.rwkv_train.wkv4_documents_backward if starts else torch.ops.rwkv_train.wkv4_backward
+    gradients = backward(w, u, k, v, state, *starts, saved, gy, gstate, ctx.chunk)
+    return *gradients, *(None for _ in starts), None
 
 
 # What the CUDA engine registers: wkv4 with the choice between its kernels as an argument (0: sequential).
@@ -161,49 +174,79 @@ _declare(
     _wkv4_backward_on_card,
 )
 _differentiate("wkv4", _wkv4_setup, _wkv4_gradient)
+_declare(
+    "wkv4_documents(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state, Tensor starts, int chunk) "
+    "-> (Tensor, Tensor, Tensor)",
+    _wkv4,
+    _wkv4_fake,
+)
+_declare(
+    "wkv4_documents_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state, Tensor starts, Tensor saved, "
+    "Tensor gy, Tensor? gstate, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _wkv4_backward,
+    _wkv4_backward_fake,
+)
+_differentiate("wkv4_documents", _wkv4_setup, _wkv4_gradient)
 
 
 # shift_mix -----------------------------------------------------------------------------------------------------------
 
 
 def _shift_mix_backward(
-    x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor], grads: Sequence[Tensor]
+    x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *starts, grads = rest
     first = torch.zeros_like(x[:, 0]) if previous is None else previous
-    vjp = torch.func.vjp(lambda x, first, *mixes: reference.shift_mix(x, first, mixes), x, first, *mixes)[1]
+    vjp = torch.func.vjp(lambda x, first, *mixes: reference.shift_mix(x, first, mixes, *starts), x, first, *mixes)[1]
     dx, dprevious, *dmixes = vjp(list(grads))
     return dx, dprevious, dmixes
 
 
 def _shift_mix_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, previous, mixes = inputs
-    ctx.with_previous = previous is not None
-    ctx.save_for_backward(x, previous, *mixes)
+    x, previous, mixes, *starts = inputs
+    ctx.with_previous, ctx.with_starts = previous is not None, bool(starts)
+    ctx.save_for_backward(x, previous, *mixes, *starts)
     ctx.set_materialize_grads(False)
 
 
 def _shift_mix_gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     x, previous, *mixes = ctx.saved_tensors
+    starts = [mixes.pop()] if ctx.with_starts else []
+    backward = torch.ops.rwkv_train.shift_mix_documents_backward if starts else torch.ops.rwkv_train.shift_mix_backward
     whole = [torch.zeros_like(x) if g is None else g.contiguous() for g in grads]
-    dx, dprevious, dmixes = torch.ops.rwkv_train.shift_mix_backward(x, previous, mixes, whole)
-    return dx, dprevious if ctx.with_previous else None, dmixes
+    dx, dprevious, dmixes = backward(x, previous, mixes, *starts, whole)
+    return dx, dprevious if ctx.with_previous else None, dmixes, *(None for _ in starts)
 
 
-_declare(
-    "shift_mix(Tensor x, Tensor? previous, Tensor[] mixes) -> Tensor[]",
-    reference.shift_mix,
-    lambda x, previous, mixes: [torch.empty_like(x) for _ in mixes],
-)
+def _shift_mix_fake(x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor], *starts: Tensor) -> list[Tensor]:
+    return [torch.empty_like(x) for _ in mixes]
+
+
+def _shift_mix_backward_fake(
+    x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return torch.empty_like(x), torch.empty_like(x[:, 0]), [torch.empty_like(mix) for mix in mixes]
+
+
+_declare("shift_mix(Tensor x, Tensor? previous, Tensor[] mixes) -> Tensor[]", reference.shift_mix, _shift_mix_fake)
 _declare(
     "shift_mix_backward(Tensor x, Tensor? previous, Tensor[] mixes, Tensor[] grads) -> (Tensor, Tensor, Tensor[])",
     _shift_mix_backward,
-    lambda x, previous, mixes, grads: (
-        torch.empty_like(x),
-        torch.empty_like(x[:, 0]),
-        [torch.empty_like(mix) for mix in mixes],
-    ),
+    _shift_mix_backward_fake,
 )
 _differentiate("shift_mix", _shift_mix_setup, _shift_mix_gradient)
+_declare(
+    "shift_mix_documents(Tensor x, Tensor? previous, Tensor[] mixes, Tensor starts) -> Tensor[]",
+    reference.shift_mix,
+    _shift_mix_fake,
+)
+_declare(
+    "shift_mix_documents_backward(Tensor x, Tensor? previous, Tensor[] mixes, Tensor starts, Tensor[] grads) "
+    "-> (Tensor, Tensor, Tensor[])",
+    _shift_mix_backward,
+    _shift_mix_backward_fake,
+)
+_differentiate("shift_mix_documents", _shift_mix_setup, _shift_mix_gradient)
 
 
 # relu_squared --------------------------------------------------------------------------------------------------------

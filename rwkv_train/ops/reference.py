@@ -25,7 +25,9 @@ def accumulator(k: Tensor) -> torch.dtype:
     return torch.float64 if k.dtype == torch.float64 else torch.float32
 
 
-def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def wkv4(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """RWKV-4's weighted average of the past values (arXiv 2305.13048, equation 14 and appendix D).
 
         wkv_t = (Σ_{i<t} e^{(t-1-i)w + k_i} v_i + e^{u+k_t} v_t) / (Σ_{i<t} e^{(t-1-i)w + k_i} + e^{u+k_t})
@@ -38,6 +40,7 @@ def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Ten
         k: (B, T, C).
         v: (B, T, C).
         state: (B, 3, C) numerator, denominator and running maximum p before the first token.
+        starts: (B, T) bool, the first tokens of documents: the state before each is the empty one.
 
     Returns:
         wkv (B, T, C) in the dtype of k, and the state after the last token in the dtype of the recurrence.
@@ -46,7 +49,10 @@ def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Ten
     w, u = w.to(dtype), u.to(dtype)
     num, den, p = state.to(dtype).unbind(1)  # each (B, C)
     outputs = []
-    for k_t, v_t in zip(k.to(dtype).unbind(1), v.to(dtype).unbind(1), strict=True):
+    for t, (k_t, v_t) in enumerate(zip(k.to(dtype).unbind(1), v.to(dtype).unbind(1), strict=True)):
+        if starts is not None:
+            first = starts[:, t, None]
+            num, den, p = num.masked_fill(first, 0), den.masked_fill(first, 0), p.masked_fill(first, EMPTY_MAXIMUM)
         top = torch.maximum(p, u + k_t)
         past, now = torch.exp(p - top), torch.exp(u + k_t - top)
         outputs.append((past * num + now * v_t) / (past * den + now))
@@ -57,15 +63,21 @@ def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Ten
     return torch.stack(outputs, 1).to(k.dtype), torch.stack((num, den, p), 1)
 
 
-def token_shift(x: Tensor, previous: Tensor | None) -> Tensor:
-    """x_{t-1} for every t: x (B, T, C), previous (B, C) the row before the first (None: zeros) → (B, T, C)."""
+def token_shift(x: Tensor, previous: Tensor | None, starts: Tensor | None = None) -> Tensor:
+    """x_{t-1} for every t: x (B, T, C), previous (B, C) the row before the first (None: zeros) → (B, T, C).
+
+    Where `starts` (B, T) says that a document begins, there is no row before: zeros.
+    """
     first = torch.zeros_like(x[:, :1]) if previous is None else previous.to(x.dtype).unsqueeze(1)
-    return torch.cat((first, x[:, :-1]), 1)
+    shifted = torch.cat((first, x[:, :-1]), 1)
+    return shifted if starts is None else shifted.masked_fill(starts.unsqueeze(2), 0)
 
 
-def shift_mix(x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor]) -> list[Tensor]:
+def shift_mix(
+    x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor], starts: Tensor | None = None
+) -> list[Tensor]:
     """x_t · μ + x_{t-1} · (1 - μ) for each μ of `mixes` (C elements each): x (B, T, C) → one (B, T, C) per μ."""
-    shifted = token_shift(x, previous)
+    shifted = token_shift(x, previous, starts)
     return [torch.lerp(shifted, x, mix.to(x.dtype).view(1, 1, -1)) for mix in mixes]
 
 

@@ -84,13 +84,13 @@ def test_vectors_are_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> 
     seen: dict[str, torch.dtype] = {}
     plain_wkv, plain_mix = ops.wkv4, ops.shift_mix
 
-    def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def wkv4(w: Tensor, u: Tensor, k: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
         seen.update(w=w.dtype, u=u.dtype, k=k.dtype)
-        return plain_wkv(w, u, k, v, state)
+        return plain_wkv(w, u, k, *rest)
 
-    def shift_mix(x: Tensor, previous: Tensor | None, *mixes: Tensor) -> list[Tensor]:
+    def shift_mix(x: Tensor, previous: Tensor | None, *mixes: Tensor, **more: Tensor | None) -> list[Tensor]:
         seen.update(x=x.dtype, **{f"mix{i}": mix.dtype for i, mix in enumerate(mixes)})
-        return plain_mix(x, previous, *mixes)
+        return plain_mix(x, previous, *mixes, **more)
 
     monkeypatch.setattr(ops, "wkv4", wkv4)
     monkeypatch.setattr(ops, "shift_mix", shift_mix)
