@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rwkv_train.config import Config
+from rwkv_train.config import Config, DataSettings
 from rwkv_train.data.order import split_batch
-from rwkv_train.data.tokenizers import load_tokenizer
+from rwkv_train.data.sources import find_tokenizer, store_stems
 from rwkv_train.errors import UserError
 
 _PRECISION = {  # why a precision of Lightning's is refused
@@ -41,16 +41,76 @@ def check(config: Config, machine: Machine) -> list[UserError]:
 
 def _check_data(config: Config) -> Iterator[UserError]:
     vocabulary, data = config.model.vocab_size, config.data
-    needed = load_tokenizer(data.tokenizer).vocab_size
-    if vocabulary is not None and vocabulary < needed:
+    try:
+        tokenizer = find_tokenizer(data, config.vocab.extend, _stores(data))
+    except UserError as problem:
+        yield problem
+    else:
+        needed = tokenizer.vocab_size
+        if vocabulary is not None and vocabulary < needed:
+            yield UserError(
+                f"model.vocab_size={vocabulary} is smaller than the {needed} tokens of data.tokenizer={tokenizer.name}",
+                f"model.vocab_size={needed}, or leave it out",
+            )
+    yield from _check_documents(config)
+    if data.source == "mixture":
+        yield from _check_mixture(data)
+    elif data.path is None:
+        if data.source != "stdlib":
+            yield UserError("data.path is not given", _PATHS[data.source])
+    elif data.source in ("stdlib", "text", "chat"):
+        yield from _check_path(data)
+
+
+_PATHS = {
+    "text": "data.path=FILE or data.path=DIRECTORY of text files",
+    "store": "data.path=STORE for STORE.bin and STORE.idx; `rwkv-train prepare` makes them",
+    "chat": "data.path=FILE.jsonl with `messages` in each line",
+    "stream": "data.path=FILES.jsonl (a glob), or the name of a data set on the hub",
+}
+
+
+def _stores(data: DataSettings) -> list[list[Path]]:
+    paths = [source.path for source in data.sources] if data.source == "mixture" else [data.path]
+    return [stems for path in paths if (stems := store_stems(replace(data, path=path)))]
+
+
+def _check_documents(config: Config) -> Iterator[UserError]:
+    data = config.data
+    if data.reset and data.documents == "stream":
+        yield UserError("data.reset=true without packed documents", "data.documents=packed data.reset=true")
+    if data.documents == "packed" and data.order == "reference":
+        yield UserError("data.order=reference walks through the stream of tokens", "data.documents=stream")
+    if data.source == "stream" and (data.documents == "packed" or data.order == "reference"):
         yield UserError(
-            f"model.vocab_size={vocabulary} is smaller than the {needed} tokens of data.tokenizer={data.tokenizer}",
-            f"model.vocab_size={needed}, or leave it out",
+            "data=stream is read in its own order, as one stream of tokens",
+            "`rwkv-train prepare` makes a store of it: data=store data.path=STORE",
         )
-    if data.path is None:
-        if data.source == "text":
-            yield UserError("data.path is not given", "data.path=FILE or data.path=DIRECTORY of text files")
-        return
+    if data.source == "chat" and data.documents != "packed":
+        yield UserError("data=chat with data.documents=stream would lose its mask", "data.documents=packed")
+
+
+def _check_mixture(data: DataSettings) -> Iterator[UserError]:
+    names = [source.name for source in data.sources]
+    if not names:
+        yield UserError(
+            "data.sources is empty", "data.sources=[{name:a,path:STORE_A,weight:0.7},{name:b,path:STORE_B}]"
+        )
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield UserError(f"data.sources has the name {name} twice", "give each source a name of its own")
+    tokens = [stage.tokens for stage in data.curriculum]
+    if tokens != sorted(set(tokens)):
+        yield UserError(f"data.curriculum begins at the tokens {tokens}", "stages in rising order")
+    for stage in data.curriculum:
+        for name, weight in stage.weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
+                yield UserError(
+                    f"data.curriculum: the weight {weight} of {name} is not valid", "valid: a number from 0 on"
+                )
+
+
+def _check_path(data: DataSettings) -> Iterator[UserError]:
+    assert data.path is not None
     path = Path(data.path).expanduser()
     try:
         if not path.exists():

@@ -225,7 +225,8 @@ class Composer:
             if "model" not in stated:
                 size, row = self._size_of(arch, shape)
                 settings["model.size"] = size
-            settings.update({f"model.{name}": value for name, value in shape._asdict().items()})
+            extended = shape._replace(vocab_size=shape.vocab_size + len(settings.get("vocab.extend") or ()))
+            settings.update({f"model.{name}": value for name, value in extended._asdict().items()})
         for name, word in ROW.items():
             if settings.get(word) is None and name in row:
                 settings[word] = row[name]

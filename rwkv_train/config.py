@@ -51,11 +51,44 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class SourceSettings:
+    """One source of a mixture."""
+
+    name: str
+    path: str  # of a store, a glob of stores, or text
+    weight: From0 | None  # share of the tokens, relative to the others'; None: as many as it has
+    epochs: Above0 | None  # how often it may be read at most; None: without end
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """Other weights of a mixture from a token on."""
+
+    tokens: Positive
+    weights: dict[str, Any]  # source → weight; what is not named has weight 0
+
+
+@dataclass(frozen=True)
 class DataSettings:
-    source: Literal["stdlib", "text"]
+    source: Literal["stdlib", "text", "store", "mixture", "chat", "stream"]
     path: str | None  # a file or directory; None: the running Python's standard library
-    tokenizer: Literal["bytes"]
-    hold_out: Share  # of the files, held out for validation, chosen by a hash of the file's name
+    tokenizer: str | None  # bytes, world or a tokenizer.json; None: the store's own, or bytes
+    hold_out: Share  # held out for validation: files by a hash of their names, of a store the last documents
+    order: Literal["shuffled", "reference"] = "shuffled"
+    documents: Literal["stream", "packed"] = "stream"
+    reset: bool = False  # packed documents know nothing of each other
+    sources: tuple[SourceSettings, ...] = ()
+    curriculum: tuple[StageSettings, ...] = ()
+    template: str | None = None  # of a chat's messages; None: RWKV World's
+    field: str = "text"  # of a streamed row
+    split: str = "train"  # of a streamed data set
+    held_out_documents: NotNegative = 100  # of a stream: its first ones
+    workers: NotNegative = 1  # processes that tokenise a stream; 0: the training process does
+
+
+@dataclass(frozen=True)
+class VocabSettings:
+    extend: tuple[str, ...] = ()  # texts that become a token each, behind the tokenizer's own
 
 
 @dataclass(frozen=True)
@@ -139,6 +172,7 @@ class Config:
     arch: str
     model: ModelSettings
     data: DataSettings
+    vocab: VocabSettings
     batch: BatchSettings
     budget: BudgetSettings
     optim: OptimSettings

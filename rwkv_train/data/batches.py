@@ -2,52 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rwkv_train.config import BatchSettings, DataSettings
-from rwkv_train.data.corpus import join, read_corpus
-from rwkv_train.data.order import Ints, Order, split_batch
-from rwkv_train.data.store import MemoryStore
-from rwkv_train.data.tokenizers import load_tokenizer
-
-Batch = tuple[Tensor, Tensor]  # tokens and targets, each (B, T) int64
+from rwkv_train.data.ahead import Ahead, Batch, MaskedBatch
+from rwkv_train.data.mixture import Mixture, Share
+from rwkv_train.data.order import Ints, Order, ReferenceOrder, split_batch
+from rwkv_train.data.packing import pack
+from rwkv_train.data.rows import IGNORED, Block, InOrder, Packed, Rows, Windows
+from rwkv_train.data.sources import Source, open_sources, refuse_large
+from rwkv_train.data.store import MemoryStore, Store
+from rwkv_train.data.stream import StreamRows, open_stream
+from rwkv_train.errors import UserError
 
 AHEAD = 64  # steps whose order is worked out at once
-IGNORED = -100  # the target of what is no prediction: torch's own default
 
 
 class Batches:
-    """Reads the text, and gives the batches of training and validation.
+    """Reads the data, and gives the batches of training and validation.
 
     The batches are made in the training process: reading a window from memory takes less time than handing it over from
-    another process would.
+    another process would. For a GPU a thread makes them ahead, in pinned memory.
 
     Args:
-        data: which text, which tokenizer, what share is held out.
+        data: which data, which tokenizer, what share is held out.
         batch: global batch, context and micro-batch.
         seed: of the order.
         world_size: number of devices; DataModule checks that the trainer has as many.
         validation_batches: at most so many batches per device in a validation, spread evenly over the held-out text;
             None: all of it.
         validation_context: tokens of one window of held-out text; None: batch.context.
+        extend: texts that become a token each, behind the tokenizer's own.
 
     Attributes:
         tokenizer: between bytes and tokens; vocab_size is its.
-        largest_token: the largest one in the text; the model's vocabulary must hold it.
-        train, held_out: the two streams of tokens; an end-of-text stands before each document.
-        description: one line for people: root, files, bytes, hash, what is held out, what was skipped.
-        digest: hash of the text and its split, 16 hexadecimal digits.
-        bytes_per_token: of the held-out text (of the training text if none is), an end-of-text counted as one byte.
+        sources: what is read, one or several.
+        mixture: which source each sample is of.
+        description: one line for people and source: what it holds, its hash, what is held out, what was skipped.
+        digest: hash of the data and its split, 16 hexadecimal digits.
         micro, accumulation: samples of a pass on one device; passes of a step.
         start_step: the step that training() begins with; set it before fit() to resume.
         rank: which device this process drives; DataModule sets it.
+        pinned: whether training batches are made ahead in pinned memory; DataModule sets it.
+        vocabulary: tokens that the model knows; a larger one that is read is refused. None: the tokenizer's.
 
     Raises:
-        UserError: no text there, fewer tokens than one sample, or a batch that cannot be shared out.
+        UserError: no data there, fewer tokens than one sample, or a batch that cannot be shared out.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class Batches:
         world_size: int = 1,
         validation_batches: int | None = None,
         validation_context: int | None = None,
+        extend: Sequence[str] = (),
     ) -> None:
         self.split = split_batch(batch.tokens, batch.context, batch.micro, world_size)
         self.context = batch.context
@@ -65,15 +73,52 @@ class Batches:
         self.validation_context = validation_context or batch.context
         self.start_step = 0
         self.rank = 0
+        self.pinned = False
+        self.vocabulary: int | None = None
+        self.packed, self.reset = data.documents == "packed", data.documents == "packed" and data.reset
+        self.stream: StreamRows | None = None
+        if data.source == "stream":
+            self.tokenizer, source, self.stream = open_stream(data, extend, batch.context)
+            self.sources = [source]
+        else:
+            self.tokenizer, self.sources = open_sources(data, extend)
+        self._rows = [self._training_rows(data, source, seed, number) for number, source in enumerate(self.sources)]
+        self._held_out = [self._held_out_rows(source) for source in self.sources]
+        self.mixture = self._mix(data, batch.tokens)
 
-        self.tokenizer = load_tokenizer(data.tokenizer)
-        corpus = read_corpus(data)
-        self.description, self.digest = corpus.description, corpus.digest
-        self.train = MemoryStore(join(corpus.train, self.tokenizer))
-        self.held_out = MemoryStore(join(corpus.held_out, self.tokenizer))
-        documents, store = (corpus.held_out, self.held_out) if corpus.held_out else (corpus.train, self.train)
-        self.bytes_per_token = sum(len(document.text) + 1 for document in documents) / max(1, len(store))
-        self.order = Order(seed, len(self.train), batch.context)
+    def _training_rows(self, data: DataSettings, source: Source, seed: int, number: int) -> Rows:
+        if self.stream is not None:
+            self.stream.keep = 8 * self.split.samples  # loaders are some passes ahead of the step that is saved
+            return self.stream
+        if self.packed:
+            return self._pack(source.train, self.context, seed + (number << 32))
+        if data.order == "reference":
+            return Windows(source.train, ReferenceOrder(len(source.train), self.context), self.context)
+        return Windows(source.train, Order(seed + (number << 32), len(source.train), self.context), self.context)
+
+    def _held_out_rows(self, source: Source) -> Rows:
+        if self.packed:
+            return self._pack(source.held_out, self.validation_context, None)
+        return InOrder(source.held_out, self.validation_context, self.tokenizer.end_of_text)
+
+    def _pack(self, store: Store, context: int, seed: int | None) -> Packed:
+        starts, lengths = store.documents()
+        packing = pack(starts, lengths, context)
+        if seed is not None and not len(packing):
+            raise UserError("the training data has no document with a token in it", "give more text: data.path=…")
+        return Packed(store, packing, seed, self.tokenizer.end_of_text, self.reset)
+
+    def _mix(self, data: DataSettings, tokens_per_step: int) -> Mixture:
+        given = data.sources if data.source == "mixture" else [None] * len(self.sources)
+        shares = []
+        for source, rows, settings in zip(self.sources, self._rows, given, strict=True):
+            weight = settings.weight if settings is not None else None
+            epochs = settings.epochs if settings is not None else None
+            shares.append(Share(source.name, len(source.train) if weight is None else weight, rows.per_epoch, epochs))
+        # rounded up to steps: a batch has the weights of one stage
+        steps = [-(-stage.tokens // tokens_per_step) for stage in data.curriculum]
+        stages = zip(steps, data.curriculum, strict=True)
+        return Mixture(shares, [(step * self.split.samples, stage.weights) for step, stage in stages])
 
     @property
     def vocab_size(self) -> int:
@@ -81,7 +126,55 @@ class Batches:
 
     @property
     def largest_token(self) -> int:
-        return int(max(store.tokens.max(initial=0) for store in (self.train, self.held_out)))
+        """The largest one in the data; the model's vocabulary must hold it. Of a stream, nobody knows yet: 0."""
+        return max(source.largest_token for source in self.sources)
+
+    @property
+    def train(self) -> Any:
+        """The training tokens of the first source."""
+        return self.sources[0].train
+
+    @property
+    def held_out(self) -> Any:
+        """The held-out tokens of the first source."""
+        return self.sources[0].held_out
+
+    @property
+    def order(self) -> Any:
+        """The order of the first source's windows."""
+        return self._rows[0].order  # type: ignore[attr-defined]
+
+    @property
+    def plain(self) -> tuple[Any, Any] | None:
+        """Training and held-out text as bytes, where the data is one text read byte by byte and some is held out."""
+        one = len(self.sources) == 1 and self.tokenizer.identity == "bytes" and not self.packed
+        stores = (self.train, self.held_out)
+        plain = one and len(self.held_out) and all(isinstance(store, MemoryStore) for store in stores)
+        return (self.train.tokens, self.held_out.tokens) if plain else None
+
+    @property
+    def description(self) -> str:
+        lines = [source.description for source in self.sources]
+        if len(lines) > 1:
+            weights = self.mixture.weights()
+            lines = [f"{s.name} {weights[s.name]:.2%}: {line}" for s, line in zip(self.sources, lines, strict=True)]
+        if self.packed:
+            fills = [rows.packing.fill for rows in self._rows if isinstance(rows, Packed)]
+            apart = "they know nothing of each other" if self.reset else "the state runs on, the loss does not"
+            lines.append(f"packed documents, {min(fills):.1%} of the places filled; {apart}")
+        return "\n        ".join(lines)
+
+    @property
+    def digest(self) -> str:
+        digests = [source.digest for source in self.sources]
+        return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """Of the held-out text (of the training text if none is), an end-of-text counted as one byte."""
+        sizes = [max(1, len(source.held_out)) for source in self.sources]
+        parts = [source.bytes_per_token(self.tokenizer) for source in self.sources]
+        return sum(n * each for n, each in zip(sizes, parts, strict=True)) / sum(sizes)
 
     @property
     def micro(self) -> int:
@@ -91,26 +184,89 @@ class Batches:
     def accumulation(self) -> int:
         return self.split.accumulation
 
+    @property
+    def masked(self) -> bool:
+        """Whether some targets of a training batch may be no prediction."""
+        return self.packed
+
+    def tokens_by_source(self, step: int) -> dict[str, int]:
+        """Tokens of each source that the steps before this one have, by its name."""
+        counts = self.mixture.counts(step * self.split.samples)
+        return {source.name: int(n) * self.context for source, n in zip(self.sources, counts, strict=True)}
+
+    def position(self, step: int) -> dict[str, Any] | None:
+        """Where a stream is to be read from to go on with that step; None: the step alone says all."""
+        return None if self.stream is None else self.stream.position(step * self.split.samples)
+
+    def begin(self, step: int, position: dict[str, Any] | None) -> None:
+        """Lets training() begin with that step, at that position of a stream."""
+        self.start_step = step
+        if self.stream is not None and position is not None:
+            self.stream.go_to(position)
+
+    def refuse_budget(self, steps: int | None) -> None:
+        """Raises a UserError where the sources may not be read for so many steps."""
+        most = self.mixture.samples
+        if most is not None and (steps is None or steps * self.split.samples > most):
+            whole = most // self.split.samples
+            raise UserError(
+                f"the sources may be read for {whole:,} steps ({whole * self.split.samples * self.context:,} tokens), "
+                f"the budget is {'without end' if steps is None else f'{steps:,} steps'}",
+                f"budget.steps={whole}, or more epochs for a source (epochs: null is without end)",
+            )
+
     def batch(self, step: int, index: int = 0) -> Batch:
-        """This rank's micro-batch `index` (0 … accumulation-1) of step `step`: tokens, targets (B, T)."""
-        return self.batch_at(self.order.starts(self.split.share(step, index, self.rank)))
+        """This rank's micro-batch `index` (0 … accumulation-1) of step `step`."""
+        return self.assemble(*self.places(step), index)
 
-    def batch_at(self, starts: Ints) -> Batch:
-        """The training windows that start at these tokens (B,)."""
-        return self._cut(self.train.windows(starts, self.context + 1))
+    def places(self, step: int, steps: int = 1) -> tuple[Ints, Ints]:
+        """Sources and places of all samples of `steps` steps, in the order of their numbers."""
+        first = step * self.split.samples
+        return self.located(np.arange(first, first + steps * self.split.samples, dtype=np.int64))
 
-    def training(self) -> TrainBatches:
+    def located(self, samples: Ints) -> tuple[Ints, Ints]:
+        """Sources and places of the samples with these numbers, same shape."""
+        if len(self._rows) == 1 and self.mixture.samples is None:
+            return np.zeros_like(samples), self._rows[0].places(samples)
+        sources, numbers = self.mixture.locate(samples)
+        places = np.empty_like(numbers)
+        for source in np.unique(sources):
+            here = sources == source
+            places[here] = self._rows[source].places(numbers[here])
+        return sources, places
+
+    def assemble(self, sources: Ints, places: Ints, index: int) -> Batch:
+        """This rank's micro-batch of the step with these samples."""
+        share = self.split.share(0, index, self.rank)
+        block = self._fill(self._rows, sources[share], places[share], self.context)
+        if not self.masked:
+            return _tensor(block.tokens), _tensor(block.targets)
+        predicted = sum(int(rows.predicted(places[sources == n]).sum()) for n, rows in enumerate(self._rows))
+        return _masked(block, max(1, predicted) / (self.split.ranks * self.accumulation))
+
+    def _fill(self, rows: Sequence[Rows], sources: Ints, places: Ints, context: int) -> Block:
+        block = Block.empty(len(places), context, self.reset)
+        for number, (source, place) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
+            rows[source].fill(place, block.row(number))
+        limit = self.vocabulary or self.tokenizer.vocab_size
+        largest = int(block.tokens.max())
+        if largest >= limit:
+            row = int(block.tokens.max(axis=1).argmax())
+            where = f"{self.sources[int(sources[row])].name}, sample at token {int(places[row]):,},"
+            refuse_large(largest, limit, where)
+        return block
+
+    def training(self) -> TrainBatches | Ahead:
         """The micro-batches from `start_step` on, without end."""
-        return TrainBatches(self)
+        return Ahead(TrainBatches(self)) if self.pinned else TrainBatches(self)
 
-    def validation(self) -> ValidationBatches | tuple[()]:
-        """The held-out text in windows, in order; over all batches and ranks every token of it is predicted once.
+    def validation(self, source: int = 0) -> ValidationBatches | tuple[()]:
+        """The held-out text of a source, in order; over all batches and ranks every token of it is predicted once.
 
         Only the end-of-text that it begins with is no target. The last window is filled up with ignored targets,
         and so are windows that make the number of batches the same on every rank: a whole batch may be ignored.
         """
-        length, ranks = self.validation_context, self.split.ranks
-        windows = -(-max(0, len(self.held_out) - 1) // length)
+        length, ranks, windows = self.validation_context, self.split.ranks, self._held_out[source].per_epoch
         if windows == 0:
             return ()  # Lightning's word for no validation
         micro = min(
@@ -120,21 +276,28 @@ class Batches:
         chosen = np.arange(batches * ranks * micro).reshape(batches, ranks, micro)
         if self.validation_batches is not None and self.validation_batches < batches:
             chosen = chosen[np.arange(self.validation_batches) * batches // self.validation_batches]
-        return ValidationBatches(self, chosen[:, self.rank])
+        return ValidationBatches(self, source, chosen[:, self.rank])
 
-    def validation_batch(self, numbers: Ints) -> Batch:
-        """The held-out windows with these numbers (B,); what lies past the end of the text is ignored."""
-        places = numbers[:, None] * self.validation_context + np.arange(self.validation_context + 1)  # (B, T + 1)
-        inside = places < len(self.held_out)
-        text = self.held_out.tokens[np.where(inside, places, 0)].astype(np.int64)
-        tokens, targets = self._cut(np.where(inside, text, self.tokenizer.end_of_text))
-        return tokens, targets.masked_fill(~torch.from_numpy(inside[:, 1:]), IGNORED)
+    @property
+    def validated(self) -> list[int]:
+        """The numbers of the sources that have held-out text."""
+        return [number for number, rows in enumerate(self._held_out) if rows.per_epoch]
 
-    @staticmethod
-    def _cut(windows: Ints) -> Batch:
-        """(B, T + 1) → tokens (B, T) and targets (B, T), one further."""
-        both = torch.from_numpy(windows)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+    def validation_batch(self, source: int, numbers: Ints) -> Batch:
+        """The held-out rows of a source with these numbers (B,); what lies past the end of the text is ignored."""
+        block = self._fill(self._held_out, np.full_like(numbers, source), numbers, self.validation_context)
+        if block.starts is None:
+            return _tensor(block.tokens), _tensor(block.targets)
+        return _masked(block, float(max(1, (block.targets != IGNORED).sum())))
+
+
+def _tensor(array: Any) -> Tensor:
+    return torch.from_numpy(array)
+
+
+def _masked(block: Block, predictions: float) -> MaskedBatch:
+    starts = None if block.starts is None else _tensor(block.starts)
+    return MaskedBatch(_tensor(block.tokens), _tensor(block.targets), starts, torch.tensor(predictions))
 
 
 class TrainBatches:
@@ -146,20 +309,26 @@ class TrainBatches:
     def __iter__(self) -> Iterator[Batch]:
         data, step = self.data, self.data.start_step
         while True:  # the order of many steps in one go: one batch's alone takes longer than reading it
-            shares = [data.split.share(step + i, j, data.rank) for i in range(AHEAD) for j in range(data.accumulation)]
-            yield from map(data.batch_at, data.order.starts(np.stack(shares).ravel()).reshape(-1, data.micro))
-            step += AHEAD
+            steps = AHEAD
+            if data.mixture.samples is not None:
+                steps = max(1, min(steps, data.mixture.samples // data.split.samples - step))
+            sources, places = (each.reshape(steps, -1) for each in data.places(step, steps))
+            for number in range(steps):
+                for index in range(data.accumulation):
+                    yield data.assemble(sources[number], places[number], index)
+            step += steps
 
 
 class ValidationBatches:
-    """One validation: the held-out windows with the numbers in `chosen` (batches, B), a batch at a time."""
+    """One validation: the held-out rows of a source with the numbers in `chosen` (batches, B), a batch at a time."""
 
-    def __init__(self, data: Batches, chosen: Ints) -> None:
+    def __init__(self, data: Batches, source: int, chosen: Ints) -> None:
         self.data = data
+        self.source = source
         self.chosen = chosen
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.data.validation_batch(numbers) for numbers in self.chosen)
+        return (self.data.validation_batch(self.source, numbers) for numbers in self.chosen)

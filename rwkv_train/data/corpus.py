@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_train.config import DataSettings
-from rwkv_train.data.tokenizers import Tokenizer, Tokens
+from rwkv_train.data.store import MemoryStore
+from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
 
 # Of the standard library, what has near-copies of itself elsewhere in it (character tables, the tests, the generated
@@ -161,8 +162,10 @@ def _digest(*parts: Sequence[Document]) -> str:
     return digest.hexdigest()[:16]
 
 
-def join(documents: Sequence[Document], tokenizer: Tokenizer) -> Tokens:
-    """All documents as one stream (N,), an end-of-text before each, so that its first token too is predicted."""
-    end = np.full(1, tokenizer.end_of_text, tokenizer.encode(b"").dtype)
+def join(documents: Sequence[Document], tokenizer: Tokenizer) -> MemoryStore:
+    """All documents as one stream, an end-of-text before each, so that its first token too is predicted."""
+    kind = tokenizer.encode(b"").dtype
+    end = np.full(1, tokenizer.end_of_text, kind)
     pieces = [piece for document in documents for piece in (end, tokenizer.encode(document.text))]
-    return np.concatenate(pieces) if pieces else end[:0]
+    starts = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)[::2]  # each behind its end-of-text
+    return MemoryStore(np.concatenate(pieces) if pieces else end[:0], starts)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import lightning as L
 
-from rwkv_train.data.batches import Batch, Batches
+from rwkv_train.data.ahead import Batch
+from rwkv_train.data.batches import Batches
 
 
 class DataModule(L.LightningDataModule):
@@ -28,9 +29,11 @@ class DataModule(L.LightningDataModule):
         if trainer.world_size != ranks:
             raise RuntimeError(f"the trainer has {trainer.world_size} ranks, the data was split for {ranks}")
         self.batches.rank = trainer.global_rank
+        self.batches.pinned = trainer.strategy.root_device.type == "cuda"
 
     def train_dataloader(self) -> Iterable[Batch]:
         return self.batches.training()
 
-    def val_dataloader(self) -> Iterable[Batch]:
-        return self.batches.validation()
+    def val_dataloader(self) -> Iterable[Batch] | list[Iterable[Batch]]:
+        loaders: list[Iterable[Batch]] = [self.batches.validation(source) for source in self.batches.validated]
+        return loaders[0] if len(loaders) == 1 else loaders

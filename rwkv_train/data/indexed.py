@@ -1,6 +1,6 @@
-"""The field's token store: NAME.bin (the tokens, nothing else) and NAME.idx, Megatron-LM's "MMIDIDX".
+r"""The field's token store: NAME.bin (the tokens, nothing else) and NAME.idx, Megatron-LM's "MMIDIDX".
 
-    9 bytes   MMIDIDX\\0\\0
+    9 bytes   MMIDIDX\0\0
     uint64    version, 1
     uint8     type of a token: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16
     uint64    number of sequences S
@@ -9,8 +9,8 @@
     int64[S]  the byte in NAME.bin at which each sequence begins
     int64[D + 1]  the sequence with which each document begins, and S
 
-Everything is little-endian. RWKV-LM and GPT-NeoX write one sequence a document, with an end-of-text behind it, and so do
-we. Both files are mapped into memory: opening one costs the same whatever its size.
+Everything is little-endian. RWKV-LM and GPT-NeoX write one sequence a document, with an end-of-text behind it, and so
+do we. Both files are mapped into memory: opening one costs the same whatever its size.
 """
 
 from __future__ import annotations

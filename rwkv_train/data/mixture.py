@@ -1,6 +1,6 @@
-"""Several sources in one run: which source sample n comes from, and the how manieth of that source it is.
+"""Several sources in one run: which source sample n comes from, and how many of that source were before.
 
-Within a stage, a span of samples with fixed weights, the sources follow one another in a short pattern that is repeated:
+Within a stage, a span of samples with fixed weights, the sources follow one another in a pattern that is repeated:
 before every sample each source has had its weight's share of the samples, to within one sample. A stage ends where the
 curriculum says, or where a source has been read as often as it may be. So everything is a function of n alone.
 """
@@ -55,7 +55,7 @@ class _Stage:
     def locate(self, samples: Ints) -> tuple[Ints, Ints]:
         round_, place = np.divmod(samples - self.first, len(self.pattern))
         source = self.pattern[place]
-        return source, self.before[source] + round_ * self.shares[source] + self.places[place]
+        return source, self.before[source] + self.places[place] + np.asarray(round_ * self.shares[source], np.int64)
 
     def counts(self, samples: int) -> Ints:
         """(S,) samples of each source among the first `samples` of the run, which must reach into this stage."""
@@ -75,8 +75,8 @@ class Mixture:
 
     Args:
         shares: at least one.
-        curriculum: (first sample, weights by name) of later stages, in their order; a source that is not named there has
-            weight 0 from then on.
+        curriculum: (first sample, weights by name) of later stages, in their order; a source that is not named there
+            has weight 0 from then on.
 
     Attributes:
         samples: how many there are until every source is used up; None: without end.
@@ -175,8 +175,8 @@ def interleave(shares: npt.ArrayLike) -> tuple[Ints, Ints]:
     """One pattern in which source s has shares[s] places, spread evenly.
 
     Before place g, source s has had g · shares[s] / P places, more or less by under 1. The j-th place of s may be given
-    from ⌊j·P/shares[s]⌋ on and must be before ⌈(j+1)·P/shares[s]⌉; the earliest deadline goes first, which finds an order
-    that keeps all of them if there is one (Jackson 1955), and there is one (Tijdeman 1980, the chairman assignment).
+    from ⌊j·P/shares[s]⌋ on and must be before ⌈(j+1)·P/shares[s]⌉; the earliest deadline goes first, which finds an
+    order that keeps all of them if there is one (Jackson 1955), and there is (Tijdeman 1980, chairman assignment).
 
     Args:
         shares: (S,) whole numbers, P their sum.

@@ -97,10 +97,10 @@ class ReferenceOrder:
 
     def __post_init__(self) -> None:
         _refuse_short(self.tokens, self.context)
-        if self.tokens // self.context < 4:
+        if self.tokens // self.context < 4:  # the smallest prime is 2, and the walk must leave a window behind it
             raise UserError(
-                f"data.order=reference needs four windows of batch.context={self.context}: {4 * self.context:,} tokens, "
-                f"not {self.tokens:,}",
+                f"data.order=reference needs four windows of batch.context={self.context}: {4 * self.context:,} "
+                f"tokens, not {self.tokens:,}",
                 "give more text, a shorter batch.context=…, or data.order=shuffled",
             )
 

@@ -1,7 +1,7 @@
-"""Whole documents packed into rows: each row holds as many as fit, and no document is in two rows that could be in one.
+"""Whole documents packed into rows: each row holds as many as fit, and what fits into a row is not cut.
 
-A document of n tokens takes n places of a row: at each, one of its tokens is predicted from the one before it, the first
-from an end-of-text. What is longer than a row is cut into pieces of a row's length.
+A document of n tokens takes n places of a row: at each, one of its tokens is predicted from the one before it, the
+first from an end-of-text. What is longer than a row is cut into pieces of a row's length.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import ast
 import hashlib
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,7 +67,7 @@ class ByteTokenizer:
 class WorldTokenizer:
     """RWKV World (vocabulary v20230424): the longest known piece of bytes is taken, again and again.
 
-    Text goes through the Rust wheel; bytes that are no UTF-8 through the same rule here, since the wheel knows text only.
+    Text goes through the Rust wheel; bytes that are no UTF-8 through the same rule here: the wheel knows text only.
     """
 
     name = "world"
@@ -165,7 +165,8 @@ class JsonTokenizer:
         ends = [number for name in ENDS_OF_TEXT if (number := self._tokenizer.token_to_id(name)) is not None]
         if not ends:
             raise UserError(
-                f"{path} has no token for the end of a text", f"add one of {', '.join(ENDS_OF_TEXT)} to its added_tokens"
+                f"{path} has no token for the end of a text",
+                f"add one of {', '.join(ENDS_OF_TEXT)} to its added_tokens",
             )
         self.end_of_text = ends[0]
 
@@ -248,12 +249,17 @@ def load_tokenizer(name: str, extend: Sequence[str] = ()) -> Tokenizer:
     if name == "bytes":
         base = ByteTokenizer()
     elif name == "world":
-        base = WorldTokenizer()
+        base = _world()
     elif name.endswith(".json"):
         base = JsonTokenizer(name)
     else:
         raise UserError(f"data.tokenizer={name} is no tokenizer", _THERE_IS)
     return Extended(base, extend) if extend else base
+
+
+@cache
+def _world() -> WorldTokenizer:
+    return WorldTokenizer()  # reading its vocabulary takes half a second
 
 
 _THERE_IS = "there is: bytes, world, or the path of a tokenizer.json"

@@ -83,9 +83,7 @@ class Block(nn.Module):
         self.att = generation.TimeMix(config, layer)
         self.ffn = generation.ChannelMix(config, layer)
 
-    def forward(
-        self, x: Tensor, state: LayerState | None, starts: Tensor | None = None
-    ) -> tuple[Tensor, LayerState]:
+    def forward(self, x: Tensor, state: LayerState | None, starts: Tensor | None = None) -> tuple[Tensor, LayerState]:
         """x (B, T, C) and the state before it → the same after it."""
         att_x, ffn_x, wkv = state if state is not None else (None, None, None)
         y, att_x, wkv = self.att(self.ln1(x), att_x, wkv, starts)
@@ -101,8 +99,8 @@ class RWKV(nn.Module):
     token. T > 1 runs in parallel over time, T = 1 step by step: same weights, same numbers. Gradients flow through the
     state.
 
-    `model(tokens, starts=starts)` takes where documents begin, (B, T) bool: at each, state and token shift are those of a
-    fresh text, so that documents in one row know nothing of each other.
+    `model(tokens, starts=starts)` takes where documents begin, (B, T) bool: at each, state and token shift are those of
+    a fresh text, so that documents in one row know nothing of each other.
     """
 
     def __init__(self, generation: Generation, config: ModelConfig) -> None:
@@ -116,17 +114,13 @@ class RWKV(nn.Module):
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def forward(
-        self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None) -> tuple[Tensor, State]:
         x = cast(Block, self.blocks[0]).ln0(self.emb(tokens))  # (B, T, C)
         after: list[LayerState] = []
         for index, block in enumerate(self.blocks):
             before = None if state is None else state.layer(index)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, layer_state = checkpoint(
-                    block, x, before, starts, use_reentrant=False, preserve_rng_state=False
-                )
+                x, layer_state = checkpoint(block, x, before, starts, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, layer_state = block(x, before, starts)
             after.append(layer_state)

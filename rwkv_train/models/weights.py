@@ -35,6 +35,21 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
+def grow_vocabulary(weights: dict[str, Tensor], new: int) -> dict[str, Tensor]:
+    """The weights with `new` tokens behind the others; logits of the old ones stay as they are.
+
+    A new token begins as the mean of the old ones, in the embedding and in the head.
+    """
+    if not new:
+        return weights
+    grown = dict(weights)
+    for name in ("emb.weight", "head.weight"):
+        if name in weights and weights[name].dim() == 2:
+            mean = weights[name].double().mean(0, keepdim=True).to(weights[name].dtype)
+            grown[name] = torch.cat((weights[name], mean.expand(new, -1)))
+    return grown
+
+
 def mismatches(weights: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     """How a dict of weights differs from what the model wants: missing and unknown names, other shapes."""
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -51,7 +51,8 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
     """The run itself, once its directory is ours."""
     config, run, data, console, total = parts.config, parts.directory, parts.data, parts.console, parts.total_steps
     checkpoint = _find_checkpoint(parts)
-    step = 0 if checkpoint is None else int(read_meta(checkpoint)["step"])
+    meta = {} if checkpoint is None else read_meta(checkpoint)
+    step = int(meta.get("step", 0))
     if total is not None and step >= total:
         console.print(
             f"{run.path} is finished: {step} of {total} steps.\n"
@@ -69,15 +70,21 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
             aside.replace(run.config)
     lines.cut(step)
     events.add("started" if checkpoint is None else "resumed", step)
-    data.start_step = step
+    data.begin(step, meta.get("position"))
 
-    module = RWKVModule(parts.model, config.optim, total, config.batch.tokens, config.compile)
+    validated = [data.sources[number].name for number in data.validated]
+    module = RWKVModule(parts.model, config.optim, total, config.batch.tokens, config.compile, validated)
     metrics = Metrics(lines, data.bytes_per_token)
     saving = Checkpointing(
         run.checkpoints,
         config.checkpoint.every.in_steps(config.batch.tokens),
         config.checkpoint.keep,
-        {"config": parts.tree, "data": data.digest, "versions": _versions()},
+        {
+            "config": parts.tree,
+            "data": data.digest,
+            "tokenizer": data.tokenizer.identity,
+            "versions": _versions(),
+        },
         events,
         parts.storage,
     )
@@ -127,8 +134,7 @@ def _finish(parts: Parts, step: int, lines: JsonLines, refusals: Refusals) -> No
         write_weights(model, run)
     with refusals.outlived(run.samples):
         write_sample(model, data.tokenizer, config.samples, config.seed, step, run)
-    comparable = len(data.held_out) and data.tokenizer.name == "bytes"
-    known = baselines(data.train.tokens, data.held_out.tokens) if comparable else {}
+    known = baselines(*data.plain) if data.plain else {}
     title = f"{run.path.name}: {sum(p.numel() for p in model.parameters()):,} parameters"
     rows = lines.rows()
     with refusals.outlived(run.curve):
@@ -170,7 +176,7 @@ def _trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]) -> 
         accumulate_grad_batches=data.accumulation,
         val_check_interval=config.validation.every.in_steps(config.batch.tokens) * data.accumulation,
         check_val_every_n_epoch=None,
-        limit_val_batches=None if len(data.held_out) else 0,
+        limit_val_batches=None if data.validated else 0,
         num_sanity_val_steps=0,
         callbacks=callbacks,
         logger=loggers,

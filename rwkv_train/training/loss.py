@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_train.data.batches import IGNORED
+from rwkv_train.data.rows import IGNORED
 
 
 class _L2Wrap(torch.autograd.Function):
@@ -34,7 +34,9 @@ class _L2Wrap(torch.autograd.Function):
         return gradient, to_logits, None
 
 
-def language_model_loss(logits: Tensor, targets: Tensor, l2wrap: float = 1e-4) -> Tensor:
+def language_model_loss(
+    logits: Tensor, targets: Tensor, l2wrap: float = 1e-4, predictions: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy in nats per token, with L2Wrap in its gradient.
 
     Args:
@@ -42,9 +44,15 @@ def language_model_loss(logits: Tensor, targets: Tensor, l2wrap: float = 1e-4) -
         targets: (B, T) int64; -100 is not predicted.
         l2wrap: weight of ½ · max_logit² · l2wrap / (B·T) per position in the gradient; it is not in the value. 0: none.
             (RWKV-LM's recipe uses 1e-4; B·T counts the masked positions as well.)
+        predictions: what the sum over the predicted tokens is divided by; None: their number. With masks it is
+            that of the whole step, per pass and device, so that every token counts the same wherever it is.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    if predictions is None:
+        loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    else:
+        summed = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        loss = summed / predictions
     if l2wrap:
         loss = cast(Tensor, _L2Wrap.apply(loss, wide, l2wrap / targets.numel()))  # type: ignore[no-untyped-call]
     return loss

@@ -16,9 +16,10 @@ from rich.console import Console
 
 from rwkv_train.config import Config
 from rwkv_train.data.batches import Batches
+from rwkv_train.data.sources import refuse_large
 from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV, ModelConfig, build_model
-from rwkv_train.models.weights import load_weights, refuse_mismatches
+from rwkv_train.models.weights import grow_vocabulary, load_weights, refuse_mismatches
 from rwkv_train.training.checkpoint import Storage, read_meta
 from rwkv_train.training.directory import RunDirectory
 from rwkv_train.training.throughput import keep_freed_memory
@@ -63,7 +64,12 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
         processes * config.trainer.num_nodes,
         config.validation.batches,
         config.validation.context,
+        config.vocab.extend,
     )
+    budget = config.budget.total
+    data.refuse_budget(None if budget is None else budget.in_steps(config.batch.tokens))
+    data.vocabulary = config.model.vocab_size or data.vocab_size
+    refuse_large(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
     parts = Parts(
         config=config,
         tree=as_tree(config),
@@ -72,7 +78,7 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
         accelerator=accelerator,
         processes=processes,
         data=data,
-        model=_build(config, data.vocab_size),
+        model=_build(config, data.vocabulary),
         directory=RunDirectory(config.run.root, config.run.name),
         storage=storage,
     )
@@ -113,13 +119,11 @@ def _devices(config: Config) -> tuple[str, int]:
 def _build(config: Config, vocab_size: int) -> RWKV:
     """The model with its first weights: the recipe's, or those of init.weights."""
     settings = config.model
-    shape = ModelConfig(
-        config.arch, settings.n_layer, settings.n_embd, settings.vocab_size or vocab_size, settings.dim_ffn
-    )
+    shape = ModelConfig(config.arch, settings.n_layer, settings.n_embd, vocab_size, settings.dim_ffn)
     if config.init_weights is None:
         model = build_model(shape, config.seed)
     else:
-        weights = load_weights(Path(config.init_weights).expanduser())
+        weights = grow_vocabulary(load_weights(Path(config.init_weights).expanduser()), len(config.vocab.extend))
         model = build_model(shape, device="meta").to_empty(device="cpu")
         refuse_mismatches(f"init.weights={config.init_weights}", weights, model)
         model.load_state_dict(weights)
@@ -134,6 +138,9 @@ def check_checkpoint(path: Path, parts: Parts) -> None:
     changed = differences(meta["config"], parts.tree)
     if meta["data"] != parts.data.digest:
         changed.append(f"the data itself: content hash {meta['data']} → {parts.data.digest}")
+    tokenizer = parts.data.tokenizer.identity
+    if meta.get("tokenizer", tokenizer) != tokenizer:
+        changed.append(f"the tokenizer: {meta['tokenizer']} → {tokenizer}")
     if changed and not parts.config.run.allow_changes:
         raise UserError(
             f"the checkpoint {path} was made with another config: {'; '.join(changed)}",

@@ -124,8 +124,10 @@ def test_eighteen_short_samples_are_shared_out(tmp_path: Path) -> None:
 def test_documents_are_joined_by_byte_0(tmp_path: Path) -> None:
     corpus = read_corpus(text(write(tmp_path, a=b"ab", b=b"c"), 0.0))
     stream = join(corpus.train, ByteTokenizer())
-    assert stream.dtype == np.uint8
-    assert stream.tobytes() == b"\0ab\0c"
+    assert stream.tokens.dtype == np.uint8
+    assert stream.tokens.tobytes() == b"\0ab\0c"
+    starts, lengths = stream.documents()
+    assert (starts.tolist(), lengths.tolist()) == ([1, 4], [3, 1])  # each with the end-of-text behind it, if there is one
     assert len(join((), ByteTokenizer())) == 0
 
 

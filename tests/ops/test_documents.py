@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ def by_hand(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, starts: T
         cuts = [0, *(t for t in range(1, k.shape[1]) if starts[b, t]), k.shape[1]]
         carried = reference.initial_state(k[b : b + 1]) if starts[b, 0] else state[b : b + 1]
         parts = []
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             carried = reference.initial_state(k[b : b + 1]) if first else carried
             y, carried = reference.wkv4(w, u, k[b : b + 1, first:last], v[b : b + 1, first:last], carried)
             parts.append(y)

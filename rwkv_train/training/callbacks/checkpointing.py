@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from rwkv_train.errors import UserError
 from rwkv_train.training.checkpoint import LocalStorage, Storage, directory_name, newest, step_of
 from rwkv_train.training.loss import language_model_loss
-from rwkv_train.training.module import RWKVModule
+from rwkv_train.training.module import RWKVModule, documents_of
 from rwkv_train.training.records import Events
 
 _PROBE_TOLERANCE = {"32-true": 2e-6, "bf16-mixed": 1e-2}  # relative
@@ -113,10 +113,10 @@ class Checkpointing(Callback):
         """The loss of this rank's first micro-batch of the next step, mean over the ranks, without an update."""
         assert isinstance(pl_module, RWKVModule)
         batch = trainer.datamodule.batches.batch(trainer.global_step)  # type: ignore[attr-defined]
-        tokens, targets = trainer.strategy.batch_to_device(batch)
+        tokens, targets, starts, predictions = documents_of(trainer.strategy.batch_to_device(batch))
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            logits, _ = pl_module.model(tokens)
-            loss = language_model_loss(logits, targets, 0.0)
+            logits, _ = pl_module.model(tokens, starts=starts)
+            loss = language_model_loss(logits, targets, 0.0, predictions)
         return float(trainer.strategy.reduce(loss, reduce_op="mean"))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -124,6 +124,9 @@ class Checkpointing(Callback):
         step = trainer.global_step
         checkpoint["loops"] = between_steps(checkpoint["loops"], step, trainer.accumulate_grad_batches)
         checkpoint["meta"] = {**self.meta, "step": step, "tokens": pl_module.tokens_seen, "probe": self._probe}
+        position = trainer.datamodule.batches.position(step)  # type: ignore[attr-defined]
+        if position is not None:
+            checkpoint["meta"]["position"] = position
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._probe, self.last = checkpoint["meta"]["probe"], checkpoint["meta"]["step"]

@@ -19,7 +19,8 @@ class Metrics(Callback):
     """Writes a row for each step when the next one begins: by then its validation is done and no device waits.
 
     Columns: step, tokens, train/loss (nats per token, mean of the global batch before the step), lr, grad_norm (before
-    clipping), seconds (of the step), and after a validation val/loss, val/bits_per_byte, val/perplexity.
+    clipping), seconds (of the step), and after a validation val/loss, val/bits_per_byte, val/perplexity. With several
+    sources also tokens/NAME (read of each so far) and val/loss/NAME.
 
     Args:
         lines: where the rows go.
@@ -53,6 +54,9 @@ class Metrics(Callback):
             "grad_norm": pl_module.grad_norm,
             "seconds": round(now - self._began, 6),
         }
+        by_source = trainer.datamodule.batches.tokens_by_source(trainer.global_step)  # type: ignore[attr-defined]
+        if len(by_source) > 1:
+            self._pending.update({f"tokens/{name}": tokens for name, tokens in by_source.items()})
         self._began = now
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -62,6 +66,8 @@ class Metrics(Callback):
         self._pending["val/loss"] = loss
         self._pending["val/bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
         self._pending["val/perplexity"] = math.exp(min(loss, 700.0))
+        named = {key: value for key, value in trainer.callback_metrics.items() if key.startswith("val/loss/")}
+        self._pending.update({key: value.item() for key, value in named.items()})
         self._began = time.perf_counter()  # the next step's time does not count the validation
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
