@@ -1,4 +1,4 @@
-"""`rwkv-train train|generate|doctor|build-ops`: the front door of an installed wheel, with the same words as train.py."""
+"""`rwkv-train train|prepare|generate|doctor|build-ops`: the front door of a wheel, with the same words as train.py."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
         return launcher.main(argv[1:])
-    arguments = _parser().parse_args(argv)
+    arguments = None if argv[:1] == ["prepare"] else _parser().parse_args(argv)
     launcher.share_cores()
     try:
+        if arguments is None:
+            return _prepare(argv[1:])
         if arguments.command == "doctor":
             from rwkv_train.doctor import examine
 
@@ -49,11 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return launcher.INTERRUPTED
 
 
+def _prepare(argv: Sequence[str]) -> int:
+    if argv[:1] == ["show"]:
+        return launcher.show(argv[1:])
+    from rwkv_train.data.prepare.command import run
+
+    return run(argv, launcher.cores())
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("rwkv-train", description="Trains RWKV language models, and uses them.")
     parser.add_argument("--version", action="version", version=f"rwkv-train {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train a model: rwkv-train train --help", add_help=False)
+    commands.add_parser("prepare", help="make a token store of documents: rwkv-train prepare --help", add_help=False)
     generate = commands.add_parser(
         "generate",
         help="continue a text, step by step",

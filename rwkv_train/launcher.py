@@ -81,6 +81,18 @@ def load(words: Sequence[str]) -> Config:
     return config
 
 
+def show(words: Sequence[str]) -> int:
+    """Prints the first batch that `train` would get with these words.
+
+    Raises:
+        UserError: a mistake in the words, or in the data.
+    """
+    from rwkv_train.training.preview import preview
+
+    preview(load(words))
+    return 0
+
+
 def report(error: UserError) -> None:
     """Prints every mistake in one block on standard error."""
     problems = error.problems if isinstance(error, UserErrors) else [error]

@@ -71,7 +71,7 @@ def read_corpus(data: DataSettings) -> Corpus:
         raise UserError(f"data.path={root} does not exist", "name a text file or a directory of them")
     documents, binary = [], 0
     try:
-        files, hidden = (_library_files(root), 0) if library else _files(root)
+        files, hidden = (_library_files(root), 0) if library else find_files(root)
         for name, path in files:
             text = path.read_bytes()
             if b"\0" in text[:8192]:
@@ -91,7 +91,7 @@ def read_corpus(data: DataSettings) -> Corpus:
     return Corpus(root, train, held_out, rule, _digest(train, held_out), hidden, binary)
 
 
-def _files(root: Path, pruned: Set[str] = frozenset()) -> tuple[list[tuple[str, Path]], int]:
+def find_files(root: Path, pruned: Set[str] = frozenset()) -> tuple[list[tuple[str, Path]], int]:
     """Names and paths of all files below a directory (or of the one file) in the order of their names.
 
     Left out are directories called as in `pruned`, links to nothing, and what is hidden; of the last the number of
@@ -111,7 +111,7 @@ def _files(root: Path, pruned: Set[str] = frozenset()) -> tuple[list[tuple[str, 
 
 def _library_files(root: Path) -> list[tuple[str, Path]]:
     """The Python sources of the standard library, without LIBRARY_SKIPS."""
-    found, _ = _files(root, LIBRARY_SKIPS)
+    found, _ = find_files(root, LIBRARY_SKIPS)
     return [(name, path) for name, path in found if name.endswith(".py") and LIBRARY_GENERATED not in name]
 
 

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import struct
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -144,21 +146,27 @@ def _map(path: Path) -> mmap.mmap | bytes:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
 
-def write_index(path: Path, dtype: npt.DTypeLike, lengths: npt.NDArray[np.int32]) -> None:
-    """Writes the index of a .bin whose sequences are documents and lie one behind the other.
+def write_index(path: Path, dtype: npt.DTypeLike, lengths: Callable[[], Iterable[npt.NDArray[np.int32]]]) -> None:
+    """Writes and syncs the index of a .bin whose sequences are documents and lie one behind the other.
 
     Args:
         path: NAME.idx.
         dtype: of a token.
-        lengths: (D,) tokens of each document.
+        lengths: gives the tokens of each document, in parts; called for each of the index's columns.
     """
     kind = np.dtype(dtype)
     code = next(code for code, known in TYPES.items() if np.dtype(known) == kind)
-    pointers = np.zeros(len(lengths), np.int64)
-    np.cumsum(lengths[:-1], out=pointers[1:])
-    pointers *= kind.itemsize
+    count = sum(len(part) for part in lengths())
     with open(path, "wb") as file:
-        file.write(_HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
-        file.write(np.ascontiguousarray(lengths, np.int32).tobytes())
-        file.write(pointers.tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+        file.write(_HEADER.pack(MAGIC, 1, code, count, count + 1))
+        for part in lengths():
+            file.write(np.ascontiguousarray(part, np.int32).tobytes())
+        before = 0
+        for part in lengths():
+            ends = before + np.cumsum(part, dtype=np.int64)
+            file.write(((ends - part) * kind.itemsize).tobytes())
+            before = int(ends[-1]) if len(ends) else before
+        for first in range(0, count + 1, 2**20):
+            file.write(np.arange(first, min(first + 2**20, count + 1), dtype=np.int64).tobytes())
+        file.flush()
+        os.fsync(file.fileno())

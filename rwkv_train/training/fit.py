@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 
 import rwkv_train
 from rwkv_train.data.datamodule import DataModule
+from rwkv_train.data.show import show_batch
 from rwkv_train.evaluation.baselines import baselines
 from rwkv_train.evaluation.curve import draw_loss_curve
 from rwkv_train.training.callbacks.checkpointing import Checkpointing
@@ -89,6 +90,8 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
         parts.storage,
     )
     _describe(parts, module, checkpoint)
+    if data.masked and step == 0:
+        show_batch(data.batch(0), data.tokenizer, console, rows=1)
     if checkpoint is None and parts.first:
         with refusals.outlived(run.samples):
             write_sample(parts.model, data.tokenizer, config.samples, config.seed, 0, run)

@@ -127,7 +127,10 @@ def test_documents_are_joined_by_byte_0(tmp_path: Path) -> None:
     assert stream.tokens.dtype == np.uint8
     assert stream.tokens.tobytes() == b"\0ab\0c"
     starts, lengths = stream.documents()
-    assert (starts.tolist(), lengths.tolist()) == ([1, 4], [3, 1])  # each with the end-of-text behind it, if there is one
+    assert (starts.tolist(), lengths.tolist()) == (
+        [1, 4],
+        [3, 1],
+    )  # each with the end-of-text behind it, if there is one
     assert len(join((), ByteTokenizer())) == 0
 
 

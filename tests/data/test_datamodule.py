@@ -146,7 +146,8 @@ def test_what_a_run_says_of_its_data(corpus: Path) -> None:
 
 def test_the_trainer_says_which_rank_this_is(corpus: Path) -> None:
     data = DataModule(module(corpus, world_size=4))
-    data.trainer = SimpleNamespace(world_size=4, global_rank=3)  # type: ignore[assignment]
+    device = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(world_size=4, global_rank=3, strategy=device)  # type: ignore[assignment]
     data.setup("fit")
     assert data.batches.rank == 3
 
