@@ -112,7 +112,7 @@ class Batches:
         given = data.sources if data.source == "mixture" else [None] * len(self.sources)
         shares = []
         for source, rows, settings in zip(self.sources, self._rows, given, strict=True):
-            weight = settings.weight if settings is not None else None
+            weight = settings.weight if settings is not None else 1
             epochs = settings.epochs if settings is not None else None
             shares.append(Share(source.name, len(source.train) if weight is None else weight, rows.per_epoch, epochs))
         # rounded up to steps: a batch has the weights of one stage

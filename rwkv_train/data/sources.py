@@ -168,9 +168,11 @@ def _open_stores(name: str, stems: Sequence[Path], data: DataSettings, tokenizer
 def _cut(stores: Sequence[IndexedStore], share: float) -> int:
     """The first token that is held out: the first of a document; all tokens where nothing is."""
     total = sum(len(store) for store in stores)
+    if not share or not total:
+        return total
     wanted = total - round(share * total)
     begin: int = 0
-    for store in stores if share else ():
+    for store in stores:
         inside = max(0, wanted - begin)
         if inside < len(store):
             starts = store.pointers  # documents begin where sequences begin; looked up without reading all
@@ -179,7 +181,8 @@ def _cut(stores: Sequence[IndexedStore], share: float) -> int:
             if number < len(store.boundaries) - 1:
                 return begin + int(starts[store.boundaries[number]]) // int(store.dtype.itemsize)
         begin += len(store)
-    return total
+    last = int(stores[-1].pointers[stores[-1].boundaries[-2]]) // stores[-1].dtype.itemsize
+    return total - len(stores[-1]) + last or total  # the last document reaches into what is wanted: it is held out
 
 
 def refuse_large(token: int, vocab_size: int, where: str) -> None:

@@ -10,16 +10,16 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rwkv_train.config import DataSettings
+from rwkv_train.data import workers
 from rwkv_train.data.order import Ints
 from rwkv_train.data.rows import Block
 from rwkv_train.data.sources import Source
@@ -57,7 +57,7 @@ class StreamRows:
         self.dataset, self.settings, self.extend, self.context = dataset, settings, tuple(extend), context
         self.keep = 0  # rows that may be asked for again, behind the newest
         self._chunks: deque[_Chunk] = deque()
-        self._arriving: Iterator[_Chunk] | None = None
+        self._arriving: Generator[_Chunk, None, None] | None = None
         self._fresh = dataset.state_dict()
         self._position: dict[str, Any] = {"offset": 0, "epoch": 0, "dataset": None}
 
@@ -81,8 +81,15 @@ class StreamRows:
 
     def go_to(self, position: dict[str, Any]) -> None:
         """Reads from a position on, one that `position` gave."""
-        self._position, self._arriving = position, None
+        self.close()
+        self._position = position
         self._chunks.clear()
+
+    def close(self) -> None:
+        """Ends the processes that tokenise."""
+        if self._arriving is not None:
+            self._arriving.close()
+            self._arriving = None
 
     def _window(self, begin: int, length: int) -> Tokens:
         if self._arriving is None:
@@ -94,21 +101,21 @@ class StreamRows:
         ]
         return np.concatenate(pieces)
 
-    def _arrive(self) -> Iterator[_Chunk]:
+    def _arrive(self) -> Generator[_Chunk, None, None]:
         """The chunks from the position on, tokenised in order while the next ones are read."""
-        offset, workers, tokenizer = self._position["offset"], self.settings.workers, str(self.settings.tokenizer)
-        if not workers:
-            _load(tokenizer, self.extend)
+        offset, processes, tokenizer = self._position["offset"], self.settings.workers, str(self.settings.tokenizer)
+        if not processes:
+            workers.set_up(tokenizer, self.extend)
             for position, texts in self._read():
                 tokens = _encode(texts)
                 yield _Chunk({**position, "offset": offset}, offset, tokens)
                 offset += len(tokens)
         waiting: deque[tuple[dict[str, Any], Future[Tokens]]] = deque()
         reading = self._read()
-        with ProcessPoolExecutor(workers, get_context("forkserver"), _load, (tokenizer, self.extend)) as pool:
+        with workers.pool(processes, tokenizer, self.extend) as pool:
             try:
                 while True:
-                    while len(waiting) < READ_AHEAD * workers:
+                    while len(waiting) < READ_AHEAD * processes:
                         position, texts = next(reading)
                         waiting.append((position, pool.submit(_encode, texts)))
                     position, future = waiting.popleft()
@@ -159,18 +166,11 @@ def texts_of(dataset: Any, field: str) -> Iterator[bytes]:
         yield text.encode()
 
 
-_tokenizer: Tokenizer  # of a process that tokenises
-
-
-def _load(name: str, extend: Sequence[str]) -> None:
-    global _tokenizer
-    _tokenizer = load_tokenizer(name, extend)
-
-
 def _encode(texts: Sequence[bytes]) -> Tokens:
     """Documents as one piece of stream, an end-of-text before each."""
-    end = np.full(1, _tokenizer.end_of_text, _tokenizer.encode(b"").dtype)
-    return np.concatenate([piece for text in texts for piece in (end, _tokenizer.encode(text))])
+    tokenizer = workers.tokenizer()
+    end = np.full(1, tokenizer.end_of_text, tokenizer.encode(b"").dtype)
+    return np.concatenate([piece for text in texts for piece in (end, tokenizer.encode(text))])
 
 
 def open_stream(data: DataSettings, extend: Sequence[str], context: int) -> tuple[Tokenizer, Source, StreamRows]:

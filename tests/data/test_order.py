@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_train.data import Order, split_batch
-from rwkv_train.data.order import permute
+from rwkv_train.data import Order
+from rwkv_train.data.order import ReferenceOrder, permute, shuffled, split_batch
 from rwkv_train.errors import UserError
 
 
@@ -172,3 +172,47 @@ def test_less_text_than_one_sample() -> None:
     assert Order(0, 65, 64).starts(np.arange(3)).tolist() == [0, 0, 0]
     with pytest.raises(UserError, match=r"has 64 tokens; one sample of batch\.context=64 needs 65\n.*data\.path"):
         Order(0, 64, 64)
+
+
+def test_the_reference_order_is_rwkv_lms() -> None:
+    """Against dataset.py of RWKV-LM, written out: magic_prime is looked up by hand there."""
+    tokens, context, magic_prime = 1498226207, 512, 2926181
+    order = ReferenceOrder(tokens, context)
+    assert order.windows == magic_prime, "the value in RWKV-LM's own comment on this data"
+    factor = int(magic_prime * ((5**0.5) - 1) / 2)
+    world_size, samples_per_epoch = 4, 40320
+    for epoch, idx, rank in ((0, 0, 0), (0, 1, 3), (3, 77, 2), (90, 10079, 1)):
+        ii = 1 + epoch * samples_per_epoch + (idx * world_size) + rank
+        expected = ((factor * ii * ii * ii) % magic_prime) * context
+        assert order.starts(np.array([ii - 1])).tolist() == [expected]
+
+
+@pytest.mark.parametrize("tokens", [40, 41, 333, 1000, 12345])
+def test_the_reference_order_visits_every_window_once(tokens: int) -> None:
+    order = ReferenceOrder(tokens, 7)
+    starts = order.starts(np.arange(order.windows))
+    assert sorted(starts.tolist()) == [7 * window for window in range(order.windows)]
+    assert max(starts) + 7 < tokens, "the last target is inside"
+    assert np.array_equal(order.starts(np.arange(order.windows, 2 * order.windows)), starts)
+
+
+def test_the_reference_order_of_too_little_text() -> None:
+    with pytest.raises(UserError, match=r"needs four windows of batch.context=8: 32 tokens, not 20"):
+        ReferenceOrder(20, 8)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100, 1023])
+def test_shuffled_things_come_once_an_epoch_in_another_order(size: int) -> None:
+    first, second = (shuffled(np.arange(epoch * size, (epoch + 1) * size), size, seed=5) for epoch in (0, 1))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(size))
+    assert size < 4 or not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 8, 16, 31, 32, 48, 64])
+@pytest.mark.parametrize("micro", [1, 3, None])
+def test_shares_of_any_number_of_ranks_are_the_batch(ranks: int, micro: int | None) -> None:
+    samples = ranks * (micro or 1) * 4
+    split = split_batch(samples * 16, 16, micro, ranks)
+    for step in (0, 1, 10**6):
+        shares = [split.share(step, index, rank) for index in range(split.accumulation) for rank in range(ranks)]
+        assert np.concatenate(shares).tolist() == list(range(step * samples, (step + 1) * samples))

@@ -126,7 +126,7 @@ def _verify_content(store: IndexedStore, manifest: Manifest) -> Iterator[Fault]:
     if checks_file.is_file() and checks_file.stat().st_size == 4 * number:
         checks = np.fromfile(checks_file, np.uint32)
         for index in range(number):
-            if zlib.crc32(memoryview(store.document(index))) != checks[index]:
+            if zlib.crc32(store.document(index).tobytes()) != checks[index]:
                 broken += 1
                 starts = int(store.pointers[store.boundaries[index]]) // store.dtype.itemsize
                 yield Fault(f"{store.bin}, document {index:,} (token {starts:,} on) is not what was written")

@@ -13,7 +13,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,10 @@ from rwkv_train import __version__
 from rwkv_train.data.indexed import IndexedStore, beside, write_index
 from rwkv_train.data.manifest import Manifest, write_manifest
 from rwkv_train.data.prepare.progress import Progress
-from rwkv_train.data.prepare.shards import Counts, Shard, make_shard, set_up
+from rwkv_train.data.prepare.shards import Counts, Shard, make_shard
 from rwkv_train.data.prepare.units import Unit, find_sources, units
 from rwkv_train.data.tokenizers import load_tokenizer, smallest
+from rwkv_train.data.workers import pool as pool_of
 from rwkv_train.errors import UserError
 
 ATTEMPTS = 3  # at a unit whose process dies
@@ -115,7 +115,7 @@ def _make_shards(job: Job, todo: Iterable[Unit], folder: Path, progress: Progres
     """All shards, in order. At most two units a process wait at a time: memory does not grow with the input."""
     shards: list[Shard] = []
     running: dict[Future[Counts], tuple[Unit, Shard, int]] = {}
-    pool = _pool(job)
+    pool = pool_of(job.workers, job.tokenizer, job.extend)
     try:
         for number, unit in enumerate(todo):
             shard = Shard(folder, number)
@@ -133,17 +133,13 @@ def _make_shards(job: Job, todo: Iterable[Unit], folder: Path, progress: Progres
     return shards
 
 
-def _pool(job: Job) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(job.workers, get_context("forkserver"), set_up, (job.tokenizer, job.extend))
-
-
 def _submit(
     job: Job, pool: ProcessPoolExecutor, running: dict[Any, Any], unit: Unit, shard: Shard, attempt: int
 ) -> ProcessPoolExecutor:
     try:
         future = pool.submit(make_shard, unit, shard, job.stop)
     except BrokenProcessPool:  # noticed here first; those that run are told of when they are collected
-        pool = _pool(job)
+        pool = pool_of(job.workers, job.tokenizer, job.extend)
         future = pool.submit(make_shard, unit, shard, job.stop)
     running[future] = (unit, shard, attempt)
     return pool
@@ -165,7 +161,7 @@ def _collect(
         return pool
     pool.shutdown(cancel_futures=True)
     broken += [running.pop(future) for future in list(running)]  # with one process the pool loses them all
-    pool = _pool(job)
+    pool = pool_of(job.workers, job.tokenizer, job.extend)
     progress.say(f"a process was killed (out of memory?); {len(broken)} shards are made again")
     for unit, shard, attempt in broken:
         if attempt == ATTEMPTS:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from rwkv_train.data.prepare.units import Skipped, Unit
-from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer, smallest
+from rwkv_train.data.tokenizers import smallest
+from rwkv_train.data.workers import tokenizer
 from rwkv_train.errors import UserError
 
 _FLUSH = 2**20  # tokens that wait before they are written
@@ -65,16 +64,6 @@ class Shard:
             return None
 
 
-_tokenizer: Tokenizer  # of this process
-
-
-def set_up(name: str, extend: Sequence[str]) -> None:
-    """Called once in each process."""
-    global _tokenizer
-    os.nice(1)  # a machine that prepares can still be worked on
-    _tokenizer = load_tokenizer(name, extend)
-
-
 def make_shard(unit: Unit, shard: Shard, stop: bool) -> Counts:
     """Tokenises a unit: each document's tokens and an end-of-text behind them.
 
@@ -85,8 +74,9 @@ def make_shard(unit: Unit, shard: Shard, stop: bool) -> Counts:
         UserError: such a document, if `stop`.
         OSError: the disk refused; nothing is left of the shard.
     """
-    kind = np.dtype(smallest(_tokenizer.vocab_size))
-    end = np.full(1, _tokenizer.end_of_text, kind).tobytes()
+    known = tokenizer()
+    kind = np.dtype(smallest(known.vocab_size))
+    end = np.full(1, known.end_of_text, kind).tobytes()
     counts, lengths, checks = Counts(), [], []
     waiting: list[bytes] = []
     size, bytes_ = 0, 0
@@ -101,7 +91,7 @@ def make_shard(unit: Unit, shard: Shard, stop: bool) -> Counts:
                         )
                     counts.skipped[document.why] = counts.skipped.get(document.why, 0) + 1
                     continue
-                tokens = _tokenizer.encode(document).astype(kind, copy=False)
+                tokens = known.encode(document).astype(kind, copy=False)
                 counts.largest_token = max(counts.largest_token, int(tokens.max(initial=0)))
                 raw = tokens.tobytes() + end
                 lengths.append(len(tokens) + 1)

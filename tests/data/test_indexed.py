@@ -1,0 +1,199 @@
+"""The token store: our reader against an independent writer, our writer against an independent reader, and faults."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rwkv_train.config import BatchSettings, DataSettings
+from rwkv_train.data.batches import Batches
+from rwkv_train.data.indexed import IndexedStore, write_index
+from rwkv_train.data.store import Joined, MemoryStore, Part
+from rwkv_train.errors import UserError
+
+CODES = {"uint8": 1, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
+
+
+def write_like_megatron(stem: Path, documents: list[list[int]], dtype: str) -> None:
+    """As Megatron-LM's MMapIndexedDatasetBuilder writes it, from the format's description, with struct alone."""
+    size = np.dtype(dtype).itemsize
+    with open(f"{stem}.bin", "wb") as file:
+        for document in documents:
+            file.write(b"".join(token.to_bytes(size, "little") for token in document))
+    with open(f"{stem}.idx", "wb") as file:
+        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QB", 1, CODES[dtype]))
+        file.write(struct.pack("<QQ", len(documents), len(documents) + 1))
+        file.write(b"".join(struct.pack("<i", len(document)) for document in documents))
+        at = 0
+        for document in documents:
+            file.write(struct.pack("<q", at))
+            at += len(document) * size
+        file.write(b"".join(struct.pack("<q", number) for number in range(len(documents) + 1)))
+
+
+def read_like_rwkv_lm(stem: Path) -> list[list[int]]:
+    """As RWKV-LM's and GPT-NeoX's MMapIndexedDataset reads it."""
+    raw = Path(f"{stem}.idx").read_bytes()
+    assert raw[:9] == b"MMIDIDX\x00\x00"
+    (version,) = struct.unpack("<Q", raw[9:17])
+    (code,) = struct.unpack("<B", raw[17:18])
+    (count,) = struct.unpack("<Q", raw[18:26])
+    (boundaries,) = struct.unpack("<Q", raw[26:34])
+    assert (version, boundaries) == (1, count + 1)
+    dtype = {number: name for name, number in CODES.items()}[code]
+    sizes = np.frombuffer(raw, np.int32, count, 34)
+    pointers = np.frombuffer(raw, np.int64, count, 34 + 4 * count)
+    assert np.frombuffer(raw, np.int64, boundaries, 34 + 12 * count).tolist() == list(range(boundaries))
+    content = Path(f"{stem}.bin").read_bytes()
+    return [
+        np.frombuffer(content, dtype, size, pointer).tolist() for size, pointer in zip(sizes, pointers, strict=True)
+    ]
+
+
+DOCUMENTS = [[5, 6, 7, 0], [0], [9] * 100 + [0], [1, 2, 0]]
+
+
+def ours(stem: Path, documents: list[list[int]] = DOCUMENTS, dtype: Any = np.uint16) -> Path:
+    np.concatenate([np.array(document, dtype) for document in documents]).tofile(f"{stem}.bin")
+    lengths = np.array([len(document) for document in documents], np.int32)
+    write_index(Path(f"{stem}.idx"), dtype, lambda: iter([lengths[:1], lengths[1:]]))
+    return stem
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "int64"])
+def test_what_others_write_is_read(tmp_path: Path, dtype: str) -> None:
+    write_like_megatron(tmp_path / "a.b", DOCUMENTS, dtype)
+    store = IndexedStore(tmp_path / "a.b.idx")
+    assert [store.document(n).tolist() for n in range(4)] == DOCUMENTS
+    assert store.dtype == dtype
+    flat = [token for document in DOCUMENTS for token in document]
+    out = np.empty(60, np.int64)
+    store.read(3, out)
+    assert out.tolist() == flat[3:63]
+    starts, lengths = store.documents()
+    assert (starts.tolist(), lengths.tolist()) == ([0, 4, 5, 106], [4, 1, 101, 3])
+    assert [store.document_of(token) for token in (0, 3, 4, 5, 105, 106, 108)] == [0, 0, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_what_we_write_others_read(tmp_path: Path, dtype: Any) -> None:
+    assert read_like_rwkv_lm(ours(tmp_path / "x", dtype=dtype)) == DOCUMENTS
+
+
+def test_a_document_may_have_several_sequences(tmp_path: Path) -> None:
+    """Megatron's own documents do: the third column says where they begin."""
+    write_like_megatron(tmp_path / "x", DOCUMENTS, "uint16")
+    raw = bytearray((tmp_path / "x.idx").read_bytes())
+    raw[26:34] = struct.pack("<Q", 3)
+    raw[34 + 12 * 4 :] = struct.pack("<3q", 0, 3, 4)
+    (tmp_path / "x.idx").write_bytes(raw)
+    store = IndexedStore(tmp_path / "x")
+    assert store.document(0).tolist() == DOCUMENTS[0] + DOCUMENTS[1] + DOCUMENTS[2]
+    assert store.documents()[1].tolist() == [106, 3]
+
+
+def test_faults_are_told_with_the_way_out(tmp_path: Path) -> None:
+    def message(path: Path) -> str:
+        with pytest.raises(UserError) as error:
+            IndexedStore(path)
+        return str(error.value)
+
+    stem = ours(tmp_path / "x")
+    whole, index = (tmp_path / "x.bin").read_bytes(), (tmp_path / "x.idx").read_bytes()
+    (tmp_path / "x.bin").write_bytes(whole[:-7])
+    assert f"{stem}.bin has {len(whole) - 7} bytes, x.idx tells of {len(whole)}: it is cut short" in message(stem)
+    (tmp_path / "x.bin").write_bytes(whole + b"\0\0")
+    assert "the one is not the other's\n  copy both files" in message(stem)
+    (tmp_path / "x.bin").write_bytes(whole)
+    (tmp_path / "x.idx").write_bytes(index[:-1])
+    assert f"its 4 sequences need {len(index)}" in message(stem)
+    (tmp_path / "x.idx").write_bytes(b"something else, long enough to be an index")
+    assert "is no index of a token store (MMIDIDX)" in message(stem)
+    (tmp_path / "x.idx").write_bytes(index[:9] + struct.pack("<Q", 2) + index[17:])
+    assert "version 2" in message(stem)
+    (tmp_path / "x.idx").unlink()
+    assert f"there is no file {stem}.idx" in message(stem)
+
+
+def test_parts_and_joined_stores_are_one_stream(tmp_path: Path) -> None:
+    first, second = IndexedStore(ours(tmp_path / "x")), MemoryStore(np.arange(10), np.array([0, 4]))
+    joined = Joined([first, second, first])
+    flat = np.concatenate([first.tokens, second.tokens, first.tokens]).astype(np.int64)
+    assert len(joined) == len(flat)
+    for start in range(len(flat) - 20):
+        out = np.empty(20, np.int64)
+        joined.read(start, out)
+        assert np.array_equal(out, flat[start : start + 20])
+    part = Part(joined, 100, 130)
+    out = np.empty(30, np.int64)
+    part.read(0, out)
+    assert np.array_equal(out, flat[100:130])
+    starts, lengths = part.documents()
+    assert (starts.tolist(), lengths.tolist()) == ([6, 9, 13, 19, 23, 24], [3, 4, 6, 4, 1, 101])
+
+
+def batches(path: Path | str, tokenizer: str | None = "world", **more: Any) -> Batches:
+    data = DataSettings("store", str(path), tokenizer, more.pop("hold_out", 0.1), **more)
+    return Batches(data, BatchSettings(16, 8, None), seed=1)
+
+
+def test_training_takes_a_store_a_glob_and_a_directory(tmp_path: Path) -> None:
+    ours(tmp_path / "s-1")
+    ours(tmp_path / "s-2", [[3] * 50 + [0], [4] * 40 + [0]])
+    (tmp_path / "notes.txt").write_text("a stray file")
+    assert len(batches(tmp_path / "s-1", hold_out=0.0).train) == 109
+    for path in (tmp_path, tmp_path / "s-*", tmp_path / "s-*.idx", tmp_path / "s-*.bin"):
+        data = batches(path, hold_out=0.0)
+        assert len(data.train) == 109 + 92
+        assert "6 documents, 201 tokens" in data.description
+    held = batches(tmp_path, hold_out=0.2)
+    assert len(held.train) == 109 + 51, "the last document is held out"
+    assert held.held_out.whole is held.train.whole
+    out = np.empty(42, np.int64)
+    held.held_out.read(0, out)
+    assert out.tolist() == [0] + [4] * 40 + [0]
+
+
+def test_mistakes_with_stores(tmp_path: Path) -> None:
+    ours(tmp_path / "x")
+    with pytest.raises(UserError, match=r"there is no store gone.bin and gone.idx\n.*rwkv-train prepare"):
+        batches(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"x has no manifest .*nothing tells which tokenizer made it"):
+        batches(tmp_path / "x", None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no store: no file ends in \.idx"):
+        batches(tmp_path / "empty")
+    ours(tmp_path / "large", [[300, 0] * 20])
+    with pytest.raises(UserError, match=r"large.bin holds the token 300; the vocabulary has 256\n.*another tokenizer"):
+        batches(tmp_path / "large", "bytes", hold_out=0.0)
+
+
+def test_a_token_beyond_the_vocabulary_that_no_sample_showed_is_found_when_it_is_read(tmp_path: Path) -> None:
+    tokens = [7] * 2_000_000
+    tokens[1_000_123] = 70_000
+    ours(tmp_path / "x", [tokens], np.int32)
+    data = Batches(DataSettings("store", str(tmp_path / "x"), "world", 0.0), BatchSettings(8192, 4096, None), seed=1)
+    windows = np.arange(data.order.windows, dtype=np.int64)
+    step = int(np.flatnonzero(np.abs(data.order.starts(windows) + 2048 - 1_000_123) <= 2048)[0]) // 2
+    with pytest.raises(UserError, match=r"store, sample at token [\d,]+, holds the token 70000"):
+        data.batch(step)
+
+
+def test_opening_costs_nothing_whatever_the_size(tmp_path: Path) -> None:
+    """A sparse file of a terabyte: only what is read is there."""
+    size = 2**40
+    with open(tmp_path / "x.bin", "wb") as file:
+        file.truncate(size)
+    document = 2**30 - 1
+    count, rest = divmod(size // 2, document)
+    write_index(tmp_path / "x.idx", np.uint16, lambda: iter([np.array([document] * count + [rest], np.int32)]))
+    data = batches(tmp_path / "x", hold_out=0.0)
+    assert len(data.train) == size // 2
+    tokens, targets = data.batch(10**6)
+    assert tokens.shape == (2, 8)
+    assert not tokens.any()
+    assert not targets.any()

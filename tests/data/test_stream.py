@@ -1,0 +1,91 @@
+"""Streams: three resumes in a row are one run, whatever the ranks; mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rwkv_train.config import BatchSettings, DataSettings
+from rwkv_train.data.batches import Batches
+from rwkv_train.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> str:
+    number = 0
+    for part in range(3):
+        with open(tmp_path / f"{part}.jsonl", "w") as file:
+            for _ in range(90):
+                file.write(json.dumps({"text": f"document {number} " + "word " * (number % 17), "id": number}) + "\n")
+                number += 1
+    return str(tmp_path / "*.jsonl")
+
+
+def stream(path: str, workers: int = 0, ranks: int = 1, **more: Any) -> Batches:
+    data = DataSettings("stream", path, "bytes", 0.0, workers=workers, **{"held_out_documents": 5, **more})
+    return Batches(data, BatchSettings(512, 64, None), seed=1, world_size=ranks)
+
+
+def text_of(batches: list[Any]) -> bytes:
+    return b"".join(bytes(row.tolist()) for batch in batches for row in batch[0])
+
+
+def test_the_stream_is_the_documents_in_their_order_epoch_after_epoch(files: str) -> None:
+    data = stream(files)
+    text = text_of([data.batch(step) for step in range(60)])
+    expected = b"".join(b"\0document %d " % n + b"word " * (n % 17) for n in range(5, 270))
+    assert (expected * 3).startswith(text[: len(expected) * 2])
+    assert len(text) > len(expected) * 1.5
+    held = b"".join(b"\0document %d " % n + b"word " * (n % 17) for n in range(5))
+    assert data.held_out.tokens.tobytes() == held + b"\0"
+    assert "streamed in its own order, without a shuffle" in data.description
+
+
+def test_three_resumes_in_a_row_are_one_run(files: str) -> None:
+    whole = stream(files)
+    expected = [whole.batch(step) for step in range(48)]
+    position, begin = None, 0
+    for end in (9, 23, 40, 48):  # the third lies in the second epoch
+        part = stream(files)
+        part.begin(begin, position)
+        loader = iter(part.training())
+        for step in range(begin, end):
+            tokens, targets = next(loader)
+            assert torch.equal(tokens, expected[step][0])
+            assert torch.equal(targets, expected[step][1])
+        for _ in range(3):
+            next(loader)  # loaders are ahead of the step that is saved
+        position, begin = json.loads(json.dumps(part.position(end))), end
+        assert torch.equal(part.batch(end)[0], whole.batch(end)[0]), "the probe of a checkpoint"
+    assert len(json.dumps(position)) < 2000
+
+
+def test_ranks_and_workers_change_nothing(files: str) -> None:
+    alone = stream(files)
+    for workers, ranks in ((1, 1), (2, 2)):
+        data = stream(files, workers, ranks)
+        for step in (0, 1, 5):
+            rows = []
+            for rank in range(ranks):
+                data.rank = rank
+                rows.append(data.batch(step)[0])
+            assert torch.equal(torch.cat(rows), alone.batch(step)[0])
+        data.stream.close()  # type: ignore[union-attr]
+
+
+def test_mistakes(files: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.field=body: a row has no text there, its columns are text, id"):
+        stream(files, field="body")
+    with pytest.raises(UserError, match="has no document to train on beyond the held-out ones"):
+        stream(files, held_out_documents=500).batch(0)
+    with pytest.raises(UserError, match=r"no local file and no data set that can be reached"):
+        stream(str(tmp_path / "gone.jsonl"))
+    (tmp_path / "x.csv").write_text("a,b")
+    with pytest.raises(UserError, match="names files of several or of unknown kinds"):
+        stream(str(tmp_path / "x.csv"))
