@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ class StreamRows:
                 next(documents, None)
             while True:
                 position = {"epoch": epoch, "dataset": self.dataset.state_dict() if skip or found or state else None}
-                texts = [text for text, _ in zip(documents, range(CHUNK), strict=False)]
+                texts = list(islice(documents, CHUNK))
                 if not texts:
                     break
                 found += len(texts)
@@ -181,7 +182,7 @@ def open_stream(data: DataSettings, extend: Sequence[str], context: int) -> tupl
     """
     tokenizer = load_tokenizer(str(data.tokenizer), extend)
     dataset = open_dataset(str(data.path), data.split)
-    held = [text for text, _ in zip(texts_of(dataset, data.field), range(data.held_out_documents), strict=False)]
+    held = list(islice(texts_of(dataset, data.field), data.held_out_documents))
     pieces = [np.full(1, tokenizer.end_of_text, tokenizer.encode(b"").dtype)]
     for text in held:
         pieces += [tokenizer.encode(text), pieces[0]]

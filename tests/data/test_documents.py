@@ -47,7 +47,7 @@ def check_row(tokens: list[int], targets: list[int], starts: list[bool] | None, 
         begins = token == 0 if starts is None else starts[place]
         if begins and target != IGNORED:
             assert reset or place == 0, "the first token of a document is no prediction behind another one"
-        if target != IGNORED and target != 0 and following is not None:
+        if target > 0 and following:  # neither the end of a piece nor masked
             assert target == following
         if token == 0:
             pieces.append(b"")

@@ -1,0 +1,133 @@
+"""Runs on stores, mixtures, chats and streams: what a checkpoint remembers of its data, and exact resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rwkv_train import launcher
+from rwkv_train.data.prepare import Job, prepare
+from rwkv_train.errors import UserError
+from rwkv_train.models import ModelConfig, build_model
+from rwkv_train.models.weights import grow_vocabulary
+from rwkv_train.training.run import train
+from tests.runs import losses, rows, same_weights, words_for, write_text
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+def run(folder: Path, name: str, *more: str) -> Path:
+    words = [word for word in words_for(folder, name) if not word.startswith(("data=", "data.path="))]
+    given = {word.split("=")[0] for word in more}
+    assert train(launcher.load([*(word for word in words if word.split("=")[0] not in given), *more])) == 0
+    return folder / "runs" / name
+
+
+SHORT = ("budget.steps=8", "validation.every.steps=4", "checkpoint.every.steps=4")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    text = write_text(tmp_path / "text.txt").read_text()
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": part}) + "\n" for part in text.split(". ") if part.strip())
+    )
+    prepare(Job((str(tmp_path / "a.jsonl"),), "bytes", tmp_path / "s"))
+    return tmp_path / "s"
+
+
+def stopped_and_resumed(folder: Path, *more: str) -> None:
+    whole = run(folder, "whole", *SHORT, *more)
+    run(folder, "parts", *SHORT, "budget.steps=5", *more, "optim.schedule.shape=constant")
+    assert len(losses(folder / "runs" / "parts")) == 5
+    constant = run(folder, "constant", *SHORT, *more, "optim.schedule.shape=constant")
+    parts = run(folder, "parts", *SHORT, *more, "optim.schedule.shape=constant", "run.allow_changes=true")
+    assert losses(parts) == losses(constant)
+    assert same_weights(parts, constant)
+    assert losses(whole)[0] == losses(constant)[0]
+
+
+def test_a_run_on_a_store_goes_on_exactly(store: Path, tmp_path: Path) -> None:
+    stopped_and_resumed(tmp_path, "data=store", f"data.path={store}", "data.hold_out=0.1")
+
+
+def test_a_stream_goes_on_exactly_from_its_position(store: Path, tmp_path: Path) -> None:
+    words = ("data=stream", f"data.path={tmp_path}/a.jsonl", "data.tokenizer=bytes", "data.workers=0")
+    stopped_and_resumed(tmp_path, *words, "data.held_out_documents=5")
+    (checkpoint,) = (tmp_path / "runs" / "parts" / "checkpoints").glob("*8")
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    assert meta["position"]["offset"] > 0
+    assert meta["tokenizer"] == "bytes"
+
+
+def test_another_store_or_tokenizer_under_the_same_name_is_refused(store: Path, tmp_path: Path) -> None:
+    words = ("data=store", f"data.path={store}", "data.hold_out=0.1")
+    run(tmp_path, "run", *SHORT, *words)
+    kept = {file.name: file.read_bytes() for file in tmp_path.glob("s.*")}
+    tokens = np.fromfile(tmp_path / "s.bin", np.uint16)
+    tokens[100:200] = ord("x")
+    tokens.tofile(tmp_path / "s.bin")
+    with pytest.raises(UserError, match=r"s.bin is not what its manifest s.json tells of: fingerprint"):
+        run(tmp_path, "run", *SHORT, *words, "budget.steps=9", "run.allow_changes=true")
+    (tmp_path / "s.json").unlink()
+    with pytest.raises(UserError, match=r"the data itself: content hash \w+ → \w+\n  go on all the same"):
+        run(tmp_path, "run", *SHORT, *words, "data.tokenizer=bytes")
+    for name, content in kept.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"was made with the tokenizer bytes, the run's is world:\w+\n  leave data.tok"):
+        run(tmp_path, "run", *SHORT, *words, "data.tokenizer=world")
+    shutil.rmtree(tmp_path / "runs")
+    for file in tmp_path.glob("s.*"):
+        file.unlink()
+    with pytest.raises(UserError, match="there is no store s.bin and s.idx"):
+        run(tmp_path, "run", *SHORT, *words)
+
+
+def test_a_mixture_tells_of_each_source(store: Path, tmp_path: Path) -> None:
+    sources = f"data.sources=[{{name:a,path:{store},weight:0.75}},{{name:b,path:{tmp_path}/text.txt,weight:0.25}}]"
+    found = rows(run(tmp_path, "run", *SHORT, "data=mixture", sources, "data.hold_out=0.1"))
+    assert found[-1]["tokens/a"] == 8 * 128 * 3 // 4
+    assert found[-1]["tokens/b"] == 8 * 128 // 4
+    assert found[-1]["val/loss/a"] != found[-1]["val/loss/b"]
+    assert (
+        min(found[-1][f"val/loss/{n}"] for n in "ab")
+        < found[-1]["val/loss"]
+        < max(found[-1][f"val/loss/{n}"] for n in "ab")
+    )
+    with pytest.raises(UserError, match=r"sources may be read for \d+ steps .* the budget is 8,000 steps"):
+        run(tmp_path, "short", *SHORT, "data=mixture", sources.replace("}", ",epochs:1}"), "budget.steps=8000")
+
+
+def test_a_chat_is_shown_before_step_0_and_its_loss_falls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": messages, "n": n}) + "\n" for n in range(60)))
+    words = ("data=chat", f"data.path={tmp_path}/chat.jsonl", "data.tokenizer=bytes", "data.hold_out=0")
+    found = losses(run(tmp_path, "run", *SHORT, *words, "budget.steps=30"))
+    told = capsys.readouterr().out
+    assert "▌User: ?" in told
+    assert "of them predicted" in told
+    assert found[-1] < 0.7 * found[0]
+
+
+def test_new_tokens_leave_old_logits(tmp_path: Path) -> None:
+    write_text(tmp_path / "text.txt")
+    words = ("data=text", f"data.path={tmp_path}/text.txt", "data.hold_out=0")
+    weights = run(tmp_path, "old", *SHORT, *words) / "weights.pth"
+    grown = run(
+        tmp_path, "new", *SHORT, *words, f"init.weights={weights}", "vocab.extend=[<|user|>,lomi]", "budget.steps=1"
+    )
+    after = torch.load(grown / "weights.pth", weights_only=True)
+    assert after["emb.weight"].shape[0] == after["head.weight"].shape[0] == 258
+    before = torch.load(weights, weights_only=True)
+    old, new = build_model(ModelConfig("rwkv4", 2, 32, 256)), build_model(ModelConfig("rwkv4", 2, 32, 258))
+    old.load_state_dict(before)
+    new.load_state_dict(grow_vocabulary(before, 2))
+    tokens = torch.randint(256, (2, 20))
+    torch.testing.assert_close(new(tokens)[0][..., :256], old(tokens)[0], rtol=1e-6, atol=1e-6)
+    assert torch.equal(new.emb.weight[:256], old.emb.weight)
