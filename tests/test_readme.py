@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from rwkv_train import cli, launcher
+from rwkv_train.data.indexed import IndexedStore
+from rwkv_train.data.manifest import Manifest, write_manifest
+from rwkv_train.data.tokenizers import load_tokenizer
+from tests.data.test_indexed import ours
 from tests.runs import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +40,12 @@ def test_training_commands_settle(command: str, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "books").mkdir()
     write_text(tmp_path / "books" / "one.txt")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in re.findall(r"data\.path=(stores/\w+)", command):
+        (tmp_path / "stores").mkdir()
+        store = IndexedStore(ours(tmp_path / name))
+        identity = load_tokenizer("world").identity
+        write_manifest(store.stem, Manifest("world", [], identity, 4, len(store), 1, 9, store.fingerprint(), {}, []))
     words = shlex.split(command)
     words = words[words.index("train.py") + 1 :]
     if "--help" in words:

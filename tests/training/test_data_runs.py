@@ -85,7 +85,7 @@ def test_another_store_or_tokenizer_under_the_same_name_is_refused(store: Path, 
     shutil.rmtree(tmp_path / "runs")
     for file in tmp_path.glob("s.*"):
         file.unlink()
-    with pytest.raises(UserError, match="there is no store s.bin and s.idx"):
+    with pytest.raises(UserError, match=r"there is no store s\.bin and s\.idx"):
         run(tmp_path, "run", *SHORT, *words)
 
 
