@@ -16,7 +16,9 @@ _tokenizer: Tokenizer  # of this process
 
 def pool(workers: int, name: str, extend: Sequence[str]) -> ProcessPoolExecutor:
     """That many processes with a tokenizer, which `tokenizer` gives to what runs there."""
-    return ProcessPoolExecutor(workers, get_context("forkserver"), _begin, (name, tuple(extend)))
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["rwkv_train.data.prepare.shards"])  # imported once, not once for each process
+    return ProcessPoolExecutor(workers, context, _begin, (name, tuple(extend)))
 
 
 def set_up(name: str, extend: Sequence[str]) -> None:
