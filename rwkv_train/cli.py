@@ -1,4 +1,4 @@
-"""`rwkv-train train|prepare|generate|…`: the front door of an installed wheel, with the same words as train.py."""
+"""`rwkv-train train|prepare|generate|doctor|build-ops`: the front door of a wheel, with the same words as train.py."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
         return launcher.main(argv[1:])
-    launcher.share_cores()
     arguments = None if argv[:1] == ["prepare"] else _parser().parse_args(argv)
+    launcher.share_cores()
     try:
         if arguments is None:
             return _prepare(argv[1:])

@@ -61,7 +61,7 @@ def _differentiate(name: str, setup: Callable[..., None], backward: Callable[...
 # wkv4 ----------------------------------------------------------------------------------------------------------------
 #
 # wkv4_documents is the same recurrence with `starts` (B, T), where it forgets. It is an operator of its own so that an
-# engine without it is still whole: there, the definition runs.
+# engine without it is still whole: the CUDA engine has none, there the definition runs.
 
 
 def _wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,14 +179,14 @@ _declare(
     "-> (Tensor, Tensor, Tensor)",
     _wkv4,
     _wkv4_fake,
-    _wkv4,  # the CUDA engine has none
+    on_card=_wkv4,
 )
 _declare(
     "wkv4_documents_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor state, Tensor starts, Tensor saved, "
     "Tensor gy, Tensor? gstate, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _wkv4_backward,
     _wkv4_backward_fake,
-    _wkv4_backward,
+    on_card=_wkv4_backward,
 )
 _differentiate("wkv4_documents", _wkv4_setup, _wkv4_gradient)
 
@@ -241,14 +241,14 @@ _declare(
     "shift_mix_documents(Tensor x, Tensor? previous, Tensor[] mixes, Tensor starts) -> Tensor[]",
     reference.shift_mix,
     _shift_mix_fake,
-    reference.shift_mix,
+    on_card=reference.shift_mix,
 )
 _declare(
     "shift_mix_documents_backward(Tensor x, Tensor? previous, Tensor[] mixes, Tensor starts, Tensor[] grads) "
     "-> (Tensor, Tensor, Tensor[])",
     _shift_mix_backward,
     _shift_mix_backward_fake,
-    _shift_mix_backward,
+    on_card=_shift_mix_backward,
 )
 _differentiate("shift_mix_documents", _shift_mix_setup, _shift_mix_gradient)
 
