@@ -118,7 +118,10 @@ class RunSettings:
 @dataclass(frozen=True)
 class CheckpointSettings:
     every: Duration
-    keep: Positive
+    keep: Positive  # the newest ones
+    permanent: Duration | None  # those at multiples of it stay for good
+    best: bool  # the one with the lowest validation loss stays
+    background: bool  # written while training goes on, from a copy of the state in the host's memory
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,19 @@ class ValidationSettings:
     every: Duration
     batches: Positive | None  # micro-batches of each validation; None: all of the held-out data
     context: Positive | None  # tokens of one window of held-out text; None: batch.context
+
+
+Strategy = Literal[
+    "auto",
+    "ddp",
+    "fsdp",
+    "deepspeed_1",
+    "deepspeed_2",
+    "deepspeed_3",
+    "deepspeed_1_offload",
+    "deepspeed_2_offload",
+    "deepspeed_3_offload",
+]
 
 
 @dataclass(frozen=True)
@@ -142,7 +158,8 @@ class Config:
     batch: BatchSettings
     budget: BudgetSettings
     optim: OptimSettings
-    strategy: str
+    strategy: Strategy
+    deepspeed: str | None  # a JSON file that is merged over what is derived from the other settings
     trainer: TrainerSettings
     run: RunSettings
     checkpoint: CheckpointSettings

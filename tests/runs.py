@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from rwkv_train import launcher
-from rwkv_train.training.checkpoint import LocalStorage
+from rwkv_train.training.checkpoint.storage import LocalStorage
 from rwkv_train.training.run import train
 
 ROOT = Path(__file__).resolve().parent.parent

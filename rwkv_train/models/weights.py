@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,10 +35,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def mismatches(weights: Mapping[str, Tensor], model: nn.Module) -> list[str]:
-    """How a dict of weights differs from what the model wants: missing and unknown names, other shapes."""
+def mismatches(given: Mapping[str, Sequence[int]], model: nn.Module) -> list[str]:
+    """How weights of these shapes differ from what the model wants: missing and unknown names, other shapes."""
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in weights.items()}
+    given = {name: tuple(shape) for name, shape in given.items()}
     missing = [f"{name} is missing" for name in wanted if name not in given]
     unknown = [f"{name} is not in this model" for name in given if name not in wanted]
     shapes = [
@@ -49,9 +49,13 @@ def mismatches(weights: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     return shapes + missing + unknown
 
 
-def refuse_mismatches(what: str, weights: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Raises a UserError that names the first tensors that do not fit; `what` says where they come from."""
-    different = mismatches(weights, model)
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in weights.items()}
+
+
+def refuse_mismatches(what: str, given: Mapping[str, Sequence[int]], model: nn.Module) -> None:
+    """Raises a UserError that names the first shapes that do not fit; `what` says where they come from."""
+    different = mismatches(given, model)
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UserError(

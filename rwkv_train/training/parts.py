@@ -6,6 +6,7 @@ it takes seconds to import.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from rich.console import Console
 from rwkv_train.config import Config
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
-from rwkv_train.models import RWKV, ModelConfig, build_model
-from rwkv_train.models.weights import load_weights, refuse_mismatches
-from rwkv_train.training.checkpoint import Storage, read_meta
+from rwkv_train.models import RWKV, ModelConfig, Row, build_model, recipe_of
+from rwkv_train.models.weights import refuse_mismatches, shapes_of
+from rwkv_train.training.checkpoint.directory import read_meta, refuse_damage
+from rwkv_train.training.checkpoint.pieces import WEIGHT, Piece, Reader
+from rwkv_train.training.checkpoint.storage import Storage
 from rwkv_train.training.directory import RunDirectory
-from rwkv_train.training.throughput import keep_freed_memory
-from rwkv_train.words import as_tree, differences
+from rwkv_train.training.initial import Recipe
+from rwkv_train.words import PLACEMENT, as_tree, differences
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,18 @@ class Parts:
     console: Console
     accelerator: str
     processes: int  # on this node
+    strategy: str  # settled: single, or a name of conf/strategy but auto
     data: Batches
-    model: RWKV
+    model: RWKV  # without values unless a single device trains it
+    recipe: dict[str, Row]
+    shapes: dict[str, tuple[int, ...]]  # of the parameters
+    source: Recipe | Reader | None  # of the values that the model does not have yet
     directory: RunDirectory
     storage: Storage | None
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def total_steps(self) -> int | None:
@@ -55,7 +66,6 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
     first = rank == 0
     accelerator, processes = _devices(config)
     torch.set_num_threads(config.threads or max(1, _cores() // (processes if accelerator == "cpu" else 1)))
-    keep_freed_memory()
     data = Batches(
         config.data,
         config.batch,
@@ -64,6 +74,8 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
         config.validation.batches,
         config.validation.context,
     )
+    strategy = _strategy(config, processes * config.trainer.num_nodes)
+    model, source = _build(config, data.vocab_size, strategy == "single")
     parts = Parts(
         config=config,
         tree=as_tree(config),
@@ -71,14 +83,26 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
         console=Console(quiet=not first, highlight=False, soft_wrap=True),
         accelerator=accelerator,
         processes=processes,
+        strategy=strategy,
         data=data,
-        model=_build(config, data.vocab_size),
+        model=model,
+        recipe=recipe_of(model),
+        shapes=shapes_of(dict(model.named_parameters())),
+        source=source,
         directory=RunDirectory(config.run.root, config.run.name),
         storage=storage,
     )
     if config.resume not in ("auto", "never"):
-        check_checkpoint(Path(config.resume).expanduser(), parts)
+        path = Path(config.resume).expanduser()
+        refuse_damage(path, content=first)
+        check_checkpoint(path, parts)
     return parts
+
+
+def _strategy(config: Config, devices: int) -> str:
+    if config.strategy != "auto":
+        return config.strategy
+    return "single" if devices == 1 else "ddp"
 
 
 def _cores() -> int:
@@ -110,28 +134,35 @@ def _devices(config: Config) -> tuple[str, int]:
     return "gpu", processes
 
 
-def _build(config: Config, vocab_size: int) -> RWKV:
-    """The model with its first weights: the recipe's, or those of init.weights."""
+def _build(config: Config, vocab_size: int, valued: bool) -> tuple[RWKV, Recipe | Reader | None]:
+    """The model and where its first values come from: the recipe or init.weights; None where it has them already."""
     settings = config.model
     shape = ModelConfig(
         config.arch, settings.n_layer, settings.n_embd, settings.vocab_size or vocab_size, settings.dim_ffn
     )
+    model = build_model(shape, device="meta")
+    source: Recipe | Reader
     if config.init_weights is None:
-        model = build_model(shape, config.seed)
+        if valued:
+            model = build_model(shape, config.seed)
+        source = Recipe(recipe_of(model), shapes_of(dict(model.named_parameters())), shape.n_layer, config.seed)
     else:
-        weights = load_weights(Path(config.init_weights).expanduser())
-        model = build_model(shape, device="meta").to_empty(device="cpu")
-        refuse_mismatches(f"init.weights={config.init_weights}", weights, model)
-        model.load_state_dict(weights)
+        source = Reader(Path(config.init_weights).expanduser())
+        refuse_mismatches(f"init.weights={config.init_weights}", source.shapes, model)
+        if valued:
+            model = model.to_empty(device="cpu")
+            source.fill(Piece(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in model.named_parameters())
     model.activation_checkpointing = config.activation_checkpointing
-    return model
+    return model, None if valued else source
 
 
 def check_checkpoint(path: Path, parts: Parts) -> None:
     """Refuses to go on from a checkpoint of another model, other data or another config."""
     meta = read_meta(path)
-    refuse_mismatches(f"the checkpoint {path}", load_weights(path), parts.model)
+    refuse_mismatches(f"the checkpoint {path}", meta["shapes"], parts.model)
     changed = differences(meta["config"], parts.tree)
+    placed = [change for change in changed if change.split(":")[0] in PLACEMENT]
+    changed = [change for change in changed if change not in placed]
     if meta["data"] != parts.data.digest:
         changed.append(f"the data itself: content hash {meta['data']} → {parts.data.digest}")
     if changed and not parts.config.run.allow_changes:
@@ -139,3 +170,5 @@ def check_checkpoint(path: Path, parts: Parts) -> None:
             f"the checkpoint {path} was made with another config: {'; '.join(changed)}",
             "go on all the same: run.allow_changes=true; a new run: run.name=NEW",
         )
+    if placed or changed:
+        parts.console.print(f"resumed with {'; '.join([*placed, *changed])}")

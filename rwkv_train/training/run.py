@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rwkv_train.config import Config
-from rwkv_train.training.checkpoint import Storage
+from rwkv_train.training.checkpoint.storage import Storage
 from rwkv_train.training.parts import assemble
 
 

@@ -16,7 +16,8 @@ import torch
 
 from rwkv_train import launcher
 from rwkv_train.errors import UserError
-from rwkv_train.training.checkpoint import LocalStorage, newest, read_meta, verify
+from rwkv_train.training.checkpoint.directory import newest, read_meta, verify
+from rwkv_train.training.checkpoint.storage import LocalStorage
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, same_weights, words_for
 
