@@ -75,7 +75,7 @@ def _check_batch(config: Config, machine: Machine) -> Iterator[UserError]:
     if trainer.devices == "auto" and trainer.accelerator != "cpu":
         return  # how many there are is known to torch only; training/run.py asks again
     devices = 1 if trainer.devices == "auto" else trainer.devices
-    if trainer.accelerator == "cpu" and devices > machine.cores:
+    if trainer.accelerator == "cpu" and devices > machine.cores and not config.dry_run:
         yield UserError(
             f"trainer.devices={devices}: this machine has {machine.cores} CPU cores", f"trainer.devices={machine.cores}"
         )

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+LOGITS_AT_ONCE = 2**24  # the head and the loss go over at most so many logits at a time (64 MiB in float32)
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -169,7 +171,10 @@ class Config:
     resume: str  # auto, never or a path
     init_weights: str | None = field(metadata={"word": "init.weights"})
     compile: bool
-    activation_checkpointing: bool
+    activation_checkpointing: bool | Positive  # every block, or every n-th
+    dry_run: bool
+    device: str | None  # the card that plan and dry_run reckon with where none is present
+    mfu: Annotated[float, Bound("above 0 and below 1", lambda x: 0 < x < 1)] | None  # what the plan reckons with
     threads: Positive | None  # CPU threads of one process; None: the cores divided by the processes of this machine
     packages: tuple[str, ...] = ()  # whose classes a _target_ may name, beside lightning's and ours
     logger: dict[str, Any] = field(default_factory=dict)  # name → a tree with _target_

@@ -46,8 +46,6 @@ PLACEMENT = (
     "checkpoint.permanent.tokens",
     "checkpoint.best",
     "checkpoint.background",
-    "device",
-    "dry_run",
 )
 
 # What users of Lightning and of its template look for, and where it is here.
@@ -115,7 +113,7 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 def identity(tree: Mapping[str, Any]) -> Words:
     """The words that make a run what it is: all but run.*, resume, logger and dry_run."""
-    others = ("resume", "logger", "dry_run", "device")
+    others = ("resume", "logger", "dry_run", "device", "mfu")
     return {w: v for w, v in flatten(tree).items() if not w.startswith("run.") and w not in others}
 
 

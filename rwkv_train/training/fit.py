@@ -21,6 +21,7 @@ from rwkv_train.training.callbacks.checkpointing import Checkpointing
 from rwkv_train.training.callbacks.ending import Ending
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.progress import ProgressBar
+from rwkv_train.training.callbacks.signals import Signals
 from rwkv_train.training.checkpoint.directory import newest, read_meta, remove_unfinished, set_aside_newer
 from rwkv_train.training.instantiate import Makers, prepare
 from rwkv_train.training.module import RWKVModule
@@ -30,8 +31,9 @@ from rwkv_train.training.parts import Parts, check_checkpoint
 from rwkv_train.training.records import Events, JsonLines, Refusals
 from rwkv_train.training.strategy import Sharing, build_strategy
 
-DISK_REFUSED = 3  # exit codes: the run came to its end, but could not write all its checkpoints or records;
-INTERRUPTED = 130  # stopped by Ctrl-C
+# exit codes
+DISK_REFUSED = 3  # the run came to its end, but could not write all its checkpoints or records
+STOPPED = 75  # a signal ended the run before its end: the same command goes on (EX_TEMPFAIL of sysexits.h)
 
 
 def fit(parts: Parts) -> int:
@@ -85,18 +87,17 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
     hours = config.budget.hours
     ending = Ending(total, None if hours is None else hours * 3600)
     strategy = _strategy(parts, checkpoint)
-    ours: list[Callback] = [metrics, saving, ProgressBar(metrics, total, console), ending]
+    signals = Signals()
+    ours: list[Callback] = [metrics, saving, ProgressBar(metrics, total, console), ending, signals]
     if checkpoint is None and parts.first and not strategy.sharded:
         ours.append(LambdaCallback(on_train_start=lambda *_: _sample(parts, 0, refusals)))
     trainer = _trainer(parts, strategy, [*ours, *(make() for make in callbacks)], [make() for make in loggers])
-    try:
-        trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
-        console.print(f"\ninterrupted at step {trainer.global_step}; {_next_time(saving)}")
-        return INTERRUPTED
+    trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
     step = trainer.global_step
+    if signals.stopped and step != total:
+        events.add("interrupted", step, signal=signals.received)
+        console.print(f"\n{signals.received or 'a signal'} at step {step}; {_next_time(saving)}")
+        return STOPPED if parts.first else 0  # Lightning takes another rank's code for a failure
     events.add("finished" if step == total else "stopped", step)
     _finish(parts, strategy, step, lines, refusals)
     if step != total:
@@ -161,9 +162,7 @@ def _find_checkpoint(parts: Parts) -> Path | None:
 
 def _strategy(parts: Parts, checkpoint: Path | None) -> Sharing:
     block = sum(math.prod(shape) for name, shape in parts.shapes.items() if name.startswith("blocks.0."))
-    strategy = build_strategy(
-        parts.config, parts.strategy, parts.accelerator, parts.processes, parts.data.split, block
-    )
+    strategy = build_strategy(parts.config, parts.strategy, parts.accelerator, parts.processes, parts.data.split, block)
     strategy.shapes, strategy.source, strategy.resume = parts.shapes, parts.source, checkpoint
     return strategy
 

@@ -25,9 +25,7 @@ class Recipe:
         seed: of the values.
     """
 
-    def __init__(
-        self, rows: Mapping[str, Row], shapes: Mapping[str, tuple[int, ...]], n_layer: int, seed: int
-    ) -> None:
+    def __init__(self, rows: Mapping[str, Row], shapes: Mapping[str, tuple[int, ...]], n_layer: int, seed: int) -> None:
         self.rows, self.n_layer, self.seed = rows, n_layer, seed
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
 
@@ -79,7 +77,13 @@ def rounds(work: Mapping[str, int], ranks: int) -> list[list[str | None]]:
 
 
 def _deliver(
-    name: str, owner: int, value: Tensor | None, needs: Sequence[Range], pieces: Sequence[Piece], rank: int, group: object
+    name: str,
+    owner: int,
+    value: Tensor | None,
+    needs: Sequence[Range],
+    pieces: Sequence[Piece],
+    rank: int,
+    group: object,
 ) -> None:
     """Brings one matrix's ranges from its owner (who has its value) to the ranks that need them."""
     numel = max(stop for _, stop in needs)

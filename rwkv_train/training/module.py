@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from rwkv_train.config import OptimSettings
+from rwkv_train.data.batches import IGNORED
 from rwkv_train.models import RWKV, Row
-from rwkv_train.training.loss import language_model_loss, summed_nats
+from rwkv_train.training.loss import head_loss, head_nats, language_model_loss, summed_nats, too_many_logits
 from rwkv_train.training.optim import build_optimizer, learning_rate, parameter_groups
 from rwkv_train.training.strategy import Sharing
 
@@ -61,14 +63,24 @@ class RWKVModule(L.LightningModule):
         return self.trainer.global_step * self.tokens_per_step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        tokens, targets = batch
-        logits, _ = self._forward[0](tokens)
-        loss = language_model_loss(logits, targets, self.optim.l2wrap)
+        loss = self._loss(self._forward[0], batch, self.optim.l2wrap)
         self.losses.append(loss.detach())
         return loss
 
+    def _loss(self, model: Callable[..., Any], batch: Batch, l2wrap: float) -> Tensor:
+        tokens, targets = batch
+        if too_many_logits(targets, self.model.config.vocab_size):
+            loss, _ = model(tokens, readout=partial(head_loss, targets=targets, l2wrap=l2wrap))
+            return cast(Tensor, loss)
+        logits, _ = model(tokens)
+        return language_model_loss(logits, targets, l2wrap)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         tokens, targets = batch
+        if too_many_logits(targets, self.model.config.vocab_size):
+            nats, _ = self.model(tokens, readout=partial(head_nats, targets=targets))
+            self._validation.append((nats, (targets != IGNORED).sum()))
+            return
         logits, _ = self.model(tokens)
         self._validation.append(summed_nats(logits, targets))
 
@@ -82,10 +94,8 @@ class RWKVModule(L.LightningModule):
 
     def probe(self, batch: Batch) -> Tensor:
         """The loss of a batch, without L2Wrap and without gradient: what tells one set of weights from another."""
-        tokens, targets = batch
         with torch.no_grad():
-            logits, _ = self.model(tokens)
-            return language_model_loss(logits, targets, 0.0)
+            return self._loss(self.model, batch, 0.0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Called when the strategy has made the parameters what they are while it trains."""

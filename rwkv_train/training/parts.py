@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,17 @@ from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV, ModelConfig, Row, build_model, recipe_of
 from rwkv_train.models.weights import refuse_mismatches, shapes_of
+from rwkv_train.planning.cards import card_of, cpu_card, ranks_of
+from rwkv_train.planning.plan import make_plan, smallest_change, why
+from rwkv_train.planning.report import advice
 from rwkv_train.training.checkpoint.directory import read_meta, refuse_damage
 from rwkv_train.training.checkpoint.pieces import WEIGHT, Piece, Reader
 from rwkv_train.training.checkpoint.storage import Storage
 from rwkv_train.training.directory import RunDirectory
 from rwkv_train.training.initial import Recipe
 from rwkv_train.words import PLACEMENT, as_tree, differences
+
+_SMALL = 0.05  # a model whose state takes less of the memory fits without a plan, which would take a second
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,13 @@ class Parts:
 
 
 def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> Parts:
-    """Makes the parts of a run.
+    """Makes the parts of a run; with dry_run=true, of one on devices that need not be here, without any weights.
 
     Raises:
         UserError: what `train` raises before it writes anything.
     """
     first = rank == 0
-    accelerator, processes = _devices(config)
+    accelerator, processes = _simulated_devices(config) if config.dry_run else _devices(config)
     torch.set_num_threads(config.threads or max(1, _cores() // (processes if accelerator == "cpu" else 1)))
     data = Batches(
         config.data,
@@ -74,13 +80,14 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
         config.validation.batches,
         config.validation.context,
     )
-    strategy = _strategy(config, processes * config.trainer.num_nodes)
-    model, source = _build(config, data.vocab_size, strategy == "single")
+    console = Console(quiet=not first, highlight=False, soft_wrap=True)
+    strategy = _strategy(config, accelerator, processes, data.vocab_size, console)
+    model, source = _build(config, data.vocab_size, strategy == "single" and not config.dry_run)
     parts = Parts(
         config=config,
         tree=as_tree(config),
         first=first,
-        console=Console(quiet=not first, highlight=False, soft_wrap=True),
+        console=console,
         accelerator=accelerator,
         processes=processes,
         strategy=strategy,
@@ -99,10 +106,36 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
     return parts
 
 
-def _strategy(config: Config, devices: int) -> str:
-    if config.strategy != "auto":
-        return config.strategy
-    return "single" if devices == 1 else "ddp"
+def _strategy(config: Config, accelerator: str, processes: int, vocab_size: int, console: Console) -> str:
+    """The strategy's name with `auto` settled.
+
+    Raises:
+        UserError: the model does not fit into the devices' memory; says what would.
+    """
+    ranks, gpu = processes * config.trainer.num_nodes, accelerator == "gpu"
+    package = "deepspeed" if config.strategy.startswith("deepspeed") else "torch"
+    if find_spec(package) is None:
+        raise UserError(f"strategy={config.strategy} needs {package}, which is not installed", f"pip install {package}")
+    card = card_of(config)[0] if gpu or config.dry_run else cpu_card(processes)
+    state = 16.0 * config.model.n_layer * config.model.n_embd**2 * 13
+    if config.strategy == "auto" and state < _SMALL * card.memory:
+        return "single" if ranks == 1 else "ddp"
+    plan = make_plan(config, card, ranks, vocab_size, gpu)
+    if not plan.fits and not config.dry_run:
+        change = smallest_change(config, plan, vocab_size)
+        raise UserError(
+            f"model={config.model.size} does not fit {ranks} × {card.name} with strategy={plan.layout.strategy}: "
+            f"{plan.held / 1e9:.1f} GB a device, it has {card.memory / 1e9:.1f}",
+            advice(change),
+        )
+    if config.strategy == "auto" and not config.dry_run:
+        console.print(why(plan))
+    return plan.layout.strategy
+
+
+def _simulated_devices(config: Config) -> tuple[str, int]:
+    card, _ = card_of(config)
+    return "cpu" if card.name == "cpu" else "gpu", ranks_of(config, card) // config.trainer.num_nodes
 
 
 def _cores() -> int:
@@ -152,7 +185,7 @@ def _build(config: Config, vocab_size: int, valued: bool) -> tuple[RWKV, Recipe 
         if valued:
             model = model.to_empty(device="cpu")
             source.fill(Piece(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in model.named_parameters())
-    model.activation_checkpointing = config.activation_checkpointing
+    model.activation_checkpointing = int(config.activation_checkpointing)
     return model, None if valued else source
 
 

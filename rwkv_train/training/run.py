@@ -16,11 +16,15 @@ def train(config: Config, storage: Storage | None = None, rank: int = 0) -> int:
         rank: of this process; only the first one speaks and writes.
 
     Returns:
-        the exit code: 0, 3 where the disk refused a checkpoint or a record, 130 when interrupted.
+        the exit code: 0, 3 where the disk refused a checkpoint or a record, 75 where a signal stopped it.
 
     Raises:
         UserError: what shows only with the data, the devices or the checkpoint at hand. Nothing was written then.
     """
+    if config.dry_run:
+        from rwkv_train.training.dry import dry_run
+
+        return dry_run(config)
     parts = assemble(config, storage, rank)
     from rwkv_train.training.fit import fit  # Lightning takes seconds to import: after the mistakes
 

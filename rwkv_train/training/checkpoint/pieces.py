@@ -60,15 +60,15 @@ def file_names(number: int, of: int) -> tuple[str, str]:
     return f"weights{part}.pth", f"state{part}.pth"
 
 
-def contents(pieces: Iterable[Piece], shapes: Shapes, random_state: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+def contents(pieces: Iterable[Piece], shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
     """A rank's owned pieces as the contents of its two files; nothing is copied.
 
     Returns:
-        weights, name → tensor; and state: each moment's tensors by name, `starts` of those that are no whole tensor
-        (they lie there flat), random state.
+        weights, name → tensor; and state: each moment's tensors by name, and `starts` of those that are no whole
+        tensor (they lie there flat).
     """
     weights: dict[str, Any] = {}
-    state: dict[str, Any] = {"exp_avg": {}, "exp_avg_sq": {}, "starts": {}, "random_state": random_state}
+    state: dict[str, Any] = {"exp_avg": {}, "exp_avg_sq": {}, "starts": {}}
     for piece in pieces:
         if not piece.owned or not piece.values.numel():
             continue
@@ -98,8 +98,9 @@ class Reader:
             self.meta = read_meta(path)
             self.shapes: Shapes = {name: tuple(shape) for name, shape in self.meta["shapes"].items()}
             for number in range(self.meta["writers"]):
-                weights, state = file_names(number, self.meta["writers"])
-                self._add(WEIGHT, _mapped(path / weights), held := _mapped(path / state))
+                weights, _ = file_names(number, self.meta["writers"])
+                held = self.state(number)
+                self._add(WEIGHT, _mapped(path / weights), held)
                 for moment in MOMENTS:
                     self._add(moment, held[moment], held)
         else:
@@ -107,13 +108,10 @@ class Reader:
             self.shapes = {name: tuple(value.shape) for name, value in weights.items()}
             self._add(WEIGHT, weights, {"starts": {}})
 
-    def random_state(self, rank: int) -> Tensor | None:
-        """torch's random state of that rank when it saved; None: there was no such rank."""
-        writers = self.meta["writers"]
-        if rank >= writers:
-            return None
-        found: Tensor = _mapped(self.path / file_names(rank, writers)[1])["random_state"]
-        return found.clone()
+    def state(self, number: int) -> dict[str, Any]:
+        """The content of a writer's state file."""
+        found: dict[str, Any] = _mapped(self.path / file_names(number, self.meta["writers"])[1])
+        return found
 
     def _add(self, kind: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         for name, tensor in tensors.items():
@@ -130,7 +128,7 @@ class Reader:
             UserError: some of its elements are in no file.
         """
         found = 0
-        for begins, values, mapped in self._parts.get((kind, name), ()):
+        for begins, values, mapped in sorted(self._parts.get((kind, name), ()), key=lambda part: part[0]):
             first, last = max(start, begins), min(start + count, begins + values.numel())
             if first < last:
                 part = values[first - begins : last - begins]
@@ -143,6 +141,15 @@ class Reader:
                 f"the checkpoint {self.path} lacks {count - found} of {count} elements of {name} ({kind})",
                 "use another checkpoint",
             )
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._parts[(WEIGHT, name)][0][1].dtype
+
+    def copy_to(self, name: str, target: Tensor) -> None:
+        """A whole weight into a flat tensor that is mapped into a file, whose pages are let go again."""
+        for offset, values in self.read(WEIGHT, name, 0, target.numel()):
+            target[offset : offset + values.numel()].copy_(values)
+        _forget_pages(target)
 
     def fill(self, pieces: Iterable[Piece]) -> None:
         """Stores into each piece the values of its range."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rwkv_train.models import RWKV
@@ -45,6 +45,9 @@ class FSDP(Sharing, ModelParallelStrategy):
         model.to_empty(device=self.root_device)
 
     def pieces(self, moments: bool) -> Iterator[Piece]:
+        for module in self.lightning_module.modules():  # type: ignore[union-attr]
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward pass without a backward one leaves some gathered
         for name, parameter in self.named_weights():
             start = self._start(parameter.detach())
             yield Piece(WEIGHT, name, start, _local(parameter.detach()), True)
@@ -69,5 +72,3 @@ class FSDP(Sharing, ModelParallelStrategy):
 def _local(values: Tensor) -> Tensor:
     assert isinstance(values, DTensor)
     return values.to_local().view(-1)
-
-

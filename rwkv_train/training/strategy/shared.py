@@ -79,9 +79,8 @@ class Sharing(Strategy):
             for state in self.states():
                 step, now = state["step"], reader.meta["step"]
                 state["step"] = torch.full_like(step, now) if isinstance(step, Tensor) else now
-            random_state = reader.random_state(self.global_rank)
-            if random_state is not None:
-                torch.set_rng_state(random_state)
+            if self.global_rank < reader.meta["writers"]:
+                torch.set_rng_state(reader.state(self.global_rank)["random_state"])
         elif self.source is not None:
             self.source.fill(list(self.pieces(moments=False)))
         self.filled()
@@ -134,23 +133,23 @@ class Sharing(Strategy):
         """Nothing: `setup` has filled the pieces."""
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        meta = Reader(Path(checkpoint_path)).meta
-        return {**meta["lightning"], "state_dict": {}, "meta": meta}
+        reader = Reader(Path(checkpoint_path))
+        return {**reader.state(0)["lightning"], "state_dict": {}, "meta": reader.meta}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Begins a save; `writer` tells how it ended. What Lightning's own dict holds goes into meta.json."""
+        """Begins a save; `writer` tells how it ended. Lightning's own dict goes into the first state file."""
         began = time.perf_counter()
         self.writer.wait()
+        meta = checkpoint.pop("meta")
         files: dict[str, Any] = {}
         if self.global_rank < self.writer.writers:
-            weights, state = contents(self._held(), self.shapes, torch.get_rng_state())
+            weights, state = contents(self._held(), self.shapes)
+            state["random_state"] = torch.get_rng_state()
+            if self.global_rank == 0:
+                state["lightning"] = checkpoint
             files = dict(zip(file_names(self.global_rank, self.writer.writers), (weights, state), strict=True))
-        meta = checkpoint.pop("meta")
         meta["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
         meta["writers"] = self.writer.writers
-        meta["lightning"] = {
-            key: checkpoint[key] for key in ("epoch", "global_step", "pytorch-lightning_version", "loops")
-        }
         self.writer.begin(Path(filepath), files, meta)
         if not self.background:
             self.writer.wait()
