@@ -69,7 +69,8 @@ def _main(argv: Sequence[str]) -> int:
 
         return train(configs[0], rank=rank())
     except UserError as error:
-        report(error)
+        if first:
+            report(error)
         return MISTAKE
 
 

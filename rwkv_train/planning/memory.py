@@ -67,7 +67,8 @@ class Memory:
 
     @property
     def device(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self) if field.name not in ("host", "checkpoint"))
+        held = (getattr(self, field.name) for field in fields(self) if field.name not in ("host", "checkpoint"))
+        return float(sum(held))
 
 
 def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = True) -> Memory:
@@ -94,7 +95,7 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         if stage == 3:
             host, weights = host + weights, 0.0
     state = 3 * FLOAT * counts.parameters
-    if background and gpu:
+    if background:
         host += state / layout.ranks if stage else state
     return Memory(
         weights=weights,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -115,7 +116,8 @@ def _changes(config: Config, plan: Plan) -> Iterator[tuple[list[str], Config, in
     strategies: list[tuple[int, str | None]] = [(0, None)]
     strategies += [(1 + 2 * ("offload" in other), other) for other in stronger if ranks > 1 or "offload" in other]
     checkpointing = [(0, False)] if layout.checkpointing == 1 else [(0, False), (1, True)]
-    micros = [(0, None)] + [
+    micros: list[tuple[int, int | None]] = [(0, None)]
+    micros += [
         (steps, micro)
         for steps in range(1, 8)
         if (micro := layout.micro >> steps) >= 1 and layout.micro % micro == 0 and micro << steps == layout.micro
@@ -125,15 +127,14 @@ def _changes(config: Config, plan: Plan) -> Iterator[tuple[list[str], Config, in
     while ranks * factor <= MOST_DEVICES:
         more.append((3 * factor.bit_length(), ranks * factor))
         factor *= 2
-    found = []
-    for cost_s, strategy in strategies:
-        for cost_c, recompute in checkpointing:
-            for cost_m, micro in micros:
-                for cost_d, devices in more:
-                    cost = cost_s + cost_c + cost_m + cost_d
-                    if cost:
-                        found.append((cost, len(found), strategy, recompute, micro, devices))
-    for _, _, strategy, recompute, micro, devices in sorted(found):
+    found: list[tuple[int, int, str | None, bool, int | None, int]] = []
+    options = itertools.product(strategies, checkpointing, micros, more)
+    for number, ((strategy_cost, strategy), (time_cost, recompute), (micro_cost, fewer), (cost, devices)) in enumerate(
+        options
+    ):
+        if total := strategy_cost + time_cost + micro_cost + cost:
+            found.append((total, number, strategy, recompute, fewer, devices))
+    for _, _, strategy, recompute, fewer, devices in sorted(found, key=lambda change: change[:2]):
         words, changed = [], config
         if devices != ranks:
             words += _devices(devices, plan.card.per_machine)
@@ -145,9 +146,9 @@ def _changes(config: Config, plan: Plan) -> Iterator[tuple[list[str], Config, in
         if recompute:
             words.append("activation_checkpointing=true")
             changed = replace(changed, activation_checkpointing=True)
-        if micro is not None:
-            words.append(f"batch.micro={micro}")
-            changed = replace(changed, batch=replace(changed.batch, micro=micro))
+        if fewer is not None:
+            words.append(f"batch.micro={fewer}")
+            changed = replace(changed, batch=replace(changed.batch, micro=fewer))
         yield words, changed, devices
 
 

@@ -38,6 +38,22 @@ _HF = {
 
 
 def export(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
+    """`consolidate`, with every mistake and refusal as a UserError."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is not known", f"valid: {', '.join(DTYPES)}")
+    if not checkpoint.exists():
+        raise UserError(
+            f"there is no checkpoint at {checkpoint}", "give a directory like RUN/checkpoints/step_000001000"
+        )
+    if target.suffix not in ("", ".pth", ".safetensors"):
+        raise UserError(f"{target}: the ending {target.suffix} is not known", "valid: .pth, .safetensors, a directory")
+    try:
+        return consolidate(checkpoint, target, dtype)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}", "give another place") from None
+
+
+def consolidate(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
     """Writes a checkpoint's weights under the field's names, or under transformers' own into a directory.
 
     Args:
@@ -49,28 +65,19 @@ def export(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
         the file that was written; it takes its place when it is whole.
 
     Raises:
-        UserError: no such checkpoint, a part of it is missing, or a target that cannot be written.
+        UserError: a part of the checkpoint is missing, or transformers has no model of its generation.
+        OSError: the target cannot be written.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is not known", f"valid: {', '.join(DTYPES)}")
-    if not checkpoint.exists():
-        raise UserError(
-            f"there is no checkpoint at {checkpoint}", "give a directory like RUN/checkpoints/step_000001000"
-        )
     reader = Reader(checkpoint)
-    if target.suffix not in ("", ".pth", ".safetensors"):
-        raise UserError(f"{target}: the ending {target.suffix} is not known", "valid: .pth, .safetensors, a directory")
     kind = dtype or str(reader.dtype(next(iter(reader.shapes)))).removeprefix("torch.")
-    try:
-        if target.suffix:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write = _write_pth if target.suffix == ".pth" else _write_safetensors
-            return _written(target, lambda path: write(reader, path, kind, lambda name: name))
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "config.json").write_text(json.dumps(_hf_config(reader.shapes, kind), indent=2) + "\n")
-        return _written(target / "model.safetensors", lambda path: _write_safetensors(reader, path, kind, hf_name))
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror or error}", "give another place") from None
+    if target.suffix:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write = _write_pth if target.suffix == ".pth" else _write_safetensors
+        return _written(target, lambda path: write(reader, path, kind, lambda name: name))
+    config = _hf_config(reader.shapes, kind)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return _written(target / "model.safetensors", lambda path: _write_safetensors(reader, path, kind, hf_name))
 
 
 def hf_name(name: str) -> str:
@@ -99,7 +106,7 @@ def _write_pth(reader: Reader, path: Path, dtype: str, named: Callable[[str], st
     try:
         mapped: dict[str, Tensor] = torch.load(path, mmap=True, weights_only=True)
     finally:
-        torch.serialization.set_default_mmap_options(before)
+        torch.serialization.set_default_mmap_options(before or mmap.MAP_PRIVATE)
     for name in reader.shapes:
         reader.copy_to(name, mapped[named(name)].view(-1))
 
@@ -117,7 +124,7 @@ def _write_safetensors(reader: Reader, path: Path, dtype: str, named: Callable[[
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, shape in reader.shapes.items():
             for _, values in reader.read(WEIGHT, name, 0, math.prod(shape)):
-                file.write(memoryview(values.to(DTYPES[dtype]).view(torch.uint8).numpy()))
+                file.write(values.to(DTYPES[dtype]).view(torch.uint8).numpy().tobytes())
 
 
 def _hf_config(shapes: Shapes, dtype: str) -> Mapping[str, Any]:

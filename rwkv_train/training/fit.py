@@ -22,7 +22,14 @@ from rwkv_train.training.callbacks.ending import Ending
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.progress import ProgressBar
 from rwkv_train.training.callbacks.signals import Signals
-from rwkv_train.training.checkpoint.directory import newest, read_meta, remove_unfinished, set_aside_newer
+from rwkv_train.training.checkpoint.directory import (
+    directory_name,
+    newest,
+    read_meta,
+    remove_unfinished,
+    set_aside_newer,
+)
+from rwkv_train.training.export import consolidate
 from rwkv_train.training.instantiate import Makers, prepare
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.optim import describe_groups, parameter_groups
@@ -130,9 +137,12 @@ def _finish(parts: Parts, strategy: Sharing, step: int, lines: JsonLines, refusa
     if not parts.first:
         return
     run, data = parts.directory, parts.data
-    if not strategy.sharded:
-        with refusals.outlived(run.weights):
+    with refusals.outlived(run.weights):
+        if not strategy.sharded:
             write_weights(parts.model, run)
+        elif (last := run.checkpoints / directory_name(step)).exists():
+            consolidate(last, run.weights)
+    if not strategy.sharded:
         _sample(parts, step, refusals)
     comparable = len(data.held_out) and data.tokenizer.name == "bytes"
     known = baselines(data.train.tokens, data.held_out.tokens) if comparable else {}

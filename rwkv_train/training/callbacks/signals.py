@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -36,6 +37,9 @@ class Signals(Callback):
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
+        if trainer.world_size > 1 and not trainer.is_global_zero:
+            threading.Thread(target=_follow_parent, name="parent", daemon=True).start()
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == "SIGINT":
             os._exit(INTERRUPTED)
@@ -48,7 +52,7 @@ class Signals(Callback):
             return
         if self._agreed(trainer):
             self.stopped = trainer.should_stop = True
-            if (batch_idx + 1) % trainer.val_check_batch:
+            if (batch_idx + 1) % (trainer.val_check_batch or 1):
                 trainer.limit_val_batches = 0  # Lightning would validate where it stops, and time is short
 
     def _agreed(self, trainer: L.Trainer) -> bool:
@@ -69,3 +73,11 @@ class Signals(Callback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def _follow_parent() -> None:
+    """Ends this process when the one that started it has ended: a collective would wait for it for half an hour."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

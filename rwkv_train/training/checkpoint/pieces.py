@@ -104,9 +104,9 @@ class Reader:
                 for moment in MOMENTS:
                     self._add(moment, held[moment], held)
         else:
-            weights = load_weights(path)
-            self.shapes = {name: tuple(value.shape) for name, value in weights.items()}
-            self._add(WEIGHT, weights, {"starts": {}})
+            alone = load_weights(path)
+            self.shapes = {name: tuple(value.shape) for name, value in alone.items()}
+            self._add(WEIGHT, alone, {"starts": {}})
 
     def state(self, number: int) -> dict[str, Any]:
         """The content of a writer's state file."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -33,11 +33,11 @@ class FSDP(Sharing, ModelParallelStrategy):
         products = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
         matrices = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=torch.float32, cast_forward_inputs=False)
         rest = MixedPrecisionPolicy(cast_forward_inputs=False)
-        for block in model.blocks:
+        for block in cast("list[nn.Module]", model.blocks):
             if products is not None:
                 fully_shard([m for m in block.modules() if isinstance(m, nn.Linear)], mesh=mesh, mp_policy=matrices)
             if hasattr(block, "ln0"):
-                fully_shard(block.ln0, mesh=mesh, mp_policy=rest)  # runs before the block does
+                fully_shard(cast(nn.Module, block.ln0), mesh=mesh, mp_policy=rest)  # runs before the block does
             fully_shard(block, mesh=mesh, mp_policy=rest)
         if products is not None:
             fully_shard(model.head, mesh=mesh, mp_policy=matrices)

@@ -6,12 +6,12 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rwkv_train.models import RWKV
 from rwkv_train.training.checkpoint.pieces import MOMENTS, Piece, Reader, contents, file_names
@@ -49,6 +49,14 @@ class Sharing(Strategy):
     brings_precision = False  # whether Lightning's precision plugin is its own
     _copies: dict[tuple[str, str], Tensor]
 
+    if TYPE_CHECKING:  # of all of Lightning's strategies, declared on none that they share
+
+        @property
+        def global_rank(self) -> int: ...
+
+        @property
+        def world_size(self) -> int: ...
+
     @abstractmethod
     def materialise(self, model: RWKV) -> None:
         """Gives this rank's share of a model on the meta device memory, without values."""
@@ -68,7 +76,7 @@ class Sharing(Strategy):
     def named_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The parameters under the field's names."""
         assert self.lightning_module is not None
-        yield from self.lightning_module.model.named_parameters()  # type: ignore[operator, union-attr]
+        yield from self.lightning_module.model.named_parameters()  # type: ignore[union-attr]
 
     def setup(self, trainer: Any) -> None:
         self._copies = {}
@@ -111,9 +119,9 @@ class Sharing(Strategy):
         if self.world_size == 1:
             return OwnBoard()
         host = self.cluster_environment.main_address  # type: ignore[attr-defined]
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.global_rank == 0 else None
-        port = self.broadcast(store.port if store is not None else None)
-        return store or dist.TCPStore(host, port, is_master=False)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.global_rank == 0 else None
+        port = self.broadcast(store.port if store is not None else 0)
+        return store or TCPStore(host, port, is_master=False)
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:

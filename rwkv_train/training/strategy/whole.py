@@ -25,7 +25,7 @@ class _Whole(Sharing):
         yield from self.optimizers[0].state.values()
 
 
-class Single(_Whole, SingleDeviceStrategy):
+class Single(_Whole, SingleDeviceStrategy):  # type: ignore[override]
     """One device, whose model has its values before training begins."""
 
     def materialise(self, model: RWKV) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.plugins import DeepSpeedPrecision
@@ -127,10 +127,12 @@ class Zero(Sharing, DeepSpeedStrategy):
     def init_deepspeed(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deepspeed, about torch's own deprecations
+            assert self.model is not None
             self._initialize_deepspeed_train(self.model)
 
-    def model_sharded_context(self) -> AbstractContextManager[None]:
-        return nullcontext()  # `materialise` cuts the parameters
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        yield  # `materialise` cuts the parameters
 
     def materialise(self, model: RWKV) -> None:
         """In stage 3 one parameter after the other, each cut to this rank's part at once."""
@@ -224,8 +226,9 @@ class Zero(Sharing, DeepSpeedStrategy):
         return None if norm is None else torch.as_tensor(norm)
 
     def probe(self, batch: Any) -> Tensor:
-        loss: Tensor = self._forward_redirection(self.model, self.lightning_module, "probe", batch)  # type: ignore[arg-type]
-        return loss
+        assert self.model is not None
+        assert self.lightning_module is not None
+        return cast(Tensor, self._forward_redirection(self.model, self.lightning_module, "probe", batch))
 
 
 class _Holder(nn.Module):
