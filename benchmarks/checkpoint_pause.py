@@ -1,8 +1,8 @@
 """How long a checkpoint stops the training: `python benchmarks/checkpoint_pause.py [--quick]`.
 
-The same run of one process twice: checkpoints written in the background, and while training waits. Seconds that training
-stood still for each save after the first (whose buffers are new), medians, against a step's. Last line: one JSON object;
-`pause_vs_blocking` is the one over the other, `pause_vs_step` the pause over a step's time.
+The same run of one process twice: checkpoints written in the background, and while training waits. Seconds that
+training stood still for each save after the first (whose buffers are new), medians, against a step's. Last line: one
+JSON object; `pause_vs_blocking` is the one over the other, `pause_vs_step` the pause over a step's time.
 """
 
 from __future__ import annotations

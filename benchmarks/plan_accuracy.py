@@ -1,9 +1,10 @@
 """The plan against what happens: `python benchmarks/plan_accuracy.py [--quick]`.
 
-Memory: two ranks over gloo on this machine's CPU train a model whose state takes more than 1 GB a rank, under DDP and ZeRO 1
-to 3, with and without activation checkpointing; each rank's peak above what it held before the model was there, against
-the plan's. Counts: parameters and FLOPs of a pass against torch's own counter. Throughput: against every published run of
-RWKV that names its cards. Last line: one JSON object; `worst_memory_error` and `published_throughput_errors` are relative.
+Memory: two ranks over gloo on this machine's CPU train a model whose state takes more than 1 GB a rank, under DDP and
+ZeRO 1 to 3, with and without activation checkpointing; each rank's peak above what it held before the model was there,
+against the plan's. Counts: parameters and FLOPs of a pass against torch's own counter. Throughput: against every
+published run of RWKV that names its cards. Last line: one JSON object; `worst_memory_error` and
+`published_throughput_errors` are relative.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rwkv_train.planning.plan import make_plan
 from rwkv_train.planning.speed import seconds_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ["model.n_layer=6", "model.n_embd=1280", "batch.context=512", "batch.tokens=1024", "batch.micro=1"]
+MODEL = ["model.n_layer=6", "model.n_embd=1280", "batch.context=256", "batch.tokens=512", "batch.micro=1"]
 RUN = ["trainer.accelerator=cpu", "trainer.devices=2", "threads=1", "budget.steps=2", "optim.schedule.warmup.steps=1"]
 REST = [
     "samples.tokens=0",

@@ -150,7 +150,10 @@ class Writer:
             self.storage.delete(final)  # a damaged one of the same step
         self.storage.rename(aside, final)
         marker = final.with_name(LATEST)
-        with self.storage.write(aside_of(marker)) as file:
-            file.write(final.name.encode())
-        self.storage.rename(aside_of(marker), marker)
+        try:
+            with self.storage.write(aside_of(marker)) as file:
+                file.write(final.name.encode())
+            self.storage.rename(aside_of(marker), marker)
+        except OSError:  # the disk took the checkpoint and not its mark, which is for people only
+            self.storage.delete(aside_of(marker))
         self.kept()
