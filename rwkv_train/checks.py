@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -20,6 +21,19 @@ _PRECISION = {  # why a precision of Lightning's is refused
     "tr": "TransformerEngine has no RWKV operator",
 }
 
+_DERIVED = {  # words of DeepSpeed's JSON, and where they come from here
+    "train_batch_size": "batch.tokens=",
+    "train_micro_batch_size_per_gpu": "batch.micro=",
+    "gradient_accumulation_steps": "batch.tokens= and batch.micro=",
+    "gradient_clipping": "optim.clip=",
+    "optimizer": "optim=",
+    "scheduler": "optim.schedule.shape=",
+    "bf16": "trainer.precision=bf16-mixed",
+    "fp16": "trainer.precision=",
+    "torch_autocast": "trainer.precision=bf16-mixed",
+    "zero_optimization.stage": "strategy=",
+}
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -34,6 +48,7 @@ def check(config: Config, machine: Machine) -> list[UserError]:
     return [
         *_check_data(config),
         *_check_batch(config, machine),
+        *_check_strategy(config),
         *_check_schedule(config),
         *_check_run(config, machine),
     ]
@@ -84,6 +99,35 @@ def _check_batch(config: Config, machine: Machine) -> Iterator[UserError]:
         split_batch(batch.tokens, batch.context, batch.micro, devices * trainer.num_nodes)
     except UserError as problem:
         yield problem
+
+
+def _check_strategy(config: Config) -> Iterator[UserError]:
+    """A JSON for DeepSpeed may add to what is derived from the other settings, and not contradict it."""
+    name, file = config.strategy, config.deepspeed
+    if config.compile and name not in ("auto", "ddp"):
+        yield UserError(f"compile=true with strategy={name}: its parameters are not there as a whole", "compile=false")
+    if file is None:
+        return
+    if not name.startswith("deepspeed"):
+        yield UserError(
+            f"deepspeed={file} with strategy={name}: nothing reads it", "strategy=deepspeed_2, for instance"
+        )
+    try:
+        given = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        yield UserError(f"deepspeed={file} cannot be read: {error.strerror}", "it is taken from " + os.getcwd())
+        return
+    except ValueError as error:
+        yield UserError(f"deepspeed={file} is no JSON: {error}", 'an object such as {"zero_optimization": {…}}')
+        return
+    if not isinstance(given, dict):
+        yield UserError(f"deepspeed={file} holds no JSON object", 'an object such as {"zero_optimization": {…}}')
+        return
+    zero = given.get("zero_optimization")
+    words = [*given, *(["zero_optimization.stage"] if isinstance(zero, dict) and "stage" in zero else [])]
+    for word in words:
+        if word in _DERIVED:
+            yield UserError(f"deepspeed={file} sets {word}, which is derived", f"say it as {_DERIVED[word]}")
 
 
 def _check_schedule(config: Config) -> Iterator[UserError]:

@@ -66,7 +66,7 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
 def advice(change: tuple[str, Plan] | None) -> str:
     """What would fit, as words to type."""
     if change is None:
-        return "no number of devices up to 4096 makes it fit"
+        return "nothing makes it fit on up to 4096 devices that can share this batch; batch.tokens=MORE lets more do so"
     words, plan = change
     return f"this fits: {words} ({plan.held / 1e9:.1f} GB)"
 
