@@ -39,6 +39,7 @@ from rwkv_train.training.records import Events, JsonLines, Refusals
 from rwkv_train.training.strategy import Sharing, build_strategy
 
 # exit codes
+INTERRUPTED = 130  # by Ctrl-C, before there was a step to finish
 DISK_REFUSED = 3  # the run came to its end, but could not write all its checkpoints or records
 STOPPED = 75  # a signal ended the run before its end: the same command goes on (EX_TEMPFAIL of sysexits.h)
 
@@ -99,7 +100,13 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
     if checkpoint is None and parts.first and not strategy.sharded:
         ours.append(LambdaCallback(on_train_start=lambda *_: _sample(parts, 0, refusals)))
     trainer = _trainer(parts, strategy, [*ours, *(make() for make in callbacks)], [make() for make in loggers])
-    trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
+    try:
+        trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
+    except SystemExit:  # Lightning's answer to a Ctrl-C before the first step
+        if not trainer.interrupted:
+            raise
+        console.print(f"\ninterrupted; {_next_time(saving)}")
+        return INTERRUPTED
     step = trainer.global_step
     if signals.stopped and step != total:
         events.add("interrupted", step, signal=signals.received)

@@ -85,16 +85,15 @@ class Checkpointing(Callback):
         step = trainer.global_step
         if batch_idx % trainer.accumulate_grad_batches:
             return
+        self._report(cast(Sharing, trainer.strategy))
         if step and step % self.every == 0:
             self.save(trainer)
-        self._report(cast(Sharing, trainer.strategy))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)
         strategy = cast(Sharing, trainer.strategy)
-        strategy.writer.wait()
+        strategy.settle()
         self._report(strategy)
-        strategy.barrier()  # the first rank's board stays until all have written
 
     def save(self, trainer: L.Trainer) -> None:
         """Begins a checkpoint of this step, unless there is one. A disk that refuses it costs no more than that."""

@@ -33,7 +33,8 @@ class Signals(Callback):
         self._flag: torch.Tensor | None = None
         self._exchange: dist.Work | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """By now Lightning has put its own handlers in, which would end the run by an exception."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
 

@@ -15,6 +15,7 @@ training, and a rank that fails says so.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -98,8 +99,13 @@ class Writer:
         self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
+    @property
+    def idle(self) -> bool:
+        """Whether this rank's part of the last save is done; the first rank's is done when the whole is."""
+        return self._thread is None or not self._thread.is_alive()
+
     def wait(self) -> None:
-        """Returns when no save is under way."""
+        """Returns when this rank is idle."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -120,7 +126,8 @@ class Writer:
         except Exception as caught:  # whatever it is, training goes on, and the first rank must not wait for this one
             error = (getattr(caught, "strerror", None) or str(caught)) if isinstance(caught, OSError) else repr(caught)
             if self.rank:
-                self.board.set(f"{key}/{self.rank}", json.dumps({"error": error}))
+                with contextlib.suppress(Exception):  # the first rank is gone, and its board with it
+                    self.board.set(f"{key}/{self.rank}", json.dumps({"error": error}))
         self._outcomes.append(Outcome(final, time.perf_counter() - began, error))
 
     def _write(self, aside: Path, files: Mapping[str, Any]) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class Sharing(Strategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Begins a save; `writer` tells how it ended. Lightning's own dict goes into the first state file."""
         began = time.perf_counter()
-        self.writer.wait()
+        self.settle()
         meta = checkpoint.pop("meta")
         files: dict[str, Any] = {}
         if self.global_rank < self.writer.writers:
@@ -162,6 +162,12 @@ class Sharing(Strategy):
         if not self.background:
             self.writer.wait()
         self.pause = time.perf_counter() - began
+
+    def settle(self) -> None:
+        """Returns when no rank is writing any more; a rank that has died is noticed here, and not waited for."""
+        while not self.reduce_boolean_decision(self.writer.idle, all=True):
+            time.sleep(0.02)
+        self.writer.wait()
 
     def _held(self) -> Iterator[Piece]:
         """The owned pieces: copies on the CPU in memory that each save uses again, or the state itself."""
