@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import warnings
@@ -214,7 +215,11 @@ def _trainer(parts: Parts, strategy: Sharing, callbacks: list[Callback], loggers
 
 
 def _versions() -> dict[str, str]:
-    return {"rwkv_train": rwkv_train.__version__, "torch": torch.__version__, "lightning": L.__version__}
+    code = hashlib.sha256()
+    for path in sorted(Path(rwkv_train.__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    ours = {"rwkv_train": rwkv_train.__version__, "code": code.hexdigest()[:16]}
+    return {**ours, "torch": torch.__version__, "lightning": L.__version__}
 
 
 def _describe(parts: Parts, checkpoint: Path | None) -> None:
