@@ -118,6 +118,10 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(Block(generation, config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Head(config.n_embd, config.vocab_size, bias=False)
+        # counted now: a strategy may cut the parameters later
+        self._matmul_parameters = sum(
+            p.numel() for name, p in self.named_parameters() if p.squeeze().dim() > 1 and name != "emb.weight"
+        )
 
     def forward(
         self, tokens: Tensor, state: State | None = None, readout: Readout | None = None
@@ -137,4 +141,4 @@ class RWKV(nn.Module):
 
     def matmul_parameters(self) -> int:
         """Parameters that each token is multiplied with: all matrices but the embedding (for FLOPs: 6 a token)."""
-        return sum(p.numel() for name, p in self.named_parameters() if p.squeeze().dim() > 1 and name != "emb.weight")
+        return self._matmul_parameters
