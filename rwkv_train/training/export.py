@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -99,8 +100,11 @@ def _write_pth(reader: Reader, path: Path, dtype: str, named: Callable[[str], st
     """torch.save's own layout with holes, mapped and filled."""
     with FakeTensorMode():
         empty = {named(name): torch.empty(shape, dtype=DTYPES[dtype]) for name, shape in reader.shapes.items()}
+    path.touch()  # an OSError, where torch.save would make a RuntimeError of it
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(empty, path)
+    with open(path, "r+b") as file:  # a full disk is an OSError now, and not a signal when the map is written
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     before = torch.serialization.get_default_mmap_options()
     torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)
     try:

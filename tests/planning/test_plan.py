@@ -102,7 +102,7 @@ def test_the_advice_fits(words: Sequence[str]) -> None:
 
 
 def test_auto_takes_the_first_that_fits() -> None:
-    assert plan(card="h200-141g")[1].layout.strategy == "deepspeed_1"
+    assert plan(card="h200-141g")[1].layout.strategy == "deepspeed_2"
     assert plan("activation_checkpointing=true", "model=169m")[1].layout.strategy == "ddp"
     assert plan("activation_checkpointing=true", card="a100-40g")[1].layout.strategy == "deepspeed_3"
 
