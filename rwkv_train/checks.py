@@ -143,6 +143,7 @@ def _check_schedule(config: Config) -> Iterator[UserError]:
     spans = {
         "budget": budget.total,
         "checkpoint.every": config.checkpoint.every,
+        "checkpoint.permanent": config.checkpoint.permanent,
         "validation.every": config.validation.every,
     }
     for name, span in spans.items():

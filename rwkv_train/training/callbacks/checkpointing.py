@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,6 +60,7 @@ class Checkpointing(Callback):
         self.last: int | None = None  # step of the newest checkpoint
         self._begun: int | None = None  # the same, of one that is perhaps still being written
         self._probe: float | None = None
+        self._pause = 0.0  # seconds that the last save has stopped the training
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy = cast(Sharing, trainer.strategy)
@@ -100,8 +102,10 @@ class Checkpointing(Callback):
         step = trainer.global_step
         if step == self._begun:
             return
-        self._begun, self._probe = step, self._measure_probe(trainer)
+        began, self._begun = time.perf_counter(), step
+        self._probe = self._measure_probe(trainer)
         trainer.save_checkpoint(self.directory / directory_name(step))
+        self._pause = time.perf_counter() - began
 
     def _report(self, strategy: Sharing) -> None:
         """Tells how the saves ended that were under way."""
@@ -110,7 +114,7 @@ class Checkpointing(Callback):
                 self._refused(outcome.path, outcome.error)
                 continue
             self.last = step_of(outcome.path)
-            seconds = {"seconds": round(outcome.seconds, 3), "pause": round(strategy.pause, 3)}
+            seconds = {"seconds": round(outcome.seconds, 3), "pause": round(self._pause, 3)}
             self.events.add("checkpoint", self.last or 0, **seconds)
 
     def _refused(self, path: Path, error: str) -> None:

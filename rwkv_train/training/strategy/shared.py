@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV
 from rwkv_train.training.checkpoint.pieces import MOMENTS, Piece, Reader, contents, file_names
 from rwkv_train.training.checkpoint.writer import Board, OwnBoard, Writer
@@ -35,7 +36,6 @@ class Sharing(Strategy):
         shapes: of all parameters, by the field's names.
         writer: of checkpoints.
         background: whether a save copies the state and lets the training go on.
-        pause: seconds that the last save has stopped the training.
     """
 
     source: Source | None = None
@@ -43,7 +43,6 @@ class Sharing(Strategy):
     shapes: Mapping[str, tuple[int, ...]]
     writer: Writer
     background: bool = True
-    pause = 0.0
     divided = False  # whether all ranks own a part of the state
     sharded = False  # whether no rank holds all weights
     brings_precision = False  # whether Lightning's precision plugin is its own
@@ -81,6 +80,11 @@ class Sharing(Strategy):
     def setup(self, trainer: Any) -> None:
         self._copies = {}
         super().setup(trainer)
+        if self.broadcast(str(self.resume)) != str(self.resume):  # only the first rank reads their whole content
+            raise UserError(
+                f"the ranks found different checkpoints to go on from, this one {self.resume}",
+                "start again: the damaged one is set aside now",
+            )
         if self.resume is not None:
             reader = Reader(self.resume)
             reader.fill(self.pieces(moments=True))
@@ -146,7 +150,6 @@ class Sharing(Strategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Begins a save; `writer` tells how it ended. Lightning's own dict goes into the first state file."""
-        began = time.perf_counter()
         self.settle()
         meta = checkpoint.pop("meta")
         files: dict[str, Any] = {}
@@ -161,7 +164,6 @@ class Sharing(Strategy):
         self.writer.begin(Path(filepath), files, meta)
         if not self.background:
             self.writer.wait()
-        self.pause = time.perf_counter() - began
 
     def settle(self) -> None:
         """Returns when no rank is writing any more; a rank that has died is noticed here, and not waited for."""
