@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rwkv_train.models import RWKV, ModelConfig, build_model
 
@@ -99,6 +98,8 @@ def count(shape: ModelConfig, precision: str) -> Counts:
 
 def _saved(shape: ModelConfig, precision: str, length: int) -> int:
     """Bytes that autograd keeps of a sample for the backward pass, without head, parameters left out."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import: only where there is a plan
+
     model: RWKV = build_model(shape, device="meta")
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         for module in model.modules():

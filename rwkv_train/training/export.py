@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rwkv_train.errors import UserError
 from rwkv_train.training.checkpoint.pieces import WEIGHT, Reader, Shapes
@@ -98,6 +97,8 @@ def _written(target: Path, write: Callable[[Path], None]) -> Path:
 
 def _write_pth(reader: Reader, path: Path, dtype: str, named: Callable[[str], str]) -> None:
     """torch.save's own layout with holes, mapped and filled."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
+
     with FakeTensorMode():
         empty = {named(name): torch.empty(shape, dtype=DTYPES[dtype]) for name, shape in reader.shapes.items()}
     path.touch()  # an OSError, where torch.save would make a RuntimeError of it

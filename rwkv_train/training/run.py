@@ -39,12 +39,12 @@ def train(config: Config, storage: Storage | None = None, rank: int = 0) -> int:
         return fit(parts)
     except RuntimeError as error:  # torch.distributed has no type of its own for either
         told = str(error)
-        if re.search("EADDRINUSE|[Aa]ddress already in use", told):
+        if re.search("EADDRINUSE|address already in use", told, re.IGNORECASE):
             raise UserError(
                 f"the port over which the processes find each other is in use: {told.splitlines()[0][:200]}",
                 "MASTER_PORT=NUMBER before the command chooses another one",
             ) from None
-        if parts.data.split.ranks > 1 and re.search("[Cc]onnection (closed|reset)|Broken pipe", told):
+        if parts.data.split.ranks > 1 and re.search("connection (closed|reset)|broken pipe", told, re.IGNORECASE):
             print(f"rank {rank} on {platform.node()} ends: another rank of the run has ended", file=sys.stderr)
             return RANK_LOST
         raise
