@@ -24,6 +24,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
+        if any(path.glob("weights_*_of_*.pth")):
+            raise UserError(
+                f"the weights of {path} lie in several files", f"rwkv-train export {path} weights.pth makes one of them"
+            ) from None
         raise UserError(f"there is no file {file}", "give a .pth file or a checkpoint directory") from None
     except Exception as error:  # torch raises many types for a file that is torn or no archive of tensors
         reason = str(error).splitlines()[0][:200] if zipfile.is_zipfile(file) else "it is cut short, or no .pth file"

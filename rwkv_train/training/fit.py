@@ -146,7 +146,7 @@ def _finish(parts: Parts, strategy: Sharing, step: int, lines: JsonLines, refusa
         return
     run, data = parts.directory, parts.data
     with refusals.outlived(run.weights):
-        if not strategy.sharded:
+        if not strategy.divided:
             write_weights(parts.model, run)
         elif (last := run.checkpoints / directory_name(step)).exists():
             consolidate(last, run.weights)
