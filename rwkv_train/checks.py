@@ -13,6 +13,7 @@ from rwkv_train.config import Config
 from rwkv_train.data.order import split_batch
 from rwkv_train.data.tokenizers import load_tokenizer
 from rwkv_train.errors import UserError
+from rwkv_train.planning.cards import find_card
 
 _PRECISION = {  # why a precision of Lightning's is refused
     "16": "float16 overflows in the channel mix (relu²)",
@@ -104,6 +105,11 @@ def _check_batch(config: Config, machine: Machine) -> Iterator[UserError]:
 def _check_strategy(config: Config) -> Iterator[UserError]:
     """A JSON for DeepSpeed may add to what is derived from the other settings, and not contradict it."""
     name, file = config.strategy, config.deepspeed
+    if config.device is not None:
+        try:
+            find_card(config.device)
+        except UserError as problem:
+            yield problem
     if config.compile and name not in ("auto", "ddp"):
         yield UserError(f"compile=true with strategy={name}: its parameters are not there as a whole", "compile=false")
     if file is None:

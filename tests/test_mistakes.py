@@ -147,11 +147,11 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
         CONFIG,
         ["compile=true with strategy=fsdp: its parameters are not there as a whole"],
     ),
-    "device": (["device=h999"], TORCH, ["device=h999: there is no such card\n  valid: a100-40g"]),
+    "device": (["device=h999"], CONFIG, ["device=h999: there is no such card\n  valid: a100-40g"]),
     "another batch": (
         ["budget.steps=4", "checkpoint.every.steps=2", "batch.tokens=256"],
-        TORCH,
-        ["was made with another config: batch.tokens: 128 → 256\n  go on all the same: run.allow_changes=true"],
+        LIGHTNING,
+        ["batch.tokens: 128 → 256\n  go on all the same: run.allow_changes=true"],
     ),
     "resume a missing shard": (
         ["resume=lacking"],

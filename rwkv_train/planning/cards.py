@@ -1,12 +1,9 @@
-"""What data sheets say of the devices that a plan can reckon with."""
+"""What data sheets say of the devices that a plan can reckon with. No torch unless it is asked what is present."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-
-import psutil
-import torch
 
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError
@@ -71,6 +68,8 @@ def find_card(name: str) -> Card:
 
 def cpu_card(processes: int) -> Card:
     """One of several processes that share this machine's CPU (25 GFLOP/s in float32 a core, 10 GB/s each)."""
+    import psutil
+
     memory, cores = psutil.virtual_memory().total / processes, max(1, (psutil.cpu_count() or 1) // processes)
     rate = 25e9 * cores
     return Card("cpu", memory, rate / 2, rate, 10e9, 2e9, 1e9, processes, memory)
@@ -78,6 +77,8 @@ def cpu_card(processes: int) -> Card:
 
 def present_card() -> Card | None:
     """The GPU of this machine, with the figures of the table where its name is known there; None: there is none."""
+    import torch
+
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
@@ -103,6 +104,8 @@ def card_of(config: Config) -> tuple[Card, str]:
 
 def ranks_of(config: Config, card: Card) -> int:
     """Devices of all machines; `auto` is what is present, else one."""
+    import torch
+
     devices = config.trainer.devices
     here = torch.cuda.device_count() if card.name != "cpu" and torch.cuda.is_available() else 1
     return (here if devices == "auto" else int(devices)) * config.trainer.num_nodes
