@@ -21,7 +21,7 @@ from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV, ModelConfig, Row, build_model, recipe_of
 from rwkv_train.models.weights import refuse_mismatches, shapes_of
-from rwkv_train.planning.cards import card_of, cpu_card, ranks_of
+from rwkv_train.planning.cards import card_of, cpu_card, present_card, ranks_of
 from rwkv_train.planning.plan import make_plan, smallest_change, why
 from rwkv_train.planning.report import advice
 from rwkv_train.training.checkpoint.directory import read_meta, refuse_damage
@@ -116,7 +116,7 @@ def _strategy(config: Config, accelerator: str, processes: int, vocab_size: int,
     package = "deepspeed" if config.strategy.startswith("deepspeed") else "torch"
     if find_spec(package) is None:
         raise UserError(f"strategy={config.strategy} needs {package}, which is not installed", f"pip install {package}")
-    card = card_of(config)[0] if gpu or config.dry_run else cpu_card(processes)
+    card = card_of(config)[0] if config.dry_run else (present_card() if gpu else None) or cpu_card(processes)
     state = 16.0 * config.model.n_layer * config.model.n_embd**2 * 13
     if config.strategy == "auto" and state < _SMALL * card.memory:
         return "single" if ranks == 1 else "ddp"

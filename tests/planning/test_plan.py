@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,26 @@ def test_cards() -> None:
     assert card_of(launcher.load([*EIGHT, "device=a100-40g"])) == (CARDS["a100-40g"], "a100-40g (device=)")
     card, told = card_of(launcher.load([*EIGHT, "trainer.accelerator=cpu"]))
     assert (card.name, told) == ("cpu", "this machine's CPU (trainer.accelerator=cpu)")
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "card"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 85, "a100-80g"),
+        ("NVIDIA A100-PCIE-40GB", 42, "a100-40g"),
+        ("NVIDIA H100 80GB HBM3", 85, "h100-80g"),
+        ("NVIDIA GeForce RTX 4090", 25, "rtx4090-24g"),
+        ("Another 9000", 50, "Another 9000"),
+    ],
+)
+def test_the_card_that_is_present(monkeypatch: pytest.MonkeyPatch, name: str, gigabytes: int, card: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    found = SimpleNamespace(name=name, total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: found)
+    present, told = card_of(launcher.load(EIGHT))
+    assert (present.name, present.memory, present.per_machine) == (card, gigabytes * 10**9, 4)
+    assert told == f"{card} (the one present)"
 
 
 def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
