@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_train.config import Config, DataSettings
 from rwkv_train.data.order import split_batch
-from rwkv_train.data.sources import find_tokenizer, store_stems
+from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.errors import UserError
+from rwkv_train.planning.cards import find_card
 
 _PRECISION = {  # why a precision of Lightning's is refused
     "16": "float16 overflows in the channel mix (relu²)",
     "bf": "decay, bonus, mix and norm parameters must stay float32",
     "64": "the engines compute in float32; the float64 definition is for tests",
     "tr": "TransformerEngine has no RWKV operator",
+}
+
+_DERIVED = {  # words of DeepSpeed's JSON, and where they come from here
+    "train_batch_size": "batch.tokens=",
+    "train_micro_batch_size_per_gpu": "batch.micro=",
+    "gradient_accumulation_steps": "batch.tokens= and batch.micro=",
+    "gradient_clipping": "optim.clip=",
+    "optimizer": "optim=",
+    "scheduler": "optim.schedule.shape=",
+    "bf16": "trainer.precision=bf16-mixed",
+    "fp16": "trainer.precision=",
+    "torch_autocast": "trainer.precision=bf16-mixed",
+    "zero_optimization.stage": "strategy=",
 }
 
 
@@ -34,6 +49,7 @@ def check(config: Config, machine: Machine) -> list[UserError]:
     return [
         *_check_data(config),
         *_check_batch(config, machine),
+        *_check_strategy(config),
         *_check_schedule(config),
         *_check_run(config, machine),
     ]
@@ -42,7 +58,7 @@ def check(config: Config, machine: Machine) -> list[UserError]:
 def _check_data(config: Config) -> Iterator[UserError]:
     vocabulary, data = config.model.vocab_size, config.data
     try:
-        tokenizer = find_tokenizer(data, config.vocab.extend, _stores(data))
+        tokenizer = find_tokenizer(data, config.vocab.extend, stores_of(data))
     except UserError as problem:
         yield problem
     else:
@@ -68,11 +84,6 @@ _PATHS = {
     "chat": "data.path=FILE.jsonl with `messages` in each line",
     "stream": "data.path=FILES.jsonl (a glob), or the name of a data set on the hub",
 }
-
-
-def _stores(data: DataSettings) -> list[list[Path]]:
-    paths = [source.path for source in data.sources] if data.source == "mixture" else [data.path]
-    return [stems for path in paths if (stems := store_stems(replace(data, path=path)))]
 
 
 def _check_documents(config: Config) -> Iterator[UserError]:
@@ -135,7 +146,7 @@ def _check_batch(config: Config, machine: Machine) -> Iterator[UserError]:
     if trainer.devices == "auto" and trainer.accelerator != "cpu":
         return  # how many there are is known to torch only; training/run.py asks again
     devices = 1 if trainer.devices == "auto" else trainer.devices
-    if trainer.accelerator == "cpu" and devices > machine.cores:
+    if trainer.accelerator == "cpu" and devices > machine.cores and not config.dry_run:
         yield UserError(
             f"trainer.devices={devices}: this machine has {machine.cores} CPU cores", f"trainer.devices={machine.cores}"
         )
@@ -144,6 +155,40 @@ def _check_batch(config: Config, machine: Machine) -> Iterator[UserError]:
         split_batch(batch.tokens, batch.context, batch.micro, devices * trainer.num_nodes)
     except UserError as problem:
         yield problem
+
+
+def _check_strategy(config: Config) -> Iterator[UserError]:
+    """A JSON for DeepSpeed may add to what is derived from the other settings, and not contradict it."""
+    name, file = config.strategy, config.deepspeed
+    if config.device is not None:
+        try:
+            find_card(config.device)
+        except UserError as problem:
+            yield problem
+    if config.compile and name not in ("auto", "ddp"):
+        yield UserError(f"compile=true with strategy={name}: its parameters are not there as a whole", "compile=false")
+    if file is None:
+        return
+    if not name.startswith("deepspeed"):
+        yield UserError(
+            f"deepspeed={file} with strategy={name}: nothing reads it", "strategy=deepspeed_2, for instance"
+        )
+    try:
+        given = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        yield UserError(f"deepspeed={file} cannot be read: {error.strerror}", "it is taken from " + os.getcwd())
+        return
+    except ValueError as error:
+        yield UserError(f"deepspeed={file} is no JSON: {error}", 'an object such as {"zero_optimization": {…}}')
+        return
+    if not isinstance(given, dict):
+        yield UserError(f"deepspeed={file} holds no JSON object", 'an object such as {"zero_optimization": {…}}')
+        return
+    zero = given.get("zero_optimization")
+    words = [*given, *(["zero_optimization.stage"] if isinstance(zero, dict) and "stage" in zero else [])]
+    for word in words:
+        if word in _DERIVED:
+            yield UserError(f"deepspeed={file} sets {word}, which is derived", f"say it as {_DERIVED[word]}")
 
 
 def _check_schedule(config: Config) -> Iterator[UserError]:
@@ -159,6 +204,7 @@ def _check_schedule(config: Config) -> Iterator[UserError]:
     spans = {
         "budget": budget.total,
         "checkpoint.every": config.checkpoint.every,
+        "checkpoint.permanent": config.checkpoint.permanent,
         "validation.every": config.validation.every,
     }
     for name, span in spans.items():

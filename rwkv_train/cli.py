@@ -1,10 +1,11 @@
-"""`rwkv-train train|prepare|generate|doctor|build-ops`: the front door of a wheel, with the same words as train.py."""
+"""`rwkv-train train|prepare|plan|export|generate|…`: the front door of an installed wheel, with train.py's words."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rwkv_train import __version__, launcher
 from rwkv_train.errors import UserError
@@ -15,6 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
         return launcher.main(argv[1:])
+    if argv[:1] == ["plan"]:
+        return launcher.plan(argv[1:])
     arguments = None if argv[:1] == ["prepare"] else _parser().parse_args(argv)
     launcher.share_cores()
     try:
@@ -29,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             for library in build_ahead(arguments.arch, arguments.cache):
                 print(library)
+            return 0
+        if arguments.command == "export":
+            from rwkv_train.training.export import export
+
+            print(f"wrote {export(Path(arguments.checkpoint), Path(arguments.target), arguments.dtype)}")
             return 0
         from rwkv_train.inference.generate import run
 
@@ -65,6 +73,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train a model: rwkv-train train --help", add_help=False)
     commands.add_parser("prepare", help="make a token store of documents: rwkv-train prepare --help", add_help=False)
+    commands.add_parser("plan", help="memory, time and network of a run: rwkv-train plan model=7b …", add_help=False)
+    export = commands.add_parser(
+        "export",
+        help="a checkpoint's weights as one file, or for transformers",
+        description="Writes the weights of a checkpoint, sharded or not, without loading more than one parameter.",
+    )
+    export.add_argument("checkpoint", metavar="CKPT", help="a checkpoint directory, or a .pth file")
+    export.add_argument(
+        "target", metavar="OUT", help="out.pth or out.safetensors (the field's names), or a directory for transformers"
+    )
+    export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as they are)")
     generate = commands.add_parser(
         "generate",
         help="continue a text, step by step",

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+LOGITS_AT_ONCE = 2**24  # the head and the loss go over at most so many logits at a time (64 MiB in float32)
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -151,7 +153,10 @@ class RunSettings:
 @dataclass(frozen=True)
 class CheckpointSettings:
     every: Duration
-    keep: Positive
+    keep: Positive  # the newest ones
+    permanent: Duration | None  # those at multiples of it stay for good
+    best: bool  # the one with the lowest validation loss stays
+    background: bool  # written while training goes on, from a copy of the state in the host's memory
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,19 @@ class ValidationSettings:
     every: Duration
     batches: Positive | None  # micro-batches of each validation; None: all of the held-out data
     context: Positive | None  # tokens of one window of held-out text; None: batch.context
+
+
+Strategy = Literal[
+    "auto",
+    "ddp",
+    "fsdp",
+    "deepspeed_1",
+    "deepspeed_2",
+    "deepspeed_3",
+    "deepspeed_1_offload",
+    "deepspeed_2_offload",
+    "deepspeed_3_offload",
+]
 
 
 @dataclass(frozen=True)
@@ -176,7 +194,8 @@ class Config:
     batch: BatchSettings
     budget: BudgetSettings
     optim: OptimSettings
-    strategy: str
+    strategy: Strategy
+    deepspeed: str | None  # a JSON file that is merged over what is derived from the other settings
     trainer: TrainerSettings
     run: RunSettings
     checkpoint: CheckpointSettings
@@ -186,7 +205,10 @@ class Config:
     resume: str  # auto, never or a path
     init_weights: str | None = field(metadata={"word": "init.weights"})
     compile: bool
-    activation_checkpointing: bool
+    activation_checkpointing: bool | Positive  # every block, or every n-th
+    dry_run: bool
+    device: str | None  # the card that plan and dry_run reckon with where none is present
+    mfu: Annotated[float, Bound("above 0 and below 1", lambda x: 0 < x < 1)] | None  # what the plan reckons with
     threads: Positive | None  # CPU threads of one process; None: the cores divided by the processes of this machine
     packages: tuple[str, ...] = ()  # whose classes a _target_ may name, beside lightning's and ours
     logger: dict[str, Any] = field(default_factory=dict)  # name → a tree with _target_

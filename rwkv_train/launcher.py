@@ -18,6 +18,7 @@ from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.resources import resource
 
 MISTAKE = 2  # exit codes
+STOPPED = 75
 INTERRUPTED = 130
 
 SPINS = (
@@ -34,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
         argv: the command line without the program's name.
 
     Returns:
-        the exit code: 0, 2 for a mistake of the user's, 3 where the disk refused writes, 130 when interrupted.
+        the exit code: 0, 2 for a mistake of the user's, 3 where the disk refused writes, 75 where a signal stopped the
+        run, 130 for a Ctrl-C before it began or a second one.
     """
     share_cores()
     try:
@@ -66,6 +68,30 @@ def _main(argv: Sequence[str]) -> int:
         from rwkv_train.training.run import train
 
         return train(configs[0], rank=rank())
+    except UserError as error:
+        if first:
+            report(error)
+        return MISTAKE
+
+
+def plan(argv: Sequence[str]) -> int:
+    """What the words ask for as a plan; `--json` among them asks for one line of JSON.
+
+    Returns:
+        the exit code: 0 where it fits, 1 where it does not, 2 for a mistake.
+    """
+    words = [word for word in argv if word != "--json"]
+    try:
+        flags, words = _split(words)
+        folders = [resource("conf"), *([flags.config_dir.expanduser().resolve()] if flags.config_dir else [])]
+        if flags.help:
+            print("usage: rwkv-train plan [word=value …] [--json]      the words are those of train.py\n")
+            print(_menu(folders))
+            return 0
+        _, (config, *_) = _settle([*words, "dry_run=true"], folders, multirun=False)
+        from rwkv_train.training.dry import plan as show_plan
+
+        return show_plan(config, "--json" in argv)
     except UserError as error:
         report(error)
         return MISTAKE
@@ -187,7 +213,7 @@ def _run_all(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_d
     for number, (line, config) in enumerate(zip(lines, configs, strict=True), 1):
         print(f"\n[{number}/{len(lines)}] {config.run.name}: {' '.join(line)}", flush=True)
         codes.append(subprocess.run([sys.executable, *door, *extra, *line], check=False).returncode)
-        if codes[-1] == INTERRUPTED:
+        if codes[-1] in (INTERRUPTED, STOPPED):
             break
     for config, code in zip(configs, codes, strict=False):
         print(f"exit code {code}  {config.run.root}/{config.run.name}")

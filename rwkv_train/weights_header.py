@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import zipfile
@@ -29,13 +30,12 @@ def read_shape(path: Path) -> Shape | None:
         UserError: the file is torn, or holds something else.
     """
     file = path / "weights.pth" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        file = path / "meta.json"  # of a checkpoint whose weights lie in several files
     if not file.exists():
         return None
     try:
-        with zipfile.ZipFile(file) as archive:
-            table = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(table) as stream:
-                shapes: Any = _Table(stream).load()
+        shapes = _shapes(file)
         vocab_size, n_embd = shapes["emb.weight"]
         width = shapes["blocks.0.ffn.key.weight"][0]
         generation_4 = len(shapes["blocks.0.att.time_first"]) == 1
@@ -53,6 +53,15 @@ def read_shape(path: Path) -> Shape | None:
     if not generation_4:
         raise UserError(f"{file} is of another generation than RWKV-4", "known: rwkv4")
     return Shape(max(layers) + 1, n_embd, width, vocab_size)
+
+
+def _shapes(file: Path) -> Any:
+    if file.name == "meta.json":
+        return json.loads(file.read_text())["shapes"]
+    with zipfile.ZipFile(file) as archive:
+        table = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(table) as stream:
+            return _Table(stream).load()
 
 
 class _Table(pickle.Unpickler):

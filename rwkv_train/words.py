@@ -20,7 +20,33 @@ from rwkv_train.errors import UserError, UserErrors
 Words = dict[str, Any]  # word → value; a list of settings stays a list, logger and callbacks stay trees
 
 OPEN = ("logger", "callbacks")  # the trees that a user may add to: others' classes have others' arguments
-DURATIONS = ("budget", "checkpoint.every", "validation.every", "optim.schedule.warmup", "optim.schedule.hold")
+DURATIONS = (
+    "budget",
+    "checkpoint.every",
+    "checkpoint.permanent",
+    "validation.every",
+    "optim.schedule.warmup",
+    "optim.schedule.hold",
+)
+
+# Where and how a run is computed, not what: a run may go on with others of these.
+PLACEMENT = (
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "strategy",
+    "deepspeed",
+    "batch.micro",
+    "threads",
+    "activation_checkpointing",
+    "checkpoint.every.steps",
+    "checkpoint.every.tokens",
+    "checkpoint.keep",
+    "checkpoint.permanent.steps",
+    "checkpoint.permanent.tokens",
+    "checkpoint.best",
+    "checkpoint.background",
+)
 
 # What users of Lightning and of its template look for, and where it is here.
 ELSEWHERE = {
@@ -86,8 +112,9 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 
 def identity(tree: Mapping[str, Any]) -> Words:
-    """The words that make a run what it is: all but run.*, resume and logger."""
-    return {w: v for w, v in flatten(tree).items() if not w.startswith("run.") and w not in ("resume", "logger")}
+    """The words that make a run what it is: all but run.*, resume, logger and dry_run."""
+    others = ("resume", "logger", "dry_run", "device", "mfu")
+    return {w: v for w, v in flatten(tree).items() if not w.startswith("run.") and w not in others}
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -125,7 +152,7 @@ def read(words: Words) -> tuple[Config | None, list[UserError]]:
         if steps is not None and tokens is not None:
             what = f"{span}.steps={steps} and {span}.tokens={tokens} exclude each other"
             problems.append(UserError(what, "give one of them"))
-        elif steps is None and tokens is None and span != "budget":
+        elif steps is None and tokens is None and span not in ("budget", "checkpoint.permanent"):
             problems.append(UserError(f"{span} is not given", f"{span}.steps=… or {span}.tokens=…"))
     problems += [unknown(word, words[word], [*known, *OPEN]) for word in words if word not in known]
     return config, problems

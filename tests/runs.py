@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from rwkv_train import launcher
-from rwkv_train.training.checkpoint import LocalStorage
+from rwkv_train.training.checkpoint.storage import LocalStorage
 from rwkv_train.training.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +108,41 @@ def start_slow_saving(words: Sequence[str], saving: Path) -> ForkServerProcess:
     process = context.Process(target=_train_slow_saving, args=(words, saving))
     process.start()
     return process
+
+
+def train_ranks(words: Sequence[str], ranks: int, seconds: float = 150) -> None:
+    """A run of several ranks, started as torchrun would, in processes whose imports are done already."""
+    processes = start_ranks(words, ranks)
+    try:
+        end = time.monotonic() + seconds
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        assert [process.exitcode for process in processes] == [0] * ranks
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def start_ranks(words: Sequence[str], ranks: int) -> list[ForkServerProcess]:
+    """The same, not waited for."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [*(word for word in words if not word.startswith("trainer.devices=")), f"trainer.devices={ranks}"]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.runs", "tests.preload"])
+    processes = [context.Process(target=_train_rank, args=(words, rank, ranks, port)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _train_rank(words: Sequence[str], rank: int, ranks: int, port: int) -> None:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ.update({name: str(value) for name, value in numbers.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    sys.exit(launcher.main(list(words)))
 
 
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

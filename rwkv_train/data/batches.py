@@ -219,6 +219,14 @@ class Batches:
         """This rank's micro-batch `index` (0 … accumulation-1) of step `step`."""
         return self.assemble(*self.places(step), index)
 
+    def first_sample(self, step: int) -> Batch:
+        """The first sample of step `step` alone: the same one on every rank, whatever their number."""
+        sources, places = self.places(step)
+        block = self._fill(self._rows, sources[:1], places[:1], self.context)
+        if not self.masked:
+            return _tensor(block.tokens), _tensor(block.targets)
+        return _alone(block)
+
     def places(self, step: int, steps: int = 1) -> tuple[Ints, Ints]:
         """Sources and places of all samples of `steps` steps, in the order of their numbers."""
         first = step * self.split.samples
@@ -288,7 +296,7 @@ class Batches:
         block = self._fill(self._held_out, np.full_like(numbers, source), numbers, self.validation_context)
         if block.starts is None:
             return _tensor(block.tokens), _tensor(block.targets)
-        return _masked(block, float(max(1, (block.targets != IGNORED).sum())))
+        return _alone(block)
 
 
 def _tensor(array: Any) -> Tensor:
@@ -298,6 +306,11 @@ def _tensor(array: Any) -> Tensor:
 def _masked(block: Block, predictions: float) -> MaskedBatch:
     starts = None if block.starts is None else _tensor(block.starts)
     return MaskedBatch(_tensor(block.tokens), _tensor(block.targets), starts, torch.tensor(predictions))
+
+
+def _alone(block: Block) -> MaskedBatch:
+    """A batch of its own, whose loss is the mean over its predictions."""
+    return _masked(block, float(max(1, (block.targets != IGNORED).sum())))
 
 
 class TrainBatches:

@@ -62,6 +62,12 @@ def open_sources(data: DataSettings, extend: Sequence[str] = ()) -> tuple[Tokeni
     return tokenizer, [_open(name, part, tokenizer) for name, part in parts]
 
 
+def stores_of(data: DataSettings) -> list[list[Path]]:
+    """The stores of each source that is one, as paths without their endings."""
+    paths = [source.path for source in data.sources] if data.source == "mixture" else [data.path]
+    return [stems for path in paths if (stems := store_stems(replace(data, path=path)))]
+
+
 def find_tokenizer(data: DataSettings, extend: Sequence[str], stores: Sequence[Sequence[Path]]) -> Tokenizer:
     """The tokenizer that is asked for, or that the stores were made with.
 

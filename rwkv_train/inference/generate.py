@@ -13,7 +13,7 @@ from torch import Tensor
 from rwkv_train.data.tokenizers import load_tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV, build_model
-from rwkv_train.models.weights import infer_config, load_weights, refuse_mismatches
+from rwkv_train.models.weights import infer_config, load_weights, refuse_mismatches, shapes_of
 
 _PROMPT_CHUNK = 1024  # tokens read in one pass: the memory for a long prompt does not grow with it
 
@@ -75,7 +75,7 @@ def load_model(checkpoint: Path) -> RWKV:
     """
     weights = load_weights(checkpoint)
     model = build_model(infer_config(weights, str(checkpoint)), device="meta").to_empty(device="cpu")
-    refuse_mismatches(str(checkpoint), weights, model)
+    refuse_mismatches(str(checkpoint), shapes_of(weights), model)
     model.load_state_dict(weights)
     return model.eval()
 

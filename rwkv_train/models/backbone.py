@@ -5,7 +5,7 @@ A generation's module (rwkv4.py …) brings TimeMix and ChannelMix; their equati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast
 
@@ -92,6 +92,16 @@ class Block(nn.Module):
         return x + y, LayerState(att_x, ffn_x, wkv)
 
 
+Readout = Callable[[Tensor, Tensor], Tensor]  # (hidden (B, T, C), head.weight (V, C)) → what is wanted of the logits
+
+
+class Head(nn.Linear):
+    """From channels to logits; a readout takes the logits' place where they are too many to exist at once."""
+
+    def forward(self, x: Tensor, readout: Readout | None = None) -> Tensor:
+        return super().forward(x) if readout is None else readout(x, self.weight)
+
+
 class RWKV(nn.Module):
     """An RWKV language model; parameter names are those of the published checkpoints.
 
@@ -106,26 +116,36 @@ class RWKV(nn.Module):
     def __init__(self, generation: Generation, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = (
-            False  # recompute each block in the backward pass instead of storing its insides
-        )
+        self.activation_checkpointing = 0  # every n-th block is recomputed in the backward pass; 0: none
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(generation, config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Head(config.n_embd, config.vocab_size, bias=False)
+        # counted now: a strategy may cut the parameters later
+        self._matmul_parameters = sum(
+            p.numel() for name, p in self.named_parameters() if p.squeeze().dim() > 1 and name != "emb.weight"
+        )
 
-    def forward(self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        starts: Tensor | None = None,
+        readout: Readout | None = None,
+    ) -> tuple[Tensor, State]:
+        """The logits and the state after the tokens; with a readout, what it returns instead of the logits."""
         x = cast(Block, self.blocks[0]).ln0(self.emb(tokens))  # (B, T, C)
         after: list[LayerState] = []
         for index, block in enumerate(self.blocks):
             before = None if state is None else state.layer(index)
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            every = self.activation_checkpointing
+            if every and index % every == 0 and torch.is_grad_enabled():
                 x, layer_state = checkpoint(block, x, before, starts, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, layer_state = block(x, before, starts)
             after.append(layer_state)
-        return self.head(self.ln_out(x)), State.stack(after)  # (B, T, V)
+        return self.head(self.ln_out(x), readout), State.stack(after)  # (B, T, V)
 
     def matmul_parameters(self) -> int:
         """Parameters that each token is multiplied with: all matrices but the embedding (for FLOPs: 6 a token)."""
-        return sum(p.numel() for name, p in self.named_parameters() if p.squeeze().dim() > 1 and name != "emb.weight")
+        return self._matmul_parameters

@@ -73,15 +73,21 @@ def curve(formula: Callable[[Tensor, int, Site], Tensor]) -> Initialiser:
     return init
 
 
-def orthogonal(scale: float) -> Initialiser:
+@dataclass(frozen=True)
+class Orthogonal:
     """Orthogonal rows or columns times scale, and times sqrt(rows / columns) where there are more rows."""
 
-    def init(shape: torch.Size, site: Site, generator: torch.Generator) -> Tensor:
+    scale: float
+
+    def __call__(self, shape: torch.Size, site: Site, generator: torch.Generator) -> Tensor:
         rows, columns = shape
-        gain = scale * math.sqrt(max(1.0, rows / columns))
+        gain = self.scale * math.sqrt(max(1.0, rows / columns))
         return nn.init.orthogonal_(torch.empty(shape), gain=gain, generator=generator)
 
-    return init
+    @staticmethod
+    def work(shape: torch.Size) -> int:
+        """Multiplications of the orthogonalisation, but for a factor: what takes time when a large model is made."""
+        return shape.numel() * min(shape)
 
 
 def claim(names: Iterable[str], recipe: Sequence[Row]) -> dict[str, Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
+        if any(path.glob("weights_*_of_*.pth")):
+            raise UserError(
+                f"the weights of {path} lie in several files", f"rwkv-train export {path} weights.pth makes one of them"
+            ) from None
         raise UserError(f"there is no file {file}", "give a .pth file or a checkpoint directory") from None
     except Exception as error:  # torch raises many types for a file that is torn or no archive of tensors
         reason = str(error).splitlines()[0][:200] if zipfile.is_zipfile(file) else "it is cut short, or no .pth file"
@@ -35,25 +39,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def grow_vocabulary(weights: dict[str, Tensor], new: int) -> dict[str, Tensor]:
-    """The weights with `new` tokens behind the others; logits of the old ones stay as they are.
-
-    A new token begins as the mean of the old ones, in the embedding and in the head.
-    """
-    if not new:
-        return weights
-    grown = dict(weights)
-    for name in ("emb.weight", "head.weight"):
-        if name in weights and weights[name].dim() == 2:
-            mean = weights[name].double().mean(0, keepdim=True).to(weights[name].dtype)
-            grown[name] = torch.cat((weights[name], mean.expand(new, -1)))
-    return grown
-
-
-def mismatches(weights: Mapping[str, Tensor], model: nn.Module) -> list[str]:
-    """How a dict of weights differs from what the model wants: missing and unknown names, other shapes."""
+def mismatches(given: Mapping[str, Sequence[int]], model: nn.Module) -> list[str]:
+    """How weights of these shapes differ from what the model wants: missing and unknown names, other shapes."""
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in weights.items()}
+    given = {name: tuple(shape) for name, shape in given.items()}
     missing = [f"{name} is missing" for name in wanted if name not in given]
     unknown = [f"{name} is not in this model" for name in given if name not in wanted]
     shapes = [
@@ -64,9 +53,13 @@ def mismatches(weights: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     return shapes + missing + unknown
 
 
-def refuse_mismatches(what: str, weights: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Raises a UserError that names the first tensors that do not fit; `what` says where they come from."""
-    different = mismatches(weights, model)
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in weights.items()}
+
+
+def refuse_mismatches(what: str, given: Mapping[str, Sequence[int]], model: nn.Module) -> None:
+    """Raises a UserError that names the first shapes that do not fit; `what` says where they come from."""
+    different = mismatches(given, model)
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UserError(

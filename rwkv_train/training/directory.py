@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from rwkv_train.errors import UserError
 
@@ -24,6 +25,17 @@ class RunDirectory:
         self.curve = self.path / "loss.png"
         self.samples = self.path / "samples.txt"
         self.weights = self.path / "weights.pth"
+
+    def refuse_unusable(self) -> None:
+        """Raises the UserErrors of `claimed` without making or changing anything."""
+        there = next(path for path in [self.path, *self.path.absolute().parents] if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "it is a file" if there.is_file() else f"{there} is read-only"
+            raise UserError(f"the run directory {self.path} cannot be written: {why}", "run.root=DIR puts it elsewhere")
+        lock = self.path / ".lock"
+        if lock.exists():
+            with open(lock, encoding="utf-8") as file:
+                _lock(file, self.path)
 
     @contextmanager
     def claimed(self, first: bool) -> Iterator[None]:
@@ -45,15 +57,20 @@ class RunDirectory:
             what = f"the run directory {self.path} cannot be written: {error.strerror}"
             raise UserError(what, "run.root=DIR puts it elsewhere") from None
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                lock.seek(0)
-                raise UserError(
-                    f"the run directory {self.path} is in use by another process ({lock.read().strip() or 'unknown'})",
-                    "wait for it, stop it, or give this run another name: run.name=NAME",
-                ) from None
+            _lock(lock, self.path)
             with contextlib.suppress(OSError):  # a full disk: the claim holds, it only has no name
                 os.truncate(lock.fileno(), 0)
                 os.write(lock.fileno(), f"pid {os.getpid()} on {os.uname().nodename}".encode())
             yield
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    """Raises a UserError where another process has the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise UserError(
+            f"the run directory {path} is in use by another process ({file.read().strip() or 'unknown'})",
+            "wait for it, stop it, or give this run another name: run.name=NAME",
+        ) from None

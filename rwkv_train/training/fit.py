@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
 import warnings
 from pathlib import Path
 
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers import Logger
 
 import rwkv_train
@@ -21,18 +23,27 @@ from rwkv_train.training.callbacks.checkpointing import Checkpointing
 from rwkv_train.training.callbacks.ending import Ending
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.progress import ProgressBar
-from rwkv_train.training.checkpoint import newest, read_meta, remove_unfinished, set_aside_newer
-from rwkv_train.training.checkpoint_io import DirectoryCheckpointIO
+from rwkv_train.training.callbacks.signals import Signals
+from rwkv_train.training.checkpoint.directory import (
+    directory_name,
+    newest,
+    read_meta,
+    remove_unfinished,
+    set_aside_newer,
+)
+from rwkv_train.training.export import consolidate
 from rwkv_train.training.instantiate import Makers, prepare
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.optim import describe_groups
+from rwkv_train.training.optim import describe_groups, parameter_groups
 from rwkv_train.training.outcome import summarise, write_sample, write_weights
 from rwkv_train.training.parts import Parts, check_checkpoint
 from rwkv_train.training.records import Events, JsonLines, Refusals
-from rwkv_train.training.strategy import build_strategy
+from rwkv_train.training.strategy import Sharing, build_strategy
 
-DISK_REFUSED = 3  # exit codes: the run came to its end, but could not write all its checkpoints or records;
-INTERRUPTED = 130  # stopped by Ctrl-C
+# exit codes
+INTERRUPTED = 130  # by Ctrl-C, before there was a step to finish
+DISK_REFUSED = 3  # the run came to its end, but could not write all its checkpoints or records
+STOPPED = 75  # a signal ended the run before its end: the same command goes on (EX_TEMPFAIL of sysexits.h)
 
 
 def fit(parts: Parts) -> int:
@@ -74,12 +85,12 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
     data.begin(step, meta.get("position"))
 
     validated = [data.sources[number].name for number in data.validated]
-    module = RWKVModule(parts.model, config.optim, total, config.batch.tokens, config.compile, validated)
+    module = RWKVModule(parts.model, parts.recipe, config.optim, total, config.batch.tokens, config.compile, validated)
     metrics = Metrics(lines, data.bytes_per_token)
     saving = Checkpointing(
         run.checkpoints,
-        config.checkpoint.every.in_steps(config.batch.tokens),
-        config.checkpoint.keep,
+        config.checkpoint,
+        config.batch.tokens,
         {
             "config": parts.tree,
             "data": data.digest,
@@ -89,26 +100,31 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
         events,
         parts.storage,
     )
-    _describe(parts, module, checkpoint)
+    _describe(parts, checkpoint)
     if data.masked and step == 0:
         show_batch(data.batch(0), data.tokenizer, console, rows=1)
-    if checkpoint is None and parts.first:
-        with refusals.outlived(run.samples):
-            write_sample(parts.model, data.tokenizer, config.samples, config.seed, 0, run)
     hours = config.budget.hours
     ending = Ending(total, None if hours is None else hours * 3600)
-    ours: list[Callback] = [metrics, saving, ProgressBar(metrics, total, console), ending]
-    trainer = _trainer(parts, [*ours, *(make() for make in callbacks)], [make() for make in loggers])
+    strategy = _strategy(parts, checkpoint)
+    signals = Signals()
+    ours: list[Callback] = [metrics, saving, ProgressBar(metrics, total, console), ending, signals]
+    if checkpoint is None and parts.first and not strategy.sharded:
+        ours.append(LambdaCallback(on_train_start=lambda *_: _sample(parts, 0, refusals)))
+    trainer = _trainer(parts, strategy, [*ours, *(make() for make in callbacks)], [make() for make in loggers])
     try:
         trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
-    except SystemExit:
+    except SystemExit:  # Lightning's answer to a Ctrl-C before the first step
         if not trainer.interrupted:
             raise
-        console.print(f"\ninterrupted at step {trainer.global_step}; {_next_time(saving)}")
+        console.print(f"\ninterrupted; {_next_time(saving)}")
         return INTERRUPTED
     step = trainer.global_step
+    if signals.stopped and step != total:
+        events.add("interrupted", step, signal=signals.received)
+        console.print(f"\n{signals.received or 'a signal'} at step {step}; {_next_time(saving)}")
+        return STOPPED if parts.first else 0  # Lightning takes another rank's code for a failure
     events.add("finished" if step == total else "stopped", step)
-    _finish(parts, step, lines, refusals)
+    _finish(parts, strategy, step, lines, refusals)
     if step != total:
         why = f"budget.hours={hours:g} is over" if ending.out_of_time else "a callback stopped the run"
         console.print(f"\n{why}: step {step}" + (f" of {total}" if total else "") + f"; {_next_time(saving)}")
@@ -128,17 +144,26 @@ def _next_time(saving: Checkpointing) -> str:
     return f"the same command goes on from the checkpoint of step {saving.last}"
 
 
-def _finish(parts: Parts, step: int, lines: JsonLines, refusals: Refusals) -> None:
+def _sample(parts: Parts, step: int, refusals: Refusals) -> None:
+    config, run = parts.config, parts.directory
+    with refusals.outlived(run.samples):
+        write_sample(parts.model, parts.data.tokenizer, config.samples, config.seed, step, run)
+
+
+def _finish(parts: Parts, strategy: Sharing, step: int, lines: JsonLines, refusals: Refusals) -> None:
     """After the last step: final weights, samples, curve and summary, by the first process."""
     if not parts.first:
         return
-    config, run, data, model = parts.config, parts.directory, parts.data, parts.model
+    run, data = parts.directory, parts.data
     with refusals.outlived(run.weights):
-        write_weights(model, run)
-    with refusals.outlived(run.samples):
-        write_sample(model, data.tokenizer, config.samples, config.seed, step, run)
+        if not strategy.divided:
+            write_weights(parts.model, run)
+        elif (last := run.checkpoints / directory_name(step)).exists():
+            consolidate(last, run.weights)
+    if not strategy.sharded:
+        _sample(parts, step, refusals)
     known = baselines(*data.plain) if data.plain else {}
-    title = f"{run.path.name}: {sum(p.numel() for p in model.parameters()):,} parameters"
+    title = f"{run.path.name}: {parts.parameters:,} parameters"
     rows = lines.rows()
     with refusals.outlived(run.curve):
         draw_loss_curve(rows, run.curve, title, known)
@@ -152,7 +177,7 @@ def _find_checkpoint(parts: Parts) -> Path | None:
     if parts.config.resume != "auto":
         return Path(parts.config.resume).expanduser()
     directory = parts.directory.checkpoints
-    found, damaged = newest(directory, parts.storage)
+    found, damaged = newest(directory, parts.storage, content=parts.first)
     for damage in damaged:
         parts.console.print(f"[bold red]damaged checkpoint passed over[/bold red]: {damage.path}: {damage.reason}")
     if found is not None:
@@ -162,7 +187,14 @@ def _find_checkpoint(parts: Parts) -> Path | None:
     return found
 
 
-def _trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
+def _strategy(parts: Parts, checkpoint: Path | None) -> Sharing:
+    block = sum(math.prod(shape) for name, shape in parts.shapes.items() if name.startswith("blocks.0."))
+    strategy = build_strategy(parts.config, parts.strategy, parts.accelerator, parts.processes, parts.data.split, block)
+    strategy.shapes, strategy.source, strategy.resume = parts.shapes, parts.source, checkpoint
+    return strategy
+
+
+def _trainer(parts: Parts, strategy: Sharing, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches are cut from memory
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning's own use of torch
     for room in ("lightning.pytorch", "lightning.fabric"):  # what they say of devices, our own head of a run says
@@ -172,8 +204,8 @@ def _trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]) -> 
         accelerator=parts.accelerator,
         devices=parts.processes,
         num_nodes=config.trainer.num_nodes,
-        precision=config.trainer.precision,  # type: ignore[arg-type]
-        strategy=build_strategy(config.strategy, parts.accelerator, data.split.ranks),
+        precision=None if strategy.brings_precision else config.trainer.precision,  # type: ignore[arg-type]
+        strategy=strategy,
         max_steps=parts.total_steps or -1,
         max_epochs=-1,
         accumulate_grad_batches=data.accumulation,
@@ -183,7 +215,6 @@ def _trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]) -> 
         num_sanity_val_steps=0,
         callbacks=callbacks,
         logger=loggers,
-        plugins=[DirectoryCheckpointIO(parts.storage)],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -193,17 +224,21 @@ def _trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]) -> 
 
 
 def _versions() -> dict[str, str]:
-    return {"rwkv_train": rwkv_train.__version__, "torch": torch.__version__, "lightning": L.__version__}
+    code = hashlib.sha256()
+    for path in sorted(Path(rwkv_train.__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    ours = {"rwkv_train": rwkv_train.__version__, "code": code.hexdigest()[:16]}
+    return {**ours, "torch": torch.__version__, "lightning": L.__version__}
 
 
-def _describe(parts: Parts, module: RWKVModule, checkpoint: Path | None) -> None:
+def _describe(parts: Parts, checkpoint: Path | None) -> None:
     """The head of a run: what is trained on what, how, and where it is kept."""
     config, data, shape, say = parts.config, parts.data, parts.model.config, parts.console.print
-    parameters = sum(p.numel() for p in parts.model.parameters())
     say(f"data    {data.description}")
     sizes = f"L{shape.n_layer} C{shape.n_embd} V{shape.vocab_size}"
-    say(f"model   {shape.arch} {config.model.size}: {sizes}, {parameters:,} parameters")
-    for line in describe_groups(module.groups):
+    say(f"model   {shape.arch} {config.model.size}: {sizes}, {parts.parameters:,} parameters")
+    groups = parameter_groups(parts.model, parts.recipe, config.optim.weight_decay, config.optim.rules)
+    for line in describe_groups(groups):
         say(f"group   {line}")
     split = data.split
     say(

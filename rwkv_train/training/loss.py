@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rwkv_train.config import LOGITS_AT_ONCE
 from rwkv_train.data.rows import IGNORED
 
 
@@ -58,7 +60,85 @@ def language_model_loss(
     return loss
 
 
+class _ChunkedLoss(torch.autograd.Function):
+    """The same loss from hidden states: head, cross-entropy and both gradients, some rows at a time.
+
+    The gradients are made in the forward pass, while a chunk's logits are there; the backward pass scales them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float, predictions: Tensor | None
+    ) -> Tensor:
+        rows, goals = hidden.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
+        counted = (goals != IGNORED).sum() if predictions is None else predictions
+        to_hidden = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for part, goal, place in _chunks(rows, goals, weight.shape[0]):
+            logits = F.linear(part, weight)
+            wide = logits.float()
+            total += F.cross_entropy(wide, goal, ignore_index=IGNORED, reduction="sum")
+            if to_hidden is None and to_weight is None:
+                continue
+            largest, where = wide.max(-1, keepdim=True)
+            slope = torch.softmax(wide, -1)  # (rows, V), becomes the gradient of the logits
+            predicted = (goal != IGNORED).unsqueeze(-1)
+            slope.scatter_add_(-1, goal.clamp(min=0).unsqueeze(-1), -torch.ones_like(largest))
+            slope *= predicted / counted
+            slope.scatter_add_(-1, where, largest * (l2wrap / goals.numel()))
+            narrow = slope.to(logits.dtype)
+            if to_hidden is not None:
+                to_hidden[place] = narrow @ weight.to(narrow.dtype)
+            if to_weight is not None:
+                to_weight += narrow.t() @ part.to(narrow.dtype)
+        ctx.to_hidden = None if to_hidden is None else to_hidden.view_as(hidden)
+        ctx.to_weight = to_weight
+        return total / counted
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        (gradient,) = gradients
+        scaled = [None if made is None else made.mul_(gradient) for made in (ctx.to_hidden, ctx.to_weight)]
+        ctx.to_hidden = ctx.to_weight = None
+        return scaled[0], scaled[1], None, None, None
+
+
+def _chunks(rows: Tensor, goals: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Rows (N, C) and their targets (N), so many at a time that LOGITS_AT_ONCE holds, and where they stand."""
+    size = max(1, LOGITS_AT_ONCE // vocab_size)
+    for first in range(0, len(rows), size):
+        place = slice(first, min(first + size, len(rows)))
+        yield rows[place], goals[place], place
+
+
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float = 1e-4, predictions: Tensor | None = None
+) -> Tensor:
+    """`language_model_loss` of the logits hidden · weightᵀ, which never exist as a whole: equal up to rounding.
+
+    Args:
+        hidden: (B, T, C), what the head gets.
+        weight: (V, C), the head's.
+        targets: (B, T) int64; -100 is not predicted.
+        l2wrap, predictions: as in `language_model_loss`.
+    """
+    return cast(Tensor, _ChunkedLoss.apply(hidden, weight, targets, l2wrap, predictions))  # type: ignore[no-untyped-call]
+
+
+def too_many_logits(targets: Tensor, vocab_size: int) -> bool:
+    """Whether the logits of a batch are worked on in chunks."""
+    return targets.numel() * vocab_size > LOGITS_AT_ONCE
+
+
 def summed_nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The cross-entropy of a validation batch as (sum of nats in float64, number of predicted tokens)."""
     nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return nats.double().sum(), (targets != IGNORED).sum()
+
+
+def head_nats(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The sum of nats of `summed_nats`, from hidden states (B, T, C) and the head's weight (V, C), in chunks."""
+    chunks = _chunks(hidden.flatten(0, 1), targets.flatten(), weight.shape[0])
+    parts = [summed_nats(F.linear(part, weight).unsqueeze(0), goal.unsqueeze(0))[0] for part, goal, _ in chunks]
+    return torch.stack(parts).sum()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from rwkv_train.config import OptimSettings
-from rwkv_train.models import RWKV, recipe_of
-from rwkv_train.training.checkpoint import by_name, by_number
-from rwkv_train.training.loss import language_model_loss, summed_nats
+from rwkv_train.data.rows import IGNORED
+from rwkv_train.models import RWKV, Row
+from rwkv_train.training.loss import head_loss, head_nats, language_model_loss, summed_nats, too_many_logits
 from rwkv_train.training.optim import build_optimizer, learning_rate, parameter_groups
+from rwkv_train.training.strategy import Sharing
 
 Batch = Sequence[Any]  # tokens, targets and, of documents, starts and predictions: data/ahead.py
 
@@ -31,6 +33,7 @@ class RWKVModule(L.LightningModule):
 
     Args:
         model: the language model.
+        recipe: each parameter's row, by name.
         optim: optimiser settings.
         total_steps: length of the run in optimiser steps; None: no end.
         tokens_per_step: of the whole batch, over all devices and micro-batches.
@@ -41,6 +44,7 @@ class RWKVModule(L.LightningModule):
     def __init__(
         self,
         model: RWKV,
+        recipe: Mapping[str, Row],
         optim: OptimSettings,
         total_steps: int | None,
         tokens_per_step: int,
@@ -49,10 +53,10 @@ class RWKVModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
+        self.recipe = recipe
         self.optim = optim
         self.total_steps = total_steps
         self.tokens_per_step = tokens_per_step
-        self.groups = parameter_groups(model, recipe_of(model), optim.weight_decay, optim.rules)
         self.losses: list[Tensor] = []  # of the micro-batches since the last optimiser step, on the device
         self.grad_norm = torch.tensor(math.nan)  # of the last optimiser step, before clipping
         self.lr = math.nan
@@ -60,19 +64,33 @@ class RWKVModule(L.LightningModule):
         self._sources = sources
         self._validation: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sources]
 
+    def configure_model(self) -> None:
+        """Called when the ranks know each other: the strategy gives the parameters memory where they have none."""
+        self.strategy.materialise(self.model)
+
     @property
     def tokens_seen(self) -> int:
         return self.trainer.global_step * self.tokens_per_step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        tokens, targets, starts, predictions = documents_of(batch)
-        logits, _ = self._forward[0](tokens, starts=starts)
-        loss = language_model_loss(logits, targets, self.optim.l2wrap, predictions)
+        loss = self._loss(self._forward[0], batch, self.optim.l2wrap)
         self.losses.append(loss.detach())
         return loss
 
+    def _loss(self, model: Callable[..., Any], batch: Batch, l2wrap: float) -> Tensor:
+        tokens, targets, starts, predictions = documents_of(batch)
+        if too_many_logits(targets, self.model.config.vocab_size):
+            readout = partial(head_loss, targets=targets, l2wrap=l2wrap, predictions=predictions)
+            return cast(Tensor, model(tokens, starts=starts, readout=readout)[0])
+        logits, _ = model(tokens, starts=starts)
+        return language_model_loss(logits, targets, l2wrap, predictions)
+
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         tokens, targets, starts, _ = documents_of(batch)
+        if too_many_logits(targets, self.model.config.vocab_size):
+            nats, _ = self.model(tokens, starts=starts, readout=partial(head_nats, targets=targets))
+            self._validation[dataloader_idx].append((nats, (targets != IGNORED).sum()))
+            return
         logits, _ = self.model(tokens, starts=starts)
         self._validation[dataloader_idx].append(summed_nats(logits, targets))
 
@@ -91,8 +109,20 @@ class RWKVModule(L.LightningModule):
             for source, (nats, count) in zip(self._sources, sums, strict=True):
                 self.log(f"val/loss/{source}", nats / count, sync_dist=many, add_dataloader_idx=False)
 
+    def probe(self, batch: Batch) -> Tensor:
+        """The loss of a batch, without L2Wrap and without gradient: what tells one set of weights from another."""
+        with torch.no_grad():
+            return self._loss(self.model, batch, 0.0)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.groups, self.optim)
+        """Called when the strategy has made the parameters what they are while it trains."""
+        return build_optimizer(
+            parameter_groups(self.model, self.recipe, self.optim.weight_decay, self.optim.rules), self.optim
+        )
+
+    @property
+    def strategy(self) -> Sharing:
+        return cast(Sharing, self.trainer.strategy)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.lr = learning_rate(self.optim, self.trainer.global_step, self.total_steps, self.tokens_per_step)
@@ -101,20 +131,10 @@ class RWKVModule(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clips the gradient's norm, counted over all parameters of all ranks, and keeps what it was before."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        limit = math.inf if self.optim.clip is None else self.optim.clip
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm = self.strategy.clip(math.inf if self.optim.clip is None else self.optim.clip)
+        self.grad_norm = self.grad_norm if norm is None else norm
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Puts Lightning's dict into our form: weights under the field's names, optimiser state by parameter name."""
-        prefix = "model."
-        weights = checkpoint.pop("state_dict")
-        checkpoint["weights"] = {name.removeprefix(prefix): value for name, value in weights.items()}
-        checkpoint["optimizer_states"] = [by_name(state) for state in checkpoint["optimizer_states"]]
-        checkpoint["random_state"] = torch.get_rng_state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {f"model.{name}": value for name, value in checkpoint.pop("weights").items()}
-        order = build_optimizer(self.groups, self.optim)
-        checkpoint["optimizer_states"] = [by_number(named, order) for named in checkpoint["optimizer_states"]]
-        torch.set_rng_state(checkpoint["random_state"])
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        norm = self.strategy.norm_of_step()
+        self.grad_norm = self.grad_norm if norm is None else norm

@@ -17,7 +17,7 @@ from rwkv_train.config import SampleSettings
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.inference.generate import generate
 from rwkv_train.models import RWKV
-from rwkv_train.training.checkpoint import LocalStorage, dump
+from rwkv_train.training.checkpoint.storage import LocalStorage, dump
 from rwkv_train.training.directory import RunDirectory
 
 

@@ -6,8 +6,10 @@ it takes seconds to import.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,19 @@ from rwkv_train.config import Config
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.sources import refuse_large
 from rwkv_train.errors import UserError
-from rwkv_train.models import RWKV, ModelConfig, build_model
-from rwkv_train.models.weights import grow_vocabulary, load_weights, refuse_mismatches
-from rwkv_train.training.checkpoint import Storage, read_meta
+from rwkv_train.models import RWKV, ModelConfig, Row, build_model, recipe_of
+from rwkv_train.models.weights import refuse_mismatches, shapes_of
+from rwkv_train.planning.cards import card_of, cpu_card, present_card, ranks_of
+from rwkv_train.planning.plan import make_plan, smallest_change, why
+from rwkv_train.planning.report import advice
+from rwkv_train.training.checkpoint.directory import read_meta, refuse_damage
+from rwkv_train.training.checkpoint.pieces import WEIGHT, Piece, Reader
+from rwkv_train.training.checkpoint.storage import Storage
 from rwkv_train.training.directory import RunDirectory
-from rwkv_train.training.throughput import keep_freed_memory
-from rwkv_train.words import as_tree, differences
+from rwkv_train.training.initial import Recipe
+from rwkv_train.words import PLACEMENT, as_tree, differences
+
+_SMALL = 0.05  # a model whose state takes less of the memory fits without a plan, which would take a second
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,18 @@ class Parts:
     console: Console
     accelerator: str
     processes: int  # on this node
+    strategy: str  # settled: single, or a name of conf/strategy but auto
     data: Batches
-    model: RWKV
+    model: RWKV  # without values unless a single device trains it
+    recipe: dict[str, Row]
+    shapes: dict[str, tuple[int, ...]]  # of the parameters
+    source: Recipe | Reader | None  # of the values that the model does not have yet
     directory: RunDirectory
     storage: Storage | None
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def total_steps(self) -> int | None:
@@ -48,15 +65,14 @@ class Parts:
 
 
 def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> Parts:
-    """Makes the parts of a run.
+    """Makes the parts of a run; with dry_run=true, of one on devices that need not be here, without any weights.
 
     Raises:
         UserError: what `train` raises before it writes anything.
     """
     first = rank == 0
-    accelerator, processes = _devices(config)
+    accelerator, processes = _simulated_devices(config) if config.dry_run else _devices(config)
     torch.set_num_threads(config.threads or max(1, _cores() // (processes if accelerator == "cpu" else 1)))
-    keep_freed_memory()
     data = Batches(
         config.data,
         config.batch,
@@ -70,21 +86,62 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
     data.refuse_budget(None if budget is None else budget.in_steps(config.batch.tokens))
     data.vocabulary = config.model.vocab_size or data.vocab_size
     refuse_large(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
+    console = Console(quiet=not first, highlight=False, soft_wrap=True)
+    strategy = _strategy(config, accelerator, processes, data.vocabulary, console)
+    model, source = _build(config, data.vocabulary, strategy == "single" and not config.dry_run)
     parts = Parts(
         config=config,
         tree=as_tree(config),
         first=first,
-        console=Console(quiet=not first, highlight=False, soft_wrap=True),
+        console=console,
         accelerator=accelerator,
         processes=processes,
+        strategy=strategy,
         data=data,
-        model=_build(config, data.vocabulary),
+        model=model,
+        recipe=recipe_of(model),
+        shapes=shapes_of(dict(model.named_parameters())),
+        source=source,
         directory=RunDirectory(config.run.root, config.run.name),
         storage=storage,
     )
     if config.resume not in ("auto", "never"):
-        check_checkpoint(Path(config.resume).expanduser(), parts)
+        path = Path(config.resume).expanduser()
+        refuse_damage(path, content=first)
+        check_checkpoint(path, parts)
     return parts
+
+
+def _strategy(config: Config, accelerator: str, processes: int, vocab_size: int, console: Console) -> str:
+    """The strategy's name with `auto` settled.
+
+    Raises:
+        UserError: the model does not fit into the devices' memory; says what would.
+    """
+    ranks, gpu = processes * config.trainer.num_nodes, accelerator == "gpu"
+    package = "deepspeed" if config.strategy.startswith("deepspeed") else "torch"
+    if find_spec(package) is None:
+        raise UserError(f"strategy={config.strategy} needs {package}, which is not installed", f"pip install {package}")
+    card = card_of(config)[0] if config.dry_run else (present_card() if gpu else None) or cpu_card(processes)
+    state = 16.0 * config.model.n_layer * config.model.n_embd**2 * 13
+    if config.strategy == "auto" and state < _SMALL * card.memory:
+        return "single" if ranks == 1 else "ddp"
+    plan = make_plan(config, card, ranks, vocab_size, gpu)
+    if not plan.fits and not config.dry_run:
+        change = smallest_change(config, plan, vocab_size)
+        raise UserError(
+            f"model={config.model.size} does not fit {ranks} × {card.name} with strategy={plan.layout.strategy}: "
+            f"{plan.held / 1e9:.1f} GB a device, it has {card.memory / 1e9:.1f}",
+            advice(change),
+        )
+    if config.strategy == "auto" and not config.dry_run:
+        console.print(why(plan))
+    return plan.layout.strategy
+
+
+def _simulated_devices(config: Config) -> tuple[str, int]:
+    card, _ = card_of(config)
+    return "cpu" if card.name == "cpu" else "gpu", ranks_of(config, card) // config.trainer.num_nodes
 
 
 def _cores() -> int:
@@ -116,26 +173,34 @@ def _devices(config: Config) -> tuple[str, int]:
     return "gpu", processes
 
 
-def _build(config: Config, vocab_size: int) -> RWKV:
-    """The model with its first weights: the recipe's, or those of init.weights."""
+def _build(config: Config, vocab_size: int, valued: bool) -> tuple[RWKV, Recipe | Reader | None]:
+    """The model and where its first values come from: the recipe or init.weights; None where it has them already."""
     settings = config.model
     shape = ModelConfig(config.arch, settings.n_layer, settings.n_embd, vocab_size, settings.dim_ffn)
+    model = build_model(shape, device="meta")
+    source: Recipe | Reader
     if config.init_weights is None:
-        model = build_model(shape, config.seed)
+        if valued:
+            model = build_model(shape, config.seed)
+        source = Recipe(recipe_of(model), shapes_of(dict(model.named_parameters())), shape.n_layer, config.seed)
     else:
-        weights = grow_vocabulary(load_weights(Path(config.init_weights).expanduser()), len(config.vocab.extend))
-        model = build_model(shape, device="meta").to_empty(device="cpu")
-        refuse_mismatches(f"init.weights={config.init_weights}", weights, model)
-        model.load_state_dict(weights)
-    model.activation_checkpointing = config.activation_checkpointing
-    return model
+        source = Reader(Path(config.init_weights).expanduser())
+        source.grow_vocabulary(len(config.vocab.extend))
+        refuse_mismatches(f"init.weights={config.init_weights}", source.shapes, model)
+        if valued:
+            model = model.to_empty(device="cpu")
+            source.fill(Piece(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in model.named_parameters())
+    model.activation_checkpointing = int(config.activation_checkpointing)
+    return model, None if valued else source
 
 
 def check_checkpoint(path: Path, parts: Parts) -> None:
     """Refuses to go on from a checkpoint of another model, other data or another config."""
     meta = read_meta(path)
-    refuse_mismatches(f"the checkpoint {path}", load_weights(path), parts.model)
+    refuse_mismatches(f"the checkpoint {path}", meta["shapes"], parts.model)
     changed = differences(meta["config"], parts.tree)
+    placed = [change for change in changed if change.split(":")[0] in PLACEMENT]
+    changed = [change for change in changed if change not in placed]
     if meta["data"] != parts.data.digest:
         changed.append(f"the data itself: content hash {meta['data']} → {parts.data.digest}")
     tokenizer = parts.data.tokenizer.identity
@@ -146,3 +211,5 @@ def check_checkpoint(path: Path, parts: Parts) -> None:
             f"the checkpoint {path} was made with another config: {'; '.join(changed)}",
             "go on all the same: run.allow_changes=true; a new run: run.name=NEW",
         )
+    if placed or changed:
+        parts.console.print(f"resumed with {'; '.join([*placed, *changed])}")

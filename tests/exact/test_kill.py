@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_train import launcher
-from rwkv_train.training.checkpoint import newest
+from rwkv_train.training.checkpoint.directory import newest
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, same_weights, start_slow_saving, words_for
 

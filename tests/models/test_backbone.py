@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rwkv_train import ops
 from rwkv_train.models import ModelConfig, State, build_model
-from rwkv_train.models.weights import infer_config, mismatches
+from rwkv_train.models.weights import infer_config, mismatches, shapes_of
 from tests.oracles.models import lively_model
 
 
@@ -105,7 +105,7 @@ def test_infer_config_and_mismatches() -> None:
     model = build_model(ModelConfig("rwkv4", 2, 24, 60, dim_ffn=40))
     assert infer_config(model.state_dict()) == model.config
     other = build_model(ModelConfig("rwkv4", 1, 24, 61, dim_ffn=40))
-    found = mismatches(model.state_dict(), other)
+    found = mismatches(shapes_of(model.state_dict()), other)
     assert found[0] == "emb.weight has shape (60, 24), this model (61, 24)"
     assert any("blocks.1." in line and "is not in this model" in line for line in found)
 

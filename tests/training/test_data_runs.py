@@ -15,7 +15,7 @@ from rwkv_train import launcher
 from rwkv_train.data.prepare import Job, prepare
 from rwkv_train.errors import UserError
 from rwkv_train.models import ModelConfig, build_model
-from rwkv_train.models.weights import grow_vocabulary
+from rwkv_train.training.checkpoint.pieces import WEIGHT, Piece, Reader
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, same_weights, words_for, write_text
 
@@ -127,7 +127,12 @@ def test_new_tokens_leave_old_logits(tmp_path: Path) -> None:
     before = torch.load(weights, weights_only=True)
     old, new = build_model(ModelConfig("rwkv4", 2, 32, 256)), build_model(ModelConfig("rwkv4", 2, 32, 258))
     old.load_state_dict(before)
-    new.load_state_dict(grow_vocabulary(before, 2))
+    reader = Reader(weights)
+    reader.grow_vocabulary(2)
+    reader.fill(Piece(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in new.named_parameters())
+    for name in ("emb.weight", "head.weight"):
+        mean = before[name].double().mean(0).float()
+        assert torch.equal(new.state_dict()[name][256:], mean.expand(2, -1))
     tokens = torch.randint(256, (2, 20))
     torch.testing.assert_close(new(tokens)[0][..., :256], old(tokens)[0], rtol=1e-6, atol=1e-6)
     assert torch.equal(new.emb.weight[:256], old.emb.weight)

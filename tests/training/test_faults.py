@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_train import launcher
-from rwkv_train.training.checkpoint import newest
+from rwkv_train.training.checkpoint.directory import newest
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.records import JsonLines
 from rwkv_train.training.run import train

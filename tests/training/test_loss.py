@@ -1,10 +1,14 @@
 """Cross-entropy and L2Wrap against hand-computed gradients."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_train.training.loss import language_model_loss, summed_nats
+import rwkv_train.training.loss as loss_module
+from rwkv_train.training.loss import head_loss, head_nats, language_model_loss, summed_nats
 
 
 def example(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,3 +53,54 @@ def test_summed_nats_counts_what_is_predicted() -> None:
     nats, count = summed_nats(logits, targets)
     assert count.item() == 10
     assert (nats / count).item() == pytest.approx(language_model_loss(logits, targets).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [1, 50, 10_000])
+def test_the_chunked_loss_is_the_plain_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, at_once: int) -> None:
+    """Value and both gradients, with masked targets, L2Wrap and an incoming gradient, whatever the chunk."""
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2, 17, 8, generator=generator).requires_grad_()
+    weight = torch.randn(11, 8, generator=generator).requires_grad_()
+    targets = torch.randint(11, (2, 17), generator=generator)
+    targets[0, 3:6] = -100
+    found: dict[str, tuple[torch.Tensor, ...]] = {}
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        plain = language_model_loss(F.linear(hidden, weight), targets, 1e-2)
+        chunked = head_loss(hidden, weight, targets, 1e-2)
+        nats, _ = summed_nats(F.linear(hidden, weight), targets)
+        torch.testing.assert_close(head_nats(hidden, weight, targets), nats)
+    for name, loss in (("plain", plain), ("chunked", chunked)):
+        found[name] = (loss.detach(), *torch.autograd.grad(3 * loss, (hidden, weight)))
+    for one, other in zip(found["chunked"], found["plain"], strict=True):
+        rounding = torch.finfo(dtype).eps * other.abs().max()
+        torch.testing.assert_close(one, other, rtol=0, atol=4 * float(rounding))
+
+
+def peak_of(loss: str, vocab_size: int, length: int) -> int:
+    """Bytes above the inputs and the gradients that a forward and a backward pass need, in a process of its own."""
+    code = f"""
+import torch, pathlib
+from rwkv_train.training.loss import head_loss, language_model_loss
+torch.set_num_threads(1)
+hidden = torch.randn(1, {length}, 64, requires_grad=True)
+weight = torch.randn({vocab_size}, 64, requires_grad=True)
+targets = torch.randint({vocab_size}, (1, {length}))
+def status(field):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+before = status("VmRSS")
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+if "{loss}" == "plain":
+    language_model_loss(hidden @ weight.t(), targets).backward()
+else:
+    head_loss(hidden, weight, targets).backward()
+print(status("VmHWM") - before)
+"""
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.slow
+def test_the_chunked_loss_needs_a_fifth_of_the_memory() -> None:
+    assert peak_of("chunked", 65536, 4096) <= 0.2 * peak_of("plain", 65536, 4096)

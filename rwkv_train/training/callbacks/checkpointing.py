@@ -1,4 +1,4 @@
-"""When a checkpoint is written and which are kept. How it is written is training/checkpoint.py's matter."""
+"""When a checkpoint is written and which are kept. How it is written is training/checkpoint/'s matter."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 
+from rwkv_train.config import CheckpointSettings
+from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
-from rwkv_train.training.checkpoint import LocalStorage, Storage, directory_name, newest, step_of
-from rwkv_train.training.loss import language_model_loss
-from rwkv_train.training.module import RWKVModule, documents_of
+from rwkv_train.training.checkpoint.directory import aside_of, directory_name, newest, read_meta, step_of
+from rwkv_train.training.checkpoint.storage import LocalStorage, Storage
+from rwkv_train.training.checkpoint.writer import Writer
+from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.records import Events
+from rwkv_train.training.strategy import Sharing
 
 _PROBE_TOLERANCE = {"32-true": 2e-6, "bf16-mixed": 1e-2}  # relative
 
@@ -26,32 +29,50 @@ class Checkpointing(Callback):
 
     Args:
         directory: checkpoints/ of the run.
-        every: steps between two checkpoints.
-        keep: how many of the newest ones stay.
+        settings: how often, and which stay.
+        tokens_per_step: converts spans that are given in tokens.
         meta: what is known before training (config, versions), written into each checkpoint.
         events: gets a row for each checkpoint.
+        storage: the file system.
     """
 
     def __init__(
         self,
         directory: Path,
-        every: int,
-        keep: int,
+        settings: CheckpointSettings,
+        tokens_per_step: int,
         meta: dict[str, Any],
         events: Events,
         storage: Storage | None = None,
     ) -> None:
-        self.directory, self.every, self.keep, self.meta, self.events = directory, every, keep, meta, events
+        self.directory, self.meta, self.events, self.keep, self.best = (
+            directory,
+            meta,
+            events,
+            settings.keep,
+            settings.best,
+        )
+        self.every = settings.every.in_steps(tokens_per_step)
+        self.permanent = None if settings.permanent is None else settings.permanent.in_steps(tokens_per_step)
+        self.background = settings.background
         self.storage: Storage = storage or LocalStorage()
         self.failures = 0  # saves that the disk refused
         self.last: int | None = None  # step of the newest checkpoint
+        self._begun: int | None = None  # the same, of one that is perhaps still being written
         self._probe: float | None = None
+        self._pause = 0.0  # seconds that the last save has stopped the training
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        strategy = cast(Sharing, trainer.strategy)
+        strategy.background = self.background
+        writers = strategy.world_size if strategy.divided else 1
+        strategy.writer = Writer(self.storage, strategy.global_rank, writers, strategy.board(), self._retain)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Recomputes the loaded checkpoint's probe: weights, data and engine give the loss that they gave before."""
         if self._probe is None:
             return
-        now, before = self._measure_probe(trainer, pl_module), self._probe
+        now, before = self._measure_probe(trainer), self._probe
         tolerance = _PROBE_TOLERANCE.get(str(trainer.precision), 1e-2)
         if not abs(now - before) <= tolerance * abs(before):
             raise UserError(
@@ -64,72 +85,102 @@ class Checkpointing(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if batch_idx % trainer.accumulate_grad_batches == 0 and step and step % self.every == 0:
-            self.save(trainer, pl_module)
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        self._report(cast(Sharing, trainer.strategy))
+        if step and step % self.every == 0:
+            self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.save(trainer, pl_module)
+        self.save(trainer)
+        strategy = cast(Sharing, trainer.strategy)
+        strategy.settle()
+        self._report(strategy)
 
-    def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes a checkpoint of this step, unless there is one. A disk that refuses it costs no more than that."""
-        step, began = trainer.global_step, time.perf_counter()
-        if step == self.last:
+    def save(self, trainer: L.Trainer) -> None:
+        """Begins a checkpoint of this step, unless there is one. A disk that refuses it costs no more than that."""
+        step = trainer.global_step
+        if step == self._begun:
             return
-        path = self.directory / directory_name(step)
-        self._probe = self._measure_probe(trainer, pl_module)
-        try:
-            trainer.save_checkpoint(path)
-        except OSError as error:
-            self._refused(path, error)
-            trainer.strategy.barrier()  # the one inside save_checkpoint, at which the other ranks wait
-            return
-        self.last = step
-        self.events.add("checkpoint", step, seconds=round(time.perf_counter() - began, 3))
-        if trainer.is_global_zero:
-            self._retain()
+        began, self._begun = time.perf_counter(), step
+        self._probe = self._measure_probe(trainer)
+        trainer.save_checkpoint(self.directory / directory_name(step))
+        self._pause = time.perf_counter() - began
 
-    def _refused(self, path: Path, error: OSError) -> None:
+    def _report(self, strategy: Sharing) -> None:
+        """Tells how the saves ended that were under way."""
+        for outcome in strategy.writer.finished():
+            if outcome.error is not None:
+                self._refused(outcome.path, outcome.error)
+                continue
+            self.last = step_of(outcome.path)
+            seconds = {"seconds": round(outcome.seconds, 3), "pause": round(self._pause, 3)}
+            self.events.add("checkpoint", self.last or 0, **seconds)
+
+    def _refused(self, path: Path, error: str) -> None:
         self.failures += 1
+        if not self.events.enabled:
+            return
         kept, _ = newest(self.directory, self.storage)
         with contextlib.suppress(OSError):  # then the next start removes it
-            self.storage.delete(path.with_name(f".writing-{path.name}"))
+            self.storage.delete(aside_of(path))
         print(
-            f"\nWARNING: the checkpoint {path} could not be written: {error.strerror or error}\n"
+            f"\nWARNING: the checkpoint {path} could not be written: {error}\n"
             f"  training goes on; the last whole checkpoint is {kept or 'none'}",
             file=sys.stderr,
             flush=True,
         )
-        self.events.add("checkpoint_failed", step_of(path) or 0, error=str(error))
+        self.events.add("checkpoint_failed", step_of(path) or 0, error=error)
 
     def _retain(self) -> None:
-        steps = [name for name in self.storage.names(self.directory) if step_of(Path(name)) is not None]
-        for name in steps[: -self.keep]:
+        """Deletes the checkpoints that need not stay; called in the writer's thread."""
+        steps = [step for name in self.storage.names(self.directory) if (step := step_of(Path(name))) is not None]
+        stay = set(sorted(steps)[-self.keep :])
+        if self.permanent is not None:
+            stay |= {step for step in steps if step % self.permanent == 0}
+        if self.best and (losses := [(loss, step) for step in steps if (loss := self._loss_of(step)) is not None]):
+            stay.add(min(losses)[1])
+        for step in set(steps) - stay:
+            path = self.directory / directory_name(step)
             try:
-                self.storage.delete(self.directory / name)
+                self.storage.delete(path)
             except OSError as error:
-                print(f"warning: {self.directory / name} cannot be deleted: {error.strerror}", file=sys.stderr)
+                print(f"warning: {path} cannot be deleted: {error.strerror}", file=sys.stderr)
 
-    def _measure_probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float:
-        """The loss of this rank's first micro-batch of the next step, mean over the ranks, without an update."""
-        assert isinstance(pl_module, RWKVModule)
-        batch = trainer.datamodule.batches.batch(trainer.global_step)  # type: ignore[attr-defined]
-        tokens, targets, starts, predictions = documents_of(trainer.strategy.batch_to_device(batch))
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            logits, _ = pl_module.model(tokens, starts=starts)
-            loss = language_model_loss(logits, targets, 0.0, predictions)
-        return float(trainer.strategy.reduce(loss, reduce_op="mean"))
+    def _loss_of(self, step: int) -> float | None:
+        """The validation loss of a checkpoint's step; None: it was not validated."""
+        loss: float | None = read_meta(self.directory / directory_name(step)).get("val_loss")
+        return loss
+
+    def _measure_probe(self, trainer: L.Trainer) -> float:
+        """The loss of the next step's first sample, the same one for any number of ranks, without an update."""
+        batches: Batches = trainer.datamodule.batches  # type: ignore[attr-defined]
+        strategy = cast(Sharing, trainer.strategy)
+        batch = strategy.batch_to_device(batches.first_sample(trainer.global_step))
+        with trainer.precision_plugin.forward_context():
+            loss = strategy.probe(batch)
+        return float(strategy.reduce(loss, reduce_op="mean"))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
-        step = trainer.global_step
+        step, loss = trainer.global_step, trainer.callback_metrics.get("val/loss")
         checkpoint["loops"] = between_steps(checkpoint["loops"], step, trainer.accumulate_grad_batches)
-        checkpoint["meta"] = {**self.meta, "step": step, "tokens": pl_module.tokens_seen, "probe": self._probe}
+        checkpoint["meta"] = {
+            **self.meta,
+            "step": step,
+            "tokens": pl_module.tokens_seen,
+            "probe": self._probe,
+            "val_loss": None if loss is None else float(loss),
+            "loggers": {type(logger).__name__: str(logger.version) for logger in trainer.loggers},
+        }
         position = trainer.datamodule.batches.position(step)  # type: ignore[attr-defined]
         if position is not None:
             checkpoint["meta"]["position"] = position
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._probe, self.last = checkpoint["meta"]["probe"], checkpoint["meta"]["step"]
+        meta = checkpoint["meta"]
+        self._probe, self.last, self._begun = meta["probe"], meta["step"], meta["step"]
+        checkpoint["loops"] = between_steps(checkpoint["loops"], meta["step"], trainer.accumulate_grad_batches)
 
 
 def between_steps(loops: dict[str, Any], step: int, accumulation: int) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""Bytes that one rank holds while it trains, by what they are for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from rwkv_train.config import LOGITS_AT_ONCE
+from rwkv_train.planning.model import Counts
+
+FLOAT = 4  # bytes: weights, gradients and Adam's moments are float32 under every strategy
+DDP_BUCKET = 25 * 2**20
+BUCKET = 200_000_000  # elements, the most that DeepSpeed sends in one go
+RUNTIME = 1.2e9  # bytes of a GPU that CUDA's context, its libraries and the allocator's leavings take
+PROCESS = 0.9e9  # bytes of the host's memory that a process takes by itself
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread out.
+
+    Args:
+        strategy: single, or a name of conf/strategy but auto.
+        ranks: devices of all machines.
+        micro: samples of one pass on one device.
+        context: tokens of a sample.
+        accumulation: passes of a step.
+        checkpointing: every n-th block is recomputed in the backward pass; 0: none.
+        mixed: whether products are computed in bfloat16.
+    """
+
+    strategy: str
+    ranks: int
+    micro: int
+    context: int
+    accumulation: int
+    checkpointing: int
+    mixed: bool
+
+    @property
+    def stage(self) -> int:
+        """What is shared out: 0 nothing, 1 the optimiser state, 2 gradients too, 3 parameters too."""
+        return 3 if self.strategy == "fsdp" else int(self.strategy[10]) if "deepspeed" in self.strategy else 0
+
+    @property
+    def offload(self) -> bool:
+        return self.strategy.endswith("_offload")
+
+    @property
+    def tokens(self) -> int:
+        """Of one pass on one device."""
+        return self.micro * self.context
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank; `host` is the host's share of them, `device` the sum of the others."""
+
+    weights: float
+    gradients: float
+    optimiser: float
+    activations: float
+    logits: float
+    buffers: float
+    runtime: float
+    host: float
+    checkpoint: float  # on the disk, of all ranks together
+
+    @property
+    def device(self) -> float:
+        held = (getattr(self, field.name) for field in fields(self) if field.name not in ("host", "checkpoint"))
+        return float(sum(held))
+
+
+def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = True) -> Memory:
+    """What a rank holds at the height of a step.
+
+    Args:
+        counts: of the model.
+        layout: how the run is spread out.
+        gpu: whether the devices have a memory of their own; else all is the host's.
+        background: whether checkpoints are written from a copy.
+    """
+    whole, part = FLOAT * counts.parameters, FLOAT * counts.parameters / layout.ranks
+    stage, deepspeed = layout.stage, "deepspeed" in layout.strategy
+    weights = part if stage == 3 else whole
+    gradients = whole if stage < 2 else part
+    if deepspeed and stage == 1:
+        gradients += part  # averaged, apart from the others
+    optimiser = (3 if deepspeed else 2) * part if stage else 2 * whole
+    buffers = _buffers(counts, layout)
+    host = PROCESS
+    if layout.offload:
+        host += optimiser + part
+        optimiser, gradients = 0.0, gradients if stage == 1 else 0.0
+        if stage == 3:
+            host, weights = host + weights, 0.0
+    state = 3 * FLOAT * counts.parameters
+    if background:
+        host += state / layout.ranks if stage else state
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimiser=optimiser,
+        activations=activations(counts, layout),
+        logits=logits(counts, layout),
+        buffers=buffers,
+        runtime=RUNTIME if gpu else 0.0,
+        host=host,
+        checkpoint=state,
+    )
+
+
+def activations(counts: Counts, layout: Layout) -> float:
+    """What the forward pass keeps for the backward pass, and what that needs besides at its height."""
+    every, blocks = layout.checkpointing, counts.n_layer
+    recomputed = -(-blocks // every) if every else 0
+    kept = (blocks - recomputed) * counts.block_saved + recomputed * counts.stream
+    if recomputed:
+        kept += counts.block_saved
+    casts = counts.block_casts * (blocks - recomputed if layout.stage < 3 else 1)
+    return layout.tokens * (kept + counts.ends_saved + counts.block_extra) + casts
+
+
+def logits(counts: Counts, layout: Layout) -> float:
+    """Of the head: logits, their float32 copy and gradient, at most LOGITS_AT_ONCE of them at a time."""
+    at_once = min(layout.tokens * counts.vocab_size, LOGITS_AT_ONCE)
+    hidden = layout.tokens * counts.n_embd * FLOAT
+    return at_once * (counts.logit + 2 * FLOAT) + 2 * hidden
+
+
+def _buffers(counts: Counts, layout: Layout) -> float:
+    """Of collectives, and of parameters that are gathered for a moment."""
+    if layout.strategy == "single":
+        return 0.0
+    if layout.stage == 0:
+        return DDP_BUCKET
+    size = 2 if layout.mixed else FLOAT
+    if layout.strategy == "fsdp":
+        gathered = 2 * max(counts.block, counts.largest)
+        return gathered * size + max(counts.block, counts.largest) * FLOAT
+    bucket = min(counts.block, BUCKET) * FLOAT
+    if layout.stage < 3:
+        return 2 * bucket + counts.largest * FLOAT
+    return 2 * bucket + (2 * counts.block + counts.largest) * size + counts.largest * FLOAT

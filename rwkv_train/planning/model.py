@@ -1,0 +1,119 @@
+"""What one model costs: counted on the model itself, whose tensors have shapes here and no values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from rwkv_train.models import RWKV, ModelConfig, build_model
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a model and a micro-batch of it.
+
+    Args:
+        parameters: of the whole model.
+        matmul: parameters that each token is multiplied with.
+        block, block_matmul: the same of one block.
+        vectors: parameters that are no matrices.
+        largest: parameters of the largest single tensor.
+        n_layer, n_embd, vocab_size: the model's shape.
+        tensors: number of parameters' tensors.
+        block_saved: bytes that one block keeps of a token for its backward pass.
+        block_casts: bytes of weights in the products' dtype that autocast keeps for one block.
+        block_extra: bytes that a block's backward pass needs at its height besides, of a token.
+        stream: bytes of a token between two blocks.
+        ends_saved: bytes kept of a token by embedding, ln0 and ln_out.
+        logit: bytes of one logit as the head gives it.
+    """
+
+    parameters: int
+    matmul: int
+    block: int
+    block_matmul: int
+    vectors: int
+    largest: int
+    n_layer: int
+    n_embd: int
+    vocab_size: int
+    tensors: int
+    block_saved: float
+    block_casts: int
+    block_extra: float
+    stream: int
+    ends_saved: float
+    logit: int
+
+    @property
+    def flops_per_token(self) -> int:
+        """Of the matrix products of forward and backward pass: 6 for each parameter that takes part in one."""
+        return 6 * self.matmul
+
+
+@lru_cache(maxsize=8)
+def count(shape: ModelConfig, precision: str) -> Counts:
+    """Counts a model.
+
+    Args:
+        shape: of the model.
+        precision: 32-true or bf16-mixed.
+    """
+    model = build_model(shape, device="meta")
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    in_block = {name: size for name, size in sizes.items() if name.startswith("blocks.1.")} or {
+        name: size for name, size in sizes.items() if name.startswith("blocks.0.") and ".ln0." not in name
+    }
+    matrices = {name for name, p in model.named_parameters() if p.squeeze().dim() > 1}
+    small = ModelConfig(shape.arch, 2, shape.n_embd, min(shape.vocab_size, 256), shape.dim_ffn)
+    one = ModelConfig(shape.arch, 1, shape.n_embd, min(shape.vocab_size, 256), shape.dim_ffn)
+    short, long = 64, 128
+    two_short, one_short = _saved(small, precision, short), _saved(one, precision, short)
+    two_long, one_long = _saved(small, precision, long), _saved(one, precision, long)
+    block_saved = ((two_long - one_long) - (two_short - one_short)) / (long - short)
+    mixed = precision == "bf16-mixed"
+    width = shape.dim_ffn or 4 * shape.n_embd
+    return Counts(
+        parameters=sum(sizes.values()),
+        matmul=model.matmul_parameters(),
+        block=sum(in_block.values()),
+        block_matmul=sum(size for name, size in in_block.items() if name in matrices),
+        vectors=sum(size for name, size in sizes.items() if name not in matrices),
+        largest=max(sizes.values()),
+        n_layer=shape.n_layer,
+        n_embd=shape.n_embd,
+        vocab_size=shape.vocab_size,
+        tensors=len(sizes),
+        block_saved=block_saved,
+        block_casts=round((two_short - one_short) - block_saved * short),
+        block_extra=2 * width * (2 if mixed else 4),
+        stream=4 * shape.n_embd,
+        ends_saved=(one_long - one_short) / (long - short) - block_saved,
+        logit=2 if mixed else 4,
+    )
+
+
+def _saved(shape: ModelConfig, precision: str, length: int) -> int:
+    """Bytes that autograd keeps of a sample for the backward pass, without head, parameters left out."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import: only where there is a plan
+
+    model: RWKV = build_model(shape, device="meta")
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
+        known = {p.untyped_storage()._cdata for p in model.parameters()}
+        found: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> Any:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                found[storage._cdata] = storage  # kept, so that its number is nobody else's
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(torch.zeros(1, length, dtype=torch.int64), readout=lambda hidden, weight: hidden)
+        return sum(storage.nbytes() for storage in found.values())

@@ -1,0 +1,106 @@
+"""A plan for people, and as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rwkv_train.config import Config
+from rwkv_train.planning.plan import Plan
+
+_WORDS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimiser": "optimiser (Adam)",
+    "activations": "activations",
+    "logits": "logits",
+    "buffers": "communication buffers",
+    "runtime": "CUDA, allocator",
+}
+
+
+def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: Console) -> None:
+    """Prints the table, whether it fits, and what would."""
+    layout, needs, pace, card = plan.layout, plan.memory, plan.speed, plan.card
+    shape = plan.counts
+    console.print(
+        f"model   {config.arch} {config.model.size}: L{shape.n_layer} C{shape.n_embd} V{shape.vocab_size}, "
+        f"{shape.parameters:,} parameters, {shape.flops_per_token:,} FLOPs a token"
+    )
+    console.print(
+        f"layout  {layout.strategy} on {layout.ranks} × {card.name}: context {layout.context} × micro-batch "
+        f"{layout.micro} × {layout.ranks} devices × {layout.accumulation} passes, {config.trainer.precision}"
+    )
+    table = Table("of one device", "GB")
+    for name, word in _WORDS.items():
+        table.add_row(word, f"{getattr(needs, name) / 1e9:.2f}")
+    table.add_row("[bold]together[/bold]", f"[bold]{needs.device / 1e9:.2f}[/bold]")
+    table.add_row("host memory", f"{needs.host / 1e9:.2f}")
+    console.print(table)
+    console.print(f"checkpoint  {needs.checkpoint / 1e9:,.1f} GB on the disk, {config.checkpoint.keep} are kept")
+    stated = "stated" if config.mfu is not None else "estimated"
+    link, kind = (card.network, "network") if layout.ranks > card.per_machine else (card.link, "link")
+    console.print(
+        f"a step      {pace.seconds:.3g} s, {pace.flops:.4g} FLOPs, {pace.tokens_per_second:,.0f} tokens/s "
+        f"(MFU {pace.mfu:.0%}, {stated})"
+    )
+    console.print(
+        f"network     {pace.sent / 1e9:.2f} GB sent a step by each device: {pace.network_seconds:.3g} s of "
+        f"{link / 1e9:.0f} GB/s {kind}"
+    )
+    if (days := _days(plan, config)) is not None:
+        console.print(f"the run     {days:.3g} days")
+    memory = f"{plan.held / 1e9:.1f} of {card.memory / 1e9:.1f} GB"
+    if plan.fits:
+        console.print(f"fits        {memory}")
+    else:
+        console.print(f"[bold red]does not fit[/bold red]: {memory}")
+        if not plan.gpu or plan.held <= card.memory:
+            console.print(f"  host memory {needs.host / 1e9:.1f} GB a device, there are {card.host / 1e9:.1f}")
+        console.print(f"  {advice(change)}")
+
+
+def advice(change: tuple[str, Plan] | None) -> str:
+    """What would fit, as words to type."""
+    if change is None:
+        return "nothing makes it fit on up to 4096 devices that can share this batch; batch.tokens=MORE lets more do so"
+    words, plan = change
+    return f"this fits: {words} ({plan.held / 1e9:.1f} GB)"
+
+
+def as_json(plan: Plan, config: Config, change: tuple[str, Plan] | None) -> str:
+    """The same figures as one JSON object on one line; bytes, seconds, FLOPs."""
+    layout, needs, pace = plan.layout, plan.memory, plan.speed
+    found: dict[str, Any] = {
+        "device": plan.card.name,
+        "devices": layout.ranks,
+        "strategy": layout.strategy,
+        "micro": layout.micro,
+        "accumulation": layout.accumulation,
+        "activation_checkpointing": layout.checkpointing,
+        "parameters": plan.counts.parameters,
+        "flops_per_token": plan.counts.flops_per_token,
+        "memory": {name: round(getattr(needs, name)) for name in _WORDS},
+        "device_bytes": round(plan.held),
+        "host_bytes": round(needs.host),
+        "checkpoint_bytes": round(needs.checkpoint),
+        "step_seconds": pace.seconds,
+        "step_flops": pace.flops,
+        "tokens_per_second": pace.tokens_per_second,
+        "mfu": pace.mfu,
+        "days": _days(plan, config),
+        "sent_bytes_per_step": round(pace.sent),
+        "network_seconds": pace.network_seconds,
+        "fits": plan.fits,
+        "change_that_fits": None if change is None else change[0],
+    }
+    return json.dumps(found)
+
+
+def _days(plan: Plan, config: Config) -> float | None:
+    if config.budget.total is None:
+        return None
+    return config.budget.total.in_steps(config.batch.tokens) * plan.speed.seconds / 86400

@@ -1,0 +1,93 @@
+"""How long a step takes: matrix products, what is bound by memory, and what the network adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rwkv_train.planning.cards import Card
+from rwkv_train.planning.memory import FLOAT, Layout
+from rwkv_train.planning.model import Counts
+
+# The constants of the model, one set for all cards. They are set here, and benchmarks/plan_accuracy.py compares them
+# with every published run of RWKV that names its card.
+PRODUCTS = 0.55  # share of a card's matmul rate that large products of a training step reach
+TRAFFIC = 500  # bytes that a token moves, of each channel of each layer, forward and backward, outside of products
+OVERLAP = 0.7  # share of the computing behind which the network's work can hide
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one step.
+
+    Args:
+        seconds: of the step.
+        tokens_per_second: of all ranks.
+        mfu: model FLOPs utilisation, from 0 to 1.
+        flops: of the model for one step, recomputation not counted.
+        sent: bytes that one rank sends in a step.
+        network_seconds: that the sending takes by itself.
+    """
+
+    seconds: float
+    tokens_per_second: float
+    mfu: float
+    flops: float
+    sent: float
+    network_seconds: float
+
+
+def speed(counts: Counts, layout: Layout, card: Card, precision: str, mfu: float | None = None) -> Speed:
+    """The time of a step.
+
+    Args:
+        counts: of the model.
+        layout: how the run is spread out.
+        card: the device.
+        precision: 32-true or bf16-mixed.
+        mfu: stated or measured; None: from the constants.
+    """
+    tokens = layout.tokens * layout.accumulation  # of one rank
+    rate, flops = card.rate(precision), tokens * counts.flops_per_token
+    sent = traffic(counts, layout)
+    across = layout.ranks > card.per_machine
+    network = sent / (card.network if across else card.link)
+    if mfu is not None:
+        seconds = flops / (rate * mfu)
+    else:
+        computing = tokens * seconds_per_token(
+            counts.matmul, counts.n_layer, counts.n_embd, recomputed_share(counts, layout), card, precision
+        )
+        seconds = computing + max(0.0, network - OVERLAP * computing)
+    total = tokens * layout.ranks
+    return Speed(seconds, total / seconds, flops / seconds / rate, flops * layout.ranks, sent, network)
+
+
+def seconds_per_token(matmul: int, n_layer: int, n_embd: int, recomputed: float, card: Card, precision: str) -> float:
+    """Of one device's computing; `recomputed` is the share of the forward pass that runs twice."""
+    again = 1 + recomputed / 3
+    products = 6 * matmul * again / (card.rate(precision) * PRODUCTS)
+    return products + TRAFFIC * n_embd * n_layer * again / card.bandwidth
+
+
+def recomputed_share(counts: Counts, layout: Layout) -> float:
+    """Of the forward pass's products, those that activation checkpointing computes twice."""
+    if not layout.checkpointing:
+        return 0.0
+    blocks = -(-counts.n_layer // layout.checkpointing)
+    return blocks * counts.block_matmul / counts.matmul
+
+
+def traffic(counts: Counts, layout: Layout) -> float:
+    """Bytes that a rank sends in a step; a ring sends (n - 1) / n of what is reduced, and of what is gathered.
+
+    DDP and ZeRO-1 reduce at the last pass of a step, the others in each; ZeRO-3 and FSDP2 gather the parameters for
+    the forward and for the backward pass of each.
+    """
+    ring = (layout.ranks - 1) / layout.ranks
+    whole, passes = FLOAT * counts.parameters * ring, layout.accumulation
+    gathered = (2 if layout.mixed else FLOAT) * counts.parameters * ring
+    if layout.stage == 0:
+        return 2 * whole
+    if layout.stage == 3:
+        return passes * (2 * gathered + whole)
+    return whole * (passes if layout.stage == 2 else 1) + whole

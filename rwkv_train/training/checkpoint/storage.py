@@ -1,0 +1,100 @@
+"""The file system under a checkpoint: four calls, and a writer that hashes what passes through it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import torch
+
+MANIFEST = "manifest.json"
+
+
+class Storage(Protocol):
+    """What a checkpoint needs of a file system; tests put a slow, full or torn one here."""
+
+    def write(self, path: Path) -> Any:
+        """A context manager that gives a binary file, synced to the disk when it is left without an exception."""
+
+    def rename(self, source: Path, target: Path) -> None: ...
+
+    def delete(self, path: Path) -> None: ...
+
+    def names(self, directory: Path) -> list[str]: ...
+
+
+class LocalStorage:
+    """Files of a POSIX file system."""
+
+    @contextmanager
+    def write(self, path: Path) -> Iterator[BinaryIO]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.rename(source, target)
+        directory = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the new name itself is on the disk
+        finally:
+            os.close(directory)
+
+    def delete(self, path: Path) -> None:
+        if path.is_dir():
+            (path / MANIFEST).unlink(missing_ok=True)  # first, so that a kill in between leaves no seeming checkpoint
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def names(self, directory: Path) -> list[str]:
+        return sorted(os.listdir(directory)) if directory.is_dir() else []
+
+
+class Hashing:
+    """A file that only takes writes and knows the hash and size of what passed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.size, self._hash = file, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        self.size += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def entry(self) -> dict[str, Any]:
+        return {"bytes": self.size, "sha256": self._hash.hexdigest()}
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def dump(value: Any, file: BinaryIO) -> None:
+    """torch.save into an open file.
+
+    Raises:
+        OSError: the disk refused; torch.save by itself makes a RuntimeError of it.
+    """
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None

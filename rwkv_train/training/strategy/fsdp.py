@@ -1,0 +1,74 @@
+"""FSDP2: every device holds a slice of each parameter, and gathers a block's parameters when it computes the block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from rwkv_train.models import RWKV
+from rwkv_train.training.checkpoint.pieces import WEIGHT, Piece
+from rwkv_train.training.strategy.shared import Sharing, adam_moments
+
+
+class FSDP(Sharing, ModelParallelStrategy):
+    """Sharded by rows over all devices, a block at a time.
+
+    Matrices are gathered in the products' dtype; decay, bonus, mix and norm parameters, in groups of their own, in
+    float32. Gradients are averaged in float32.
+    """
+
+    divided = sharded = True
+
+    def __init__(self, backend: str, num_nodes: int, devices: int) -> None:
+        super().__init__(num_nodes * devices, 1, process_group_backend=backend)
+
+    def materialise(self, model: RWKV) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        products = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        matrices = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        rest = MixedPrecisionPolicy(cast_forward_inputs=False)
+        for block in cast("list[nn.Module]", model.blocks):
+            if products is not None:
+                fully_shard([m for m in block.modules() if isinstance(m, nn.Linear)], mesh=mesh, mp_policy=matrices)
+            if hasattr(block, "ln0"):
+                fully_shard(cast(nn.Module, block.ln0), mesh=mesh, mp_policy=rest)  # runs before the block does
+            fully_shard(block, mesh=mesh, mp_policy=rest)
+        if products is not None:
+            fully_shard(model.head, mesh=mesh, mp_policy=matrices)
+        fully_shard(model, mesh=mesh, mp_policy=rest)
+        model.to_empty(device=self.root_device)
+
+    def pieces(self, moments: bool) -> Iterator[Piece]:
+        for module in self.lightning_module.modules():  # type: ignore[union-attr]
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward pass without a backward one leaves some gathered
+        for name, parameter in self.named_weights():
+            start = self._start(parameter.detach())
+            yield Piece(WEIGHT, name, start, _local(parameter.detach()), True)
+            if moments:
+                for moment, values in adam_moments(self.optimizers[0].state[parameter], parameter.detach()):
+                    yield Piece(moment, name, start, _local(values), True)
+
+    def states(self) -> Iterator[dict[str, Any]]:
+        yield from self.optimizers[0].state.values()
+
+    def clip(self, limit: float) -> Tensor | None:
+        norm = super().clip(limit)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _start(self, parameter: Tensor) -> int:
+        """The flat number of this rank's first element: rows are shared out as torch.chunk does it."""
+        rows = parameter.shape[0]
+        first = min(-(-rows // self.world_size) * self.global_rank, rows)
+        return first * (parameter.numel() // rows)
+
+
+def _local(values: Tensor) -> Tensor:
+    assert isinstance(values, DTensor)
+    return values.to_local().view(-1)

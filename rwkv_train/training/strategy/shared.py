@@ -1,0 +1,193 @@
+"""What all strategies share: their state as pieces, filled from the recipe or a checkpoint, saved to a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from rwkv_train.errors import UserError
+from rwkv_train.models import RWKV
+from rwkv_train.training.checkpoint.pieces import MOMENTS, Piece, Reader, contents, file_names
+from rwkv_train.training.checkpoint.writer import Board, OwnBoard, Writer
+from rwkv_train.training.throughput import keep_freed_memory
+
+
+class Source(Protocol):
+    """Where the first weights come from: the recipe, or a file."""
+
+    def fill(self, pieces: list[Piece]) -> None:
+        """Stores into each piece the values of its range; called by all ranks at once."""
+
+
+class Sharing(Strategy):
+    """Mixed into Lightning's strategies: one checkpoint interface, whatever a rank holds of the state.
+
+    Attributes:
+        source: of the first weights; None: the model has them already.
+        resume: the checkpoint to go on from; None: the run starts anew.
+        shapes: of all parameters, by the field's names.
+        writer: of checkpoints.
+        background: whether a save copies the state and lets the training go on.
+    """
+
+    source: Source | None = None
+    resume: Path | None = None
+    shapes: Mapping[str, tuple[int, ...]]
+    writer: Writer
+    background: bool = True
+    divided = False  # whether all ranks own a part of the state
+    sharded = False  # whether no rank holds all weights
+    brings_precision = False  # whether Lightning's precision plugin is its own
+    _copies: dict[tuple[str, str], Tensor]
+
+    if TYPE_CHECKING:  # of all of Lightning's strategies, declared on none that they share
+
+        @property
+        def global_rank(self) -> int: ...
+
+        @property
+        def world_size(self) -> int: ...
+
+    @abstractmethod
+    def materialise(self, model: RWKV) -> None:
+        """Gives this rank's share of a model on the meta device memory, without values."""
+
+    @abstractmethod
+    def pieces(self, moments: bool) -> Iterator[Piece]:
+        """This rank's share of the state.
+
+        Args:
+            moments: whether Adam's are among them, made where they are not there yet; else weights alone.
+        """
+
+    @abstractmethod
+    def states(self) -> Iterator[dict[str, Any]]:
+        """The optimiser's state dicts that count Adam's steps."""
+
+    def named_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The parameters under the field's names."""
+        assert self.lightning_module is not None
+        yield from self.lightning_module.model.named_parameters()  # type: ignore[union-attr]
+
+    def setup(self, trainer: Any) -> None:
+        self._copies = {}
+        super().setup(trainer)
+        if self.broadcast(str(self.resume)) != str(self.resume):  # only the first rank reads their whole content
+            raise UserError(
+                f"the ranks found different checkpoints to go on from, this one {self.resume}",
+                "start again: the damaged one is set aside now",
+            )
+        if self.resume is not None:
+            reader = Reader(self.resume)
+            reader.fill(self.pieces(moments=True))
+            for state in self.states():
+                step, now = state["step"], reader.meta["step"]
+                state["step"] = torch.full_like(step, now) if isinstance(step, Tensor) else now
+            if self.global_rank < reader.meta["writers"]:
+                torch.set_rng_state(reader.state(self.global_rank)["random_state"])
+        elif self.source is not None:
+            self.source.fill(list(self.pieces(moments=False)))
+        self.filled()
+        keep_freed_memory()  # only now: the first weights' making shall leave nothing behind
+
+    def filled(self) -> None:
+        """Called when the weights are there; for copies of them that are no pieces."""
+
+    def clip(self, limit: float) -> Tensor | None:
+        """Clips the norm of the gradient of all parameters and ranks.
+
+        Returns:
+            what it was before; None: the optimiser's step clips, and `norm_of_step` tells.
+        """
+        parameters = [parameter for _, parameter in self.named_weights() if parameter.grad is not None]
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    def norm_of_step(self) -> Tensor | None:
+        return None
+
+    def probe(self, batch: Any) -> Tensor:
+        """The loss of a batch on this rank, without gradient."""
+        loss: Tensor = self.lightning_module.probe(batch)  # type: ignore[operator, union-attr]
+        return loss
+
+    def board(self) -> Board:
+        """The ranks' key-value store."""
+        if self.world_size == 1:
+            return OwnBoard()
+        host = self.cluster_environment.main_address  # type: ignore[attr-defined]
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.global_rank == 0 else None
+        port = self.broadcast(store.port if store is not None else 0)
+        return store or TCPStore(host, port, is_master=False)
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}  # weights and optimiser go as pieces
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing: `setup` has filled the pieces."""
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        reader = Reader(Path(checkpoint_path))
+        return {**reader.state(0)["lightning"], "state_dict": {}, "meta": reader.meta}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Begins a save; `writer` tells how it ended. Lightning's own dict goes into the first state file."""
+        self.settle()
+        meta = checkpoint.pop("meta")
+        files: dict[str, Any] = {}
+        if self.global_rank < self.writer.writers:
+            weights, state = contents(self._held(), self.shapes)
+            state["random_state"] = torch.get_rng_state()
+            if self.global_rank == 0:
+                state["lightning"] = checkpoint
+            files = dict(zip(file_names(self.global_rank, self.writer.writers), (weights, state), strict=True))
+        meta["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
+        meta["writers"] = self.writer.writers
+        self.writer.begin(Path(filepath), files, meta)
+        if not self.background:
+            self.writer.wait()
+
+    def settle(self) -> None:
+        """Returns when no rank is writing any more; a rank that has died is noticed here, and not waited for."""
+        while not self.reduce_boolean_decision(self.writer.idle, all=True):
+            time.sleep(0.02)
+        self.writer.wait()
+
+    def _held(self) -> Iterator[Piece]:
+        """The owned pieces: copies on the CPU in memory that each save uses again, or the state itself."""
+        for piece in self.pieces(moments=True):
+            if not self.background or not piece.owned:
+                yield piece
+                continue
+            key = (piece.kind, piece.name)
+            if key not in self._copies:
+                self._copies[key] = torch.empty(piece.values.numel(), pin_memory=piece.values.is_cuda)
+            yield Piece(piece.kind, piece.name, piece.start, self._copies[key].copy_(piece.values.detach()), True)
+
+
+def adam_moments(state: dict[str, Any], like: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The two moments of a parameter's state in torch's AdamW, made where the optimiser has not stepped yet."""
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=like.device)
+        for moment in MOMENTS:
+            state[moment] = torch.zeros_like(like, memory_format=torch.preserve_format)
+    for moment in MOMENTS:
+        yield moment, state[moment]

@@ -1,0 +1,243 @@
+"""DeepSpeed's ZeRO: optimiser state (1), gradients (2) and parameters (3) shared out over the devices.
+
+The only file that imports deepspeed, and only when such a strategy is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.plugins import DeepSpeedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor, nn
+
+from rwkv_train.config import Config
+from rwkv_train.models import RWKV
+from rwkv_train.training.checkpoint.pieces import MOMENTS, WEIGHT, Piece
+from rwkv_train.training.strategy.shared import Sharing, adam_moments
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of deepspeed's import, about torch's own deprecations
+    import deepspeed
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_get_local_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+LARGEST_BUCKET = 200_000_000  # elements of one collective
+
+
+def deepspeed_config(config: Config, stage: int, offload: bool, micro: int, gpu: bool, block: int) -> dict[str, Any]:
+    """DeepSpeed's JSON, from our config; a JSON of the user's own is merged over it.
+
+    Args:
+        config: of the run.
+        stage: 1, 2 or 3.
+        offload: whether Adam, and in stage 3 the parameters, live in the host's memory.
+        micro: samples of one pass on one device.
+        gpu: whether the devices are GPUs.
+        block: parameters of one block: what is sent in one go.
+    """
+    bucket = min(block, LARGEST_BUCKET)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": gpu,  # on CPUs there is nothing to overlap with
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_param_persistence_threshold": config.model.n_embd,  # vectors stay
+        }
+    host = {"device": "cpu", "pin_memory": gpu}
+    if offload:
+        zero |= {"offload_optimizer": host} | ({"offload_param": host} if stage == 3 else {})
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_clipping": config.optim.clip or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW in its fused form, on the CPU too
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if config.trainer.precision == "bf16-mixed":
+        # not DeepSpeed's own bf16 mode: that one casts decay, bonus, mix and norm parameters as well
+        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if config.deepspeed is not None:
+        derived = _merged(derived, json.loads(Path(config.deepspeed).expanduser().read_text()))
+    return derived
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+class _Precision(DeepSpeedPrecision):
+    """Leaves the parameters in float32; what runs in bfloat16 is DeepSpeed's torch_autocast's matter."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+
+class Zero(Sharing, DeepSpeedStrategy):
+    """DeepSpeed by Lightning, on CPUs as well (over gloo)."""
+
+    divided = brings_precision = True
+
+    def __init__(self, settings: dict[str, Any], backend: str, precision: str) -> None:
+        super().__init__(
+            config=settings,
+            process_group_backend=backend,
+            precision_plugin=_Precision(precision),  # type: ignore[arg-type]
+            logging_level=logging.ERROR,
+        )
+        self.stage = int(settings["zero_optimization"]["stage"])
+        self.sharded = self.stage == 3
+
+    # Lightning refuses DeepSpeed without CUDA; DeepSpeed itself runs on any device with torch.distributed.
+    @property
+    def root_device(self) -> torch.device:
+        device = super().root_device
+        return torch.device("cpu", 0) if device.type == "cpu" else device
+
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _format_config(self) -> None:
+        self._format_batch_size_and_grad_accum_config()  # without Lightning's choice of DeepSpeed's precision mode
+
+    def init_deepspeed(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of deepspeed, about torch's own deprecations
+            assert self.model is not None
+            self._initialize_deepspeed_train(self.model)
+
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        yield  # `materialise` cuts the parameters
+
+    def materialise(self, model: RWKV) -> None:
+        """In stage 3 one parameter after the other, each cut to this rank's part at once."""
+        self._init_config_if_needed()
+        device = torch.device("cpu") if self.root_device.type == "cpu" else self.root_device
+        if self.stage < 3:
+            model.to_empty(device=device)
+            return
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device)))
+                deepspeed.zero.Init(module=_Holder(getattr(module, name)), config_dict_or_path=self.config)
+
+    @property
+    def engine_optimizer(self) -> Any:
+        return self.optimizers[0]
+
+    def pieces(self, moments: bool) -> Iterator[Piece]:
+        yield from (self._pieces_of_stage_3 if self.stage == 3 else self._pieces_of_stages_1_and_2)(moments)
+
+    def _pieces_of_stage_3(self, moments: bool) -> Iterator[Piece]:
+        if moments:
+            self._make_moments()
+        for name, parameter in self.named_weights():
+            held: Any = parameter
+            cut = held.ds_tensor  # flat, filled up so that all ranks have as much
+            start = min(cut.numel() * self.global_rank, held.ds_numel)
+            count = min(cut.numel(), held.ds_numel - start)
+            yield Piece(WEIGHT, name, start, cut.data[:count], False)
+            master = safe_get_local_fp32_param(parameter)
+
+            def put(values: Tensor, parameter: Any = parameter, room: int = cut.numel()) -> None:
+                safe_set_local_fp32_param(parameter, _padded(values, room))
+
+            yield Piece(WEIGHT, name, start, master[:count], True, put)
+            for moment in MOMENTS if moments else ():
+
+                def put_moment(
+                    values: Tensor, parameter: Any = parameter, moment: str = moment, room: int = cut.numel()
+                ) -> None:
+                    safe_set_local_optimizer_state(parameter, _padded(values, room), moment)
+
+                yield Piece(
+                    moment, name, start, safe_get_local_optimizer_state(parameter, moment)[:count], True, put_moment
+                )
+
+    def _pieces_of_stages_1_and_2(self, moments: bool) -> Iterator[Piece]:
+        if moments:
+            self._make_moments()
+        zero = self.engine_optimizer
+        for name, parameter in self.named_weights():
+            yield Piece(WEIGHT, name, 0, parameter.detach().view(-1), False)
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is None:  # none of it is this rank's
+                continue
+            start, address = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+            yield Piece(WEIGHT, name, start, mapping.hp_fragment.detach(), True)
+            if moments:
+                state = zero.optimizer.state[zero.single_partition_of_fp32_groups[mapping.param_group_index]]
+                for moment in MOMENTS:
+                    values = state[moment].narrow(0, address.start, address.numel)
+                    yield Piece(moment, name, start, values, True)
+
+    def _make_moments(self) -> None:
+        """Adam's state for the flat tensors that stand in for this rank's parameters."""
+        for flat in self._flat():
+            list(adam_moments(self.engine_optimizer.optimizer.state[flat], flat.detach()))
+
+    def _flat(self) -> list[Tensor]:
+        zero = self.engine_optimizer
+        flat: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        )
+        return flat
+
+    def states(self) -> Iterator[dict[str, Any]]:
+        yield from self.engine_optimizer.optimizer.state.values()
+
+    def filled(self) -> None:
+        """Vectors that ZeRO-3 keeps whole on every device are gathered anew."""
+        persistent = getattr(self.engine_optimizer, "persistent_parameters", None)
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    def clip(self, limit: float) -> Tensor | None:
+        return None  # the engine's step does
+
+    def norm_of_step(self) -> Tensor | None:
+        norm = self.deepspeed_engine.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm)
+
+    def probe(self, batch: Any) -> Tensor:
+        assert self.model is not None
+        assert self.lightning_module is not None
+        return cast(Tensor, self._forward_redirection(self.model, self.lightning_module, "probe", batch))
+
+
+class _Holder(nn.Module):
+    """What deepspeed.zero.Init cuts: a module with the one parameter."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        super().__init__()
+        self.parameter = parameter
+
+
+def _padded(values: Tensor, numel: int) -> Tensor:
+    return nn.functional.pad(values, (0, numel - values.numel()))

@@ -1,0 +1,97 @@
+"""Every strategy computes the same run, and goes on from the checkpoints of every other one."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rwkv_train import launcher
+from rwkv_train.training.run import train
+from tests.runs import losses, rows, same_weights, train_ranks, words_for
+
+STRATEGIES = ("ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3")
+THIRTY = ("budget.steps=30", "checkpoint.every.steps=10", "validation.every.steps=15", "checkpoint.keep=9")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run of a single process; the others are added by the tests."""
+    folder = tmp_path_factory.mktemp("strategies")
+    assert train(launcher.load(words_for(folder, "single", *THIRTY))) == 0
+    return folder
+
+
+def run_of(folder: Path, strategy: str, ranks: int = 2) -> Path:
+    """The whole run of a strategy, made once."""
+    name = f"{strategy}_{ranks}"
+    if not (folder / "runs" / name).exists():
+        train_ranks(words_for(folder, name, *THIRTY, f"strategy={strategy}"), ranks)
+    return folder / "runs" / name
+
+
+def stopped_at(run: Path, step: int, name: str) -> Path:
+    """A copy of a run as if it had been stopped behind a step."""
+    copy = run.with_name(name)
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").glob("step_*"):
+        if int(checkpoint.name[5:]) > step:
+            shutil.rmtree(checkpoint)
+    return copy
+
+
+def assert_close(run: Path, other: Path, bound: float = 1e-6) -> None:
+    found, expected = losses(run), losses(other)
+    assert len(found) == len(expected) == 30
+    assert found == pytest.approx(expected, rel=bound)
+    validated = [row["val/loss"] for row in rows(other) if "val/loss" in row]
+    assert [row["val/loss"] for row in rows(run) if "val/loss" in row] == pytest.approx(validated, rel=bound)
+    norms = [row["grad_norm"] for row in rows(other)]
+    assert [row["grad_norm"] for row in rows(run)] == pytest.approx(norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_equal_one(folder: Path, strategy: str) -> None:
+    assert_close(run_of(folder, strategy), folder / "runs" / "single")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_2", "deepspeed_3"])
+def test_resumed_is_bit_equal(folder: Path, strategy: str) -> None:
+    whole = run_of(folder, strategy)
+    resumed = stopped_at(whole, 10, f"{strategy}_resumed")
+    train_ranks(words_for(folder, resumed.name, *THIRTY, f"strategy={strategy}"), 2)
+    assert losses(resumed) == losses(whole)
+    assert same_weights(resumed, whole)
+
+
+MOVES = [
+    ("deepspeed_1", 2, "deepspeed_3", 4),
+    ("deepspeed_3", 2, "ddp", 2),
+    ("fsdp", 2, "single", 1),
+]
+ALL_MOVES = [
+    (before, from_ranks, after, ranks)
+    for before, after in itertools.product(STRATEGIES, STRATEGIES)
+    for from_ranks, ranks in ((1, 2), (2, 4), (4, 1))
+    if (before, from_ranks, after, ranks) not in MOVES
+]
+
+
+@pytest.mark.parametrize(
+    ("before", "from_ranks", "after", "ranks"),
+    MOVES + [pytest.param(*move, marks=pytest.mark.slow) for move in ALL_MOVES],
+)
+def test_another_strategy_and_another_number_of_processes_go_on(
+    folder: Path, before: str, from_ranks: int, after: str, ranks: int
+) -> None:
+    name = f"{before}_{from_ranks}_{after}_{ranks}"
+    moved = stopped_at(run_of(folder, before, from_ranks), 10, name)
+    words = words_for(folder, name, *THIRTY, "strategy=" + after.replace("single", "auto"))
+    if ranks == 1:
+        assert train(launcher.load(words)) == 0
+    else:
+        train_ranks(words, ranks)
+    assert_close(moved, folder / "runs" / "single")
+    shutil.rmtree(moved)

@@ -1,0 +1,160 @@
+"""The plan: its counts are the model's, its formulas what is shared out, its advice what fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rwkv_train import cli, launcher
+from rwkv_train.config import Config
+from rwkv_train.errors import UserError
+from rwkv_train.models import ModelConfig, build_model
+from rwkv_train.planning.cards import CARDS, card_of, find_card
+from rwkv_train.planning.memory import Layout, activations, memory
+from rwkv_train.planning.model import count
+from rwkv_train.planning.plan import Plan, make_plan, smallest_change
+from rwkv_train.planning.speed import traffic
+
+SEVEN = ["model=7b", "batch.context=4096", "batch.tokens=1048576", "batch.micro=2", "trainer.precision=bf16-mixed"]
+EIGHT = [*SEVEN, "trainer.devices=8", "model.vocab_size=50277", "dry_run=true"]
+
+
+def plan(*words: str, card: str = "h100-80g", ranks: int = 8) -> tuple[Config, Plan]:
+    config = launcher.load([*EIGHT, *words])
+    return config, make_plan(config, CARDS[card], ranks, 256)
+
+
+@pytest.mark.parametrize(("layers", "channels", "vocab_size"), [(1, 32, 64), (3, 96, 300)])
+def test_counts_are_those_of_the_model_and_of_torchs_flop_counter(layers: int, channels: int, vocab_size: int) -> None:
+    shape, tokens = ModelConfig("rwkv4", layers, channels, vocab_size), torch.zeros(2, 9, dtype=torch.int64)
+    model, counts = build_model(shape), count(shape, "32-true")
+    with FlopCounterMode(display=False) as counter:
+        model(tokens)[0].sum().backward()
+    assert counts.parameters == sum(p.numel() for p in model.parameters())
+    assert counts.flops_per_token * tokens.numel() == counter.get_total_flops()
+
+
+def test_what_autograd_keeps_is_what_the_plan_says() -> None:
+    """Bytes that the forward pass of a real model keeps, by autograd's own hooks."""
+    shape, length = ModelConfig("rwkv4", 3, 64, 32), 160
+    model, found = build_model(shape), {}
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.zeros(1, length, dtype=torch.int64), readout=lambda hidden, weight: hidden)
+    counts = count(shape, "32-true")
+    planned = length * (3 * counts.block_saved + counts.ends_saved) + 3 * counts.block_casts
+    assert planned == pytest.approx(sum(storage.nbytes() for storage in found.values()), rel=0.01)
+
+
+def test_each_stage_shares_out_more() -> None:
+    counts = count(ModelConfig("rwkv4", 32, 4096, 50277), "bf16-mixed")
+    layout = Layout("ddp", 8, 1, 4096, 1, 0, True)
+    names = ("ddp", "deepspeed_1", "deepspeed_2", "deepspeed_3")
+    needs = [memory(counts, replace(layout, strategy=name)) for name in names]
+    whole = 4 * counts.parameters
+    assert [need.optimiser for need in needs] == [2 * whole] + [3 * whole / 8] * 3
+    assert [need.weights for need in needs] == [whole, whole, whole, whole / 8]
+    held = [need.device for need in needs]
+    assert held == sorted(held, reverse=True)
+    offloaded = memory(counts, replace(layout, strategy="deepspeed_3_offload"))
+    assert (offloaded.weights, offloaded.optimiser) == (0, 0)
+    assert offloaded.host > needs[3].host
+    recomputed = activations(counts, replace(layout, checkpointing=1))
+    assert recomputed < activations(counts, replace(layout, checkpointing=4)) < activations(counts, layout)
+
+
+def test_what_goes_over_the_network() -> None:
+    """ZeRO's paper: 2 volumes of the model up to stage 2, 3 in stage 3; and each pass of accumulation anew."""
+    counts = count(ModelConfig("rwkv4", 2, 64, 256), "32-true")
+    layout, whole = Layout("ddp", 4, 1, 64, 1, 0, False), 4 * counts.parameters * 3 / 4
+    sent = {name: traffic(counts, replace(layout, strategy=name)) / whole for name in ("ddp", "deepspeed_2", "fsdp")}
+    assert sent == {"ddp": 2, "deepspeed_2": 2, "fsdp": 3}
+    assert traffic(counts, replace(layout, strategy="deepspeed_3", accumulation=2)) / whole == 6
+    assert traffic(counts, replace(layout, strategy="ddp", accumulation=2)) / whole == 2
+
+
+@pytest.mark.parametrize("words", [(), ("batch.micro=16",), ("strategy=ddp",), ("strategy=fsdp", "batch.micro=16")])
+def test_the_advice_fits(words: Sequence[str]) -> None:
+    """What the plan advises is typed behind the words, and then it fits."""
+    card = "a100-40g"
+    config, found = plan(*words, card=card)
+    if found.fits:
+        return
+    change = smallest_change(config, found, 256)
+    assert change is not None
+    typed = {word.split("=")[0] for word in change[0].split()}
+    kept = [word for word in [*EIGHT, *words] if word.split("=")[0] not in typed]
+    config = launcher.load([*kept, *change[0].split()])
+    ranks = int(config.trainer.devices) * config.trainer.num_nodes
+    assert make_plan(config, CARDS[card], ranks, 256).fits
+
+
+def test_auto_takes_the_first_that_fits() -> None:
+    assert plan(card="h200-141g")[1].layout.strategy == "deepspeed_2"
+    assert plan("activation_checkpointing=true", "model=169m")[1].layout.strategy == "ddp"
+    assert plan("activation_checkpointing=true", card="a100-40g")[1].layout.strategy == "deepspeed_3"
+
+
+def test_a_stated_mfu_is_the_plans() -> None:
+    assert plan("mfu=0.25")[1].speed.mfu == pytest.approx(0.25)
+
+
+def test_cards() -> None:
+    with pytest.raises(UserError, match="device=h999: there is no such card\n  valid: a100-40g"):
+        find_card("h999")
+    assert card_of(launcher.load([*EIGHT, "device=a100-40g"])) == (CARDS["a100-40g"], "a100-40g (device=)")
+    card, told = card_of(launcher.load([*EIGHT, "trainer.accelerator=cpu"]))
+    assert (card.name, told) == ("cpu", "this machine's CPU (trainer.accelerator=cpu)")
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "card"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 85, "a100-80g"),
+        ("NVIDIA A100-PCIE-40GB", 42, "a100-40g"),
+        ("NVIDIA H100 80GB HBM3", 85, "h100-80g"),
+        ("NVIDIA GeForce RTX 4090", 25, "rtx4090-24g"),
+        ("Another 9000", 50, "Another 9000"),
+    ],
+)
+def test_the_card_that_is_present(monkeypatch: pytest.MonkeyPatch, name: str, gigabytes: int, card: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    found = SimpleNamespace(name=name, total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: found)
+    present, told = card_of(launcher.load(EIGHT))
+    assert (present.name, present.memory, present.per_machine) == (card, gigabytes * 10**9, 4)
+    assert told == f"{card} (the one present)"
+
+
+def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["model=7b", "trainer.devices=8", "batch.tokens=1048576", "batch.context=4096", "batch.micro=2"]
+    words += ["trainer.precision=bf16-mixed", "budget.tokens=332e9", "model.vocab_size=50277"]
+    assert cli.main(["plan", *words, "device=a100-80g"]) == 0
+    said = capfd.readouterr().out
+    for part in ("device  a100-80g (device=)", "7,392,649,216 parameters", "fits ", "days", "sent a step by each"):
+        assert part in said
+    assert cli.main(["plan", *words, "device=a100-40g", "strategy=ddp"]) == 1
+    said = capfd.readouterr().out
+    assert "does not fit" in said
+    assert "this fits: " in said
+    assert cli.main(["plan", "--json", *words]) == 0
+    figures = json.loads(capfd.readouterr().out)
+    assert figures["parameters"] == 7_392_649_216
+    assert figures["fits"]
+    assert figures["checkpoint_bytes"] == 12 * figures["parameters"]
+    assert cli.main(["plan", "modle=7b"]) == 2
+    assert "nearest: model" in capfd.readouterr().err

@@ -1,0 +1,9 @@
+"""What the processes of several ranks have imported before they are forked."""
+
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import rwkv_train.training.fit
+    import rwkv_train.training.strategy.fsdp
+    import rwkv_train.training.strategy.zero  # noqa: F401

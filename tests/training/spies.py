@@ -1,0 +1,83 @@
+"""Callbacks that look into a run and write what they see beside its records; tests name them as `callbacks.….`"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+
+class Look(Callback):
+    """The dtypes inside the forward pass, the groups of the optimiser that steps, and what a tiny update changes."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.dtypes: dict[str, str] = {}
+        self.seen: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        names = {id(module): name for name, module in pl_module.model.named_modules()}
+
+        def note(module: nn.Module, inputs: Any) -> None:
+            for name, parameter in module.named_parameters(recurse=False):
+                self.dtypes[f"{names[id(module)]}.{name}"] = str(parameter.dtype)
+
+        for module in pl_module.model.modules():
+            module.register_forward_pre_hook(note)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        groups = trainer.optimizers[0].param_groups
+        self.seen["groups"] = [[g["lr_multiplier"], g["weight_decay"], g["lr"], len(g["params"])] for g in groups]
+        if trainer.global_rank == 0:
+            self.path.write_text(json.dumps({"dtypes": self.dtypes, **self.seen}))
+
+
+class Nudge(Callback):
+    """Adds 1e-5 to every vector's first elements between two steps, through the pieces, and keeps both probes."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        batches = trainer.datamodule.batches  # type: ignore[attr-defined]
+        batch = strategy.batch_to_device(batches.batch_at(batches.order.starts(batches.split.share(0, 0, 0)[:1])))
+        found = []
+        for _ in range(2):
+            with trainer.precision_plugin.forward_context():
+                loss = strategy.probe(batch)
+            found.append(float(strategy.reduce(loss, reduce_op="mean")))
+            for piece in strategy.pieces(moments=False):
+                if piece.kind == "weight" and piece.name.endswith(("time_mix_k", "ln_out.weight")):
+                    piece.store(self._more(piece.values))
+            strategy.filled()
+        if trainer.global_rank == 0:
+            self.path.write_text(json.dumps(found))
+
+    @staticmethod
+    def _more(values: Tensor) -> Tensor:
+        return (values.detach().clone() + 1e-5).to(torch.float32)
+
+
+class Start(Callback):
+    """The peak of this process's memory until training starts, above what it was without the model, and its shard."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak until now
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        peak, strategy = _status("VmHWM") - self.before, trainer.strategy
+        shard = sum(piece.values.numel() * 4 for piece in strategy.pieces(moments=False))  # type: ignore[attr-defined]
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps({"peak": peak, "shard": shard}))
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

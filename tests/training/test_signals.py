@@ -1,0 +1,91 @@
+"""Signals end a run behind a step, with a checkpoint; a rank that dies does not leave the others hanging."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+
+from rwkv_train import launcher
+from rwkv_train.training.checkpoint.directory import newest
+from rwkv_train.training.run import train
+from tests.runs import losses, rows, same_weights, start_ranks, words_for
+
+LONG = ("budget.steps=400", "checkpoint.every.steps=20", "validation.every.steps=1000", "optim.schedule.shape=constant")
+
+
+def number_of(process: ForkServerProcess) -> int:
+    assert process.pid is not None
+    return process.pid
+
+
+def wait_for(run: Path, lines: int, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) >= lines:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run does not get on")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_2"])
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, name: str, strategy: str) -> None:
+    words, run = words_for(tmp_path, "run", *LONG, f"strategy={strategy}"), tmp_path / "runs" / "run"
+    processes = start_ranks(words, 2)
+    wait_for(run, 5)
+    os.kill(number_of(processes[1]), signal.Signals[name])
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [75, 0]
+    step = len(losses(run))
+    assert 5 <= step < 400
+    found, damaged = newest(run / "checkpoints")
+    assert found is not None
+    assert not damaged
+    assert found.name == f"step_{step:09d}"
+    assert rows(run, "events.jsonl")[-1]["event"] == "interrupted"
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
+    words, run = words_for(tmp_path, "run", *LONG, "checkpoint.every.steps=500"), tmp_path / "runs" / "run"
+    (process,) = start_ranks(words, 1)
+    wait_for(run, 3)
+    for _ in range(200):  # in a row, so that a step cannot end in between
+        if process.exitcode is None:
+            os.kill(number_of(process), signal.SIGINT)
+            time.sleep(0.0005)
+    process.join(60)
+    assert process.exitcode == 130
+    assert not list((run / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_when_one_rank_dies_the_other_ends(tmp_path: Path, lost: int) -> None:
+    words, run = words_for(tmp_path, "run", *LONG), tmp_path / "runs" / "run"
+    processes = start_ranks(words, 2)
+    wait_for(run, 5)
+    processes[lost].kill()
+    other = processes[1 - lost]
+    other.join(30)
+    assert other.exitcode == 1
+
+
+def test_stopped_and_gone_on_with_is_the_run_without_a_stop(tmp_path: Path) -> None:
+    forty = ("budget.steps=40", "checkpoint.every.steps=100", "validation.every.steps=15")
+    assert train(launcher.load(words_for(tmp_path, "whole", *forty))) == 0
+    stopped = tmp_path / "runs" / "stopped"
+    (process,) = start_ranks(words_for(tmp_path, "stopped", *forty), 1)
+    wait_for(stopped, 6)
+    process.terminate()
+    process.join(60)
+    if process.exitcode == 75:
+        assert train(launcher.load(words_for(tmp_path, "stopped", *forty))) == 0
+    whole = tmp_path / "runs" / "whole"
+    assert losses(stopped) == losses(whole)
+    assert [row.get("val/loss") for row in rows(stopped)] == [row.get("val/loss") for row in rows(whole)]
+    assert same_weights(stopped, whole)
