@@ -20,6 +20,7 @@ from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.menu import groups
 from rwkv_train.resources import resource
 from rwkv_train.words import as_tree, differences, from_tree, nearest, parse_count, schema
+from tests.data.test_indexed import ours
 from tests.runs import save_weights
 
 CONF = resource("conf")
@@ -167,6 +168,10 @@ def test_every_file_of_conf_composes(group: str, name: str, conf: Composer, tmp_
     words = [f"{group}={name}", f"run.root={tmp_path}", f"data.path={tmp_path / 'text.txt'}"]
     if name == "finetune":
         words.append(f"init.weights={weights}")
+    if name == "store":
+        words += [f"data.path={ours(tmp_path / 'x')}", "data.tokenizer=world"]
+    if name == "mixture":
+        words.append(f"data.sources=[{{name:a,path:{tmp_path / 'text.txt'}}}]")
     config = conf.settle(words)
     if group == "model":
         assert config.model.size == name

@@ -55,7 +55,7 @@ def open_sources(data: DataSettings, extend: Sequence[str] = ()) -> tuple[Tokeni
         UserError: a source is missing, torn, or made with another tokenizer than the others.
     """
     if data.source == "mixture":
-        parts = [(source.name, replace(data, source="store", path=source.path)) for source in data.sources]
+        parts = [(source.name, replace(data, path=source.path)) for source in data.sources]
     else:
         parts = [(data.source, data)]
     tokenizer = find_tokenizer(data, extend, [paths for _, part in parts if (paths := store_stems(part))])
@@ -115,25 +115,21 @@ def store_stems(data: DataSettings) -> list[Path]:
     else:
         found = sorted({stem_of(Path(name)) for name in glob.glob(str(path)) if name.endswith((".idx", ".bin"))})
         found = found or sorted({Path(name).with_suffix("") for name in glob.glob(f"{path}.idx")})
-    if not found and not path.exists():
+    if not found and (data.source == "store" or not path.exists()):
+        name = stem_of(path).name
+        what = " holds no store: no file in it ends in .idx" if path.is_dir() else " is no store"
         raise UserError(
-            f"data.path={data.path}: there is no store {stem_of(path).name}.bin and {stem_of(path).name}.idx",
-            "`rwkv-train prepare TEXT --tokenizer world --out STORE` makes one; a glob names several",
+            f"data.path={data.path}" + (what if path.exists() else f": there is no store {name}.bin and {name}.idx"),
+            "`rwkv-train prepare TEXT --tokenizer world --out STORE` makes one; a glob names several; data=text reads text",
         )
     return found
 
 
 def _open(name: str, data: DataSettings, tokenizer: Tokenizer) -> Source:
-    if data.source == "store":
-        stems = store_stems(data)
-        if stems:
-            return _open_stores(name, stems, data, tokenizer)
-        if data.path is not None and Path(data.path).expanduser().is_dir() and name == "store":
-            raise UserError(
-                f"data.path={data.path} holds no store: no file ends in .idx",
-                "data=text reads text; prepare makes a store",
-            )
-        data = replace(data, source="text")  # a mixture may have text as well
+    if stems := store_stems(data):
+        return _open_stores(name, stems, data, tokenizer)
+    if data.source == "mixture":
+        data = replace(data, source="text")  # it may have text as well
     if data.source == "chat":
         train, held_out, description, digest = read_chat(data, tokenizer)
     else:

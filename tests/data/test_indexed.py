@@ -160,12 +160,12 @@ def test_training_takes_a_store_a_glob_and_a_directory(tmp_path: Path) -> None:
 
 def test_mistakes_with_stores(tmp_path: Path) -> None:
     ours(tmp_path / "x")
-    with pytest.raises(UserError, match=r"there is no store gone.bin and gone.idx\n.*rwkv-train prepare"):
+    with pytest.raises(UserError, match=r"gone: there is no store gone.bin and gone.idx\n.*rwkv-train prepare"):
         batches(tmp_path / "gone")
     with pytest.raises(UserError, match=r"x has no manifest .*nothing tells which tokenizer made it"):
         batches(tmp_path / "x", None)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no store: no file ends in \.idx"):
+    with pytest.raises(UserError, match=r"holds no store: no file in it ends in \.idx"):
         batches(tmp_path / "empty")
     ours(tmp_path / "large", [[300, 0] * 20])
     with pytest.raises(UserError, match=r"large.bin holds the token 300; the vocabulary has 256\n.*another tokenizer"):

@@ -62,7 +62,7 @@ def test_a_stream_goes_on_exactly_from_its_position(store: Path, tmp_path: Path)
     stopped_and_resumed(tmp_path, *words, "data.held_out_documents=5")
     (checkpoint,) = (tmp_path / "runs" / "parts" / "checkpoints").glob("*8")
     meta = json.loads((checkpoint / "meta.json").read_text())
-    assert meta["position"]["offset"] > 0
+    assert meta["position"]["offset"] <= 8 * 128
     assert meta["tokenizer"] == "bytes"
 
 

@@ -78,6 +78,10 @@ def prepare(job: Job) -> Manifest:
         try:
             shards = _make_shards(job, units(files, names, job.field, job.split), folder, progress)
             manifest = _join(job, identity, shards, progress)
+        except UserError:
+            if not progress.counts.documents:
+                shutil.rmtree(folder)  # nothing in it is worth keeping, and it would stand in the way of another try
+            raise
         except OSError as error:
             raise UserError(
                 f"{error.filename or folder} cannot be written: {error.strerror or error}",
