@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 CHUNK = 64  # steps, as in cuda/kernels.h
 COLUMN = 64  # channels of one block of the parallel kernels
-LEAST_CHUNKS = 16  # in a segment: what segments cost in memory stays below 1/64 of a (B, T, C) float32 tensor
+LEAST_CHUNKS = 16  # in a segment: segments then cost less memory than 1/64 of a (B, T, C) float32 tensor
 FILLING = 5  # warps of the sequential kernel on a multiprocessor; with more, cutting time is no gain
 
 
