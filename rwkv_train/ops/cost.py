@@ -13,7 +13,7 @@ FILLING = 5  # warps of the sequential kernel on a multiprocessor; with more, cu
 def segments_on(B: int, T: int, C: int, multiprocessors: int) -> int:
     """How wkv4 cuts (B, T, C) on a card: 0 is the sequential kernel, n > 0 the parallel one with time in n segments.
 
-    Sequential where its warps alone keep the card busy. Parallel otherwise; segments cost a second reading of the inputs,
+    Sequential where its warps alone keep the card busy. Parallel otherwise; segments cost a second reading of inputs,
     so time is cut only where its blocks would leave more than half of the multiprocessors idle, and then into no more
     blocks than two a multiprocessor, which all run at once.
     """
