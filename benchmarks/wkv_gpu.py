@@ -3,8 +3,8 @@
     python benchmarks/wkv_gpu.py [--quick]
 
 Forward + backward in bfloat16. The floor is 16 bytes an element (k, v, y; k, v, the gradient of y, dk, dv) at the
-bandwidth of a large copy that is measured in the same run; flash-linear-attention's RWKV-4 kernel takes part where it is
-installed. Without a card the prediction alone is printed, for an A100 and an H100. The last line is one JSON object.
+bandwidth of a large copy that is measured in the same run; flash-linear-attention's RWKV-4 kernel takes part where it
+is installed. Without a card the prediction alone is printed, for an A100 and an H100. The last line is one JSON object.
 """
 
 from __future__ import annotations

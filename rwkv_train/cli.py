@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser(
         "build-ops",
         help="compile the operators now, not at their first use",
-        description="Compiles the C++ and the CUDA engine into the cache, for a machine that has no compiler or no time.",
+        description="Compiles the C++ and the CUDA engine into the cache, for machines without compiler or time.",
     )
     build.add_argument("--arch", help="compute capabilities of the cards, like 8.0,9.0,10.0 (default: this machine's)")
     build.add_argument("--cache", metavar="DIRECTORY", help="instead of ~/.cache/rwkv_train; RWKV_OPS_CACHE at use")

@@ -70,14 +70,20 @@ def correctness(quick: bool) -> dict[str, Any]:
                     continue
                 ours = value_and_gradients(in_segments(segments), inputs, kinds)
                 assert_as_good_as(ours, plain, truth, 2, torch.finfo(torch.float32).eps)
-                worst = max(worst, *(((a - b).norm() / (b.norm() + 1e-30)).item() for a, b in zip(ours, truth, strict=True)))
+                worst = max(
+                    worst, *(((a - b).norm() / (b.norm() + 1e-30)).item() for a, b in zip(ours, truth, strict=True))
+                )
                 cases += 1
             x, r = (torch.randn(shape, dtype=torch.float64).to(dtype).double() for _ in range(2))
             mixes = [torch.rand(shape[2]).double() for _ in range(3)]
 
             def by_ops(x: torch.Tensor, r: torch.Tensor, *mixes: torch.Tensor) -> tuple[torch.Tensor, ...]:
                 x, r, *mixes = (value.cuda() for value in (x, r, *mixes))
-                return *(y.cpu() for y in ops.shift_mix(x, r[:, 0], *mixes)), ops.relu_squared(x).cpu(), ops.sigmoid_gate(r, x).cpu()
+                return (
+                    *(y.cpu() for y in ops.shift_mix(x, r[:, 0], *mixes)),
+                    ops.relu_squared(x).cpu(),
+                    ops.sigmoid_gate(r, x).cpu(),
+                )
 
             def by_definition(x: torch.Tensor, r: torch.Tensor, *mixes: torch.Tensor) -> tuple[torch.Tensor, ...]:
                 mixed = reference.shift_mix(x, r[:, 0], mixes)
@@ -158,11 +164,15 @@ def parts(quick: bool) -> dict[str, tuple[list[str], int]]:
 def run(name: str, command: list[str], seconds: int) -> dict[str, Any]:
     start = time.monotonic()
     try:
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
+        )
         output, failed = done.stdout, f"exit code {done.returncode}" if done.returncode else None
     except subprocess.TimeoutExpired as error:
         output, failed = (error.stdout or b"").decode(errors="replace"), f"longer than {seconds} s"
-    print(f"\n== {name} ({time.monotonic() - start:.0f} s{', FAILED: ' + failed if failed else ''})\n{output}", flush=True)
+    print(
+        f"\n== {name} ({time.monotonic() - start:.0f} s{', FAILED: ' + failed if failed else ''})\n{output}", flush=True
+    )
     lines = output.strip().splitlines() or [""]
     try:
         result = json.loads(lines[-1]) if lines[-1].startswith("{") else {}
@@ -199,9 +209,17 @@ def facts() -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The operator's rows as Markdown, for the README."""
-    lines = ["| B, T, C | kernel | µs | of the copy floor | predicted | one thread a channel, µs | fla, µs |", "|" + " --- |" * 7]
+    lines = [
+        "| B, T, C | kernel | µs | of the copy floor | predicted | one thread a channel, µs | fla, µs |",
+        "|" + " --- |" * 7,
+    ]
     for row in results.get("wkv4", {}).get("wkv4", []):
-        cells = [f"{row['B']}, {row['T']}, {row['C']}", row["kernel"], row.get("us", row.get("failed", "")), row.get("ratio", "")]
+        cells = [
+            f"{row['B']}, {row['T']}, {row['C']}",
+            row["kernel"],
+            row.get("us", row.get("failed", "")),
+            row.get("ratio", ""),
+        ]
         cells += [row["predicted_ratio"], row.get("us_one_thread_a_channel", ""), row.get("us_fla", "")]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

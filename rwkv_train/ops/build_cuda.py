@@ -13,7 +13,17 @@ from pathlib import Path
 import torch
 
 from rwkv_train.errors import UserError
-from rwkv_train.ops.build import CPP, BuildError, Engine, cache_directories, escaped, find_compiler, quoted, run, sources_key
+from rwkv_train.ops.build import (
+    CPP,
+    BuildError,
+    Engine,
+    cache_directories,
+    escaped,
+    find_compiler,
+    quoted,
+    run,
+    sources_key,
+)
 
 # -ftz=true: a subnormal weight is as good as none, and exponentials and quotients cost one instruction less each.
 NVCC_FLAGS = "-O3 -std=c++17 -ftz=true -Xcompiler -fPIC,-fvisibility=hidden"
@@ -59,7 +69,7 @@ def check_toolkit(version: tuple[int, int], torchs: str | None) -> None:
 
 
 def parse_architectures(text: str) -> tuple[str, ...]:
-    """ "8.0,9.0" → ("8.0", "9.0"), in order. Raises BuildError for what is no architecture, or too old a one."""
+    """From "8.0,9.0" to ("8.0", "9.0"), in order. Raises BuildError for what is no architecture, or too old a one."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if not re.fullmatch(r"\d+\.\d", name):
@@ -83,7 +93,7 @@ def cards() -> tuple[str, ...]:
 
 
 def covers(built: Sequence[str], needed: Sequence[str]) -> bool:
-    """Whether code for `built` runs on every card of `needed`: same major and no newer minor, or the newest one's PTX."""
+    """Whether code for `built` runs on every card of `needed`: same major, no newer minor; or the newest one's PTX."""
     newest = _number(built[-1])
     return all(
         _number(card) >= newest

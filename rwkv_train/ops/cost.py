@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 CHUNK = 64  # steps, as in cuda/kernels.h
 COLUMN = 64  # channels of one block of the parallel kernels
-LEAST_CHUNKS = 16  # in a segment: what segments cost in memory stays below 1/64 of a (B, T, C) float32 tensor
-FILLING = 5  # warps of the sequential kernel on a multiprocessor from which on nothing is gained by cutting time
+LEAST_CHUNKS = 16  # in a segment: segments then cost less memory than 1/64 of a (B, T, C) float32 tensor
+FILLING = 5  # warps of the sequential kernel on a multiprocessor; with more, cutting time is no gain
 
 
 def segments_on(B: int, T: int, C: int, multiprocessors: int) -> int:
     """How wkv4 cuts (B, T, C) on a card: 0 is the sequential kernel, n > 0 the parallel one with time in n segments.
 
-    Sequential where its warps alone keep the card busy. Parallel otherwise; segments cost a second reading of the inputs,
+    Sequential where its warps alone keep the card busy. Parallel otherwise; segments cost a second reading of inputs,
     so time is cut only where its blocks would leave more than half of the multiprocessors idle, and then into no more
     blocks than two a multiprocessor, which all run at once.
     """

@@ -66,7 +66,7 @@ def _examine(name: Literal["cpp", "cuda"], engine: Engine) -> EngineReport:
 
 
 def _self_test(device: str) -> float:
-    """Largest error of the engine's wkv4 and its gradients against float64, relative to the float32 definition's error."""
+    """Largest error of the engine's wkv4 and gradients against float64, relative to the float32 definition's."""
     generator = torch.Generator().manual_seed(0)
     B, T, C = 2, 70, 40
     shapes = [(C,), (C,), (B, T, C), (B, T, C)]

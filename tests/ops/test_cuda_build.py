@@ -1,4 +1,4 @@
-"""The CUDA engine without a card: toolkits that do not fit, architectures, the cache, what ptxas makes of the kernels."""
+"""The CUDA engine without a card: toolkits that do not fit, architectures, the cache, ptxas on the kernels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ ASSUMED = {
 
 def fake_nvcc(folder: Path, version: str, compiles: str = "exit 1") -> Path:
     nvcc = folder / "nvcc"
-    nvcc.write_text(f'#!/bin/sh\ncase "$*" in *--version*) echo "release {version}, V{version}";; *) {compiles};; esac\n')
+    nvcc.write_text(
+        f'#!/bin/sh\ncase "$*" in *--version*) echo "release {version}, V{version}";; *) {compiles};; esac\n'
+    )
     nvcc.chmod(0o755)
     return nvcc
 
@@ -84,7 +86,7 @@ def test_a_card_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_card_the_engine_says_so() -> None:
     engine = build_cuda.CudaEngine("cuda", build_cuda.CUDA.sources, required=True)
-    with pytest.raises(UserError, match="RWKV_OPS=cuda demands an engine that is not available: .*(CUDA|GPU)"):
+    with pytest.raises(UserError, match=r"RWKV_OPS=cuda demands an engine that is not available: .*(CUDA|GPU)"):
         engine.load()
 
 
@@ -154,7 +156,10 @@ def test_ptxas_spills_nothing_and_keeps_to_what_occupancy_assumes(architecture: 
         assert done.returncode == 0, done.stderr
         for name, text in re.findall(r"entry function '(\w+)'[^\n]*\n((?:(?!entry function)[\s\S])*)", done.stderr):
             kernel = next(kernel for kernel in sorted(ASSUMED, key=len, reverse=True) if kernel in name)
-            spills, registers = re.findall(r"(\d+) bytes spill", text), int(re.findall(r"Used (\d+) registers", text)[0])
+            spills, registers = (
+                re.findall(r"(\d+) bytes spill", text),
+                int(re.findall(r"Used (\d+) registers", text)[0]),
+            )
             shared = int((re.findall(r"(\d+) bytes smem", text) or ["0"])[0])
             assert set(spills) == {"0"}, f"{name} spills: {text}"
             most, bytes_ = ASSUMED[kernel]
@@ -175,7 +180,13 @@ def test_vector_loads_are_really_there(tmp_path: Path) -> None:
         ("elementwise", "flat_kernelI13__nv_bfloat16NS0_11ReluSquaredELi8E", r"ld\.global\.v4\.(f32|b32|u32)"),
     ):
         output = tmp_path / f"{source}.ptx"
-        command = [NVCC, *build_cuda.NVCC_FLAGS.split(), "-arch=compute_90", "-ptx", build.source_directory() / f"{source}.cu"]
+        command = [
+            NVCC,
+            *build_cuda.NVCC_FLAGS.split(),
+            "-arch=compute_90",
+            "-ptx",
+            build.source_directory() / f"{source}.cu",
+        ]
         subprocess.run([*map(str, command), "-o", str(output)], check=True)
         bodies = [text for text in output.read_text().split(".entry ") if kernel in text.split("(")[0]]
         assert len(bodies) == 1

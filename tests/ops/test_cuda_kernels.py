@@ -10,6 +10,7 @@ import mmap
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from tests.ops.emulator.loader import Kernels
 ORDERS = [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)]
 BOUND = 4  # units of ε times the condition, as docs/kernels.md derives it
 ROOT = Path(__file__).resolve().parents[2]
+NORESERVE = 0x4000  # Linux's; Python's mmap names it from 3.13 on
+UNTOUCHED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE  # addresses, no memory until it is written
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def wkv4_case(
     return inputs, gy.to(dtype).double(), gstate.double()
 
 
-def assert_bound(
+def error_ratios(
     kernels: Kernels,
     shape: tuple[int, int, int],
     segments: int,
@@ -54,11 +57,16 @@ def assert_bound(
     with_state: bool = True,
     **values: float,
 ) -> dict[str, float]:
+    """Largest error of each result in units of ε · condition."""
     inputs, gy, gstate = wkv4_case(*shape, dtype, **values)  # type: ignore[arg-type]
     behind = gstate if with_state else None
     found = proof.wkv4(kernels, inputs, gy, behind, segments, dtype)
     exact, condition = proof.truth(inputs, gy, behind), proof.conditions(inputs, gy, behind)
-    ratios = proof.worst(found, exact, condition, dtype)
+    return proof.worst(found, exact, condition, dtype)
+
+
+def assert_bound(*case: Any, **values: Any) -> dict[str, float]:
+    ratios = error_ratios(*case, **values)
     assert all(ratio <= BOUND for ratio in ratios.values()), ratios
     return ratios
 
@@ -188,7 +196,7 @@ def test_elements_beyond_two_to_the_31(plain: Kernels) -> None:
     B, T, C = 33_000, 64, 1024  # 2.16e9 elements
     elements = B * T * C
     assert elements > 2**31
-    maps = [mmap.mmap(-1, 2 * elements, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE) for _ in range(3)]
+    maps = [mmap.mmap(-1, 2 * elements, UNTOUCHED) for _ in range(3)]
     k, v, y = ((ctypes.c_uint16 * elements).from_buffer(x) for x in maps)
     last = slice((elements - C) - (T - 1) * C, elements)
     generator = torch.Generator().manual_seed(0)
@@ -196,8 +204,8 @@ def test_elements_beyond_two_to_the_31(plain: Kernels) -> None:
     for place, draw in zip((k, v), draws, strict=True):
         ctypes.memmove(ctypes.addressof(place) + 2 * last.start, draw.view(torch.int16).numpy().ctypes.data, 2 * T * C)
     state = reference.initial_state(torch.empty(1, 1, C)).expand(B, 3, C)[-1:].contiguous()
-    states = mmap.mmap(-1, 4 * B * 3 * C, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
-    new_states = mmap.mmap(-1, 4 * B * 3 * C, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    states = mmap.mmap(-1, 4 * B * 3 * C, UNTOUCHED)
+    new_states = mmap.mmap(-1, 4 * B * 3 * C, UNTOUCHED)
     first, final = ((ctypes.c_float * (B * 3 * C)).from_buffer(x) for x in (states, new_states))
     ctypes.memmove(ctypes.addressof(first) + 4 * (B - 1) * 3 * C, state.numpy().ctypes.data, 4 * 3 * C)
     w, u = -torch.rand(C, generator=generator), torch.randn(C, generator=generator)
@@ -233,7 +241,7 @@ def test_launchers_refuse_what_they_cannot_do(plain: Kernels) -> None:
             plain.call("rwkv_wkv4_forward", 0, *sizes, *buffers, None)
 
 
-# ---- the long form ----------------------------------------------------------------------------------------------------
+# ---- the long form ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.kernels
@@ -245,7 +253,9 @@ def test_wkv4_over_many_shapes(plain: Kernels, C: int, dtype: torch.dtype) -> No
         plain.schedule(*ORDERS[number % len(ORDERS)])
         for segments in {0, 1, 2, -(-T // 64)}:
             if segments <= -(-T // 64):
-                ratios = assert_bound(plain, (1 + number % 2, T, C), segments, dtype, with_state=number % 3 > 0, seed=number)
+                ratios = assert_bound(
+                    plain, (1 + number % 2, T, C), segments, dtype, with_state=number % 3 > 0, seed=number
+                )
                 worst = max(worst, *ratios.values())
     print(f"C {C} {dtype}: worst error {worst:.2f} ε × condition")
 

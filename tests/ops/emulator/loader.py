@@ -1,9 +1,9 @@
 """Compiles our CUDA kernels with g++ and runs them on the CPU, thread by thread (emulator.h says how).
 
-    kernels = load("check")                              # "plain", "asan" or "check"
-    y = kernels.empty("y", (2, 70, 6), "float32")
-    kernels.call("rwkv_relu_squared", 0, y.size, kernels.array("k", k), y, None)
-    y.numpy()                                            # a call that found an error has raised
+kernels = load("check")                              # "plain", "asan" or "check"
+y = kernels.empty("y", (2, 70, 6), "float32")
+kernels.call("rwkv_relu_squared", 0, y.size, kernels.array("k", k), y, None)
+y.numpy()                                            # a call that found an error has raised
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CACHE = Path(tempfile.gettempdir()) / f"rwkv_train_emulator-{os.getuid()}"
 COMMON = [
     *("-x", "c++", "-std=c++17", "-fPIC", "-gdwarf-4", "-Wall", "-Wno-unknown-pragmas"),
     "-ffp-contract=off",  # no multiply-add but where the source says fmaf
-    "-fno-gnu-unique",  # or two builds in one process share their statics
+    "-fno-gnu-unique",  # or two builds in one process share their static variables
     "-fno-tree-loop-distribute-patterns",  # loops stay loops: the hooks do not see memset and memcpy
 ]
 MODES = {

@@ -1,8 +1,9 @@
 """Runs the CUDA kernels in the emulator, and bounds their errors against the float64 definition.
 
-The bound is the one that docs/kernels.md derives: error ≤ 4 ε · condition, where the condition of a result is the sum of
-the magnitudes of its terms, each times 1 + M · (1 + age): an exponent of magnitude up to M is rounded once in each of the
-`age` steps that it is carried through; a gradient also has the conditions of the denominator and of y in it. Where the result is stored in 16 bits half a unit of its last place comes on top.
+The bound is the one that docs/kernels.md derives: error ≤ 4 ε · condition. The condition of a result is the sum of the
+magnitudes of its terms, each times 1 + M · (1 + age): an exponent of magnitude up to M is rounded once in each of the
+`age` steps that it is carried through. A gradient also has the conditions of the denominator and of y in it. Where a
+result is stored in 16 bits half a unit of its last place comes on top.
 """
 
 from __future__ import annotations
