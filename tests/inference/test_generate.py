@@ -7,6 +7,7 @@ import torch
 
 from rwkv_train.errors import UserError
 from rwkv_train.inference.generate import generate, load_model, run, sample
+from rwkv_train.models import ModelConfig, build_model
 from tests.oracles.models import lively_model
 
 
