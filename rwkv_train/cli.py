@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.top_p,
             arguments.tokens,
             arguments.seed,
+            arguments.tokenizer,
         )
     except UserError as error:
         launcher.report(error)
@@ -92,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "checkpoint", metavar="CKPT", help="a checkpoint directory or a .pth file with the field's names"
+    )
+    generate.add_argument(
+        "--tokenizer", help="bytes, world or a tokenizer.json (default: by the size of the vocabulary)"
     )
     generate.add_argument("--prompt", default="", help="the text to go on from")
     generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")

@@ -108,8 +108,10 @@ class Composer:
             with suppress(HydraException):
                 (override,) = self.parser.parse_overrides([word])
             if text and (override is None or not _is_text(override)):  # a path may hold any sign, a name may be 1e5
-                quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-                (override,) = self.parser.parse_overrides([f"{key}='{quoted}'"])
+                (override,) = self.parser.parse_overrides([f"{key}={_quoted(value)}"])
+            if override is None and self.schema.get(key) == tuple[str, ...] and value[:1] + value[-1:] == "[]":
+                items = ",".join(_quoted(item.strip("'\" ")) for item in value[1:-1].split(","))  # such as <|user|>
+                (override,) = self.parser.parse_overrides([f"{key}=[{items}]"])
             if override is not None:
                 parsed.append(override)
             elif equals:
@@ -269,6 +271,11 @@ def composer(folders: Sequence[Path], machine: Machine) -> Iterator[Composer]:
     """Opens Hydra over the conf folders; the first holds train.yaml."""
     with initialize_config_dir(config_dir=str(folders[0]), version_base="1.3", job_name="train"):
         yield Composer(folders, machine)
+
+
+def _quoted(text: str) -> str:
+    """As Hydra's grammar writes any text."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _is_text(override: Override) -> bool:

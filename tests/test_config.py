@@ -182,6 +182,12 @@ def test_every_file_of_conf_composes(group: str, name: str, conf: Composer, tmp_
         assert head[2].startswith("# ")
 
 
+def test_tokens_of_ones_own_need_no_quotes(conf: Composer) -> None:
+    for typed in ("[<|user|>,it's]", "['<|user|>',\"it's\"]"):
+        assert conf.settle([f"vocab.extend={typed}"]).vocab.extend == ("<|user|>", "it's")
+    assert conf.settle(["vocab.extend=[a,b]"]).vocab.extend == ("a", "b")
+
+
 def test_a_pair_that_nobody_published(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("size: mine\npublished: {rwkv9: {n_layer: 1}}\n")

@@ -120,7 +120,7 @@ def store_stems(data: DataSettings) -> list[Path]:
         what = " holds no store: no file in it ends in .idx" if path.is_dir() else " is no store"
         raise UserError(
             f"data.path={data.path}" + (what if path.exists() else f": there is no store {name}.bin and {name}.idx"),
-            "`rwkv-train prepare TEXT --tokenizer world --out STORE` makes one; a glob names several; data=text reads text",
+            "`rwkv-train prepare TEXT --tokenizer world --out STORE` makes one; data=text reads text",
         )
     return found
 

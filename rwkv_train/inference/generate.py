@@ -80,7 +80,15 @@ def load_model(checkpoint: Path) -> RWKV:
     return model.eval()
 
 
-def run(checkpoint: str, prompt: str, temperature: float, top_p: float, tokens: int, seed: int | None) -> int:
+def run(
+    checkpoint: str,
+    prompt: str,
+    temperature: float,
+    top_p: float,
+    tokens: int,
+    seed: int | None,
+    tokenizer_name: str | None = None,
+) -> int:
     """The command: streams the prompt and what follows it to standard output.
 
     Raises:
@@ -92,12 +100,14 @@ def run(checkpoint: str, prompt: str, temperature: float, top_p: float, tokens: 
             "temperature ≥ 0, 0 < top-p ≤ 1, tokens ≥ 0",
         )
     model = load_model(Path(checkpoint))
-    tokenizer = load_tokenizer("bytes")
-    if model.config.vocab_size != tokenizer.vocab_size:
+    vocabulary = model.config.vocab_size
+    name = tokenizer_name or {256: "bytes", 65536: "world"}.get(vocabulary)
+    tokenizer = None if name is None else load_tokenizer(name)
+    if tokenizer is None or tokenizer.vocab_size > vocabulary:
+        has = "" if tokenizer is None else f", the tokenizer {tokenizer.name} {tokenizer.vocab_size:,}"
         raise UserError(
-            f"{checkpoint} has a vocabulary of {model.config.vocab_size} tokens; the tokenizer here (bytes) has "
-            f"{tokenizer.vocab_size}",
-            "use rwkv_train.inference.generate.generate() with token ids of your own tokenizer",
+            f"{checkpoint} has a vocabulary of {vocabulary:,} tokens{has}",
+            "--tokenizer names the one that it was trained with: bytes, world, or the path of a tokenizer.json",
         )
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     sys.stdout.write(prompt)

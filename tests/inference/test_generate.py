@@ -7,6 +7,7 @@ import torch
 
 from rwkv_train.errors import UserError
 from rwkv_train.inference.generate import generate, load_model, run, sample
+from rwkv_train.models import ModelConfig, build_model
 from tests.oracles.models import lively_model
 
 
@@ -73,3 +74,17 @@ def test_mistakes(tmp_path: Path) -> None:
         load_model(tmp_path / "foreign.pth")
     with pytest.raises(UserError, match="out of range"):
         run(str(tmp_path / "other.pth"), "", 1.0, 0.0, 1, None)
+
+
+def test_the_tokenizer_is_found_by_the_vocabulary_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def save(vocab_size: int) -> str:
+        torch.save(build_model(ModelConfig("rwkv4", 1, 8, vocab_size)).state_dict(), tmp_path / "m.pth")
+        return str(tmp_path / "m.pth")
+
+    assert run(save(65536), "你好", 1.0, 0.9, 3, 0) == 0
+    assert capsys.readouterr().out.startswith("你好")
+    with pytest.raises(UserError, match=r"has a vocabulary of 300 tokens\n  --tokenizer names the one"):
+        run(save(300), "x", 1.0, 0.9, 3, 0)
+    assert run(save(300), "x", 1.0, 0.9, 3, 0, "bytes") == 0
+    with pytest.raises(UserError, match=r"of 300 tokens, the tokenizer world 65,536"):
+        run(save(300), "x", 1.0, 0.9, 3, 0, "world")
