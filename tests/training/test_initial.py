@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,10 @@ from rwkv_train.training.initial import Recipe, rounds
 SHAPE = ModelConfig("rwkv4", 2, 24, 40)
 
 
-def fill(rank: int, ranks: int, whole: bool) -> dict[str, tuple[int, Tensor]]:
+Held = dict[str, tuple[int, npt.NDArray[np.float32]]]  # name → first element, values; a pipe carries arrays
+
+
+def fill(rank: int, ranks: int, whole: bool) -> Held:
     """What this rank gets: all of each tensor, or ranges that overlap between ranks, in two pieces each."""
     model = build_model(SHAPE, device="meta")
     shapes = shapes_of(dict(model.named_parameters()))
@@ -32,17 +37,17 @@ def fill(rank: int, ranks: int, whole: bool) -> dict[str, tuple[int, Tensor]]:
         pieces.append(Piece(WEIGHT, name, start + middle, values[middle:], True))
     torch.set_num_threads(1 + rank)
     Recipe(recipe_of(model), shapes, SHAPE.n_layer, seed=3).fill(pieces)
-    return held
+    return {name: (start, values.numpy()) for name, (start, values) in held.items()}
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_three_ranks_make_the_weights_of_one(
-    run_ranks: Callable[..., list[dict[str, tuple[int, Tensor]]]], whole: bool
-) -> None:
+def test_three_ranks_make_the_weights_of_one(run_ranks: Callable[..., list[Held]], whole: bool) -> None:
     expected = dict(build_model(SHAPE, seed=3).named_parameters())
     for held in run_ranks(fill, 3, whole):
         for name, (start, values) in held.items():
-            assert torch.equal(values, expected[name].detach().flatten()[start : start + len(values)]), name
+            assert torch.equal(
+                torch.from_numpy(values), expected[name].detach().flatten()[start : start + len(values)]
+            ), name
 
 
 def test_the_work_is_shared_out() -> None:
