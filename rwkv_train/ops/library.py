@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -145,19 +145,20 @@ _library.define(
 
 def _wkv4_on_card(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, chunk = args
-    return _on_card(torch.ops.rwkv_train.wkv4_in_segments, tensors, chunk)
+    return cast(tuple[Tensor, Tensor, Tensor], _on_card(torch.ops.rwkv_train.wkv4_in_segments, tensors, chunk))
 
 
 def _wkv4_backward_on_card(*args: Any) -> tuple[Tensor, ...]:
     *tensors, chunk = args
-    return _on_card(torch.ops.rwkv_train.wkv4_in_segments_backward, tensors, chunk)
+    return cast(tuple[Tensor, ...], _on_card(torch.ops.rwkv_train.wkv4_in_segments_backward, tensors, chunk))
 
 
 def _on_card(operator: Callable[..., Any], tensors: list[Any], chunk: int) -> Any:
     if chunk != CHUNK:
         raise ValueError(f"wkv4: the CUDA engine saves a state each {CHUNK} steps, not {chunk}")
-    k = tensors[2]
-    return operator(*tensors, segments_on(*k.shape, torch.cuda.get_device_properties(k.device).multi_processor_count))
+    k: Tensor = tensors[2]
+    B, T, C = k.shape
+    return operator(*tensors, segments_on(B, T, C, torch.cuda.get_device_properties(k.device).multi_processor_count))
 
 
 _declare(
