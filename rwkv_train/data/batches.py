@@ -22,7 +22,7 @@ from rwkv_train.data.store import MemoryStore, Store
 from rwkv_train.data.stream import StreamRows, open_stream
 from rwkv_train.errors import UserError
 
-AHEAD = 64  # steps whose order is worked out at once
+AHEAD = 8192  # samples whose order is worked out at once
 
 
 class Batches:
@@ -257,8 +257,8 @@ class Batches:
         for number, (source, place) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
             rows[source].fill(place, block.row(number))
         limit = self.vocabulary or self.tokenizer.vocab_size
-        largest = int(block.tokens.max())
-        if largest >= limit:
+        unsure = any(source.bound >= limit for source in self.sources)
+        if unsure and (largest := int(block.tokens.max())) >= limit:
             row = int(block.tokens.max(axis=1).argmax())
             where = f"{self.sources[int(sources[row])].name}, sample at token {int(places[row]):,},"
             refuse_large(largest, limit, where)
@@ -322,7 +322,7 @@ class TrainBatches:
     def __iter__(self) -> Iterator[Batch]:
         data, step = self.data, self.data.start_step
         while True:  # the order of many steps in one go: one batch's alone takes longer than reading it
-            steps = AHEAD
+            steps = max(1, AHEAD // data.split.samples)
             if data.mixture.samples is not None:
                 steps = max(1, min(steps, data.mixture.samples // data.split.samples - step))
             sources, places = (each.reshape(steps, -1) for each in data.places(step, steps))

@@ -27,7 +27,7 @@ class Block(NamedTuple):
         return Block(np.empty((rows, context), np.int64), np.empty((rows, context), np.int64), starts)
 
     def row(self, number: int) -> Block:
-        return Block(*(None if array is None else array[number] for array in self))  # type: ignore[arg-type]
+        return Block(self.tokens[number], self.targets[number], None if self.starts is None else self.starts[number])
 
 
 class Rows(Protocol):

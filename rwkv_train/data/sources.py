@@ -38,6 +38,7 @@ class Source:
     description: str
     digest: str
     largest_token: int
+    bound: int  # no token is larger, for certain
 
     def bytes_per_token(self, tokenizer: Tokenizer) -> float:
         """Of the held-out tokens (of the training tokens if there are none), an end-of-text counted as one byte."""
@@ -137,13 +138,13 @@ def _open(name: str, data: DataSettings, tokenizer: Tokenizer) -> Source:
         train, held_out = join(corpus.train, tokenizer), join(corpus.held_out, tokenizer)
         description, digest = corpus.description, corpus.digest
     largest = max(int(store.tokens.max(initial=0)) for store in (train, held_out))
-    return Source(name, train, held_out, description, digest, largest)
+    return Source(name, train, held_out, description, digest, largest, largest)
 
 
 def _open_stores(name: str, stems: Sequence[Path], data: DataSettings, tokenizer: Tokenizer) -> Source:
     opened = [IndexedStore(stem) for stem in stems]
     manifests = [read_manifest(stem) for stem in stems]
-    digest, largest = hashlib.sha256(f"{data.hold_out}".encode()), 0
+    digest, largest, bound = hashlib.sha256(f"{data.hold_out}".encode()), 0, 0
     for store, manifest in zip(opened, manifests, strict=True):
         fingerprint = store.fingerprint()
         digest.update(fingerprint.encode())
@@ -154,6 +155,7 @@ def _open_stores(name: str, stems: Sequence[Path], data: DataSettings, tokenizer
                 f"`rwkv-train prepare verify {store.stem}` says what differs; or remove the manifest of another store",
             )
         largest = max(largest, store.sampled_maximum() if manifest is None else manifest.largest_token)
+        bound = max(bound, int(np.iinfo(store.dtype).max) if manifest is None else manifest.largest_token)
         refuse_large(largest, tokenizer.vocab_size, f"{store.bin}")
     whole: Store = opened[0] if len(opened) == 1 else Joined(opened)
     cut = _cut(opened, data.hold_out)
@@ -164,7 +166,7 @@ def _open_stores(name: str, stems: Sequence[Path], data: DataSettings, tokenizer
         f"{data.path}: {documents:,} documents, {len(whole):,} tokens ({tokenizer.identity}){many}, hash "
         f"{digest.hexdigest()[:16]}; held out: the last {max(0, len(held_out) - 1):,} tokens"
     )
-    return Source(name, Part(whole, 0, cut), held_out, description, digest.hexdigest()[:16], largest)
+    return Source(name, Part(whole, 0, cut), held_out, description, digest.hexdigest()[:16], largest, bound)
 
 
 def _cut(stores: Sequence[IndexedStore], share: float) -> int:

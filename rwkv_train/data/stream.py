@@ -195,7 +195,7 @@ def open_stream(data: DataSettings, extend: Sequence[str], context: int) -> tupl
         f"shuffled); every rank reads all of it; held out: the first {len(held):,} documents, {len(held_out):,} tokens"
     )
     empty = MemoryStore(pieces[0][:0])
-    source = Source("stream", empty, held_out, description, digest.hexdigest()[:16], 0)
+    source = Source("stream", empty, held_out, description, digest.hexdigest()[:16], 0, tokenizer.vocab_size - 1)
     rows = StreamRows(open_dataset(str(data.path), data.split), data, extend, context)
     return tokenizer, source, rows
 
