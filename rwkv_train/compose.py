@@ -33,6 +33,7 @@ from rwkv_train.weights_header import Shape, read_shape
 from rwkv_train.words import DURATIONS, OPEN, Words, as_tree, flatten, identity, nearest, read, schema, show
 
 ROW = {"n_layer": "model.n_layer", "n_embd": "model.n_embd", "lr": "optim.lr", "final_lr": "optim.final_lr"}
+BATCH = {"tokens": ("batch.tokens", 1024), "context": ("batch.context", 256)}  # for sizes whose row has no batch
 LAYERED = ("experiment", "debug", "local")  # the groups that change the others' settings, in the order they are applied
 
 
@@ -232,6 +233,9 @@ class Composer:
         for name, word in ROW.items():
             if settings.get(word) is None and name in row:
                 settings[word] = row[name]
+        for name, (word, otherwise) in BATCH.items():
+            if settings.get(word) is None:
+                settings[word] = row.get(name, otherwise)
         missing = [word for word in ROW.values() if settings.get(word) is None]
         if not missing:
             return problems

@@ -52,7 +52,7 @@ def _main(argv: Sequence[str]) -> int:
         flags, words = _split(argv)
         folders = [resource("conf"), *([flags.config_dir.expanduser().resolve()] if flags.config_dir else [])]
         if flags.help:
-            print(_menu(folders))
+            _show(_menu(folders) + "\n")
             return 0
         lines, configs = _settle(words, folders, flags.multirun)
     except UserError as error:
@@ -60,7 +60,7 @@ def _main(argv: Sequence[str]) -> int:
             report(error)
         return MISTAKE
     if flags.cfg:
-        _show(configs)
+        _show("---\n".join(map(_as_yaml, configs)))
         return 0
     try:
         if flags.multirun:
@@ -195,14 +195,22 @@ def _settle(words: Sequence[str], folders: Sequence[Path], multirun: bool) -> tu
     return lines, configs
 
 
-def _show(configs: Sequence[Config]) -> None:
+def _show(text: str) -> None:
+    """Prints a text whose reader may have seen enough before its end (`… | head`)."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _as_yaml(config: Config) -> str:
     import yaml
 
     from rwkv_train.words import as_tree
 
-    print(
-        "---\n".join(yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True) for config in configs), end=""
-    )
+    text: str = yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _run_all(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_dir: Path | None) -> int:
