@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from rwkv_train import launcher
-from rwkv_train.training.run import train
 from tests.runs import train_ranks, words_for
 
 SPY = ("packages=[tests]", "budget.steps=2", "optim.schedule.warmup.steps=1", "checkpoint.every.steps=50")
@@ -43,7 +41,3 @@ def test_vectors_are_float32_in_the_forward_pass(tmp_path: Path, strategy: str) 
 def test_an_update_of_a_hundred_thousandth_changes_the_output(tmp_path: Path, strategy: str) -> None:
     before, after = look(tmp_path, "Nudge", f"strategy={strategy}", "trainer.precision=bf16-mixed")
     assert before != after
-
-
-def test_one_process_of_each(tmp_path: Path) -> None:
-    assert train(launcher.load(words_for(tmp_path, "fsdp", *SPY, "strategy=ddp"))) == 0
