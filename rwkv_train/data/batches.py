@@ -194,6 +194,10 @@ class Batches:
         counts = self.mixture.counts(step * self.split.samples)
         return {source.name: int(n) * self.context for source, n in zip(self.sources, counts, strict=True)}
 
+    def share_out(self, micro: int) -> None:
+        """Cuts a device's share of each step into passes of so many samples; the samples of a step stay the same."""
+        self.split = split_batch(self.split.samples * self.context, self.context, micro, self.split.ranks)
+
     def position(self, step: int) -> dict[str, Any] | None:
         """Where a stream is to be read from to go on with that step; None: the step alone says all."""
         return None if self.stream is None else self.stream.position(step * self.split.samples)

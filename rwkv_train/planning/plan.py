@@ -46,7 +46,9 @@ class Plan:
 
 
 def make_plan(config: Config, card: Card, ranks: int, vocab_size: int, gpu: bool = True) -> Plan:
-    """The plan of a config; `strategy=auto` becomes the quickest one that fits.
+    """The plan of a config; `strategy=auto` becomes the first that fits, from whole copies to ever more sharing.
+
+    A micro-batch that is not given becomes the largest that fits: the whole share of a device, or half of it, a quarter …
 
     Args:
         config: settled and checked.
@@ -81,18 +83,27 @@ def make_plan(config: Config, card: Card, ranks: int, vocab_size: int, gpu: bool
         needs = memory(counts, layout, gpu, config.checkpoint.background)
         return Plan(card, gpu, counts, layout, needs, speed(counts, layout, card, config.trainer.precision, config.mfu))
 
-    if config.strategy != "auto":
-        return planned(replace(layout, strategy=config.strategy))
-    plans = [planned(replace(layout, strategy=name)) for name in (layout.strategy, *SHARING)]
-    return next((plan for plan in plans if plan.fits), min(plans, key=lambda plan: plan.held))
+    names = (layout.strategy, *SHARING) if config.strategy == "auto" else (config.strategy,)
+    passes = [1]
+    while config.batch.micro is None and layout.micro % (2 * passes[-1]) == 0:
+        passes.append(2 * passes[-1])
+    tried: list[Plan] = []
+    for name, cut in itertools.product(names, passes):
+        cut_layout = replace(layout, micro=layout.micro // cut, accumulation=layout.accumulation * cut)
+        tried.append(planned(replace(cut_layout, strategy=name)))
+        if tried[-1].fits:
+            return tried[-1]
+    return min(tried, key=lambda plan: plan.held)
 
 
 def why(plan: Plan) -> str:
-    """In one line, why strategy=auto is what it is."""
+    """In one line, why strategy=auto and a micro-batch that is not given are what they are."""
     name, held = plan.layout.strategy, f"{plan.held / 1e9:.1f} of {plan.card.memory / 1e9:.0f} GB"
+    many = plan.layout.accumulation
+    passes = f" in {many} passes a step" if many > 1 else ""
     if name in ("single", "ddp"):
-        return f"strategy=auto: {name}: a whole copy fits ({held})"
-    return f"strategy=auto: {name}: the first that fits ({held}); sharing less does not"
+        return f"strategy=auto: {name}: a whole copy fits{passes} ({held})"
+    return f"strategy=auto: {name}: the first that fits{passes} ({held}); sharing less does not"
 
 
 def smallest_change(config: Config, plan: Plan, vocab_size: int) -> tuple[str, Plan] | None:

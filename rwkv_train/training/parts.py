@@ -87,7 +87,8 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
     data.vocabulary = config.model.vocab_size or data.vocab_size
     refuse_large(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
     console = Console(quiet=not first, highlight=False, soft_wrap=True)
-    strategy = _strategy(config, accelerator, processes, data.vocabulary, console)
+    strategy, micro = _strategy(config, accelerator, processes, data, console)
+    data.share_out(micro)
     model, source = _build(config, data.vocabulary, strategy == "single" and not config.dry_run)
     parts = Parts(
         config=config,
@@ -112,8 +113,8 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
     return parts
 
 
-def _strategy(config: Config, accelerator: str, processes: int, vocab_size: int, console: Console) -> str:
-    """The strategy's name with `auto` settled.
+def _strategy(config: Config, accelerator: str, processes: int, data: Batches, console: Console) -> tuple[str, int]:
+    """The strategy's name and the samples of a pass, with what is left open settled.
 
     Raises:
         UserError: the model does not fit into the devices' memory; says what would.
@@ -125,7 +126,8 @@ def _strategy(config: Config, accelerator: str, processes: int, vocab_size: int,
     card = card_of(config)[0] if config.dry_run else (present_card() if gpu else None) or cpu_card(processes)
     state = 16.0 * config.model.n_layer * config.model.n_embd**2 * 13
     if config.strategy == "auto" and state < _SMALL * card.memory:
-        return "single" if ranks == 1 else "ddp"
+        return "single" if ranks == 1 else "ddp", data.micro
+    vocab_size = data.vocabulary or data.vocab_size
     plan = make_plan(config, card, ranks, vocab_size, gpu)
     if not plan.fits and not config.dry_run:
         change = smallest_change(config, plan, vocab_size)
@@ -136,7 +138,7 @@ def _strategy(config: Config, accelerator: str, processes: int, vocab_size: int,
         )
     if config.strategy == "auto" and not config.dry_run:
         console.print(why(plan))
-    return plan.layout.strategy
+    return plan.layout.strategy, plan.layout.micro
 
 
 def _simulated_devices(config: Config) -> tuple[str, int]:

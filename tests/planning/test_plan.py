@@ -18,7 +18,7 @@ from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.planning.cards import CARDS, card_of, find_card
 from rwkv_train.planning.memory import Layout, activations, memory
 from rwkv_train.planning.model import count
-from rwkv_train.planning.plan import Plan, make_plan, smallest_change
+from rwkv_train.planning.plan import Plan, make_plan, smallest_change, why
 from rwkv_train.planning.speed import traffic
 
 SEVEN = ["model=7b", "batch.context=4096", "batch.tokens=1048576", "batch.micro=2", "trainer.precision=bf16-mixed"]
@@ -106,6 +106,23 @@ def test_auto_takes_the_first_that_fits() -> None:
     assert plan(card="h200-141g")[1].layout.strategy == "deepspeed_2"
     assert plan("activation_checkpointing=true", "model=169m")[1].layout.strategy == "ddp"
     assert plan("activation_checkpointing=true", card="a100-40g")[1].layout.strategy == "deepspeed_3"
+
+
+def test_a_micro_batch_that_is_not_given_is_the_largest_that_fits() -> None:
+    words = [word for word in EIGHT if not word.startswith("batch.micro")]
+    found = make_plan(launcher.load(words), CARDS["h100-80g"], 8, 256)
+    assert (found.fits, found.layout.micro * found.layout.accumulation) == (True, 1048576 // 4096 // 8)
+    given = [f"strategy={found.layout.strategy}", f"batch.micro={2 * found.layout.micro}"]
+    assert not make_plan(launcher.load([*words, *given]), CARDS["h100-80g"], 8, 256).fits
+    assert f"in {found.layout.accumulation} passes a step" in why(found)
+
+
+def test_what_the_readme_begins_with(capsys: pytest.CaptureFixture[str]) -> None:
+    """`model=7b trainer.devices=8`, and nothing else, is a run that fits its cards."""
+    assert cli.main(["plan", "model=7b", "trainer.devices=8", "device=h100-80g"]) == 0
+    told = capsys.readouterr().out
+    assert "context 1024 × micro-batch 2 × 8 devices × 8 passes" in told
+    assert "\nfits  " in told
 
 
 def test_a_stated_mfu_is_the_plans() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,21 @@ def test_vectors_are_float32_in_the_forward_pass(tmp_path: Path, strategy: str) 
 def test_an_update_of_a_hundred_thousandth_changes_the_output(tmp_path: Path, strategy: str) -> None:
     before, after = look(tmp_path, "Nudge", f"strategy={strategy}", "trainer.precision=bf16-mixed")
     assert before != after
+
+
+def test_a_step_that_is_too_large_is_cut_into_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("budget.steps=6", "validation.every.steps=6")
+    assert train(launcher.load(words_for(tmp_path, "whole", *words))) == 0
+    capsys.readouterr()
+    config = launcher.load(words_for(tmp_path, "cut", *words))
+    card = parts.cpu_card(1)
+    two = make_plan(replace(config, batch=replace(config.batch, micro=2)), card, 1, 256, gpu=False).held
+    monkeypatch.setattr(parts, "_SMALL", 0.0)
+    monkeypatch.setattr(parts, "cpu_card", lambda processes: replace(card, memory=two / HEADROOM * 1.0001))
+    assert train(config) == 0
+    told = capsys.readouterr().out
+    assert "strategy=auto: single: a whole copy fits in 2 passes a step" in told
+    assert "micro-batch 2 × 1 devices × 2 passes" in told
+    assert losses(tmp_path / "runs" / "cut") == pytest.approx(losses(tmp_path / "runs" / "whole"), rel=1e-5)
