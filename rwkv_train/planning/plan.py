@@ -48,7 +48,7 @@ class Plan:
 def make_plan(config: Config, card: Card, ranks: int, vocab_size: int, gpu: bool = True) -> Plan:
     """The plan of a config; `strategy=auto` becomes the first that fits, from whole copies to ever more sharing.
 
-    A micro-batch that is not given becomes the largest that fits: the whole share of a device, or half of it, a quarter …
+    A micro-batch that is not given becomes the largest that fits: a device's whole share, or half of it, a quarter …
 
     Args:
         config: settled and checked.

@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.runs import train_ranks, words_for
+from rwkv_train import launcher
+from rwkv_train.planning.plan import HEADROOM, make_plan
+from rwkv_train.training import parts
+from rwkv_train.training.run import train
+from tests.runs import losses, train_ranks, words_for
 
 SPY = ("packages=[tests]", "budget.steps=2", "optim.schedule.warmup.steps=1", "checkpoint.every.steps=50")
 
