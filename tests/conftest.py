@@ -14,6 +14,11 @@ from typing import Any
 
 import pytest
 
+from rwkv_train.data import workers
+from tests import PRELOAD
+
+workers.PRELOAD[:] = PRELOAD
+
 # Set by libraries for themselves, once for the whole process and whatever the test: torch.compile's caches, and the
 # variable with which pytest says which test runs.
 LIBRARIES_OWN = {
@@ -60,7 +65,7 @@ def _run_ranks(fn: Callable[..., Any], ranks: int, *args: Any, seconds: float = 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "lightning"])  # imported once, not once for each rank
+    context.set_forkserver_preload(PRELOAD)
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
         context.Process(target=_one_rank, args=(pipes[rank][1], port, fn, rank, ranks, args)) for rank in range(ranks)

@@ -22,6 +22,7 @@ from rwkv_train import launcher
 from rwkv_train.training import parts
 from rwkv_train.training.checkpoint.storage import LocalStorage
 from rwkv_train.training.run import train
+from tests import PRELOAD
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,7 +106,7 @@ def _train_slow_saving(words: Sequence[str], saving: Path) -> None:
 def start_slow_saving(words: Sequence[str], saving: Path) -> ForkServerProcess:
     """A run with that storage in a process of its own, whose imports are done already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.runs"])
+    context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=_train_slow_saving, args=(words, saving))
     process.start()
     return process
@@ -132,7 +133,7 @@ def start_ranks(words: Sequence[str], ranks: int) -> list[ForkServerProcess]:
         port = free.getsockname()[1]
     words = [*(word for word in words if not word.startswith("trainer.devices=")), f"trainer.devices={ranks}"]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.runs", "tests.preload"])
+    context.set_forkserver_preload(PRELOAD)
     processes = [context.Process(target=_train_rank, args=(words, rank, ranks, port)) for rank in range(ranks)]
     for process in processes:
         process.start()

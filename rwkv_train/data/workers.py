@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
+
+PRELOAD = ["rwkv_train.data.prepare.shards"]  # imported once, not once for each process
 
 _tokenizer: Tokenizer  # of this process
 
 
+class _Pool(ProcessPoolExecutor):
+    """Its processes hold one end of a pipe whose other end, never written to, closes with this process."""
+
+    def __init__(self, workers: int, name: str, extend: Sequence[str]) -> None:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        theirs, self._ours = context.Pipe(duplex=False)
+        super().__init__(workers, context, _begin, (name, tuple(extend), theirs))
+
+
 def pool(workers: int, name: str, extend: Sequence[str]) -> ProcessPoolExecutor:
     """That many processes with a tokenizer, which `tokenizer` gives to what runs there."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["rwkv_train.data.prepare.shards"])  # imported once, not once for each process
-    return ProcessPoolExecutor(workers, context, _begin, (name, tuple(extend)))
+    return _Pool(workers, name, extend)
 
 
 def set_up(name: str, extend: Sequence[str]) -> None:
@@ -31,14 +42,14 @@ def tokenizer() -> Tokenizer:
     return _tokenizer
 
 
-def _begin(name: str, extend: Sequence[str]) -> None:
+def _begin(name: str, extend: Sequence[str], lifeline: Connection) -> None:
     os.nice(1)  # a machine that prepares can still be worked on
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     set_up(name, extend)
 
 
-def _end_with(parent: int) -> None:
-    """A killed parent's children would wait for work forever: its fork server ends with it, and that is seen."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _end_with(lifeline: Connection) -> None:
+    """Ends this process when the one that began it is gone: its fork server would keep it waiting for work for ever."""
+    with contextlib.suppress(EOFError, OSError):
+        lifeline.recv()
     os._exit(1)

@@ -22,6 +22,8 @@ from rwkv_train.ops.cost import segments_on
 NAMESPACE = "rwkv_train"
 CHUNK = 64  # steps between two saved states of wkv4: 3/64 of a (B, T, C) tensor
 
+KERNELS: dict[str, Callable[..., Any]] = {}  # by operator: what runs until an engine has registered its own
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -43,6 +45,7 @@ def _declare(
             return on_card(*args)
         return getattr(torch.ops.rwkv_train, name)(*args)
 
+    KERNELS[name] = kernel
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)

@@ -8,6 +8,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,23 @@ def test_a_killed_prepare_goes_on_and_two_into_one_place_are_refused(tmp_path: P
     assert len(finished) == 3
     prepare(job(tmp_path / "s", path))
     assert documents(tmp_path / "s") == TEXTS
+
+
+def test_workers_end_with_a_killed_prepare() -> None:
+    code = (
+        "import os, time; from rwkv_train.data import workers\n"
+        "if __name__ == '__main__':\n"
+        "    print(workers.pool(1, 'bytes', ()).submit(os.getpid).result(), flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        assert Path(f"/proc/{worker}").exists()
+        process.kill()
+    end = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists() and "State:\tZ" not in Path(f"/proc/{worker}/status").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_verify_names_the_document_of_a_flipped_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

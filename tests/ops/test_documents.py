@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from itertools import pairwise
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,21 +101,22 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.rwkv_train.shift_mix_documents.default, (x, None, mixes, starts))
 
 
-@pytest.mark.parametrize("name", ["wkv4_documents", "shift_mix_documents"])
-def test_a_card_without_such_an_operator_runs_the_definition(name: str) -> None:
+def test_a_card_without_such_an_operator_runs_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else its kernel for all devices would call itself for ever."""
-    declared: dict[str, tuple[object, object]] = {}
-
-    def note(schema: str, definition: object, fake: object, on_card: object = None) -> None:
-        declared[schema.split("(")[0]] = (definition, on_card)
-
-    source = Path(library.__file__).read_text().replace("\ndef _declare(", "\ndef _declared(")
-    space = {**vars(library), "_declare": note, "_differentiate": lambda *a: None}
-    for call in re.findall(r"^_declare\(.*?^\)", source, re.MULTILINE | re.DOTALL):
-        exec(call, space)
-    for operator in (name, f"{name}_backward"):
-        definition, on_card = declared[operator]
-        assert on_card is definition
+    card = SimpleNamespace(load=lambda: True)  # in the place of both engines, so that a tensor here counts as one there
+    monkeypatch.setattr(library, "CPP", card)
+    monkeypatch.setattr(library, "CUDA", card)
+    starts = boundaries(2, 20, 0, 8, 13)
+    inputs = [x.float() for x in wkv4_inputs(2, 20, 12)]
+    y, _, saved = library.KERNELS["wkv4_documents"](*inputs, starts, 8)
+    assert torch.equal(y, reference.wkv4(*inputs, starts)[0])
+    back = library.KERNELS["wkv4_documents_backward"](*inputs, starts, saved, torch.ones_like(y), None, 8)
+    assert [g.shape for g in back] == [x.shape for x in inputs]
+    x, mixes = torch.randn(2, 20, 12), [torch.rand(12), torch.rand(12)]
+    mixed = library.KERNELS["shift_mix_documents"](x, None, mixes, starts)
+    assert torch.equal(mixed[1], reference.shift_mix(x, None, mixes, starts)[1])
+    dx, *_ = library.KERNELS["shift_mix_documents_backward"](x, None, mixes, starts, mixed)
+    assert dx.shape == x.shape
 
 
 def test_mistakes_are_named() -> None:
