@@ -25,9 +25,10 @@ def test_generate_hands_its_words_over(monkeypatch: pytest.MonkeyPatch, capsys: 
     seen: list[tuple[object, ...]] = []
     monkeypatch.setattr(generate, "run", lambda *words: seen.append(words) or 0)
     words = ["--prompt", "def ", "--temperature", "0.5", "--top-p", "0.8", "--tokens", "9", "--seed", "3"]
+    words += ["--tokenizer", "world"]
     assert cli.main(["generate", "w.pth", *words]) == 0
     assert cli.main(["generate", "w.pth"]) == 0
-    assert seen == [("w.pth", "def ", 0.5, 0.8, 9, 3), ("w.pth", "", 1.0, 0.9, 500, None)]
+    assert seen == [("w.pth", "def ", 0.5, 0.8, 9, 3, "world"), ("w.pth", "", 1.0, 0.9, 500, None, None)]
 
     def refuse(*words: object) -> int:
         raise UserError("there is no file w.pth", "give another")

@@ -80,8 +80,10 @@ def run_wkv4(kernels: ctypes.CDLL, inputs: Sequence[Tensor], chunk: int, width: 
     return [x.double() for x in (y, new_state, dw.sum(0), du.sum(0), dk, dv, dstate)]
 
 
-def check_wkv4(kernels: ctypes.CDLL, shape: tuple[int, int, int], chunk: int, width: int) -> None:
-    inputs, single = wkv4_inputs(*shape), [torch.float32] * 5
+def check_wkv4(
+    kernels: ctypes.CDLL, shape: tuple[int, int, int], chunk: int, width: int, k_scale: float = 2.0, decay: float = 0.0
+) -> None:
+    inputs, single = wkv4_inputs(*shape, k_scale, decay), [torch.float32] * 5
     truth = value_and_gradients(reference.wkv4, inputs, [torch.float64] * 5)
     definition = value_and_gradients(reference.wkv4, inputs, single)
     ours = run_wkv4(kernels, inputs, chunk, width)
@@ -156,18 +158,21 @@ def test_the_exponential_is_right_within_one_ulp(kernels: ctypes.CDLL, tmp_path:
 
 def check(kernels: ctypes.CDLL) -> None:
     check_wkv4(kernels, (2, 70, 24), 16, 32)
+    check_wkv4(kernels, (2, 70, 24), 16, 32, k_scale=60, decay=4.5)  # y with a pair of its own
     check_mix(kernels, 2, 130, 24)
 
 
 @pytest.mark.parametrize(
     ("source", "old", "new"),
     [
-        ("wkv4_cpu.cpp", "const Pair out = exp_pair(p, u[c] + k), next = exp_pair(p + w[c], k);",
-         "const Pair out = exp_pair(p, u[c] - k), next = exp_pair(p + w[c], k);"),
+        ("wkv4_cpu.cpp", "Pair{next.x, next.y * factor}", "Pair{next.x * factor, next.y}"),
+        ("wkv4_cpu.cpp", "factor[c] = x < 0.0f ? e : 1.0f / e;", "factor[c] = e;"),
+        ("wkv4_cpu.cpp", "constexpr float NEAR = 40.0f;", "constexpr float NEAR = 1e9f;"),
+        ("wkv4_cpu.cpp", ": exp_pair(p, now);", ": exp_pair(now, p);"),
         ("wkv4_cpu.cpp", "gd[c] = next.x * gd[c] - out.x * g * y;", "gd[c] = next.x * gd[c] + out.x * g * y;"),
         ("wkv4_cpu.cpp", "q[c] -= won;", "q[c] += won;"),
         ("wkv4_cpu.cpp", "q[c] -= state.n[c] * gn[c] + state.d[c] * gd[c];", "q[c] += state.n[c] * gn[c];"),
-        ("elementwise_cpu.cpp", "fresh[c] += gc - direct;", "fresh[c] += gc + direct;"),
+        ("elementwise_cpu.cpp", "earlier += g - direct;", "earlier += g + direct;"),
         ("elementwise_cpu.cpp", "carry[c] += load(g[c]) - load(g[c]) * mix[c];", "carry[c] += load(g[c]) * mix[c];"),
     ],
 )  # fmt: skip
