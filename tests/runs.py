@@ -20,7 +20,7 @@ import torch
 
 from rwkv_train import launcher
 from rwkv_train.training import parts
-from rwkv_train.training.checkpoint.storage import LocalStorage
+from rwkv_train.training.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.training.run import train
 from tests import PRELOAD
 
@@ -96,7 +96,7 @@ class SlowStorage(LocalStorage):
 
     def rename(self, source: Path, target: Path) -> None:
         super().rename(source, target)
-        self.saving.unlink()
+        self.saving.unlink(missing_ok=True)
 
 
 def _train_slow_saving(words: Sequence[str], saving: Path) -> None:
@@ -126,27 +126,33 @@ def train_ranks(words: Sequence[str], ranks: int, seconds: float = 150) -> None:
             process.join()
 
 
-def start_ranks(words: Sequence[str], ranks: int) -> list[ForkServerProcess]:
-    """The same, not waited for."""
+def start_ranks(words: Sequence[str], ranks: int, storage: Storage | None = None) -> list[ForkServerProcess]:
+    """The same, not waited for.
+
+    Args:
+        words: of the command line.
+        ranks: processes.
+        storage: of the checkpoints, each rank has its own copy.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [*(word for word in words if not word.startswith("trainer.devices=")), f"trainer.devices={ranks}"]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    processes = [context.Process(target=_train_rank, args=(words, rank, ranks, port)) for rank in range(ranks)]
+    processes = [context.Process(target=_train_rank, args=(words, rank, ranks, port, storage)) for rank in range(ranks)]
     for process in processes:
         process.start()
     return processes
 
 
-def _train_rank(words: Sequence[str], rank: int, ranks: int, port: int) -> None:
+def _train_rank(words: Sequence[str], rank: int, ranks: int, port: int, storage: Storage | None) -> None:
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in numbers.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     for room in (launcher, parts):  # more ranks than cores: fine for a test, and refused to users
         room.__dict__["cores" if room is launcher else "_cores"] = lambda: max(ranks, os.cpu_count() or 1)
-    sys.exit(launcher.main(list(words)))
+    sys.exit(launcher.main(list(words)) if storage is None else train(launcher.load(words), storage, rank))
 
 
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

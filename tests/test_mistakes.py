@@ -243,6 +243,12 @@ def test_a_device_without_the_precision(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assemble(launcher.load([*words[:-1], "trainer.accelerator=gpu", "trainer.devices=2"]))
 
 
+def test_a_strategy_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=r"strategy=deepspeed_2 needs deepspeed, which is not installed\n  pip install"):
+        assemble(launcher.load(words_for(tmp_path, "run", "strategy=deepspeed_2")))
+
+
 @contextmanager
 def running(words: Sequence[str], begun: Callable[[], bool]) -> Iterator[subprocess.Popen[str]]:
     """`python train.py WORDS` from the moment on at which it has begun; it does not outlive the block."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import signal
 import warnings
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from rwkv_train.training.callbacks.checkpointing import Checkpointing
 from rwkv_train.training.callbacks.ending import Ending
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.progress import ProgressBar
-from rwkv_train.training.callbacks.signals import Signals
+from rwkv_train.training.callbacks.signals import Signals, follow_parent
 from rwkv_train.training.checkpoint.directory import (
     directory_name,
     newest,
@@ -107,6 +108,8 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
     ending = Ending(total, None if hours is None else hours * 3600)
     strategy = _strategy(parts, checkpoint)
     signals = Signals()
+    if not parts.first:
+        follow_parent()
     ours: list[Callback] = [metrics, saving, ProgressBar(metrics, total, console), ending, signals]
     if checkpoint is None and parts.first and not strategy.sharded:
         ours.append(LambdaCallback(on_train_start=lambda *_: _sample(parts, 0, refusals)))
@@ -118,11 +121,15 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
             raise
         console.print(f"\ninterrupted; {_next_time(saving)}")
         return INTERRUPTED
+    except BaseException:
+        if strategy.launcher is not None:  # the ranks that it has started would wait for this one
+            strategy.launcher.kill(signal.SIGKILL)
+        raise
     step = trainer.global_step
     if signals.stopped and step != total:
         events.add("interrupted", step, signal=signals.received)
         console.print(f"\n{signals.received or 'a signal'} at step {step}; {_next_time(saving)}")
-        return STOPPED if parts.first else 0  # Lightning takes another rank's code for a failure
+        return STOPPED if parts.first else 0  # Lightning kills the first rank when another one's code is not 0
     events.add("finished" if step == total else "stopped", step)
     _finish(parts, strategy, step, lines, refusals)
     if step != total:
@@ -135,7 +142,7 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
     console.print(
         f"[bold red]WARNING[/bold red]: the disk refused {refused} writes; the last whole checkpoint is {kept}"
     )
-    return DISK_REFUSED
+    return DISK_REFUSED if parts.first else 0
 
 
 def _next_time(saving: Checkpointing) -> str:
@@ -197,6 +204,7 @@ def _strategy(parts: Parts, checkpoint: Path | None) -> Sharing:
 def _trainer(parts: Parts, strategy: Sharing, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches are cut from memory
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning's own use of torch
+    warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated.*", FutureWarning)  # DeepSpeed's
     for room in ("lightning.pytorch", "lightning.fabric"):  # what they say of devices, our own head of a run says
         logging.getLogger(room).setLevel(logging.WARNING)
     config, data = parts.config, parts.data

@@ -66,8 +66,17 @@ def test_resumed_is_bit_equal(folder: Path, strategy: str) -> None:
     assert same_weights(resumed, whole)
 
 
+def test_one_process_two_and_four(folder: Path) -> None:
+    """Ten steps each, by another strategy each; four ranks share two cores."""
+    two = stopped_at(folder / "runs" / "single", 10, "two")
+    train_ranks(words_for(folder, two.name, *THIRTY, "strategy=deepspeed_1"), 2)
+    four = stopped_at(two, 20, "four")
+    train_ranks(words_for(folder, four.name, *THIRTY, "strategy=deepspeed_3"), 4)
+    assert [row["step"] for row in rows(four, "events.jsonl") if row["event"] == "resumed"] == [10, 20]
+    assert_close(four, folder / "runs" / "single")
+
+
 MOVES = [
-    ("deepspeed_1", 2, "deepspeed_3", 4),
     ("deepspeed_3", 2, "ddp", 2),
     ("fsdp", 2, "single", 1),
 ]

@@ -37,6 +37,27 @@ class Look(Callback):
             self.path.write_text(json.dumps({"dtypes": self.dtypes, **self.seen}))
 
 
+class Step(Callback):
+    """This rank's owned weights before and after the first step, as (name, first element, before, after)."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.before: dict[tuple[str, int], Tensor] = {}
+
+    def _owned(self, trainer: L.Trainer) -> dict[tuple[str, int], Tensor]:
+        pieces = trainer.strategy.pieces(moments=False)  # type: ignore[attr-defined]
+        return {(piece.name, piece.start): piece.values.detach().clone() for piece in pieces if piece.owned}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.before = self._owned(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step == 1:
+            after = self._owned(trainer)
+            found = [(*key, values, after[key]) for key, values in self.before.items()]
+            torch.save({"lr": pl_module.lr, "found": found}, self.folder / f"{trainer.global_rank}.pth")
+
+
 class Nudge(Callback):
     """Adds 1e-5 to every vector's first elements between two steps, through the pieces, and keeps both probes."""
 
@@ -62,6 +83,21 @@ class Nudge(Callback):
     @staticmethod
     def _more(values: Tensor) -> Tensor:
         return (values.detach().clone() + 1e-5).to(torch.float32)
+
+
+class Peak(Callback):
+    """The peak of this process's memory in the first steps after a start, above what it was without the model."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.before, self.steps = _status("VmRSS"), 0
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak until now
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.steps += 1
+        if self.steps == 3:
+            peak = _status("VmHWM") - self.before
+            (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(peak))
 
 
 class Start(Callback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from rwkv_train import launcher
 from rwkv_train.training.checkpoint.directory import newest
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, same_weights, start_ranks, words_for
+from tests.runs import losses, rows, same_weights, start, start_ranks, words_for
 
 LONG = ("budget.steps=400", "checkpoint.every.steps=20", "validation.every.steps=1000", "optim.schedule.shape=constant")
 
@@ -89,3 +90,22 @@ def test_stopped_and_gone_on_with_is_the_run_without_a_stop(tmp_path: Path) -> N
     assert losses(stopped) == losses(whole)
     assert [row.get("val/loss") for row in rows(stopped)] == [row.get("val/loss") for row in rows(whole)]
     assert same_weights(stopped, whole)
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    """One message, no process left: the first rank ends those that it has started."""
+    words = [*words_for(tmp_path, "run", "budget.steps=5", "strategy=ddp"), "trainer.devices=2"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        words.remove("trainer.devices=1")
+        with start(words, MASTER_PORT=port) as process:
+            try:
+                said = process.communicate(timeout=90)[0]  # its end is the end of all that hold the pipe
+            finally:
+                process.kill()
+    assert process.returncode == 2
+    assert "error: the port over which the processes find each other is in use: " in said
+    assert "\n  MASTER_PORT=NUMBER before the command chooses another one\n" in said
+    assert "Traceback" not in said

@@ -38,9 +38,6 @@ class Signals(Callback):
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
-        if trainer.world_size > 1 and not trainer.is_global_zero:
-            threading.Thread(target=_follow_parent, name="parent", daemon=True).start()
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == "SIGINT":
             os._exit(INTERRUPTED)
@@ -76,9 +73,13 @@ class Signals(Callback):
         self._before = {}
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
     """Ends this process when the one that started it has ended: a collective would wait for it for half an hour."""
     parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=follow, name="parent", daemon=True).start()

@@ -98,6 +98,13 @@ class Sharing(Strategy):
         self.filled()
         keep_freed_memory()  # only now: the first weights' making shall leave nothing behind
 
+    def teardown(self) -> None:
+        """After a failure before `materialise` there are no values that Lightning could move to the host."""
+        module = self.lightning_module
+        if module is not None and any(parameter.is_meta for parameter in module.parameters()):
+            self._lightning_module = None
+        super().teardown()
+
     def filled(self) -> None:
         """Called when the weights are there; for copies of them that are no pieces."""
 

@@ -120,10 +120,8 @@ class Zero(Sharing, DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         self.set_world_ranks()
         if self.root_device.type == "cpu":
-            import deepspeed.ops
-
-            # DeepSpeed would compile an operator for all-reduces through shared memory, with Python's headers and under a
-            # lock for which every later run waits if this one is killed. Gloo needs none.
+            # DeepSpeed would compile an operator for all-reduces through shared memory: minutes on a busy machine, and
+            # under a lock for which every later run waits if this one is killed. Gloo needs none.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._init_deepspeed_distributed()
 
