@@ -31,13 +31,27 @@ def utilisation(matmul_parameters: int, tokens_per_second: float, rate: float, d
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep freed memory for the next step.
+    """Has glibc keep memory for the next step that is freed from now on; what is free already it gives back.
 
     By itself it gives the pages of each large tensor back at once, and every step faults them in again.
     """
+    _set_allocator(mmap_threshold=1 << 30, trim_threshold=(1 << 31) - 1)
+
+
+def return_freed_memory() -> None:
+    """Has glibc give each large tensor's pages back when it is freed, from the first one on.
+
+    For ranks that share the state out because memory is short: gathered parameters, buckets and gradients come and go
+    in all sizes, and the holes that they leave in a heap would be as large as a rank's share.
+    """
+    _set_allocator(mmap_threshold=1 << 17, trim_threshold=1 << 17)
+
+
+def _set_allocator(mmap_threshold: int, trim_threshold: int) -> None:
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        libc.malloc_trim(0)
+        libc.mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD
     except OSError:
         pass  # another C library

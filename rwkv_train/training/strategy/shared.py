@@ -17,7 +17,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV
 from rwkv_train.training.checkpoint.pieces import MOMENTS, Piece, Reader, contents, file_names
 from rwkv_train.training.checkpoint.writer import Board, OwnBoard, Writer
-from rwkv_train.training.throughput import keep_freed_memory
+from rwkv_train.training.throughput import keep_freed_memory, return_freed_memory
 
 
 class Source(Protocol):
@@ -79,6 +79,8 @@ class Sharing(Strategy):
 
     def setup(self, trainer: Any) -> None:
         self._copies = {}
+        if self.divided:
+            return_freed_memory()
         super().setup(trainer)
         if self.broadcast(str(self.resume)) != str(self.resume):  # only the first rank reads their whole content
             raise UserError(
@@ -96,7 +98,10 @@ class Sharing(Strategy):
         elif self.source is not None:
             self.source.fill(list(self.pieces(moments=False)))
         self.filled()
-        keep_freed_memory()  # only now: the first weights' making shall leave nothing behind
+        for _ in self.pieces(moments=True):
+            pass  # Adam's moments are made now: made by the first step they would lie between what each step frees
+        # only now: the first weights' making shall leave nothing behind
+        (return_freed_memory if self.divided else keep_freed_memory)()
 
     def teardown(self) -> None:
         """After a failure before `materialise` there are no values that Lightning could move to the host."""

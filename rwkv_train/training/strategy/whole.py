@@ -41,3 +41,8 @@ class DDP(_Whole, DDPStrategy):
 
     def materialise(self, model: RWKV) -> None:
         model.to_empty(device=self.root_device)
+
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, *args, **kwargs)
+        optimizer.zero_grad()  # the second step makes other buckets; the first ones' memory is free by then
+        return result

@@ -58,6 +58,11 @@ def deepspeed_config(config: Config, stage: int, offload: bool, micro: int, gpu:
     if stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": bucket,
+            # DeepSpeed's defaults, 1e9 elements each, keep a model of a billion parameters gathered, and copy all
+            # gradients of a shard at once
+            "stage3_max_live_parameters": 2 * bucket,
+            "stage3_max_reuse_distance": 0,
+            "sub_group_size": bucket,
             "stage3_param_persistence_threshold": config.model.n_embd,  # vectors stay
         }
     host = {"device": "cpu", "pin_memory": gpu}
