@@ -102,7 +102,7 @@ class RWKVModule(L.LightningModule):
             rows.append(torch.stack([nats, torch.stack([counts for _, counts in results]).sum().to(nats)]))
             results.clear()
         sums = self.trainer.strategy.reduce(torch.stack(rows), reduce_op="sum")  # (sources, 2)
-        many = self.trainer.world_size > 1
+        many = torch.distributed.is_initialized()  # also of one process, where Lightning warns otherwise
         nats, count = sums.sum(0)
         self.log("val/loss", nats / count, sync_dist=many, add_dataloader_idx=False)
         if len(self._sources) > 1:

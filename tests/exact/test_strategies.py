@@ -99,7 +99,7 @@ def test_another_strategy_and_another_number_of_processes_go_on(
     name = f"{before}_{from_ranks}_{after}_{ranks}"
     moved = stopped_at(run_of(folder, before, from_ranks), 10, name)
     words = words_for(folder, name, *THIRTY, "strategy=" + after.replace("single", "auto"))
-    if ranks == 1:
+    if after == "single":
         assert train(launcher.load(words)) == 0
     else:
         train_ranks(words, ranks)
