@@ -51,7 +51,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("gradient of the maximum not stopped", "wkv4.cuh", "m.keep * g.q", "g.q"),
     ("a sign in dk", "wkv4.cuh", "fmaf(v, s.d, -s.n)", "fmaf(v, s.d, s.n)"),
     ("the last eight steps counted as more", "wkv4.cuh", "left > STEPS ? STEPS + 1", "left >= STEPS ? STEPS + 1"),
-    ("wrong stride of rows", "wkv4.cuh", "+ at + j * C)", "+ at + j)"),
+    ("wrong stride of rows", "wkv4.cuh", "++j, row += C)", "++j, ++row)"),
     ("stale state before odd steps", "wkv4.cuh", "if (j % 2) s = step(", "if (j % 2 == 2) s = step("),
     ("a chunk too many", "wkv4.cuh", "return (T + CHUNK - 1) / CHUNK;", "return T / CHUNK + 1;"),
     ("a barrier dropped, forward", "wkv4_parallel.cuh", "    __syncthreads();\n    if (!SUMMARY || warp == WARPS - 1) {", "    if (!SUMMARY || warp == WARPS - 1) {"),

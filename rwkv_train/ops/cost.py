@@ -44,7 +44,8 @@ H100 = Card("H100 SXM", 132, 1.755e9, 3.35e12)
 @dataclass(frozen=True)
 class Kernel:
     """One kernel's cost per element, 16-bit storage; instructions counted in its main loop's SASS for sm_90, on the
-    path of the usual case: whole eighths of chunks, |u + w| at most 40, no gradient of the last state."""
+    path of the usual case: whole eighths of chunks, |u + w| at most 40, no gradient of the last state.
+    """
 
     bytes: float
     instructions: float
