@@ -11,6 +11,7 @@ namespace {
 constexpr int LANES = 32, WARPS = 8, STEPS = 8;  // a chunk is WARPS · STEPS steps
 constexpr int CHUNK = int(RWKV_CHUNK), ALONE = 64;  // ALONE: threads in a block of the sequential kernels
 constexpr float EMPTY_MAXIMUM = -1e38f;
+constexpr float NEAR = 40.f;  // |u + w| up to here: y does with the weights of the new state, as in wkv4_cpu.cpp
 static_assert(CHUNK == WARPS * STEPS, "a block of the parallel kernels works on one chunk at a time");
 
 struct Inputs {
@@ -70,13 +71,23 @@ __device__ __forceinline__ State then(State before, State part, float decay) {
 
 __device__ __forceinline__ State step(State s, float w, float k, float v) { return then(s, {v, 1.f, k}, w); }
 
+// PLAIN is the usual case, without what it does not need: all STEPS steps of a thread are there, |u + w| is at most NEAR,
+// and going back there is no gradient of new_state, which alone needs q. The `u` of the functions is then e^(u+w).
+template <int V> __device__ __forceinline__ bool near(const float *w, const float *u, float *bonus) {
+  bool all = true;
+#pragma unroll
+  for (int i = 0; i < V; ++i) bonus[i] = __expf(u[i] + w[i]), all = all && fabsf(u[i] + w[i]) <= NEAR;
+  return all;
+}
+
 struct Output {
   Weights e;
   float inverse, y;  // 1 / denominator
 };
 
-__device__ __forceinline__ Output output(State s, float u, float k, float v) {
-  const Weights e = weigh(s.p, u + k);
+// `next`: the weights of the state after this step.
+template <bool PLAIN> __device__ __forceinline__ Output output(State s, Weights next, float u, float k, float v) {
+  const Weights e = PLAIN ? Weights{next.past, next.now * u, 0.f} : weigh(s.p, u + k);
   const float inverse = __fdividef(1.f, fmaf(e.past, s.d, e.now));
   return {e, inverse, fmaf(e.past, s.n, e.now * v) * inverse};
 }
@@ -99,12 +110,14 @@ struct Slopes {
 };
 
 // One step back: s is the state before it, g the gradient of y_t; `behind` becomes the gradient of s.
+template <bool PLAIN>
 __device__ __forceinline__ Slopes step_back(State s, float w, float u, float k, float v, float g, Gradient &behind) {
-  const Output out = output(s, u, k, v);
-  const float decayed = s.p + w, scaled = g * out.inverse;
+  const float decayed = s.p + w;
   const Weights next = weigh(decayed, k);
+  const Output out = output<PLAIN>(s, next, u, k, v);
+  const float scaled = g * out.inverse;
   const float bonus = out.e.past * out.e.now * scaled * fmaf(v, s.d, -s.n) * out.inverse;
-  const float q = kept(decayed, k) * behind.q, won = behind.q - q;
+  const float q = PLAIN ? 0.f : kept(decayed, k) * behind.q, won = PLAIN ? 0.f : behind.q - q;
   const Slopes result = {bonus + next.now * fmaf(v, behind.n, behind.d) + won,
                          fmaf(out.e.now, scaled, next.now * behind.n),
                          next.past * fmaf(s.n, behind.n, s.d * behind.d) + q, bonus};
@@ -137,23 +150,76 @@ __device__ __forceinline__ int steps_of(int64_t left) {
   return left < 0 ? 0 : left > STEPS ? STEPS + 1 : int(left);
 }
 
-// `count` rows of V channels, at most STEPS; the rest of `to` stays as it is.
-template <class S, int V>
+// `count` rows of V channels, at most STEPS; the rest of `to` stays as it is. APART: the usual case, all of them, costs no
+// predicates, but registers for its addresses.
+template <class S, int V, bool APART = true>
 __device__ __forceinline__ void load_steps(Pack<S, V> *to, const void *from, int64_t at, int64_t C, int count) {
+  const S *row = static_cast<const S *>(from) + at;
+  if (APART && count >= STEPS) {
 #pragma unroll
-  for (int j = 0; j < STEPS; ++j)
-    if (j < count) to[j] = load<S, V>(static_cast<const S *>(from) + at + j * C);
+    for (int j = 0; j < STEPS; ++j, row += C) to[j] = load<S, V>(row);
+  } else {
+#pragma unroll
+    for (int j = 0; j < STEPS; ++j)
+      if (j < count) to[j] = load<S, V>(row + j * C);
+  }
+}
+
+// The state that STEPS steps give from nothing. Where there are fewer it is of no use, and nobody uses it.
+template <class S, int V>
+__device__ __forceinline__ void summarise(const Pack<S, V> *k, const Pack<S, V> *v, const float *w, State *local) {
+  float x[STEPS][V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) local[i] = empty();
+#pragma unroll
+  for (int j = 0; j < STEPS; ++j) {
+    unpack<S, V>(k[j], x[j]);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      x[j][i] = fmaf(float(STEPS - 1 - j), w[i], x[j][i]);
+      local[i].p = fmaxf(local[i].p, x[j][i]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < STEPS; ++j) {
+    float vj[V];
+    unpack<S, V>(v[j], vj);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float e = __expf(x[j][i] - local[i].p);
+      local[i].n = fmaf(e, vj[i], local[i].n), local[i].d += e;
+    }
+  }
+}
+
+// The outputs of STEPS steps; s becomes the state behind them.
+template <bool PLAIN, class S, int V>
+__device__ __forceinline__ void go_forward(const Pack<S, V> *k, const Pack<S, V> *v, int count, const float *w,
+                                           const float *u, State *s, S *y, int64_t C) {
+#pragma unroll
+  for (int j = 0; j < STEPS; ++j) {
+    if (PLAIN || j < count) {
+      float kj[V], vj[V], yj[V];
+      unpack<S, V>(k[j], kj), unpack<S, V>(v[j], vj);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        yj[i] = output<PLAIN>(s[i], weigh(s[i].p + w[i], kj[i]), u[i], kj[i], vj[i]).y;
+        s[i] = step(s[i], w[i], kj[i], vj[i]);
+      }
+      store<S, V>(y + j * C, yj);
+    }
+  }
 }
 
 // The gradients of STEPS steps, from the last back to the first; g is that of the state behind them and becomes that of
 // the state before them; dw and du are added to. `before` holds the states before the even steps, the odd ones cost less than their registers.
-template <class S, int V>
+template <bool PLAIN, class S, int V>
 __device__ __forceinline__ void go_back(const Pack<S, V> *k, const Pack<S, V> *v, const Pack<S, V> *gy,
                                         const State (*before)[V], int count, const float *w, const float *u, Gradient *g,
                                         float *dw, float *du, S *dk, S *dv, int64_t C) {
 #pragma unroll
   for (int j = STEPS - 1; j >= 0; --j) {
-    if (j < count) {
+    if (PLAIN || j < count) {
       float kj[V], vj[V], gj[V], k_before[V], v_before[V], dkj[V], dvj[V];
       unpack<S, V>(k[j], kj), unpack<S, V>(v[j], vj), unpack<S, V>(gy[j], gj);
       unpack<S, V>(k[j & ~1], k_before), unpack<S, V>(v[j & ~1], v_before);
@@ -161,7 +227,7 @@ __device__ __forceinline__ void go_back(const Pack<S, V> *k, const Pack<S, V> *v
       for (int i = 0; i < V; ++i) {
         State s = before[j / 2][i];
         if (j % 2) s = step(s, w[i], k_before[i], v_before[i]);
-        const Slopes slope = step_back(s, w[i], u[i], kj[i], vj[i], gj[i], g[i]);
+        const Slopes slope = step_back<PLAIN>(s, w[i], u[i], kj[i], vj[i], gj[i], g[i]);
         dkj[i] = slope.dk, dvj[i] = slope.dv, dw[i] += slope.dw, du[i] += slope.du;
       }
       store<S, V>(dk + j * C, dkj), store<S, V>(dv + j * C, dvj);

@@ -28,11 +28,12 @@ template <class S, int V, bool SUMMARY> __global__ __launch_bounds__(LANES * WAR
   const int first = int(a.first_chunk(at.segment)), last = int(a.first_chunk(at.segment + 1));
   const int64_t C = a.C;
   const int64_t rows = at.b * a.T * C + at.c, states = at.b * 3 * C + at.c;
-  float w[V] = {}, u[V] = {};
+  float w[V] = {}, u[V] = {}, bonus[V];
   if (at.inside) {
 #pragma unroll
     for (int i = 0; i < V; ++i) w[i] = a.w[at.c + i], u[i] = a.u[at.c + i];
   }
+  const bool plain = near<V>(w, u, bonus);
   if (warp == 0) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -53,17 +54,7 @@ template <class S, int V, bool SUMMARY> __global__ __launch_bounds__(LANES * WAR
     const int64_t next_at = rows + (t + CHUNK) * C;
     load_steps<S, V>(next_k, a.k, next_at, C, ahead), load_steps<S, V>(next_v, a.v, next_at, C, ahead);
     State local[V], s[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) local[i] = empty();
-#pragma unroll
-    for (int j = 0; j < STEPS; ++j) {
-      if (j < count) {
-        float kj[V], vj[V];
-        unpack<S, V>(k[j], kj), unpack<S, V>(v[j], vj);
-#pragma unroll
-        for (int i = 0; i < V; ++i) local[i] = step(local[i], w[i], kj[i], vj[i]);
-      }
-    }
+    summarise<S, V>(k, v, w, local);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       float(*to)[WIDTH] = part[now][warp];
@@ -96,19 +87,9 @@ template <class S, int V, bool SUMMARY> __global__ __launch_bounds__(LANES * WAR
       }
     }
     if (!SUMMARY) {
-#pragma unroll
-      for (int j = 0; j < STEPS; ++j) {
-        if (j < count) {
-          float kj[V], vj[V], y[V];
-          unpack<S, V>(k[j], kj), unpack<S, V>(v[j], vj);
-#pragma unroll
-          for (int i = 0; i < V; ++i) {
-            y[i] = output(s[i], u[i], kj[i], vj[i]).y;
-            s[i] = step(s[i], w[i], kj[i], vj[i]);
-          }
-          store<S, V>(static_cast<S *>(a.y) + rows + (t + j) * C, y);
-        }
-      }
+      S *y = static_cast<S *>(a.y) + rows + t * C;
+      if (plain && count >= STEPS) go_forward<true, S, V>(k, v, count, w, bonus, s, y, C);
+      else go_forward<false, S, V>(k, v, count, w, u, s, y, C);
       if (count > 0 && count <= STEPS) {  // the last step of all is this thread's
 #pragma unroll
         for (int i = 0; i < V; ++i) write_state(a.new_state, states + i, C, s[i]);
@@ -117,6 +98,31 @@ template <class S, int V, bool SUMMARY> __global__ __launch_bounds__(LANES * WAR
     count = ahead;
 #pragma unroll
     for (int j = 0; j < STEPS; ++j) k[j] = next_k[j], v[j] = next_v[j];
+  }
+}
+
+// What STEPS steps do to the gradient behind them, and the states before the even ones; s becomes the state behind them.
+template <bool PLAIN, class S, int V>
+__device__ __forceinline__ void map_steps(const Pack<S, V> *k, const Pack<S, V> *v, const Pack<S, V> *gy, int count,
+                                          const float *w, const float *u, State *s, State (*before)[V], Map *steps) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) steps[i] = {1.f, 1.f, 0.f, 0.f};
+#pragma unroll
+  for (int j = 0; j < STEPS; ++j) {
+    if (PLAIN || j < count) {
+      float kj[V], vj[V], gj[V];
+      unpack<S, V>(k[j], kj), unpack<S, V>(v[j], vj), unpack<S, V>(gy[j], gj);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const float decayed = s[i].p + w[i];
+        const Weights next = weigh(decayed, kj[i]);
+        const Output out = output<PLAIN>(s[i], next, u[i], kj[i], vj[i]);
+        const float slope = out.e.past * gj[i] * out.inverse, keep = PLAIN ? 1.f : kept(decayed, kj[i]);
+        if (j % 2 == 0) before[j / 2][i] = s[i];
+        steps[i] = compose(steps[i], {next.past, keep, slope, -slope * out.y});
+        s[i] = step(s[i], w[i], kj[i], vj[i]);
+      }
+    }
   }
 }
 
@@ -131,7 +137,7 @@ __global__ __launch_bounds__(LANES * WARPS, sizeof(S) == 2 ? 2 : 1) void wkv4_ba
   const int first = int(a.first_chunk(segment)), last = int(a.first_chunk(segment + 1));
   const int64_t C = a.C;
   const int64_t rows = at.b * a.T * C + at.c, states = at.b * 3 * C + at.c;
-  float w[V] = {}, u[V] = {}, factor[V], keep[V];
+  float w[V] = {}, u[V] = {}, bonus[V], factor[V], keep[V];
   Gradient g[V] = {};
 #pragma unroll
   for (int i = 0; i < V; ++i) {
@@ -142,6 +148,7 @@ __global__ __launch_bounds__(LANES * WARPS, sizeof(S) == 2 ? 2 : 1) void wkv4_ba
 #pragma unroll
     for (int i = 0; i < V; ++i) w[i] = a.w[at.c + i], u[i] = a.u[at.c + i];
   }
+  const bool plain = near<V>(w, u, bonus) && !a.gstate;
   if (warp == 0) {  // in the last segment the thread with the last step fills it in
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -162,28 +169,18 @@ __global__ __launch_bounds__(LANES * WARPS, sizeof(S) == 2 ? 2 : 1) void wkv4_ba
     State s[V], local[V], before[STEPS / 2][V];
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      local[i] = s[i] = empty();
+      s[i] = empty();
       if (at.inside)
         s[i] = chunk == 0 ? read_state(a.state, states + i, C)
                           : read_state(a.saved, (at.b * (a.chunks() - 1) + chunk - 1) * 3 * C + at.c + i, C);
     }
-    if (at.inside && chunk > first) {
-#pragma unroll 1
-      for (int j = 0; j < STEPS; ++j) {
-        const int64_t row = rows + (t - CHUNK + j) * C;
-        prefetch(static_cast<const S *>(a.k) + row), prefetch(static_cast<const S *>(a.v) + row);
-        prefetch(static_cast<const S *>(a.gy) + row);
-      }
+    if (chunk > first && lane < 3 * STEPS) {  // a lane asks for a row of one tensor: that is a line, two in float32
+      const void *from = lane < STEPS ? a.k : lane < 2 * STEPS ? a.v : a.gy;
+      const S *row = static_cast<const S *>(from) + rows - lane * V + (t - CHUNK + lane % STEPS) * C;
+      prefetch(row);
+      if (sizeof(S) * V * LANES > 128) prefetch(row + V * LANES / 2);
     }
-#pragma unroll
-    for (int j = 0; j < STEPS; ++j) {
-      if (j < count) {
-        float kj[V], vj[V];
-        unpack<S, V>(k[j], kj), unpack<S, V>(v[j], vj);
-#pragma unroll
-        for (int i = 0; i < V; ++i) local[i] = step(local[i], w[i], kj[i], vj[i]);
-      }
-    }
+    summarise<S, V>(k, v, w, local);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const int x = i * LANES + lane;
@@ -199,23 +196,8 @@ __global__ __launch_bounds__(LANES * WARPS, sizeof(S) == 2 ? 2 : 1) void wkv4_ba
       }
     }
     Map steps[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) steps[i] = {1.f, 1.f, 0.f, 0.f};
-#pragma unroll
-    for (int j = 0; j < STEPS; ++j) {
-      if (j < count) {
-        float kj[V], vj[V], gj[V];
-        unpack<S, V>(k[j], kj), unpack<S, V>(v[j], vj), unpack<S, V>(gy[j], gj);
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-          const Output out = output(s[i], u[i], kj[i], vj[i]);
-          const float decayed = s[i].p + w[i], slope = out.e.past * gj[i] * out.inverse;
-          if (j % 2 == 0) before[j / 2][i] = s[i];
-          steps[i] = compose(steps[i], {weigh(decayed, kj[i]).past, kept(decayed, kj[i]), slope, -slope * out.y});
-          s[i] = step(s[i], w[i], kj[i], vj[i]);
-        }
-      }
-    }
+    if (plain && count >= STEPS) map_steps<true, S, V>(k, v, gy, count, w, bonus, s, before, steps);
+    else map_steps<false, S, V>(k, v, gy, count, w, u, s, before, steps);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const int x = i * LANES + lane;
@@ -247,7 +229,9 @@ __global__ __launch_bounds__(LANES * WARPS, sizeof(S) == 2 ? 2 : 1) void wkv4_ba
     if (!SUMMARY) {
       const int64_t row = rows + t * C;
       float dw[V] = {}, du[V] = {};
-      go_back<S, V>(k, v, gy, before, count, w, u, g, dw, du, static_cast<S *>(a.dk) + row, static_cast<S *>(a.dv) + row, C);
+      S *dk = static_cast<S *>(a.dk) + row, *dv = static_cast<S *>(a.dv) + row;
+      if (plain && count >= STEPS) go_back<true, S, V>(k, v, gy, before, count, w, bonus, g, dw, du, dk, dv, C);
+      else go_back<false, S, V>(k, v, gy, before, count, w, u, g, dw, du, dk, dv, C);
 #pragma unroll
       for (int i = 0; i < V; ++i)
         slopes[warp][0][i * LANES + lane] += dw[i], slopes[warp][1][i * LANES + lane] += du[i];

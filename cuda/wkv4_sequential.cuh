@@ -24,29 +24,17 @@ template <class S, int V> __global__ __launch_bounds__(ALONE) void wkv4_forward_
   for (int i = 0; i < V; ++i) s[i] = read_state(a.state, states + i, C), w[i] = a.w[at.c + i], u[i] = a.u[at.c + i];
   Pack<S, V> k[STEPS] = {}, v[STEPS] = {}, next_k[STEPS] = {}, next_v[STEPS] = {};
   int count = steps_of(a.T);
-  load_steps<S, V>(k, a.k, rows, C, count), load_steps<S, V>(v, a.v, rows, C, count);
+  load_steps<S, V, false>(k, a.k, rows, C, count), load_steps<S, V, false>(v, a.v, rows, C, count);
   for (int64_t t = 0; t < a.T; t += STEPS) {
     const int64_t next_at = rows + (t + STEPS) * C;
     const int ahead = steps_of(a.T - t - STEPS);
-    load_steps<S, V>(next_k, a.k, next_at, C, ahead), load_steps<S, V>(next_v, a.v, next_at, C, ahead);
+    load_steps<S, V, false>(next_k, a.k, next_at, C, ahead), load_steps<S, V, false>(next_v, a.v, next_at, C, ahead);
     if (t > 0 && t % CHUNK == 0) {
 #pragma unroll
       for (int i = 0; i < V; ++i)
         write_state(a.saved, (at.b * (a.chunks() - 1) + t / CHUNK - 1) * 3 * C + at.c + i, C, s[i]);
     }
-#pragma unroll
-    for (int j = 0; j < STEPS; ++j) {
-      if (j < count) {
-        float kj[V], vj[V], y[V];
-        unpack<S, V>(k[j], kj), unpack<S, V>(v[j], vj);
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-          y[i] = output(s[i], u[i], kj[i], vj[i]).y;
-          s[i] = step(s[i], w[i], kj[i], vj[i]);
-        }
-        store<S, V>(static_cast<S *>(a.y) + rows + (t + j) * C, y);
-      }
-    }
+    go_forward<false, S, V>(k, v, count, w, u, s, static_cast<S *>(a.y) + rows + t * C, C);
     count = ahead;
 #pragma unroll
     for (int j = 0; j < STEPS; ++j) k[j] = next_k[j], v[j] = next_v[j];
@@ -57,16 +45,17 @@ template <class S, int V> __global__ __launch_bounds__(ALONE) void wkv4_forward_
 
 // Chunk by chunk from the end; a chunk in eighths: their first states wait in shared memory, the states of one eighth
 // in registers.
-template <class S, int V> __global__ __launch_bounds__(ALONE, 4) void wkv4_backward_sequential_kernel(const __grid_constant__ Backward a) {
+template <class S, int V> __global__ __launch_bounds__(ALONE, sizeof(S) == 2 ? 6 : 4) void wkv4_backward_sequential_kernel(const __grid_constant__ Backward a) {
   __shared__ float eighth[WARPS][3][V][ALONE];  // a column belongs to one thread: no barrier is needed
   Place at;
   if (!alone<V>(a, &at)) return;
   const int me = threadIdx.x;
   const int64_t C = a.C, rows = at.b * a.T * C + at.c, states = at.b * 3 * C + at.c;
-  float w[V], u[V], dw[V] = {}, du[V] = {};
+  float w[V], u[V], bonus[V], dw[V] = {}, du[V] = {};
   Gradient g[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) w[i] = a.w[at.c + i], u[i] = a.u[at.c + i];
+  const bool plain = near<V>(w, u, bonus) && !a.gstate;
   for (int64_t chunk = a.chunks() - 1; chunk >= 0; --chunk) {
     const int64_t begin = chunk * CHUNK;
     const int steps = int(a.T - begin < CHUNK ? a.T - begin : CHUNK), parts = (steps + STEPS - 1) / STEPS;
@@ -121,7 +110,9 @@ template <class S, int V> __global__ __launch_bounds__(ALONE, 4) void wkv4_backw
           }
         }
       }
-      go_back<S, V>(k, v, gy, before, count, w, u, g, dw_chunk, du_chunk, static_cast<S *>(a.dk) + row, static_cast<S *>(a.dv) + row, C);
+      S *dk = static_cast<S *>(a.dk) + row, *dv = static_cast<S *>(a.dv) + row;
+      if (plain && count >= STEPS) go_back<true, S, V>(k, v, gy, before, count, w, bonus, g, dw_chunk, du_chunk, dk, dv, C);
+      else go_back<false, S, V>(k, v, gy, before, count, w, u, g, dw_chunk, du_chunk, dk, dv, C);
     }
 #pragma unroll
     for (int i = 0; i < V; ++i) dw[i] += dw_chunk[i], du[i] += du_chunk[i];

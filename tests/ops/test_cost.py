@@ -44,6 +44,11 @@ def test_cutting_time_pays() -> None:
     assert alone.seconds >= 5 * cut.seconds
 
 
+def test_a_training_shape_is_near_the_bandwidth_floor() -> None:
+    prediction = cost.predict(cost.H100, 8, 1024, 2048)
+    assert prediction.seconds <= 1.6 * prediction.floor
+
+
 def test_the_floor_and_what_bounds_it() -> None:
     for card in (cost.A100, cost.H100):
         for shape in SHAPES:

@@ -27,13 +27,20 @@ ASSUMED = {
     "wkv4_forward_kernel": (128, 13824),
     "wkv4_backward_kernel": (128, 19968),
     "wkv4_forward_sequential_kernel": (128, 0),
-    "wkv4_backward_sequential_kernel": (255, 12288),
+    "wkv4_backward_sequential_kernel": (168, 12288),
     "wkv4_starts_kernel": (64, 0),
     "wkv4_ends_kernel": (64, 0),
     "sum_rows_kernel": (64, 1024),
     "shift_mix_kernel": (128, 0),
     "shift_mix_backward_kernel": (128, 4096),
     "flat_kernel": (64, 0),
+}
+
+# In float32, where rows are twice as wide and registers hold them; blocks of a multiprocessor are then fewer.
+IN_FLOAT32 = {
+    "wkv4_backward_kernel": 255,
+    "wkv4_forward_sequential_kernel": 160,
+    "wkv4_backward_sequential_kernel": 255,
 }
 
 
@@ -163,8 +170,9 @@ def test_ptxas_spills_nothing_and_keeps_to_what_occupancy_assumes(architecture: 
             shared = int((re.findall(r"(\d+) bytes smem", text) or ["0"])[0])
             assert set(spills) == {"0"}, f"{name} spills: {text}"
             most, bytes_ = ASSUMED[kernel]
-            half = "half" in name or "bfloat" in name
-            assert registers <= (most if half or "wkv4_backward" not in name else 255), f"{name}: {registers} registers"
+            if "half" not in name and "bfloat" not in name:
+                most = IN_FLOAT32.get(kernel, most)
+            assert registers <= most, f"{name}: {registers} registers"
             assert shared <= bytes_, f"{name}: {shared} bytes of shared memory"
             seen.add(kernel)
     assert seen == set(ASSUMED)

@@ -88,6 +88,19 @@ def test_wkv4_at_the_edge(plain: Kernels, segments: int) -> None:
         assert_bound(plain, (1, 150, 4), segments, torch.float32, **values)
 
 
+@pytest.mark.parametrize("segments", [0, 1, 2])
+@pytest.mark.parametrize("far", [-41.0, -39.0, 39.0, 41.0])
+def test_wkv4_on_both_sides_of_where_y_needs_weights_of_its_own(plain: Kernels, far: float, segments: int) -> None:
+    """|u + w| below 40, and above."""
+    plain.schedule()
+    inputs, gy, _ = wkv4_case(1, 150, 4, torch.float32)
+    inputs[1] = (far - inputs[0]).float().double()
+    found = proof.wkv4(plain, inputs, gy, None, segments)
+    exact, condition = proof.truth(inputs, gy, None), proof.conditions(inputs, gy, None)
+    ratios = proof.worst(found, exact, condition, torch.float32)
+    assert all(ratio <= BOUND for ratio in ratios.values()), ratios
+
+
 def test_wkv4_with_a_tie_and_without_a_state(plain: Kernels) -> None:
     """With w = 0 and constant k every step ties with the past; torch.maximum gives each side half."""
     plain.schedule()
@@ -165,8 +178,8 @@ def everything(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
     """All results of every kernel, for comparing orders bit by bit."""
     results: list[Tensor] = []
     inputs, gy, gstate = wkv4_case(1, 200, 66, dtype)
-    for segments in (0, 1, 3):
-        results += proof.wkv4(kernels, inputs, gy, gstate, segments, dtype).values()
+    for segments, behind in ((0, gstate), (0, None), (1, None), (3, gstate), (3, None)):
+        results += proof.wkv4(kernels, inputs, gy, behind, segments, dtype).values()
     return results + elementwise(kernels, dtype, (2, 70, 36), True)[0]
 
 
@@ -185,8 +198,8 @@ def test_no_race_and_no_access_out_of_bounds(check: Kernels) -> None:
         check.schedule(*order)
         for shape, dtype in (((1, 200, 66), torch.bfloat16), ((2, 130, 3), torch.float32)):
             inputs, gy, gstate = wkv4_case(*shape, dtype)
-            for segments in (0, 1, 3):
-                proof.wkv4(check, inputs, gy, gstate, segments, dtype)
+            for segments, behind in ((0, None), (1, gstate), (3, None)):
+                proof.wkv4(check, inputs, gy, behind, segments, dtype)
             elementwise(check, dtype, (*shape[:2], 68) if shape[2] % 2 == 0 else shape, with_previous=True)
 
 
