@@ -16,7 +16,7 @@ from rwkv_train.training.checkpoint.directory import newest
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.records import JsonLines
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, start, words_for, write_text
+from tests.runs import losses, rows, start, train_ranks, words_for, write_text
 
 
 @contextmanager
@@ -63,14 +63,12 @@ def test_a_full_disk_refuses_everything(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_disk_that_fills_up_under_two_ranks(tmp_path: Path) -> None:
     """Both write; the command ends with 3 when all steps are done, and the checkpoint from before stays."""
-    words = words_for(tmp_path, "run", "budget.steps=30", "strategy=fsdp", "checkpoint.every.steps=5")
-    words = [*(word for word in words if word != "trainer.devices=1"), "trainer.devices=2", "run.allow_changes=true"]
-    with start([*words, "budget.steps=10"]) as process:
-        said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said
+    words = words_for(tmp_path, "run", "strategy=fsdp", "checkpoint.every.steps=5", "run.allow_changes=true")
+    train_ranks([*words, "budget.steps=10"], 2)
     run = tmp_path / "runs" / "run"
-    with disk_that_takes(40_000), start(words) as process:  # a file of weights has 90,000 bytes
-        said = process.communicate(timeout=120)[0]
+    more = [*words, "budget.steps=30", "trainer.devices=2"]
+    with disk_that_takes(40_000), start(more) as process:  # a file of weights has 90,000 bytes
+        said = process.communicate(timeout=170)[0]
     assert process.returncode == 3, said
     assert said.count("could not be written: File too large\n  training goes on") == 4  # 15, 20, 25, 30
     kept, damaged = newest(run / "checkpoints")

@@ -102,7 +102,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         words.remove("trainer.devices=1")
         with start(words, MASTER_PORT=port) as process:
             try:
-                said = process.communicate(timeout=90)[0]  # its end is the end of all that hold the pipe
+                said = process.communicate(timeout=170)[0]  # its end is the end of all that hold the pipe
             finally:
                 process.kill()
     assert process.returncode == 2

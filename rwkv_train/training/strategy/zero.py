@@ -126,8 +126,9 @@ class Zero(Sharing, DeepSpeedStrategy):
         self.set_world_ranks()
         if self.root_device.type == "cpu":
             # DeepSpeed would compile an operator for all-reduces through shared memory: minutes on a busy machine, and
-            # under a lock for which every later run waits if this one is killed. Gloo needs none.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            # under a lock for which every later run waits if this one is killed. Gloo needs none. To find out what it
+            # could compile takes it another second.
+            deepspeed.ops.__compatible_ops__ = {}
         self._init_deepspeed_distributed()
 
     def _format_config(self) -> None:
