@@ -1,4 +1,4 @@
-"""The plan against what happens: `python benchmarks/plan_accuracy.py [--quick]`.
+"""The plan against what happens: `python benchmarks/plan_accuracy.py [--quick] [--jobs N]`.
 
 Memory: two ranks over gloo on this machine's CPU train a model whose state takes more than 1 GB a rank, under DDP and
 ZeRO 1 to 3, with and without activation checkpointing; each rank's peak above what it held before the model was there,
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from rwkv_train.planning.plan import make_plan
 from rwkv_train.planning.speed import seconds_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ["model.n_layer=6", "model.n_embd=1280", "batch.context=256", "batch.tokens=512", "batch.micro=1"]
-RUN = ["trainer.accelerator=cpu", "trainer.devices=2", "threads=1", "budget.steps=2", "optim.schedule.warmup.steps=1"]
+MODEL = ["model.n_layer=16", "model.n_embd=640", "batch.context=256", "batch.tokens=512", "batch.micro=1"]
+RUN = ["trainer.accelerator=cpu", "trainer.devices=2", "threads=1", "budget.steps=3", "optim.schedule.warmup.steps=1"]
 REST = [
     "samples.tokens=0",
     "checkpoint.every.steps=100",
@@ -89,21 +90,27 @@ def _status(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def measured(strategy: str, recompute: bool, text: Path) -> tuple[float, float]:
-    """Bytes of the rank that holds most: measured, planned."""
+def words_of(strategy: str, recompute: bool, text: Path) -> list[str]:
     words = [*MODEL, *RUN, *REST, f"strategy={strategy}", f"data.path={text}"]
-    words += [f"activation_checkpointing={str(recompute).lower()}"]
+    return [*words, f"activation_checkpointing={str(recompute).lower()}"]
+
+
+def measured(strategy: str, words: list[str]) -> float:
+    """Bytes of the rank that holds most."""
     with tempfile.TemporaryDirectory() as folder:
         spy = f"{{_target_: plan_accuracy.Peak, folder: {folder}, deepspeed: {str('deepspeed' in strategy).lower()}}}"
-        words += [f"run.root={folder}", "run.name=run", "packages=[plan_accuracy]"]
+        words = [*words, f"run.root={folder}", "run.name=run", "packages=[plan_accuracy]"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks"), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(ROOT / "train.py"), *words, f"+callbacks.peak={spy}"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{strategy}: {done.stdout[-2000:]}{done.stderr[-3000:]}")
-        peak = max(json.loads(file.read_text()) for file in Path(folder).glob("*.json"))
-    plan = make_plan(launcher.load(words), cpu_card(2), 2, 256, gpu=False)
-    return peak, plan.memory.device
+        return max(json.loads(file.read_text()) for file in Path(folder).glob("*.json"))
+
+
+def planned(words: list[str]) -> float:
+    """The plan's bytes of one rank."""
+    return make_plan(launcher.load(words), cpu_card(2), 2, 256, gpu=False).memory.device
 
 
 def counts_are_exact() -> bool:
@@ -119,22 +126,27 @@ def counts_are_exact() -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one memory measurement instead of six")
-    quick = parser.parse_args().quick
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time: memory does not depend on it")
+    options = parser.parse_args()
     rows, errors = [], []
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text("the quick brown fox jumps over the lazy dog. " * 600)
-        for strategy, recompute in CASES[3:4] if quick else CASES:
-            found, planned = measured(strategy, recompute, text)
-            errors.append(planned / found - 1)
+        cases = CASES[3:4] if options.quick else CASES
+        words = [words_of(*case, text) for case in cases]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            peaks = list(pool.map(measured, [strategy for strategy, _ in cases], words))
+        for (strategy, recompute), typed, found in zip(cases, words, peaks, strict=True):
+            said = planned(typed)
+            errors.append(said / found - 1)
             kind = "recomputed" if recompute else "kept"
-            rows.append([strategy, kind, f"{found / 1e9:.3f}", f"{planned / 1e9:.3f}", f"{errors[-1]:+.1%}"])
+            rows.append([strategy, kind, f"{found / 1e9:.3f}", f"{said / 1e9:.3f}", f"{errors[-1]:+.1%}"])
     print(table(["strategy", "activations", "measured GB", "planned GB", "error"], rows))
     published, rows = {}, []
-    for name, matmul, layers, channels, card, cards, recompute, said in PUBLISHED:
+    for name, matmul, layers, channels, card, cards, recompute, reported in PUBLISHED:
         seconds = seconds_per_token(int(matmul), layers, channels, float(recompute), CARDS[card], "bf16-mixed")
-        published[name] = cards / seconds / said - 1
-        rows.append([name, f"{said:,.0f}", f"{cards / seconds:,.0f}", f"{published[name]:+.0%}"])
+        published[name] = cards / seconds / reported - 1
+        rows.append([name, f"{reported:,.0f}", f"{cards / seconds:,.0f}", f"{published[name]:+.0%}"])
     print(table(["published run", "tokens/s", "planned", "error"], rows))
     exact = counts_are_exact()
     print(f"parameters and FLOPs are {'exact' if exact else 'NOT exact'}")

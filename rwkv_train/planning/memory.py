@@ -11,6 +11,8 @@ FLOAT = 4  # bytes: weights, gradients and Adam's moments are float32 under ever
 DDP_BUCKET = 25 * 2**20
 BUCKET = 200_000_000  # elements, the most that DeepSpeed sends in one go
 RUNTIME = 1.2e9  # bytes of a GPU that CUDA's context, its libraries and the allocator's leavings take
+LOADED = 0.04e9  # bytes of a CPU's process for what its first step loads: libraries' pages, MKL's panels, modules
+DEEPSPEED = 0.06e9  # the same, of DeepSpeed's engine
 PROCESS = 0.9e9  # bytes of the host's memory that a process takes by itself
 
 
@@ -62,6 +64,7 @@ class Memory:
     logits: float
     buffers: float
     runtime: float
+    apart: float  # less than 0: counted above, but not held at the same time as the rest
     host: float
     checkpoint: float  # on the disk, of all ranks together
 
@@ -87,7 +90,14 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
     if deepspeed and stage == 1:
         gradients += part  # averaged, apart from the others
     optimiser = (3 if deepspeed else 2) * part if stage else 2 * whole
+    kept, at_once = activations(counts, layout), logits(counts, layout)
     buffers = _buffers(counts, layout)
+    apart = 0.0
+    if not gpu and stage == 3:
+        buffers += min(counts.block, BUCKET) * FLOAT  # gloo reduces and gathers in a copy of what it is given
+    elif not gpu and stage:
+        buffers += whole  # the same: DeepSpeed gathers all weights in one go
+        apart = _not_at_once(counts, layout, gradients, kept + at_once, buffers)
     host = PROCESS
     if layout.offload:
         host += optimiser + part
@@ -101,10 +111,11 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         weights=weights,
         gradients=gradients,
         optimiser=optimiser,
-        activations=activations(counts, layout),
-        logits=logits(counts, layout),
+        activations=kept,
+        logits=at_once,
         buffers=buffers,
-        runtime=RUNTIME if gpu else 0.0,
+        runtime=RUNTIME if gpu else LOADED + DEEPSPEED * deepspeed,
+        apart=apart,
         host=host,
         checkpoint=state,
     )
@@ -142,3 +153,15 @@ def _buffers(counts: Counts, layout: Layout) -> float:
     if layout.stage < 3:
         return 2 * bucket + counts.largest * FLOAT
     return 2 * bucket + (2 * counts.block + counts.largest) * size + counts.largest * FLOAT
+
+
+def _not_at_once(counts: Counts, layout: Layout, gradients: float, kept: float, buffers: float) -> float:
+    """Bytes, counted below zero, that up to stage 2 on CPUs are not held together: there freed pages are given back.
+
+    Gradients fill their pages while the backward pass frees activations, if a step is one pass; and the copy of all
+    weights is made after Adam's step, when both are gone.
+    """
+    back = buffers - FLOAT * counts.parameters
+    block = layout.tokens * (counts.block_saved + counts.block_extra)
+    height = gradients + kept + back if layout.accumulation > 1 else max(gradients + block + back, kept)
+    return max(height, FLOAT * counts.parameters) - gradients - kept - buffers

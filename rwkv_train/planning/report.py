@@ -18,7 +18,8 @@ _WORDS = {
     "activations": "activations",
     "logits": "logits",
     "buffers": "communication buffers",
-    "runtime": "CUDA, allocator",
+    "runtime": "libraries, allocator",
+    "apart": "not at the same time",
 }
 
 
