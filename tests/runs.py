@@ -82,17 +82,18 @@ class SlowStorage(LocalStorage):
 
     Args:
         saving: a file that is there while a checkpoint is being written.
+        seconds: for each file, of which a checkpoint has four or more.
     """
 
-    def __init__(self, saving: Path) -> None:
-        self.saving = saving
+    def __init__(self, saving: Path, seconds: float = 0.04) -> None:
+        self.saving, self.seconds = saving, seconds
 
     @contextmanager
     def write(self, path: Path) -> Iterator[BinaryIO]:
         with super().write(path) as file:
             self.saving.touch()
             yield file
-            time.sleep(0.04)
+            time.sleep(self.seconds)
 
     def rename(self, source: Path, target: Path) -> None:
         super().rename(source, target)

@@ -12,7 +12,7 @@ from rwkv_train.training.checkpoint.directory import newest
 from tests.runs import SlowStorage, losses, same_weights, start_ranks, train_ranks, words_for
 
 WORDS = ("budget.steps=50", "checkpoint.every.steps=5", "validation.every.steps=20", "checkpoint.keep=2")
-A_SAVE = 0.25  # seconds that one takes at least with SlowStorage
+A_FILE = 0.1  # seconds that SlowStorage takes for it; a save has four or more, one after the other
 
 
 def kill_once(words: list[str], run: Path, in_save: bool, draw: random.Random) -> bool:
@@ -30,7 +30,7 @@ def kill_once(words: list[str], run: Path, in_save: bool, draw: random.Random) -
     metrics, saving = run / "metrics.jsonl", run.parent / "saving"
     saving.unlink(missing_ok=True)
     rows = metrics.stat().st_size if metrics.exists() else 0
-    processes = start_ranks(words, 2, SlowStorage(saving))
+    processes = start_ranks(words, 2, SlowStorage(saving, A_FILE))
     try:
         end = time.monotonic() + 120
         while time.monotonic() < end and all(process.is_alive() for process in processes):
@@ -39,7 +39,7 @@ def kill_once(words: list[str], run: Path, in_save: bool, draw: random.Random) -
                 break
             rows = min(rows, size)  # a resume cuts them
             time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.7 * A_SAVE if in_save else 2 * A_SAVE))
+        time.sleep(draw.uniform(0, 2 * A_FILE if in_save else 8 * A_FILE))
         assert all(process.is_alive() for process in processes), "the run ended before it could be killed"
         for process in draw.choice((processes, processes[:1], processes[1:])):
             process.kill()

@@ -65,6 +65,7 @@ def test_resumed_is_bit_equal(folder: Path, strategy: str) -> None:
     assert same_weights(resumed, whole)
 
 
+@pytest.mark.timeout(400)  # six minutes beside twenty other processes
 def test_one_process_two_and_four(folder: Path) -> None:
     """Ten steps each, by another strategy each; four ranks share two cores."""
     two = stopped_at(folder / "runs" / "single", 10, "two")

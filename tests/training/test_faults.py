@@ -68,7 +68,10 @@ def test_a_disk_that_fills_up_under_two_ranks(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     more = [*words, "budget.steps=30", "trainer.devices=2"]
     with disk_that_takes(40_000), start(more) as process:  # a file of weights has 90,000 bytes
-        said = process.communicate(timeout=170)[0]
+        try:
+            said = process.communicate(timeout=170)[0]
+        finally:
+            process.kill()
     assert process.returncode == 3, said
     assert said.count("could not be written: File too large\n  training goes on") == 4  # 15, 20, 25, 30
     kept, damaged = newest(run / "checkpoints")
