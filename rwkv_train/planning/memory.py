@@ -87,23 +87,23 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
     stage, deepspeed = layout.stage, "deepspeed" in layout.strategy
     weights = part if stage == 3 else whole
     gradients = whole if stage < 2 else part
-    if deepspeed and stage == 1:
-        gradients += part  # averaged, apart from the others
+    if deepspeed and stage == 1 and layout.accumulation > 1:
+        gradients += part  # of the passes before, averaged, apart from this one's
     optimiser = (3 if deepspeed else 2) * part if stage else 2 * whole
     kept, at_once = activations(counts, layout), logits(counts, layout)
     buffers = _buffers(counts, layout)
-    apart = 0.0
-    if not gpu and stage == 3:
-        buffers += min(counts.block, BUCKET) * FLOAT  # gloo reduces and gathers in a copy of what it is given
-    elif not gpu and stage:
-        buffers += whole  # the same: DeepSpeed gathers all weights in one go
-        apart = _not_at_once(counts, layout, gradients, kept + at_once, buffers)
     host = PROCESS
     if layout.offload:
         host += optimiser + part
         optimiser, gradients = 0.0, gradients if stage == 1 else 0.0
         if stage == 3:
             host, weights = host + weights, 0.0
+    apart = 0.0
+    if not gpu and stage == 3:
+        buffers += min(counts.block, BUCKET) * FLOAT  # gloo reduces and gathers in a copy of what it is given
+    elif not gpu and stage:
+        buffers = min(counts.block, BUCKET) * FLOAT + whole  # one bucket at a time; all weights are gathered in one go
+        apart = _not_at_once(counts, layout, gradients, kept + at_once, buffers)
     state = 3 * FLOAT * counts.parameters
     if background:
         host += state / layout.ranks if stage else state

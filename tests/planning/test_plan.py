@@ -76,6 +76,24 @@ def test_each_stage_shares_out_more() -> None:
     assert recomputed < activations(counts, replace(layout, checkpointing=4)) < activations(counts, layout)
 
 
+def test_on_cpus_the_height_of_a_step_is_what_is_held_at_once() -> None:
+    """Gradients fill their pages while activations go, and gloo's copy of all weights is made when both are gone."""
+    counts = count(ModelConfig("rwkv4", 4, 64, 256), "32-true")
+    whole, layout = 4 * counts.parameters, Layout("deepspeed_2", 2, 1, 16, 1, 0, False)
+    needs = memory(counts, layout, gpu=False)
+    assert needs.device == pytest.approx(needs.weights + needs.optimiser + whole + needs.runtime)
+    long = replace(layout, context=4096)
+    needs = memory(counts, long, gpu=False)
+    kept = needs.activations + needs.logits
+    assert kept > 2 * whole
+    assert needs.device == pytest.approx(needs.weights + needs.optimiser + kept + needs.runtime)
+    passes = memory(counts, replace(long, accumulation=2), gpu=False)
+    assert passes.device > needs.device + passes.gradients
+    card, cpu = (memory(counts, replace(layout, strategy="deepspeed_3"), gpu) for gpu in (True, False))
+    assert cpu.buffers == card.buffers + 4 * counts.block
+    assert (card.apart, cpu.apart) == (0, 0)
+
+
 def test_what_goes_over_the_network() -> None:
     """ZeRO's paper: 2 volumes of the model up to stage 2, 3 in stage 3; and each pass of accumulation anew."""
     counts = count(ModelConfig("rwkv4", 2, 64, 256), "32-true")
