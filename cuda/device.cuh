@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -68,12 +69,26 @@ template <class S, int V> __device__ __forceinline__ Pack<S, V> pack(const float
   return to;
 }
 
+// One access of so many bytes; of a struct of pairs nvcc makes an access for each.
+template <int BYTES> struct WordOf;
+template <> struct WordOf<2> { using type = uint16_t; };
+template <> struct WordOf<4> { using type = uint32_t; };
+template <> struct WordOf<8> { using type = uint2; };
+template <> struct WordOf<16> { using type = uint4; };
+template <int BYTES> using Word = typename WordOf<BYTES>::type;
+
 template <class S, int V> __device__ __forceinline__ Pack<S, V> load(const S *from) {
-  return *reinterpret_cast<const Pack<S, V> *>(from);
+  Pack<S, V> to;
+  const auto word = *reinterpret_cast<const Word<sizeof(to)> *>(from);
+  memcpy(&to, &word, sizeof to);
+  return to;
 }
 
 template <class S, int V> __device__ __forceinline__ void store(S *to, const float *from) {
-  *reinterpret_cast<Pack<S, V> *>(to) = pack<S, V>(from);
+  const Pack<S, V> packed = pack<S, V>(from);
+  Word<sizeof(packed)> word;
+  memcpy(&word, &packed, sizeof word);
+  *reinterpret_cast<Word<sizeof(packed)> *>(to) = word;
 }
 
 // Asks for a line that will be read soon. It costs no register, unlike a load ahead of time.

@@ -75,7 +75,7 @@ def test_two_kills(tmp_path: Path) -> None:
     kill_and_resume(tmp_path, "deepspeed_2", kills=2, seed=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(480)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3"])
 def test_twenty_kills_over_the_strategies(tmp_path: Path, strategy: str) -> None:

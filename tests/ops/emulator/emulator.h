@@ -54,6 +54,8 @@ extern "C" { thread_local __attribute__((aligned(1024))) EMU_HIDDEN char emu_ori
 struct uint3 { unsigned x, y, z; };
 struct dim3 { unsigned x, y, z; constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {} };
 struct alignas(8) float2 { float x, y; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 using cudaStream_t = void *;
 using cudaError_t = int;
