@@ -243,7 +243,8 @@ def test_workers_end_with_a_killed_prepare() -> None:
     code = (
         "import os, time; from rwkv_train.data import workers\n"
         "if __name__ == '__main__':\n"
-        "    print(workers.pool(1, 'bytes', ()).submit(os.getpid).result(), flush=True); time.sleep(60)"
+        "    pool = workers.pool(1, 'bytes', ())\n"
+        "    print(pool.submit(os.getpid).result(), flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
