@@ -73,11 +73,6 @@ struct Bonus {
   }
 };
 
-// The weights of the past and of v in y, up to a factor of both; `now` is u + k.
-template <bool NEAR_BONUS> inline Pair weights_of_y(Pair next, float factor, float p, float now) {
-  return NEAR_BONUS ? Pair{next.x, next.y * factor} : exp_pair(p, now);
-}
-
 template <bool WRITE, class S> void prefetch(const S *row, int64_t lanes) {
   for (int64_t c = 0; c < lanes; c += 64 / int64_t(sizeof(S))) __builtin_prefetch(row + c, WRITE);
 }
@@ -130,7 +125,7 @@ void forward_block(const Wkv4Shape &s, const Wkv4Forward<S> &a, const Block &at,
     for (int64_t c = 0; c < at.lanes; ++c) {
       const float k = load(kt[c]), v = load(vt[c]), n = state.n[c], d = state.d[c], p = state.p[c];
       const Pair next = exp_pair(p + w[c], k);
-      const Pair out = weights_of_y<NEAR_BONUS>(next, bonus.factor[c], p, u[c] + k);
+      const Pair out = NEAR_BONUS ? Pair{next.x, next.y * bonus.factor[c]} : exp_pair(p, u[c] + k);
       store(&yt[c], (out.x * n + out.y * v) / (out.x * d + out.y));
       state.n[c] = next.x * n + next.y * v;
       state.d[c] = next.x * d + next.y;
@@ -195,7 +190,7 @@ void backward_block(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &a
     for (int64_t c = 0; c < at.lanes; ++c) {
       const float k = load(kt[c]), v = load(vt[c]), n = n_at[c], d = d_at[c], p = p_at[c], decayed = p + w[c];
       const Pair next = {x_at[c], y_at[c]};
-      const Pair out = weights_of_y<NEAR_BONUS>(next, bonus.factor[c], p, u[c] + k);
+      const Pair out = NEAR_BONUS ? Pair{next.x, bonus.factor[c] * next.y} : exp_pair(p, k + u[c]);
       const float inverse = 1.0f / (out.x * d + out.y), y = (out.x * n + out.y * v) * inverse;
       const float g = load(gt[c]) * inverse, du_here = out.x * out.y * g * (v * d - n) * inverse;
       float dk = du_here + next.y * (v * gn[c] + gd[c]), decay = next.x * (n * gn[c] + d * gd[c]);

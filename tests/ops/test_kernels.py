@@ -165,10 +165,10 @@ def check(kernels: ctypes.CDLL) -> None:
 @pytest.mark.parametrize(
     ("source", "old", "new"),
     [
-        ("wkv4_cpu.cpp", "Pair{next.x, next.y * factor}", "Pair{next.x * factor, next.y}"),
+        ("wkv4_cpu.cpp", "Pair{next.x, next.y * bonus.factor[c]}", "Pair{next.x * bonus.factor[c], next.y}"),
         ("wkv4_cpu.cpp", "factor[c] = x < 0.0f ? e : 1.0f / e;", "factor[c] = e;"),
         ("wkv4_cpu.cpp", "constexpr float NEAR = 40.0f;", "constexpr float NEAR = 1e9f;"),
-        ("wkv4_cpu.cpp", ": exp_pair(p, now);", ": exp_pair(now, p);"),
+        ("wkv4_cpu.cpp", ": exp_pair(p, u[c] + k);", ": exp_pair(u[c] + k, p);"),
         ("wkv4_cpu.cpp", "gd[c] = next.x * gd[c] - out.x * g * y;", "gd[c] = next.x * gd[c] + out.x * g * y;"),
         ("wkv4_cpu.cpp", "q[c] -= won;", "q[c] += won;"),
         ("wkv4_cpu.cpp", "q[c] -= state.n[c] * gn[c] + state.d[c] * gd[c];", "q[c] += state.n[c] * gn[c];"),
