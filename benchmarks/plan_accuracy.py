@@ -34,8 +34,10 @@ from rwkv_train.planning.speed import seconds_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ["model.n_layer=16", "model.n_embd=640", "batch.context=256", "batch.tokens=512", "batch.micro=1"]
-RUN = ["trainer.accelerator=cpu", "trainer.devices=2", "threads=1", "budget.steps=3", "optim.schedule.warmup.steps=1"]
+RUN = ["trainer.accelerator=cpu", "trainer.devices=2", "threads=1", "trainer.precision=32-true"]
 REST = [
+    "budget.steps=3",
+    "optim.schedule.warmup.steps=1",
     "samples.tokens=0",
     "checkpoint.every.steps=100",
     "validation.every.steps=100",

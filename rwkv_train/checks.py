@@ -138,11 +138,11 @@ def _check_path(data: DataSettings) -> Iterator[UserError]:
 
 def _check_batch(config: Config, machine: Machine) -> Iterator[UserError]:
     trainer, batch = config.trainer, config.batch
-    if trainer.precision not in ("32-true", "bf16-mixed"):
+    if trainer.precision not in ("auto", "32-true", "bf16-mixed"):
         reason = _PRECISION.get(trainer.precision[:2], "it is none of Lightning's")
         if trainer.precision in ("32", "bf16"):
             reason = "the full name is asked for"
-        yield UserError(f"trainer.precision={trainer.precision}: {reason}", "valid: 32-true, bf16-mixed")
+        yield UserError(f"trainer.precision={trainer.precision}: {reason}", "valid: auto, 32-true, bf16-mixed")
     if trainer.devices == "auto" and trainer.accelerator != "cpu":
         return  # how many there are is known to torch only; training/run.py asks again
     devices = 1 if trainer.devices == "auto" else trainer.devices

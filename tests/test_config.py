@@ -88,10 +88,10 @@ WRONG = {
     "micro-batch": (["batch.micro=3", "trainer.devices=1"], ["1024 is not a multiple of 768.*batch.micro=3.*768"]),
     "devices": (["trainer.devices=3", "trainer.accelerator=cpu"], ["trainer.devices=3: this machine has 2 CPU cores"]),
     "no device": (["trainer.devices=0"], ["trainer.devices=0 is not valid.*auto or a whole number at least 1"]),
-    "float16": (["trainer.precision=16-mixed"], ["16-mixed: float16 overflows.*32-true, bf16-mixed"]),
+    "float16": (["trainer.precision=16-mixed"], ["16-mixed: float16 overflows.*auto, 32-true, bf16-mixed"]),
     "true bf16": (["trainer.precision=bf16-true"], ["bf16-true: decay, bonus, mix and norm .* float32"]),
     "64": (["trainer.precision=64-true"], ["64-true: the engines compute in float32"]),
-    "32": (["trainer.precision=32"], ["trainer.precision=32: the full name is asked for.*32-true"]),
+    "32": (["trainer.precision=32"], ["trainer.precision=32: the full name is asked for.*auto, 32-true"]),
     "precision of nobody": (["trainer.precision=best"], ["precision=best: it is none of Lightning's"]),
     "accelerator": (["trainer.accelerator=gpus"], ["gpus is not valid.*nearest: gpu"]),
     "two lengths": (["budget.steps=10", "budget.tokens=10k"], ["budget.steps=10 and budget.tokens=10000 exclude"]),
@@ -133,7 +133,7 @@ def test_the_default_run(conf: Composer) -> None:
     assert (config.arch, config.model.size, config.data.source) == ("rwkv4", "tiny", "stdlib")
     assert (config.model.n_layer, config.model.n_embd) == (4, 192)
     assert (config.batch.context, config.batch.tokens, config.budget.total) == (256, 1024, Duration(steps=4400))
-    assert (config.trainer.precision, config.optim.schedule.shape) == ("32-true", "cosine")
+    assert (config.trainer.precision, config.optim.schedule.shape) == ("auto", "cosine")
     assert config.optim.betas == (0.9, 0.99)
     assert not config.resume_typed
     assert conf.settle(["resume=auto", RUNS]).resume_typed

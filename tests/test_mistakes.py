@@ -20,6 +20,7 @@ import torch
 
 from rwkv_train import launcher
 from rwkv_train.errors import UserError
+from rwkv_train.training import parts
 from rwkv_train.training.parts import assemble
 from rwkv_train.training.run import train
 from tests.runs import ROOT, losses, rows, start, words_for
@@ -239,6 +240,10 @@ def test_a_device_without_the_precision(monkeypatch: pytest.MonkeyPatch, tmp_pat
     words = words_for(tmp_path, "run", "trainer.accelerator=gpu")
     with pytest.raises(UserError, match=r"trainer\.precision=bf16-mixed: GeForce GTX 1080 has no bfloat16"):
         assemble(launcher.load([*words, "trainer.precision=bf16-mixed"]))
+    monkeypatch.setattr(parts, "present_card", lambda: None)
+    assert assemble(launcher.load(words)).config.trainer.precision == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert assemble(launcher.load(words)).config.trainer.precision == "bf16-mixed"
     with pytest.raises(UserError, match=r"trainer\.devices=2: torch can use 1 GPUs here\n  trainer\.devices=1"):
         assemble(launcher.load([*words[:-1], "trainer.accelerator=gpu", "trainer.devices=2"]))
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rwkv_train.config import Config
 from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.errors import UserError
-from rwkv_train.planning.cards import card_of, ranks_of
+from rwkv_train.planning.cards import card_of, ranks_of, with_precision
 from rwkv_train.planning.plan import Plan, make_plan, smallest_change, why
 from rwkv_train.planning.report import advice, as_json, show
 from rwkv_train.training.checkpoint.directory import newest
@@ -20,6 +20,7 @@ from rwkv_train.training.parts import assemble, check_checkpoint
 def plan(config: Config, as_object: bool = False) -> int:
     """Prints a config's plan, for people or as JSON; the exit code is 0 where it fits and 1 where it does not."""
     console = Console(highlight=False, soft_wrap=True)
+    config = with_precision(config, card_of(config)[0].name != "cpu")
     found, change, told = _plan(config)
     if as_object:
         print(as_json(found, config, change))
@@ -38,6 +39,7 @@ def dry_run(config: Config) -> int:
         UserError: what would keep the run from starting.
     """
     parts = assemble(config)
+    config = parts.config
     say, data, split = parts.console.print, parts.data, parts.data.split
     found, change, told = _plan(config)
     say(f"device  {told}")

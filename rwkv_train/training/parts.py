@@ -22,7 +22,7 @@ from rwkv_train.data.sources import refuse_large
 from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV, ModelConfig, Row, build_model, recipe_of
 from rwkv_train.models.weights import refuse_mismatches, shapes_of
-from rwkv_train.planning.cards import card_of, cpu_card, present_card, ranks_of
+from rwkv_train.planning.cards import card_of, cpu_card, present_card, ranks_of, with_precision
 from rwkv_train.planning.plan import make_plan, smallest_change, why
 from rwkv_train.planning.report import advice
 from rwkv_train.training.checkpoint.directory import read_meta, refuse_damage
@@ -72,6 +72,8 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
     """
     first = rank == 0
     accelerator, processes = _simulated_devices(config) if config.dry_run else _devices(config)
+    bfloat16 = accelerator == "gpu" and (config.dry_run or torch.cuda.is_bf16_supported(including_emulation=False))
+    config = with_precision(config, bfloat16)
     torch.set_num_threads(config.threads or max(1, _cores() // (processes if accelerator == "cpu" else 1)))
     data = Batches(
         config.data,

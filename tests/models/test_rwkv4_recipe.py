@@ -8,7 +8,7 @@ import torch
 from rwkv_train.config import GroupRule
 from rwkv_train.errors import UserError
 from rwkv_train.models import ModelConfig, build_model, recipe_of
-from rwkv_train.models.recipe import Row, claim, constant, initial_value
+from rwkv_train.models.recipe import Orthogonal, Row, Site, claim, constant, initial_value
 from rwkv_train.training.optim import parameter_groups
 
 L, C, V = 3, 24, 60
@@ -76,6 +76,15 @@ def test_orthogonal(vocab_size: int) -> None:
         matrix = weights[name].double()
         gram = matrix.T @ matrix if matrix.shape[0] > matrix.shape[1] else matrix @ matrix.T
         assert (gram - gain**2 * torch.eye(len(gram), dtype=torch.float64)).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9), (65536, 8)])
+def test_orthogonal_values_are_torch_s(shape: tuple[int, int]) -> None:
+    found = Orthogonal(0.5)(torch.Size(shape), Site(0, 1), torch.Generator().manual_seed(1))
+    gain = 0.5 * math.sqrt(max(1.0, shape[0] / shape[1]))
+    wanted = torch.nn.init.orthogonal_(torch.empty(shape), gain, torch.Generator().manual_seed(1))
+    assert torch.equal(found, wanted)
+    assert found.is_contiguous()
 
 
 def test_a_single_layer_has_ratio_zero() -> None:

@@ -27,12 +27,14 @@ def test_a_published_size_in_miniature(tmp_path: Path, size: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1000)
 def test_a_block_of_7b_in_full_width(tmp_path: Path) -> None:
     train_ranks(large(tmp_path, "model=7b", "model.n_layer=1", "strategy=deepspeed_3", "batch.micro=1"), 2, seconds=900)
     assert len(losses(tmp_path / "runs" / "run")) == 2
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_3"])
 def test_the_first_weights_need_the_shard_and_a_few_times_the_largest_parameter(tmp_path: Path, strategy: str) -> None:
     seen = tmp_path / "seen"

@@ -85,6 +85,7 @@ def test_every_parameter_steps_by_its_own_row(tmp_path: Path, strategy: str) -> 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3"])
 def test_a_resume_needs_no_more_memory_than_a_fresh_start(tmp_path: Path, strategy: str) -> None:
     """Both up to the third step, in new processes; 0.6 GB of state."""

@@ -28,7 +28,7 @@ class FSDP(Sharing, ModelParallelStrategy):
     def __init__(self, backend: str, num_nodes: int, devices: int) -> None:
         super().__init__(num_nodes * devices, 1, process_group_backend=backend)
 
-    def materialise(self, model: RWKV) -> None:
+    def _materialise(self, model: RWKV) -> None:
         mesh = self.device_mesh["data_parallel"]
         products = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
         matrices = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=torch.float32, cast_forward_inputs=False)

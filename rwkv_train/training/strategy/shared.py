@@ -56,9 +56,15 @@ class Sharing(Strategy):
         @property
         def world_size(self) -> int: ...
 
-    @abstractmethod
     def materialise(self, model: RWKV) -> None:
         """Gives this rank's share of a model on the meta device memory, without values."""
+        if self.divided:  # before the first large tensor: the holes of what is freed would stay for good
+            return_freed_memory()
+        self._materialise(model)
+
+    @abstractmethod
+    def _materialise(self, model: RWKV) -> None:
+        """The same, for this strategy alone."""
 
     @abstractmethod
     def pieces(self, moments: bool) -> Iterator[Piece]:
@@ -79,8 +85,6 @@ class Sharing(Strategy):
 
     def setup(self, trainer: Any) -> None:
         self._copies = {}
-        if self.divided:
-            return_freed_memory()
         super().setup(trainer)
         if self.broadcast(str(self.resume)) != str(self.resume):  # only the first rank reads their whole content
             raise UserError(

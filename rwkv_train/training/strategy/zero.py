@@ -144,7 +144,7 @@ class Zero(Sharing, DeepSpeedStrategy):
     def model_sharded_context(self) -> Generator[None, None, None]:
         yield  # `materialise` cuts the parameters
 
-    def materialise(self, model: RWKV) -> None:
+    def _materialise(self, model: RWKV) -> None:
         """In stage 3 one parameter after the other, each cut to this rank's part at once."""
         self._init_config_if_needed()
         device = torch.device("cpu") if self.root_device.type == "cpu" else self.root_device
