@@ -108,22 +108,19 @@ class Incarnations:
             yield from sorted(lines, key=_time)
 
     def _adopt(self) -> None:
-        """Notes the incarnations of a run whose directory was made before there were notes, or came without them."""
+        """Notes an incarnation for a run whose directory is from before there were notes, or came without them."""
         if self.path.is_dir() and self.numbers():
             return
         old = [self.run / name for name in ("metrics.jsonl", "events.jsonl") if (self.run / name).exists()]
-        saved: dict[int, int] = {0: 0} if old else {}  # by whom, the last step
-        for path in self.run.glob("checkpoints/step_*"):
-            if match := re.fullmatch(r"step_(\d+)(?:-(\d+))?", path.name):
-                by = int(match[2] or 0)
-                saved[by] = max(int(match[1]), saved.get(by, 0))
-        step, parent = 0, None
-        for number in sorted(saved):
-            self.directory(number).mkdir(parents=True, exist_ok=True)
-            for path in old if parent is None else []:
-                _copy(path, self.directory(number) / path.name)
-            self.begin(number, step, parent)
-            step, parent = saved[number], number
+        names = (re.fullmatch(r"step_(\d+)(?:-(\d+))?", path.name) for path in self.run.glob("checkpoints/step_*"))
+        saved = [(int(name[1]), int(name[2] or 0)) for name in names if name]
+        if not old and not saved:
+            return
+        number = max(saved, default=(0, 0))[1]  # whose the newest is: all that is there becomes that one's
+        self.directory(number).mkdir(parents=True, exist_ok=True)
+        for path in old:
+            _copy(path, self.directory(number) / path.name)
+        self.begin(number, 0, None)
 
 
 def _copy(path: Path, target: Path) -> None:

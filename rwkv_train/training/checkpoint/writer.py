@@ -157,7 +157,7 @@ class Writer:
             file.write(json.dumps(marker, indent=1).encode())
         self.storage.rename(aside, final)
         latest = final.with_name(LATEST)
-        beside = latest.with_name(f".{LATEST}-{commit.incarnation:04d}")
+        beside = aside_of(latest.with_name(f"{LATEST}-{commit.incarnation:04d}"))
         try:
             with self.storage.write(beside) as file:
                 file.write(final.name.encode())
