@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import platform
 import signal
 import warnings
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from rwkv_train.training.callbacks.ending import Ending
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.progress import ProgressBar
 from rwkv_train.training.callbacks.signals import Signals, follow_parent
+from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.checkpoint.directory import (
     counted,
     directory_name,
@@ -119,12 +121,16 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
     signals = Signals()
     if not parts.first:
         follow_parent()
-    ours: list[Callback] = [metrics, saving, ProgressBar(metrics, total, console), ending, signals]
+    watchdog = Watchdog(
+        config.watchdog, run.incarnations, parts.first, data.split.ranks == 1, platform.node(), events.show
+    )
+    ours: list[Callback] = [metrics, saving, ProgressBar(metrics, total, console), ending, signals, watchdog]
     if checkpoint is None and parts.first and not strategy.sharded:
         ours.append(LambdaCallback(on_train_start=lambda *_: _sample(parts, 0, refusals)))
     trainer = _trainer(parts, strategy, [*ours, *(make() for make in callbacks)], [make() for make in loggers])
     try:
-        trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
+        with watchdog.watching():
+            trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
     except SystemExit:  # Lightning's answer to a Ctrl-C before the first step
         if not trainer.interrupted:
             raise
