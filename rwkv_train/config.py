@@ -160,6 +160,23 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
+class WatchdogSettings:
+    """Of what ends a run that hangs; seconds but for the two factors."""
+
+    enabled: bool
+    factor: Annotated[
+        float, Bound("at least 2", lambda x: x >= 2)
+    ]  # of the median step: what a place of a step may take
+    floor: Annotated[float, Bound("at least 5", lambda x: x >= 5)]  # what it may take in any case
+    startup: Above0
+    first_step: Above0
+    checkpoint: Above0
+    validation: Above0
+    slow_factor: Annotated[float, Bound("above 1", lambda x: x > 1)]  # of the other ranks' work: a straggler's
+    slow_steps: Positive  # in a row
+
+
+@dataclass(frozen=True)
 class ValidationSettings:
     every: Duration
     batches: Positive | None  # micro-batches of each validation; None: all of the held-out data
@@ -200,6 +217,7 @@ class Config:
     run: RunSettings
     checkpoint: CheckpointSettings
     validation: ValidationSettings
+    watchdog: WatchdogSettings
     samples: SampleSettings
     seed: NotNegative
     resume: str  # auto, never or a path

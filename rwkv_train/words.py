@@ -112,9 +112,9 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 
 def identity(tree: Mapping[str, Any]) -> Words:
-    """The words that make a run what it is: all but run.*, resume, logger and dry_run."""
+    """The words that make a run what it is: all but run.*, watchdog.*, resume, logger and dry_run."""
     others = ("resume", "logger", "dry_run", "device", "mfu")
-    return {w: v for w, v in flatten(tree).items() if not w.startswith("run.") and w not in others}
+    return {w: v for w, v in flatten(tree).items() if not w.startswith(("run.", "watchdog.")) and w not in others}
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

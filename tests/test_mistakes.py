@@ -73,7 +73,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"state_dict": weights}, folder / "wrapped.pth")
     torch.save({name: value for name, value in weights.items() if "1.ffn.value" not in name}, folder / "lacks.pth")
     (folder / "torn.pth").write_bytes((folder / "runs" / "run" / "weights.pth").read_bytes()[:5000])
-    checkpoint = folder / "runs" / "run" / "checkpoints" / "step_000000002"
+    checkpoint = folder / "runs" / "run" / "checkpoints" / "step_000000002-0001"
     shutil.copytree(checkpoint, folder / "torn")
     os.truncate(folder / "torn" / "state.pth", 1000)
     shutil.copytree(checkpoint, folder / "lacking")
@@ -82,7 +82,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-NEWEST = "runs/run/checkpoints/step_000000004"
+NEWEST = "runs/run/checkpoints/step_000000004-0001"
 GENERATE = ["-m", "rwkv_train.cli", "generate"]
 
 # What is typed (behind the words of a tiny run of text.txt, in a folder like `template`), in which time, and what
@@ -299,7 +299,7 @@ def test_in_use_then_interrupted_then_gone_on_with(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[0]
     assert process.returncode == 75
-    assert f"resumed from {run}/checkpoints/step_{step:09d}" in said
+    assert f"resumed from {run}/checkpoints/step_{step:09d}-0001" in said
     assert len(losses(run)) > step
     happened = [row["event"] for row in rows(run, "events.jsonl") if row["event"] != "checkpoint"]
     assert happened == ["started", "interrupted", "resumed", "interrupted"]

@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import TextIO
 
 from rwkv_train.errors import UserError
+from rwkv_train.training.incarnations import Incarnations
+from rwkv_train.training.records import Events, JsonLines, Shown
 
 
 class RunDirectory:
-    """`<root>/<name>/`: config.yaml, metrics.jsonl, events.jsonl, checkpoints/, loss.png, samples.txt, weights.pth."""
+    """`<root>/<name>/`: config.yaml, metrics.jsonl, events.jsonl, checkpoints/, loss.png, samples.txt, weights.pth.
+
+    metrics.jsonl and events.jsonl are the merge of what stands in incarnations/, a folder for each start of the run.
+    """
 
     def __init__(self, root: str, name: str) -> None:
         self.path = Path(root).expanduser() / name
@@ -25,6 +30,22 @@ class RunDirectory:
         self.curve = self.path / "loss.png"
         self.samples = self.path / "samples.txt"
         self.weights = self.path / "weights.pth"
+        self.incarnations = Incarnations(self.path)
+
+    @contextmanager
+    def records(self, number: int, enabled: bool) -> Iterator[tuple[Events, JsonLines]]:
+        """Events and metrics of one incarnation; their merges with those before it are made anew, and follow."""
+        starts, own = self.incarnations, self.incarnations.directory(number)
+        events = Shown(self.events, number, starts, starts.events)
+        metrics = Shown(self.metrics, number, starts, starts.metrics)
+        found = (Events(own / "events.jsonl", enabled, events), JsonLines(own / "metrics.jsonl", enabled, metrics))
+        try:
+            for record in found:
+                record.show()
+            yield found
+        finally:
+            for record in found:
+                record.close()
 
     def refuse_unusable(self) -> None:
         """Raises the UserErrors of `claimed` without making or changing anything."""

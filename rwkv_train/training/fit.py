@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import platform
 import signal
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import lightning as L
@@ -20,17 +22,19 @@ from rwkv_train.data.datamodule import DataModule
 from rwkv_train.data.show import show_batch
 from rwkv_train.evaluation.baselines import baselines
 from rwkv_train.evaluation.curve import draw_loss_curve
-from rwkv_train.training.callbacks.checkpointing import Checkpointing
+from rwkv_train.training.callbacks.checkpointing import Checkpointing, Superseded
 from rwkv_train.training.callbacks.ending import Ending
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.progress import ProgressBar
 from rwkv_train.training.callbacks.signals import Signals, follow_parent
+from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.checkpoint.directory import (
+    counted,
     directory_name,
+    incarnation_of,
     newest,
     read_meta,
     remove_unfinished,
-    set_aside_newer,
 )
 from rwkv_train.training.export import consolidate
 from rwkv_train.training.instantiate import Makers, prepare
@@ -38,11 +42,12 @@ from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.optim import describe_groups, parameter_groups
 from rwkv_train.training.outcome import summarise, write_sample, write_weights
 from rwkv_train.training.parts import Parts, check_checkpoint
-from rwkv_train.training.records import Events, JsonLines, Refusals
+from rwkv_train.training.records import JsonLines, Refusals
 from rwkv_train.training.strategy import Sharing, build_strategy
 
 # exit codes
 INTERRUPTED = 130  # by Ctrl-C, before there was a step to finish
+SUPERSEDED = 4  # a newer start of the same run goes on with it
 DISK_REFUSED = 3  # the run came to its end, but could not write all its checkpoints or records
 STOPPED = 75  # a signal ended the run before its end: the same command goes on (EX_TEMPFAIL of sysexits.h)
 
@@ -56,16 +61,16 @@ def fit(parts: Parts) -> int:
     config = parts.config
     loggers = prepare("logger", config.logger, Logger, config.packages)  # type: ignore[type-abstract]
     callbacks = prepare("callbacks", config.callbacks, Callback, config.packages)
-    with parts.directory.claimed(parts.first):
-        return _fit(parts, loggers, callbacks)
+    with parts.directory.claimed(parts.first), ExitStack() as open_files:
+        return _fit(parts, loggers, callbacks, open_files)
 
 
-def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> int:
+def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], open_files: ExitStack) -> int:
     """The run itself, once its directory is ours."""
     config, run, data, console, total = parts.config, parts.directory, parts.data, parts.console, parts.total_steps
+    there = counted(run.checkpoints, parts.storage)
     checkpoint = _find_checkpoint(parts)
-    meta = {} if checkpoint is None else read_meta(checkpoint)
-    step = int(meta.get("step", 0))
+    step = 0 if checkpoint is None else int(read_meta(checkpoint)["step"])
     if total is not None and step >= total:
         console.print(
             f"{run.path} is finished: {step} of {total} steps.\n"
@@ -73,15 +78,21 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
         )
         return 0
 
-    events, lines, refusals = Events(run.events, parts.first), JsonLines(run.metrics, parts.first), Refusals()
+    number = run.incarnations.claim() if parts.first else 0
+    if counted(run.checkpoints, parts.storage) != there:  # an older incarnation has saved: incarnations.py
+        checkpoint = _find_checkpoint(parts)
+    meta = {} if checkpoint is None else read_meta(checkpoint)
+    step = int(meta.get("step", 0))
+    refusals = Refusals()
     if parts.first:
-        remove_unfinished(run.checkpoints, parts.storage)
-        set_aside_newer(run.checkpoints, step)
+        own = checkpoint is not None and checkpoint.absolute().parent == run.checkpoints.absolute()
+        run.incarnations.begin(number, step, incarnation_of(checkpoint) if checkpoint is not None and own else None)
+        remove_unfinished(run.checkpoints, number, parts.storage)
         with refusals.outlived(run.config):
-            aside = run.config.with_name(".config.yaml")
+            aside = run.config.with_name(f".config.{number:04d}.yaml")
             aside.write_text(yaml.safe_dump(parts.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
             aside.replace(run.config)
-    lines.cut(step)
+    events, lines = open_files.enter_context(run.records(number, parts.first))
     events.add("started" if checkpoint is None else "resumed", step)
     data.begin(step, meta.get("position"))
 
@@ -106,21 +117,28 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback]) -> 
         show_batch(data.batch(0), data.tokenizer, console, rows=1)
     hours = config.budget.hours
     ending = Ending(total, None if hours is None else hours * 3600)
-    strategy = _strategy(parts, checkpoint)
+    strategy = _strategy(parts, checkpoint, number)
     signals = Signals()
     if not parts.first:
         follow_parent()
-    ours: list[Callback] = [metrics, saving, ProgressBar(metrics, total, console), ending, signals]
+    watchdog = Watchdog(
+        config.watchdog, run.incarnations, parts.first, data.split.ranks == 1, platform.node(), events.show
+    )
+    ours: list[Callback] = [metrics, saving, ProgressBar(metrics, total, console), ending, signals, watchdog]
     if checkpoint is None and parts.first and not strategy.sharded:
         ours.append(LambdaCallback(on_train_start=lambda *_: _sample(parts, 0, refusals)))
     trainer = _trainer(parts, strategy, [*ours, *(make() for make in callbacks)], [make() for make in loggers])
     try:
-        trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
+        with watchdog.watching():
+            trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
     except SystemExit:  # Lightning's answer to a Ctrl-C before the first step
         if not trainer.interrupted:
             raise
         console.print(f"\ninterrupted; {_next_time(saving)}")
         return INTERRUPTED
+    except Superseded:
+        console.print(f"\na newer start of {run.path} goes on with it; this one ends at step {trainer.global_step}")
+        return SUPERSEDED
     except BaseException:
         if strategy.launcher is not None:  # the ranks that it has started would wait for this one
             strategy.launcher.kill(signal.SIGKILL)
@@ -165,7 +183,7 @@ def _finish(parts: Parts, strategy: Sharing, step: int, lines: JsonLines, refusa
     with refusals.outlived(run.weights):
         if not strategy.divided:
             write_weights(parts.model, run)
-        elif (last := run.checkpoints / directory_name(step)).exists():
+        elif (last := run.checkpoints / directory_name(step, strategy.incarnation)).exists():
             consolidate(last, run.weights)
     if not strategy.sharded:
         _sample(parts, step, refusals)
@@ -194,10 +212,11 @@ def _find_checkpoint(parts: Parts) -> Path | None:
     return found
 
 
-def _strategy(parts: Parts, checkpoint: Path | None) -> Sharing:
+def _strategy(parts: Parts, checkpoint: Path | None, number: int) -> Sharing:
     block = sum(math.prod(shape) for name, shape in parts.shapes.items() if name.startswith("blocks.0."))
     strategy = build_strategy(parts.config, parts.strategy, parts.accelerator, parts.processes, parts.data.split, block)
     strategy.shapes, strategy.source, strategy.resume = parts.shapes, parts.source, checkpoint
+    strategy.incarnation = number
     return strategy
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_train import launcher
+from rwkv_train.training.checkpoint.directory import step_of
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, same_weights, train_ranks, words_for
 
@@ -36,7 +37,7 @@ def stopped_at(run: Path, step: int, name: str) -> Path:
     copy = run.with_name(name)
     shutil.copytree(run, copy)
     for checkpoint in (copy / "checkpoints").glob("step_*"):
-        if int(checkpoint.name[5:]) > step:
+        if (step_of(checkpoint) or 0) > step:
             shutil.rmtree(checkpoint)
     return copy
 

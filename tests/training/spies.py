@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,23 @@ class Nudge(Callback):
     @staticmethod
     def _more(values: Tensor) -> Tensor:
         return (values.detach().clone() + 1e-5).to(torch.float32)
+
+
+class Trouble(Callback):
+    """One rank sleeps in each step, or for good in one of them.
+
+    Args:
+        rank: which.
+        seconds: of each step's sleep.
+        hangs_at: the step, whose sleep has no end; 0: none.
+    """
+
+    def __init__(self, rank: int, seconds: float = 0.0, hangs_at: int = 0) -> None:
+        self.rank, self.seconds, self.hangs_at = rank, seconds, hangs_at
+
+    def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        if trainer.global_rank == self.rank:
+            time.sleep(10_000 if trainer.global_step + 1 == self.hangs_at else self.seconds)
 
 
 class Peak(Callback):

@@ -16,7 +16,7 @@ import torch
 
 from rwkv_train import launcher
 from rwkv_train.errors import UserError
-from rwkv_train.training.checkpoint.directory import newest, read_meta, verify
+from rwkv_train.training.checkpoint.directory import counted, newest, read_meta, verify
 from rwkv_train.training.checkpoint.storage import LocalStorage
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, same_weights, words_for
@@ -36,7 +36,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(whole: Path, tmp_path: Path) -> Path:
     """The folder again, as if the run had been stopped after its sixth step."""
     shutil.copytree(whole, tmp_path / "copy")
-    shutil.rmtree(tmp_path / "copy" / "runs" / "run" / "checkpoints" / "step_000000009")
+    shutil.rmtree(tmp_path / "copy" / "runs" / "run" / "checkpoints" / "step_000000009-0001")
     return tmp_path / "copy"
 
 
@@ -70,7 +70,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(
     assert len(losses(run)) == 9  # training went on
     kept, damaged = newest(run / "checkpoints")
     assert not damaged
-    assert (None if kept is None else kept.name) == ("step_000000003" if files else None)
+    assert (None if kept is None else kept.name) == ("step_000000003-0001" if files else None)
     left = {path.name for path in (run / "checkpoints").iterdir()} - {"latest"}
     assert left == ({kept.name} if kept else set())
     said = capfd.readouterr()
@@ -82,7 +82,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(
 
 def test_what_a_checkpoint_holds(whole: Path) -> None:
     run = whole / "runs" / "run"
-    path = run / "checkpoints" / "step_000000009"
+    path = run / "checkpoints" / "step_000000009-0001"
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "meta.json", "state.pth", "weights.pth"]
     weights = torch.load(path / "weights.pth", weights_only=True)
     final = torch.load(run / "weights.pth", weights_only=True)
@@ -97,15 +97,15 @@ def test_what_a_checkpoint_holds(whole: Path) -> None:
 def test_the_newest_stay(whole: Path, tmp_path: Path) -> None:
     assert train(launcher.load(words_for(tmp_path, "run", *NINE, "checkpoint.every.steps=1", "checkpoint.keep=2"))) == 0
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000000008", "step_000000009"]
-    assert (checkpoints / "latest").read_text() == "step_000000009"
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000000008-0001", "step_000000009-0001"]
+    assert (checkpoints / "latest").read_text() == "step_000000009-0001"
 
 
 @pytest.mark.parametrize("file", ["weights.pth", "state.pth", "meta.json", "manifest.json"])
 @pytest.mark.parametrize("harm", ["flipped", "truncated", "missing"])
 def test_a_damaged_checkpoint_is_seen(copy: Path, file: str, harm: str) -> None:
     checkpoints = copy / "runs" / "run" / "checkpoints"
-    path = checkpoints / "step_000000006" / file
+    path = checkpoints / "step_000000006-0001" / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x55
     if harm == "missing":
@@ -116,20 +116,20 @@ def test_a_damaged_checkpoint_is_seen(copy: Path, file: str, harm: str) -> None:
         assert verify(path.parent) is not None
         found, damaged = newest(checkpoints)
         assert found is not None
-        assert found.name == "step_000000003"
-        assert [damage.path.name for damage in damaged] == ["step_000000006"]
+        assert found.name == "step_000000003-0001"
+        assert [damage.path.name for damage in damaged] == ["step_000000006-0001"]
 
 
 def test_resume_passes_over_the_damaged_one_and_says_so(
     whole: Path, copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = copy / "runs" / "run"
-    with open(run / "checkpoints" / "step_000000006" / "weights.pth", "r+b") as file:
+    with open(run / "checkpoints" / "step_000000006-0001" / "weights.pth", "r+b") as file:
         file.truncate(1000)
     assert resume(copy) == 0
     said = capfd.readouterr().out
     assert "damaged checkpoint passed over: " in said
-    assert "step_000000006: weights.pth has 1000 bytes" in said
+    assert "step_000000006-0001: weights.pth has 1000 bytes" in said
     assert losses(run) == losses(whole / "runs" / "run")
     assert same_weights(run, whole / "runs" / "run")
 
@@ -144,7 +144,7 @@ def test_a_finished_run_says_so(whole: Path, capfd: pytest.CaptureFixture[str]) 
 
 def test_the_probe_refuses_other_weights(copy: Path) -> None:
     """Weights that are whole by their checksum, but not those that gave the saved loss."""
-    path = copy / "runs" / "run" / "checkpoints" / "step_000000006"
+    path = copy / "runs" / "run" / "checkpoints" / "step_000000006-0001"
     weights = torch.load(path / "weights.pth", weights_only=True)
     weights["head.weight"] *= 1.001
     torch.save(weights, path / "weights.pth")
@@ -156,11 +156,16 @@ def test_the_probe_refuses_other_weights(copy: Path) -> None:
         resume(copy)
 
 
-def test_an_older_checkpoint_sets_the_newer_ones_aside(whole: Path, copy: Path) -> None:
+def test_from_an_older_checkpoint_on_the_newer_ones_do_not_count(whole: Path, copy: Path) -> None:
     run = copy / "runs" / "run"
-    assert resume(copy, f"resume={run / 'checkpoints' / 'step_000000003'}") == 0
+    assert resume(copy, f"resume={run / 'checkpoints' / 'step_000000003-0001'}") == 0
     assert losses(run) == losses(whole / "runs" / "run")
-    assert (run / "checkpoints" / "left_step_000000006").is_dir()
+    assert (run / "checkpoints" / "step_000000006-0001").is_dir()  # it stays, and is nobody's
+    assert [path.name for path in counted(run / "checkpoints")] == [
+        "step_000000003-0001",
+        "step_000000006-0002",
+        "step_000000009-0002",
+    ]
 
 
 def test_other_data_and_other_settings_are_named(copy: Path) -> None:
@@ -174,7 +179,7 @@ def test_other_data_and_other_settings_are_named(copy: Path) -> None:
 
 
 def test_a_checkpoint_of_another_shape_names_the_tensors(whole: Path, tmp_path: Path) -> None:
-    checkpoint = whole / "runs" / "run" / "checkpoints" / "step_000000009"
+    checkpoint = whole / "runs" / "run" / "checkpoints" / "step_000000009-0001"
     words = words_for(tmp_path, "new", *NINE, "model.n_embd=48", f"resume={checkpoint}")
     with pytest.raises(UserError, match=r"emb\.weight has shape \(256, 32\), this model \(256, 48\)"):
         train(launcher.load(words))

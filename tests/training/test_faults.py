@@ -49,7 +49,7 @@ def test_a_full_disk_refuses_everything(tmp_path: Path, capsys: pytest.CaptureFi
     assert said.err.count("could not be written: File too large\n  training goes on") == 4  # checkpoints 30, 40, 50, 60
     kept = newest(run / "checkpoints")[0]
     assert kept is not None
-    assert kept.name == "step_000000020"
+    assert kept.name == "step_000000020-0001"
     assert f"the last whole checkpoint is {kept}" in said.out
     assert "60 steps, 7,680 tokens" in said.out  # the summary knows the rows that wait
     assert (run / "loss.png").read_bytes() == before["loss.png"]
@@ -75,7 +75,7 @@ def test_a_disk_that_fills_up_under_two_ranks(tmp_path: Path) -> None:
     assert process.returncode == 3, said
     assert said.count("could not be written: File too large\n  training goes on") == 4  # 15, 20, 25, 30
     kept, damaged = newest(run / "checkpoints")
-    assert kept == run / "checkpoints" / "step_000000010"
+    assert kept == run / "checkpoints" / "step_000000010-0001"
     assert not damaged
     assert said.count(f"the last whole checkpoint is {kept}") == 5
     assert len(losses(run)) == 30
@@ -95,16 +95,6 @@ def test_rows_wait_for_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     lines.append({"step": 5})
     assert lines.lost == 0
     assert [json.loads(line)["step"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize(("step", "left"), [(0, []), (2, [1, 2]), (9, [1, 2, 3])])
-def test_rows_are_cut_behind_a_step(tmp_path: Path, step: int, left: list[int]) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "to')
-    with disk_that_takes(1):
-        JsonLines(path).cut(step)
-    assert [row["step"] for row in JsonLines(path).rows()] == left
-    assert path.read_text().count("\n") == len(left)
 
 
 def test_text_that_is_no_utf8(tmp_path: Path) -> None:

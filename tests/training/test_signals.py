@@ -48,7 +48,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, name: 
     found, damaged = newest(run / "checkpoints")
     assert found is not None
     assert not damaged
-    assert found.name == f"step_{step:09d}"
+    assert found.name == f"step_{step:09d}-0001"
     assert rows(run, "events.jsonl")[-1]["event"] == "interrupted"
 
 

@@ -14,14 +14,20 @@ from lightning.pytorch.callbacks import Callback
 from rwkv_train.config import CheckpointSettings
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
-from rwkv_train.training.checkpoint.directory import aside_of, directory_name, newest, read_meta, step_of
+from rwkv_train.supervision.commit import stay
+from rwkv_train.training.checkpoint.directory import aside_of, counted, directory_name, newest, read_meta, step_of
 from rwkv_train.training.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.training.checkpoint.writer import Writer
+from rwkv_train.training.incarnations import Incarnations
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.records import Events
 from rwkv_train.training.strategy import Sharing
 
 _PROBE_TOLERANCE = {"32-true": 2e-6, "bf16-mixed": 1e-2}  # relative
+
+
+class Superseded(Exception):
+    """A newer start of this run has begun: what this one writes from now on would not count."""
 
 
 class Checkpointing(Callback):
@@ -56,6 +62,8 @@ class Checkpointing(Callback):
         self.permanent = None if settings.permanent is None else settings.permanent.in_steps(tokens_per_step)
         self.background = settings.background
         self.storage: Storage = storage or LocalStorage()
+        self.incarnations = Incarnations(directory.parent)
+        self._number = 0  # this incarnation's
         self.failures = 0  # saves that the disk refused
         self.last: int | None = None  # step of the newest checkpoint
         self._begun: int | None = None  # the same, of one that is perhaps still being written
@@ -65,6 +73,7 @@ class Checkpointing(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy = cast(Sharing, trainer.strategy)
         strategy.background = self.background
+        self._number = strategy.incarnation
         writers = strategy.world_size if strategy.divided else 1
         strategy.writer = Writer(self.storage, strategy.global_rank, writers, strategy.board(), self._retain)
 
@@ -98,13 +107,19 @@ class Checkpointing(Callback):
         self._report(strategy)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Begins a checkpoint of this step, unless there is one. A disk that refuses it costs no more than that."""
+        """Begins a checkpoint of this step, unless there is one. A disk that refuses it costs no more than that.
+
+        Raises:
+            Superseded: a newer start of the run has taken over.
+        """
         step = trainer.global_step
         if step == self._begun:
             return
         began, self._begun = time.perf_counter(), step
+        if trainer.strategy.broadcast(trainer.is_global_zero and self.incarnations.superseded(self._number)):
+            raise Superseded
         self._probe = self._measure_probe(trainer)
-        trainer.save_checkpoint(self.directory / directory_name(step))
+        trainer.save_checkpoint(self.directory / directory_name(step, self._number))
         self._pause = time.perf_counter() - began
 
     def _report(self, strategy: Sharing) -> None:
@@ -133,24 +148,20 @@ class Checkpointing(Callback):
         self.events.add("checkpoint_failed", step_of(path) or 0, error=error)
 
     def _retain(self) -> None:
-        """Deletes the checkpoints that need not stay; called in the writer's thread."""
-        steps = [step for name in self.storage.names(self.directory) if (step := step_of(Path(name))) is not None]
-        stay = set(sorted(steps)[-self.keep :])
-        if self.permanent is not None:
-            stay |= {step for step in steps if step % self.permanent == 0}
-        if self.best and (losses := [(loss, step) for step in steps if (loss := self._loss_of(step)) is not None]):
-            stay.add(min(losses)[1])
-        for step in set(steps) - stay:
-            path = self.directory / directory_name(step)
-            try:
-                self.storage.delete(path)
-            except OSError as error:
-                print(f"warning: {path} cannot be deleted: {error.strerror}", file=sys.stderr)
+        """Deletes the checkpoints that need not stay; called in the writer's thread, behind a commit.
 
-    def _loss_of(self, step: int) -> float | None:
-        """The validation loss of a checkpoint's step; None: it was not validated."""
-        loss: float | None = read_meta(self.directory / directory_name(step)).get("val_loss")
-        return loss
+        Nothing, where a newer incarnation has begun: it may have begun from one of them. One that begins only now finds
+        the checkpoint that was just committed.
+        """
+        if self.incarnations.superseded(self._number):
+            return
+        paths = {step_of(path) or 0: path for path in counted(self.directory, self.storage, self._number)}
+        losses = {step: read_meta(path).get("val_loss") if self.best else None for step, path in paths.items()}
+        for step in paths.keys() - stay(losses, self.keep, self.permanent, self.best):
+            try:
+                self.storage.delete(paths[step])
+            except OSError as error:
+                print(f"warning: {paths[step]} cannot be deleted: {error.strerror}", file=sys.stderr)
 
     def _measure_probe(self, trainer: L.Trainer) -> float:
         """The loss of the next step's first sample, the same one for any number of ranks, without an update."""
@@ -179,6 +190,7 @@ class Checkpointing(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         meta = checkpoint["meta"]
+        trainer.datamodule.batches.begin(meta["step"], meta.get("position"))  # type: ignore[attr-defined]
         self._probe, self.last, self._begun = meta["probe"], meta["step"], meta["step"]
         checkpoint["loops"] = between_steps(checkpoint["loops"], meta["step"], trainer.accumulate_grad_batches)
 

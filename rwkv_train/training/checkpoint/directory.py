@@ -1,4 +1,8 @@
-"""The directory of a checkpoint: its name, what must be in it, and which of several is the newest whole one."""
+"""The directory of a checkpoint: its name, what must be in it, and which of several is the newest whole one.
+
+`step_000000400-0003` was written by the third start of its run, its incarnation; without a number, by one from before
+there were any. Which of them are the run's, supervision/lineage.py says.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,15 @@ from typing import Any, cast
 
 from rwkv_train.errors import UserError
 from rwkv_train.training.checkpoint.storage import MANIFEST, LocalStorage, Storage, sha256
+from rwkv_train.training.incarnations import Incarnations
 
 LATEST = "latest"  # beside the checkpoints, written last of all: the name of the newest one
-_NAME = re.compile(r"step_(\d{9,})")
+_NAME = re.compile(r"step_(\d{9,})(?:-(\d{4,}))?")
 _ASIDE = ".writing-"
 
 
-def directory_name(step: int) -> str:
-    return f"step_{step:09d}"
+def directory_name(step: int, incarnation: int) -> str:
+    return f"step_{step:09d}-{incarnation:04d}"
 
 
 def aside_of(path: Path) -> Path:
@@ -30,6 +35,12 @@ def step_of(path: Path) -> int | None:
     """The step that a checkpoint's directory is named after; None: not such a name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else None
+
+
+def incarnation_of(path: Path) -> int:
+    """Whose it is by its name, finished or not; 0 where there is no number."""
+    match = re.search(r"-(\d{4,})$", path.name)
+    return int(match[1]) if match else 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,9 @@ def verify(path: Path, content: bool = True) -> Damage | None:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        wrote = (manifest.get("incarnation", 0), manifest.get("step", step_of(path)))
+        if step_of(path) is not None and wrote != (incarnation_of(path), step_of(path)):
+            return Damage(path, f"{MANIFEST} is that of step {wrote[1]} by start {wrote[0]} of the run")
         files = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return Damage(path, f"{MANIFEST} cannot be read ({type(error).__name__})")
@@ -67,11 +81,24 @@ def verify(path: Path, content: bool = True) -> Damage | None:
     return Damage(path, damaged) if damaged else None
 
 
+def counted(directory: Path, storage: Storage | None = None, head: int | None = None) -> list[Path]:
+    """What lies there under a checkpoint's name and is the run's, the newest last.
+
+    Args:
+        directory: checkpoints/ of a run.
+        storage: the file system.
+        head: the incarnation for which that is asked; None: whoever comes next.
+    """
+    lineage = Incarnations(directory.parent).lineage(head)
+    found = [Path(name) for name in (storage or LocalStorage()).names(directory) if _NAME.fullmatch(name)]
+    steps = sorted((step_of(path) or 0, incarnation_of(path), path) for path in found)
+    return [directory / path for step, number, path in steps if lineage.counts(number, step)]
+
+
 def newest(directory: Path, storage: Storage | None = None, content: bool = True) -> tuple[Path | None, list[Damage]]:
-    """The newest whole checkpoint of a directory, and the damaged ones that are newer than it."""
-    found = [directory / name for name in (storage or LocalStorage()).names(directory) if _NAME.fullmatch(name)]
+    """The newest whole checkpoint of a run's directory, and the damaged ones that are newer than it."""
     damaged: list[Damage] = []
-    for path in sorted(found, key=lambda path: step_of(path) or 0, reverse=True):
+    for path in reversed(counted(directory, storage)):
         damage = verify(path, content)
         if damage is None:
             return path, damaged
@@ -97,16 +124,9 @@ def read_meta(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads((path / "meta.json").read_text()))
 
 
-def remove_unfinished(directory: Path, storage: Storage | None = None) -> None:
-    """Removes what a killed save left behind."""
+def remove_unfinished(directory: Path, incarnation: int, storage: Storage | None = None) -> None:
+    """Removes what killed saves of earlier incarnations left behind."""
     storage = storage or LocalStorage()
     for name in storage.names(directory):
-        if name.startswith(_ASIDE):
+        if name.startswith(_ASIDE) and incarnation_of(Path(name)) < incarnation:
             storage.delete(directory / name)
-
-
-def set_aside_newer(directory: Path, step: int) -> None:
-    """Renames the checkpoints after a step to left_step_…: a run that goes on from an older one does not find them."""
-    for path in sorted(directory.iterdir()):
-        if (later := step_of(path)) is not None and later > step:
-            path.rename(path.with_name(f"left_{path.name}"))

@@ -1,10 +1,10 @@
 """Writes checkpoints in the background: every rank its own files, the first one the manifest when all are there.
 
-    step_000000123/
+    step_000000123-0001/    the step, and the start of the run that wrote it
         weights.pth     the parameters under the field's names: a plain dict, loads in every RWKV runtime
         state.pth       Adam's moments by parameter name, random state
         meta.json       step, tokens, probe loss, shapes, settled config, versions
-        manifest.json   size and SHA-256 of the others, written last: without it the directory is no checkpoint
+        manifest.json   whose it is, size and SHA-256 of the others, written last: without it this is no checkpoint
     latest              the newest one's name
 
 Where several ranks hold the state, each writes weights_0001_of_0008.pth and state_0001_of_0008.pth with its pieces. All
@@ -25,7 +25,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
-from rwkv_train.training.checkpoint.directory import LATEST, aside_of
+from rwkv_train.supervision.commit import Commit, Word
+from rwkv_train.training.checkpoint.directory import LATEST, aside_of, incarnation_of, step_of
 from rwkv_train.training.checkpoint.storage import MANIFEST, Hashing, Storage, dump
 
 PATIENCE = timedelta(minutes=60)  # how long the first rank waits for the files of the others
@@ -117,17 +118,18 @@ class Writer:
 
     def _save(self, final: Path, files: Mapping[str, Any], meta: Mapping[str, Any], key: str) -> None:
         began, aside = time.perf_counter(), aside_of(final)
-        error = None
+        step, number, error = step_of(final) or 0, incarnation_of(final), None
         try:
             if self.rank < self.writers:
-                self.board.set(f"{key}/{self.rank}", json.dumps(self._write(aside, files)))
+                word = Word(number, step, self.rank, self._write(aside, files))
+                self.board.set(f"{key}/{self.rank}", json.dumps(word.as_json()))
             if self.rank == 0:
                 self._complete(final, aside, meta, key)
         except Exception as caught:  # whatever it is, training goes on, and the first rank must not wait for this one
             error = (getattr(caught, "strerror", None) or str(caught)) if isinstance(caught, OSError) else repr(caught)
             if self.rank:
                 with contextlib.suppress(Exception):  # the first rank is gone, and its board with it
-                    self.board.set(f"{key}/{self.rank}", json.dumps({"error": error}))
+                    self.board.set(f"{key}/{self.rank}", json.dumps(Word(number, step, self.rank, {}, error).as_json()))
         self._outcomes.append(Outcome(final, time.perf_counter() - began, error))
 
     def _write(self, aside: Path, files: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,24 +145,23 @@ class Writer:
         return entries
 
     def _complete(self, final: Path, aside: Path, meta: Mapping[str, Any], key: str) -> None:
-        entries: dict[str, Any] = {}
-        keys = [f"{key}/{rank}" for rank in range(self.writers)]
+        commit = Commit(incarnation_of(final), step_of(final) or 0, self.writers)
+        keys = [f"{key}/{rank}" for rank in commit.missing]
         self.board.wait(keys, PATIENCE)
-        for rank, told in enumerate(json.loads(self.board.get(key)) for key in keys):
-            if "error" in told:
-                raise OSError(0, f"rank {rank}: {told['error']}")
-            entries.update(told)
-        entries.update(self._write(aside, {"meta.json": meta}))
+        for key in keys:
+            commit.hear(Word(**json.loads(self.board.get(key))))
+        if commit.error is not None:
+            raise OSError(0, commit.error)
+        marker = commit.marker(self._write(aside, {"meta.json": meta}))
         with self.storage.write(aside / MANIFEST) as file:
-            file.write(json.dumps({"files": entries}, indent=1).encode())
-        if final.exists():
-            self.storage.delete(final)  # a damaged one of the same step
+            file.write(json.dumps(marker, indent=1).encode())
         self.storage.rename(aside, final)
-        marker = final.with_name(LATEST)
+        latest = final.with_name(LATEST)
+        beside = aside_of(latest.with_name(f"{LATEST}-{commit.incarnation:04d}"))
         try:
-            with self.storage.write(aside_of(marker)) as file:
+            with self.storage.write(beside) as file:
                 file.write(final.name.encode())
-            self.storage.rename(aside_of(marker), marker)
-        except OSError:  # the disk took the checkpoint and not its mark, which is for people only
-            self.storage.delete(aside_of(marker))
+            self.storage.rename(beside, latest)
+        except OSError:  # the disk took the checkpoint and not this, which is for people only
+            self.storage.delete(beside)
         self.kept()

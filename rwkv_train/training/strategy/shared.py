@@ -33,6 +33,7 @@ class Sharing(Strategy):
     Attributes:
         source: of the first weights; None: the model has them already.
         resume: the checkpoint to go on from; None: the run starts anew.
+        incarnation: the number of this start of the run; the first rank's counts.
         shapes: of all parameters, by the field's names.
         writer: of checkpoints.
         background: whether a save copies the state and lets the training go on.
@@ -40,6 +41,7 @@ class Sharing(Strategy):
 
     source: Source | None = None
     resume: Path | None = None
+    incarnation: int = 0
     shapes: Mapping[str, tuple[int, ...]]
     writer: Writer
     background: bool = True
@@ -86,11 +88,7 @@ class Sharing(Strategy):
     def setup(self, trainer: Any) -> None:
         self._copies = {}
         super().setup(trainer)
-        if self.broadcast(str(self.resume)) != str(self.resume):  # only the first rank reads their whole content
-            raise UserError(
-                f"the ranks found different checkpoints to go on from, this one {self.resume}",
-                "start again: the damaged one is set aside now",
-            )
+        self._follow_first()
         if self.resume is not None:
             reader = Reader(self.resume)
             reader.fill(self.pieces(moments=True))
@@ -106,6 +104,20 @@ class Sharing(Strategy):
             pass  # Adam's moments are made now: made by the first step they would lie between what each step frees
         # only now: the first weights' making shall leave nothing behind
         (return_freed_memory if self.divided else keep_freed_memory)()
+
+    def _follow_first(self) -> None:
+        """Takes over the first rank's incarnation, and its checkpoint: it alone has read its whole content.
+
+        Raises:
+            UserError: the one found a checkpoint and the other none.
+        """
+        self.incarnation, resume = self.broadcast((self.incarnation, None if self.resume is None else str(self.resume)))
+        if (resume is None) != (self.resume is None):
+            raise UserError(
+                f"the ranks found different checkpoints to go on from: the first {resume}, this one {self.resume}",
+                "start again; run.root=DIR must be the same directory for all of them",
+            )
+        self.resume = None if resume is None else Path(resume)
 
     def teardown(self) -> None:
         """After a failure before `materialise` there are no values that Lightning could move to the host."""
@@ -161,7 +173,7 @@ class Sharing(Strategy):
         """Nothing: `setup` has filled the pieces."""
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        reader = Reader(Path(checkpoint_path))
+        reader = Reader(self.resume or Path(checkpoint_path))
         return {**reader.state(0)["lightning"], "state_dict": {}, "meta": reader.meta}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
