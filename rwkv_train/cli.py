@@ -38,17 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"wrote {export(Path(arguments.checkpoint), Path(arguments.target), arguments.dtype)}")
             return 0
-        from rwkv_train.inference.generate import run
-
-        return run(
-            arguments.checkpoint,
-            arguments.prompt,
-            arguments.temperature,
-            arguments.top_p,
-            arguments.tokens,
-            arguments.seed,
-            arguments.tokenizer,
-        )
+        return _generate(arguments)
     except UserError as error:
         launcher.report(error)
         return launcher.MISTAKE
@@ -66,6 +56,19 @@ def _prepare(argv: Sequence[str]) -> int:
     from rwkv_train.data.prepare.command import run
 
     return run(argv, launcher.cores())
+
+
+_TOKENIZER = "bytes, world or a tokenizer.json (default: the checkpoint's own, or by the size of the vocabulary)"
+_DEVICE = "cpu, cuda, or auto: a GPU if there is one"
+
+
+def _generate(given: argparse.Namespace) -> int:
+    from rwkv_train.inference.generate import run
+    from rwkv_train.inference.sampling import Sampling
+
+    sampling = Sampling(given.temperature, given.top_p, given.top_k, given.repetition_penalty)
+    words = (given.seed, given.tokenizer, given.stop, given.until_end, given.batch, given.json, given.device)
+    return run(given.checkpoint, given.prompt, given.tokens, sampling, *words)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,18 +97,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "checkpoint", metavar="CKPT", help="a checkpoint directory or a .pth file with the field's names"
     )
-    generate.add_argument(
-        "--tokenizer", help="bytes, world or a tokenizer.json (default: by the size of the vocabulary)"
-    )
+    generate.add_argument("--tokenizer", help=_TOKENIZER)
     generate.add_argument("--prompt", default="", help="the text to go on from")
-    generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")
-    generate.add_argument(
-        "--top-p", type=float, default=0.9, help="share of the probability that is drawn from, up to 1"
-    )
     generate.add_argument("--tokens", type=int, default=500, help="how many to generate")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")
+    generate.add_argument("--top-p", type=float, default=0.9, help="share of the probability drawn from, up to 1")
+    generate.add_argument("--top-k", type=int, default=0, help="only so many of the likeliest tokens; 0: all")
+    generate.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="of tokens that are in the text already; 1: none"
+    )
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
+    generate.add_argument("--until-end", action="store_true", help="an end-of-text ends a text too")
+    generate.add_argument("--batch", type=int, default=1, help="how many texts")
     generate.add_argument(
         "--seed", type=int, help="of the draws; the same seed gives the same text (default: another each time)"
     )
+    generate.add_argument("--json", action="store_true", help="print one JSON object")
+    generate.add_argument("--device", default="cpu", help=_DEVICE)
     commands.add_parser(
         "doctor",
         help="what works on this machine, and what does not and why",
