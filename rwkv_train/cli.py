@@ -38,6 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"wrote {export(Path(arguments.checkpoint), Path(arguments.target), arguments.dtype)}")
             return 0
+        if arguments.command == "eval":
+            from rwkv_train.evaluation.command import Wanted
+            from rwkv_train.evaluation.command import run as evaluate
+
+            given = vars(arguments)
+            del given["command"]
+            return evaluate(Wanted(**given))
         return _generate(arguments)
     except UserError as error:
         launcher.report(error)
@@ -114,6 +121,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     generate.add_argument("--device", default="cpu", help=_DEVICE)
+    evaluate = commands.add_parser(
+        "eval",
+        help="perplexity on stores and text, and lm-eval's tasks",
+        description="Perplexity and bits per byte of a checkpoint, by source and by position in the context, and "
+        "lm-evaluation-harness's tasks. Without --data and --tasks: on what the checkpoint's run held out.",
+    )
+    evaluate.add_argument("checkpoint", metavar="CKPT", help="a checkpoint directory, or a .pth file")
+    evaluate.add_argument(
+        "--data", action="append", default=[], metavar="[NAME=]PATH", help="a store, a text file or a directory"
+    )
+    evaluate.add_argument("--context", type=int, help="tokens of a window (default: the run's)")
+    evaluate.add_argument("--tokens", type=int, help="at most so many of each source, spread over it (default: all)")
+    evaluate.add_argument("--tokenizer", help=_TOKENIZER)
+    evaluate.add_argument("--tasks", action="append", default=[], metavar="NAME,…", help="of lm-eval, or your own")
+    evaluate.add_argument("--include", action="append", default=[], metavar="DIRECTORY", help="of your own tasks")
+    evaluate.add_argument("--shots", type=int, help="examples in a prompt (default: as the task says)")
+    evaluate.add_argument("--limit", type=int, help="at most so many questions of each task")
+    evaluate.add_argument("--max-length", type=int, help="tokens that a task's prediction may see (default: all)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the draws of tasks that sample")
+    evaluate.add_argument("--batch", type=int, default=8, help="windows or requests at once; the result is the same")
+    evaluate.add_argument("--device", default="auto", help=_DEVICE)
+    evaluate.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
+    evaluate.add_argument("--out", metavar="FILE", help="write that object; RUN/eval.json is shown by `report RUN`")
     commands.add_parser(
         "doctor",
         help="what works on this machine, and what does not and why",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_train.data.tokenizers import Tokenizer
@@ -21,6 +22,7 @@ _AT_ONCE = 1024  # tokens of a prompt that are read in one pass: the memory for 
 Prompt = tuple[Sequence[int], State | None]  # tokens, at least one, and the memory (of one row) of what is before them
 
 
+@torch.inference_mode()
 def read(model: RWKV, prompts: Sequence[Prompt]) -> tuple[Tensor, State]:
     """Reads prompts in the time-parallel mode.
 
@@ -37,16 +39,22 @@ def read(model: RWKV, prompts: Sequence[Prompt]) -> tuple[Tensor, State]:
     while live:
         first = len(ids) - live
         upto = min(len(ids[first]), done + _AT_ONCE)
-        found, state = model(torch.stack([row[done:upto] for row in ids[first:]]), state, starts_at(starts, upto))
+        tokens = torch.stack([row[done:upto] for row in ids[first:]])
+        found, state = model(tokens, state, starts_at(starts, upto), _last)
         starts = None
         ended = sum(len(row) == upto for row in ids[first:])
         if ended:
-            logits.extend(found[:ended, -1])
+            logits.extend(found[:ended])
             states.append(state.rows(range(ended)))
             state = state.rows(range(ended, live))
         done, live = upto, live - ended
     back = sorted(range(len(order)), key=order.__getitem__)
     return torch.stack([logits[place] for place in back]), State.join(states).rows(back)
+
+
+def _last(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The logits (B, V) after the last token: those of a prompt's other tokens are not needed."""
+    return F.linear(hidden[:, -1], weight)
 
 
 def begin(states: Sequence[State | None], device: torch.device) -> tuple[State | None, Tensor | None]:
@@ -87,8 +95,7 @@ def streams(
         else:
             draws[-1].manual_seed(seed)
     seen = [set(ids) if sampling.repetition_penalty != 1 else set() for ids, _ in prompts]
-    with torch.inference_mode():
-        logits, state = read(model, prompts)
+    logits, state = read(model, prompts)
     live = list(range(len(prompts)))
     while live:
         told = logits.cpu()

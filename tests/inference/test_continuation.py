@@ -16,6 +16,16 @@ BYTES = ByteTokenizer()
 PROMPTS = ["a", "def f(", "to be or not to be", "x" * 33, "def g(", "z"]
 
 
+class Kept:
+    """Keeps the pieces that are told."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.pieces = pieces
+
+    def __call__(self, number: int, piece: bytes) -> None:
+        self.pieces.append(piece)
+
+
 @pytest.fixture(scope="module")
 def model() -> RWKV:
     return lively_model(vocab_size=256).eval()
@@ -25,7 +35,9 @@ def encode(*texts: str) -> list[Prompt]:
     return [(BYTES.encode(text.encode()).tolist(), None) for text in texts]
 
 
-def texts(model: RWKV, prompts: list[Prompt], sampling: Sampling, first: int = 0, **words: object) -> list[Continuation]:
+def texts(
+    model: RWKV, prompts: list[Prompt], sampling: Sampling, first: int = 0, **words: object
+) -> list[Continuation]:
     seeds = [first + number for number in range(len(prompts))]
     return continue_texts(model, BYTES, prompts, 40, sampling, seeds, **words)  # type: ignore[arg-type]
 
@@ -52,7 +64,11 @@ def test_prompts_go_on_from_what_was_read(model: RWKV) -> None:
     """Rows with a memory and rows of fresh texts in one batch."""
     with torch.no_grad():
         _, before = read(model, encode("to be or "))
-    begun: list[Prompt] = [(BYTES.encode(b"not").tolist(), before), *encode("def f("), (BYTES.encode(b"no").tolist(), before)]
+    begun: list[Prompt] = [
+        (BYTES.encode(b"not").tolist(), before),
+        *encode("def f("),
+        (BYTES.encode(b"no").tolist(), before),
+    ]
     whole = encode("to be or not", "def f(", "to be or no")
     assert [text.text for text in texts(model, begun, Sampling(0))] == [
         text.text for text in texts(model, whole, Sampling(0))
@@ -63,9 +79,8 @@ def test_stop_strings_end_a_text(model: RWKV) -> None:
     (plain,) = texts(model, encode("def "), Sampling(0.9), 5)
     for stop in (plain.text[10:13], plain.text[20:21]):
         told: list[bytes] = []
-        (ended,) = texts(
-            model, encode("def "), Sampling(0.9), 5, stops=[b"\xff\xfe\xfd", stop], told=lambda _, piece: told.append(piece)
-        )
+        stops = [b"\xff\xfe\xfd", stop]
+        (ended,) = texts(model, encode("def "), Sampling(0.9), 5, stops=stops, told=Kept(told))
         assert ended.ended == "stop"
         assert ended.text == plain.text[: plain.text.find(stop)]
         assert b"".join(told) == ended.text, "nothing of a stop string was shown"
@@ -77,7 +92,7 @@ def test_what_could_be_a_stop_string_is_held_back(model: RWKV) -> None:
     told: list[bytes] = []
     (plain,) = texts(model, encode("def "), Sampling(0.9), 5)
     never = plain.text[:3] + b"\xff"
-    (again,) = texts(model, encode("def "), Sampling(0.9), 5, stops=[never], told=lambda _, piece: told.append(piece))
+    (again,) = texts(model, encode("def "), Sampling(0.9), 5, stops=[never], told=Kept(told))
     assert told[:3] == [b"", b"", b""]
     assert b"".join(told) == again.text == plain.text
 

@@ -13,7 +13,6 @@ from rwkv_train.inference.sampling import Sampling
 from rwkv_train.models import ModelConfig, build_model
 from tests.oracles.models import lively_model
 
-
 USUAL = Sampling(top_p=0.9)
 
 
