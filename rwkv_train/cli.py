@@ -39,12 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"wrote {export(Path(arguments.checkpoint), Path(arguments.target), arguments.dtype)}")
             return 0
         if arguments.command == "eval":
-            from rwkv_train.evaluation.command import Wanted
-            from rwkv_train.evaluation.command import run as evaluate
+            from rwkv_train.evaluation import command as evaluation
 
             given = vars(arguments)
             del given["command"]
-            return evaluate(Wanted(**given))
+            return evaluation.run(evaluation.Wanted(**given))
+        if arguments.command == "report":
+            from rwkv_train.evaluation.report import command as report
+
+            given = vars(arguments)
+            del given["command"]
+            return report.run(report.Wanted(**given))
         return _generate(arguments)
     except UserError as error:
         launcher.report(error)
@@ -144,6 +149,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", default="auto", help=_DEVICE)
     evaluate.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
     evaluate.add_argument("--out", metavar="FILE", help="write that object; RUN/eval.json is shown by `report RUN`")
+    report = commands.add_parser(
+        "report",
+        help="one HTML file with a run's curves, or several runs compared",
+        description="Makes one self-contained HTML file of what runs have logged, finished or not.",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run's directory, like runs/NAME")
+    report.add_argument("--out", metavar="FILE", help="default: RUN_DIR/report.html, of several runs report.html here")
+    report.add_argument("--png", metavar="DIRECTORY", help="draw the charts as pictures too")
+    report.add_argument("--live", action="store_true", help="serve the page on this machine, and follow the runs")
+    report.add_argument("--port", type=int, default=6008, help="of --live; 0: any free one")
     commands.add_parser(
         "doctor",
         help="what works on this machine, and what does not and why",
