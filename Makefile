@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-long test-kernels lint format check golden bench gpu
+.PHONY: help setup browser train test test-slow test-long test-kernels lint format check golden bench gpu
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -33,13 +33,22 @@ endif
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[test,dev]'
 	@touch $@
 
+BROWSERS := chromium-headless-shell chromium google-chrome
+
+browser: setup ## a Chromium for the tests that open reports: Debian's where apt-get may install it, else playwright's
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	    && apt-get install -y -qq --no-install-recommends chromium-headless-shell >/dev/null; then exit 0; fi; \
+	  $(RUN) -m playwright install --only-shell chromium \
+	    || { echo "no browser for the reports' tests: apt-get install chromium-headless-shell"; exit 2; }
+
 train: setup ## the default run: a byte-level RWKV-4 on the Python library's sources, about ten minutes on two cores
 	$(RUN) train.py $(ARGS)
 
-test: setup ## all quick tests
+test: browser ## all quick tests
 	$(RUN) -m pytest -m "not slow and not long and not gpu and not kernels" $(ARGS)
 
-test-slow: setup ## the slow tests
+test-slow: browser ## the slow tests
 	$(RUN) -m pytest -m "slow and not gpu and not kernels" $(ARGS)
 
 test-long: setup ## what takes minutes each and a quiet machine: twenty kills, memory at a start and after a resume

@@ -38,17 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"wrote {export(Path(arguments.checkpoint), Path(arguments.target), arguments.dtype)}")
             return 0
-        from rwkv_train.inference.generate import run
+        if arguments.command == "eval":
+            from rwkv_train.evaluation import command as evaluation
 
-        return run(
-            arguments.checkpoint,
-            arguments.prompt,
-            arguments.temperature,
-            arguments.top_p,
-            arguments.tokens,
-            arguments.seed,
-            arguments.tokenizer,
-        )
+            given = vars(arguments)
+            del given["command"]
+            return evaluation.run(evaluation.Wanted(**given))
+        if arguments.command == "report":
+            from rwkv_train.evaluation.report import command as report
+
+            given = vars(arguments)
+            del given["command"]
+            return report.run(report.Wanted(**given))
+        return _generate(arguments)
     except UserError as error:
         launcher.report(error)
         return launcher.MISTAKE
@@ -66,6 +68,19 @@ def _prepare(argv: Sequence[str]) -> int:
     from rwkv_train.data.prepare.command import run
 
     return run(argv, launcher.cores())
+
+
+_TOKENIZER = "bytes, world or a tokenizer.json (default: the checkpoint's own, or by the size of the vocabulary)"
+_DEVICE = "cpu, cuda, or auto: a GPU if there is one"
+
+
+def _generate(given: argparse.Namespace) -> int:
+    from rwkv_train.inference.generate import run
+    from rwkv_train.inference.sampling import Sampling
+
+    sampling = Sampling(given.temperature, given.top_p, given.top_k, given.repetition_penalty)
+    words = (given.seed, given.tokenizer, given.stop, given.until_end, given.batch, given.json, given.device)
+    return run(given.checkpoint, given.prompt, given.tokens, sampling, *words)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,18 +109,56 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "checkpoint", metavar="CKPT", help="a checkpoint directory or a .pth file with the field's names"
     )
-    generate.add_argument(
-        "--tokenizer", help="bytes, world or a tokenizer.json (default: by the size of the vocabulary)"
-    )
+    generate.add_argument("--tokenizer", help=_TOKENIZER)
     generate.add_argument("--prompt", default="", help="the text to go on from")
-    generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")
-    generate.add_argument(
-        "--top-p", type=float, default=0.9, help="share of the probability that is drawn from, up to 1"
-    )
     generate.add_argument("--tokens", type=int, default=500, help="how many to generate")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")
+    generate.add_argument("--top-p", type=float, default=0.9, help="share of the probability drawn from, up to 1")
+    generate.add_argument("--top-k", type=int, default=0, help="only so many of the likeliest tokens; 0: all")
+    generate.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="of tokens that are in the text already; 1: none"
+    )
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
+    generate.add_argument("--until-end", action="store_true", help="an end-of-text ends a text too")
+    generate.add_argument("--batch", type=int, default=1, help="how many texts")
     generate.add_argument(
         "--seed", type=int, help="of the draws; the same seed gives the same text (default: another each time)"
     )
+    generate.add_argument("--json", action="store_true", help="print one JSON object")
+    generate.add_argument("--device", default="cpu", help=_DEVICE)
+    evaluate = commands.add_parser(
+        "eval",
+        help="perplexity on stores and text, and lm-eval's tasks",
+        description="Perplexity and bits per byte of a checkpoint, by source and by position in the context, and "
+        "lm-evaluation-harness's tasks. Without --data and --tasks: on what the checkpoint's run held out.",
+    )
+    evaluate.add_argument("checkpoint", metavar="CKPT", help="a checkpoint directory, or a .pth file")
+    evaluate.add_argument(
+        "--data", action="append", default=[], metavar="[NAME=]PATH", help="a store, a text file or a directory"
+    )
+    evaluate.add_argument("--context", type=int, help="tokens of a window (default: the run's)")
+    evaluate.add_argument("--tokens", type=int, help="at most so many of each source, spread over it (default: all)")
+    evaluate.add_argument("--tokenizer", help=_TOKENIZER)
+    evaluate.add_argument("--tasks", action="append", default=[], metavar="NAME,…", help="of lm-eval, or your own")
+    evaluate.add_argument("--include", action="append", default=[], metavar="DIRECTORY", help="of your own tasks")
+    evaluate.add_argument("--shots", type=int, help="examples in a prompt (default: as the task says)")
+    evaluate.add_argument("--limit", type=int, help="at most so many questions of each task")
+    evaluate.add_argument("--max-length", type=int, help="tokens that a task's prediction may see (default: all)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the draws of tasks that sample")
+    evaluate.add_argument("--batch", type=int, default=8, help="windows or requests at once; the result is the same")
+    evaluate.add_argument("--device", default="auto", help=_DEVICE)
+    evaluate.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
+    evaluate.add_argument("--out", metavar="FILE", help="write that object; RUN/eval.json is shown by `report RUN`")
+    report = commands.add_parser(
+        "report",
+        help="one HTML file with a run's curves, or several runs compared",
+        description="Makes one self-contained HTML file of what runs have logged, finished or not.",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run's directory, like runs/NAME")
+    report.add_argument("--out", metavar="FILE", help="default: RUN_DIR/report.html, of several runs report.html here")
+    report.add_argument("--png", metavar="DIRECTORY", help="draw the charts as pictures too")
+    report.add_argument("--live", action="store_true", help="serve the page on this machine, and follow the runs")
+    report.add_argument("--port", type=int, default=6008, help="of --live; 0: any free one")
     commands.add_parser(
         "doctor",
         help="what works on this machine, and what does not and why",

@@ -22,6 +22,8 @@ workers.PRELOAD[:] = PRELOAD
 # Set by libraries for themselves, once for the whole process and whatever the test: torch.compile's caches, and the
 # variable with which pytest says which test runs.
 LIBRARIES_OWN = {
+    "HF_XET_HIGH_PERFORMANCE",
+    "KMP_DUPLICATE_LIB_OK",
     "PYTORCH_NVML_BASED_CUDA_CHECK",
     "TORCHINDUCTOR_CACHE_DIR",
     "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",

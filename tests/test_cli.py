@@ -11,6 +11,7 @@ import torch
 from rwkv_train import cli, doctor, launcher, ops
 from rwkv_train.errors import UserError
 from rwkv_train.inference import generate
+from rwkv_train.inference.sampling import Sampling
 from rwkv_train.ops import EngineReport, build
 
 
@@ -25,10 +26,14 @@ def test_generate_hands_its_words_over(monkeypatch: pytest.MonkeyPatch, capsys: 
     seen: list[tuple[object, ...]] = []
     monkeypatch.setattr(generate, "run", lambda *words: seen.append(words) or 0)
     words = ["--prompt", "def ", "--temperature", "0.5", "--top-p", "0.8", "--tokens", "9", "--seed", "3"]
-    words += ["--tokenizer", "world"]
+    words += ["--top-k", "40", "--repetition-penalty", "1.2", "--stop", "\n", "--stop", "x", "--until-end"]
+    words += ["--batch", "4", "--json", "--tokenizer", "world", "--device", "auto"]
     assert cli.main(["generate", "w.pth", *words]) == 0
     assert cli.main(["generate", "w.pth"]) == 0
-    assert seen == [("w.pth", "def ", 0.5, 0.8, 9, 3, "world"), ("w.pth", "", 1.0, 0.9, 500, None, None)]
+    asked = ("w.pth", "def ", 9, Sampling(0.5, 0.8, 40, 1.2), 3, "world", ["\n", "x"], True, 4, True, "auto")
+    assert seen == [asked, ("w.pth", "", 500, Sampling(1.0, 0.9), None, None, [], False, 1, False, "cpu")]
+    assert cli.main(["generate", "w.pth", "--top-p", "0"]) == 2
+    assert capsys.readouterr().err == "error: --top-p 0.0 is out of range\n  valid: above 0, up to 1\n"
 
     def refuse(*words: object) -> int:
         raise UserError("there is no file w.pth", "give another")

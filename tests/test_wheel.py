@@ -31,13 +31,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_with_conf_and_cuda(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rwkv_train").rglob("*.py")}
+    package = [path for path in (ROOT / "rwkv_train").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    expected = {path.relative_to(ROOT).as_posix() for path in package}
     for room in ("conf", "cuda"):
         files = [path for path in (ROOT / room).rglob("*") if path.is_file()]
         expected |= {f"rwkv_train/{path.relative_to(ROOT).as_posix()}" for path in files}
     expected = {name for name in expected if not name.startswith("rwkv_train/conf/local/")}
-    assert names - {"rwkv_train/py.typed"} == expected
+    assert names == expected
     assert {"rwkv_train/py.typed", "rwkv_train/conf/train.yaml"} <= names
+    assert {f"rwkv_train/evaluation/report/uplot/{file}" for file in ("uPlot.iife.min.js", "LICENSE")} <= names
 
 
 @pytest.mark.slow

@@ -185,15 +185,20 @@ class JsonTokenizer:
         """Token → bytes where every character of a token stands for one byte (GPT-2's way), else None."""
         if type(self._tokenizer.decoder).__name__ != "ByteLevel":
             return None
-        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
-        hidden = [byte for byte in range(256) if byte not in shown]
-        byte_of = {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+        byte_of = byte_signs()
         added = {number: token.content for number, token in self._tokenizer.get_added_tokens_decoder().items()}
         pieces = {}
         for piece, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
             plain = number in added or any(sign not in byte_of for sign in piece)
             pieces[number] = piece.encode() if plain else bytes(byte_of[sign] for sign in piece)
         return pieces
+
+
+def byte_signs() -> dict[str, int]:
+    """The character that GPT-2's byte-level tokenizers write for each byte."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
 
 
 class Extended:

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import codecs
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from rwkv_train.data.tokenizers import load_tokenizer
 from rwkv_train.errors import UserError
-from rwkv_train.models import RWKV, build_model
-from rwkv_train.models.weights import infer_config, load_weights, refuse_mismatches, shapes_of
-
-_PROMPT_CHUNK = 1024  # tokens read in one pass: the memory for a long prompt does not grow with it
-
-
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
-    """Draws a token from logits (V): the likeliest at temperature 0, else one of the smallest set that has top_p."""
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
-    if top_p < 1:
-        ordered, index = probabilities.sort(descending=True)
-        dropped = ordered.cumsum(-1) - ordered >= top_p  # the likeliest always stays
-        probabilities[index[dropped]] = 0
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+from rwkv_train.inference.continuation import continue_texts, streams
+from rwkv_train.inference.loading import load_model, tokenizer_of
+from rwkv_train.inference.sampling import Sampling
+from rwkv_train.models import RWKV
 
 
-@torch.inference_mode()
 def generate(
     model: RWKV,
     prompt: Sequence[int],
@@ -51,68 +37,72 @@ def generate(
         top_p: probability mass that is sampled from, 0 < top_p ≤ 1.
         seed: of the draws; None: a random one.
     """
-    device = model.emb.weight.device
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    state = None
-    ids = torch.tensor(list(prompt) or [0], device=device)
-    for chunk in ids.split(_PROMPT_CHUNK):
-        logits, state = model(chunk[None], state)
-    for _ in range(tokens):
-        token = sample(logits[0, -1].cpu(), temperature, top_p, generator)
-        yield token
-        logits, state = model(torch.tensor([[token]], device=device), state)
-
-
-def load_model(checkpoint: Path) -> RWKV:
-    """The model of a checkpoint directory or a .pth file under the field's names; the tensors tell its shape.
-
-    Raises:
-        UserError: there is no such file, or it is not the weights of a model that can be built here.
-    """
-    weights = load_weights(checkpoint)
-    model = build_model(infer_config(weights, str(checkpoint)), device="meta").to_empty(device="cpu")
-    refuse_mismatches(str(checkpoint), shapes_of(weights), model)
-    model.load_state_dict(weights)
-    return model.eval()
+    drawn = streams(model, [(list(prompt) or [0], None)], Sampling(temperature, top_p), [seed], set())
+    for new in islice(drawn, tokens):
+        yield new[0]
 
 
 def run(
     checkpoint: str,
     prompt: str,
-    temperature: float,
-    top_p: float,
     tokens: int,
-    seed: int | None,
+    sampling: Sampling,
+    seed: int | None = None,
     tokenizer_name: str | None = None,
+    stops: Sequence[str] = (),
+    at_end: bool = False,
+    batch: int = 1,
+    as_json: bool = False,
+    device: str = "cpu",
 ) -> int:
-    """The command: streams the prompt and what follows it to standard output.
+    """The command: a single text is streamed to standard output behind its prompt, several come when all are done.
+
+    Args:
+        checkpoint: a directory or a .pth file.
+        prompt: what the texts go on from; an empty one starts from end-of-text.
+        tokens: at most so many for each text.
+        sampling: how they are drawn.
+        seed: of the first text's draws, the next one's is one more; None: random ones.
+        tokenizer_name: None: the one that the checkpoint remembers.
+        stops: strings that end a text; they are not shown.
+        at_end: whether an end-of-text ends it.
+        batch: how many texts.
+        as_json: whether one JSON object is printed instead, with everything in it.
+        device: cpu, cuda or auto.
 
     Raises:
         UserError: no such checkpoint, a vocabulary without a tokenizer here, a value out of range.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or tokens < 0:
-        raise UserError(
-            f"temperature {temperature}, top-p {top_p}, tokens {tokens}: out of range",
-            "temperature ≥ 0, 0 < top-p ≤ 1, tokens ≥ 0",
-        )
-    model = load_model(Path(checkpoint))
-    vocabulary = model.config.vocab_size
-    name = tokenizer_name or {256: "bytes", 65536: "world"}.get(vocabulary)
-    tokenizer = None if name is None else load_tokenizer(name)
-    if tokenizer is None or tokenizer.vocab_size > vocabulary:
-        has = "" if tokenizer is None else f", the tokenizer {tokenizer.name} {tokenizer.vocab_size:,}"
-        raise UserError(
-            f"{checkpoint} has a vocabulary of {vocabulary:,} tokens{has}",
-            "--tokenizer names the one that it was trained with: bytes, world, or the path of a tokenizer.json",
-        )
+    if tokens < 0 or batch < 1 or not all(stops):
+        what = f"--tokens {tokens}" if tokens < 0 else f"--batch {batch}" if batch < 1 else "--stop ''"
+        raise UserError(f"{what} is out of range", "tokens ≥ 0, batch ≥ 1, stop strings of at least one character")
+    model = load_model(Path(checkpoint), device)
+    tokenizer = tokenizer_of(Path(checkpoint), model.config.vocab_size, tokenizer_name)
+    ids = tokenizer.encode(prompt.encode()).tolist() or [tokenizer.end_of_text]
+    seeds = [None if seed is None else seed + number for number in range(batch)]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    sys.stdout.write(prompt)
-    for token in generate(model, tokenizer.encode(prompt.encode()).tolist(), tokens, temperature, top_p, seed):
-        sys.stdout.write(decoder.decode(tokenizer.decode([token])))
+    streamed = batch == 1 and not as_json
+
+    def show(_: int, piece: bytes) -> None:
+        sys.stdout.write(decoder.decode(piece))
         sys.stdout.flush()
-    print(decoder.decode(b"", final=True))
+
+    if streamed:
+        sys.stdout.write(prompt)
+    encoded = [stop.encode() for stop in stops]
+    texts = continue_texts(
+        model, tokenizer, [(ids, None)] * batch, tokens, sampling, seeds, encoded, at_end, show if streamed else None
+    )
+    if as_json:
+        told = [
+            {"text": text.text.decode(errors="replace"), "tokens": text.tokens, "ended": text.ended, "seed": drawn}
+            for text, drawn in zip(texts, seeds, strict=True)
+        ]
+        about = {"checkpoint": checkpoint, "tokenizer": tokenizer.identity, "prompt": prompt}
+        print(json.dumps({**about, "sampling": asdict(sampling), "stop": list(stops), "texts": told}))
+    elif streamed:
+        print(decoder.decode(b"", final=True))
+    else:
+        for number, text in enumerate(texts, 1):
+            print(f"===== {number} of {batch} =====\n{prompt}{text.text.decode(errors='replace')}\n")
     return 0

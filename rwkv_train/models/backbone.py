@@ -58,6 +58,16 @@ class State(NamedTuple):
         att_x, ffn_x, wkv = zip(*layers, strict=True)
         return State(torch.stack(att_x), torch.stack(ffn_x), torch.stack(wkv))
 
+    def rows(self, which: Sequence[int]) -> State:
+        """The memories of these rows of the batch, in this order; a row may be wanted several times."""
+        index = torch.tensor(list(which), dtype=torch.int64, device=self.wkv.device)
+        return State(*(part.index_select(1, index) for part in self))
+
+    @staticmethod
+    def join(states: Sequence[State]) -> State:
+        """The rows of several states as one batch."""
+        return State(*(torch.cat(parts, dim=1) for parts in zip(*states, strict=True)))
+
 
 class Generation(Protocol):
     """What a generation's module offers to the backbone."""

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_train.data.tokenizer_json import tokenizer_files
 from rwkv_train.errors import UserError
+from rwkv_train.inference.loading import tokenizer_of
 from rwkv_train.training.checkpoint.pieces import WEIGHT, Reader, Shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,7 +60,8 @@ def consolidate(checkpoint: Path, target: Path, dtype: str | None = None) -> Pat
 
     Args:
         checkpoint: a checkpoint directory, sharded or not, or a .pth file.
-        target: out.pth, out.safetensors, or a directory (made here) that transformers' RwkvForCausalLM loads.
+        target: out.pth, out.safetensors, or a directory (made here) that transformers' RwkvForCausalLM loads, with the
+            tokenizer where it knows one of that kind.
         dtype: float32, bfloat16 or float16; None: as they are.
 
     Returns:
@@ -77,6 +80,8 @@ def consolidate(checkpoint: Path, target: Path, dtype: str | None = None) -> Pat
     config = _hf_config(reader.shapes, kind)
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name, content in _tokenizer_files(checkpoint, reader.shapes).items():
+        (target / name).write_text(content, encoding="utf-8")
     return _written(target / "model.safetensors", lambda path: _write_safetensors(reader, path, kind, hf_name))
 
 
@@ -130,6 +135,14 @@ def _write_safetensors(reader: Reader, path: Path, dtype: str, named: Callable[[
         for name, shape in reader.shapes.items():
             for _, values in reader.read(WEIGHT, name, 0, math.prod(shape)):
                 file.write(values.to(DTYPES[dtype]).view(torch.uint8).numpy().tobytes())
+
+
+def _tokenizer_files(checkpoint: Path, shapes: Shapes) -> dict[str, str]:
+    """The files of the tokenizer that the checkpoint was trained with, where that can be told."""
+    try:
+        return tokenizer_files(tokenizer_of(checkpoint, shapes["emb.weight"][0]))
+    except UserError:
+        return {}
 
 
 def _hf_config(shapes: Shapes, dtype: str) -> Mapping[str, Any]:

@@ -1,0 +1,1 @@
+"""`rwkv-train report`: what a run left behind, as one HTML file that needs nothing else."""

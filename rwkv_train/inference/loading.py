@@ -1,0 +1,106 @@
+"""A checkpoint as something to use: its model, and the tokenizer that it was trained with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rwkv_train.data.sources import find_tokenizer, stores_of
+from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
+from rwkv_train.errors import UserError
+from rwkv_train.models import RWKV, build_model
+from rwkv_train.models.weights import infer_config, load_weights, refuse_mismatches, shapes_of
+from rwkv_train.words import from_tree
+
+_NAMED = "--tokenizer names the one that it was trained with: bytes, world, or the path of a tokenizer.json"
+
+
+def load_model(checkpoint: Path, device: str = "cpu") -> RWKV:
+    """The model of a checkpoint directory or a .pth file under the field's names; the tensors tell its shape.
+
+    Args:
+        checkpoint: the directory or file.
+        device: cpu, cuda, or auto: a GPU if there is one.
+
+    Raises:
+        UserError: there is no such file, or it is not the weights of a model that can be built here.
+    """
+    gpu = torch.cuda.is_available()
+    if device.startswith("cuda") and not gpu:
+        raise UserError(f"--device {device}: torch can use no GPU here", "--device cpu")
+    weights = load_weights(checkpoint)
+    model = build_model(infer_config(weights, str(checkpoint)), device="meta").to_empty(device="cpu")
+    refuse_mismatches(str(checkpoint), shapes_of(weights), model)
+    model.load_state_dict(weights)
+    return model.to(("cuda" if gpu else "cpu") if device == "auto" else device).eval()
+
+
+def remembered(checkpoint: Path) -> dict[str, Any]:
+    """meta.json of a checkpoint directory, or of the newest one of the run that a .pth file lies in; {}: there is none.
+
+    It holds, among others, `config` (the run's, as a tree) and `tokenizer` (its identity).
+    """
+    places = [checkpoint] if checkpoint.is_dir() else sorted(checkpoint.parent.glob("checkpoints/step_*"), reverse=True)
+    for place in places:
+        try:
+            meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(meta, dict):
+            return meta
+    return {}
+
+
+def tokenizer_of(checkpoint: Path, vocab_size: int, name: str | None = None) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with, as it remembers it; of bare weights, by their vocabulary.
+
+    Args:
+        checkpoint: a directory, or a .pth file.
+        vocab_size: the model's number of tokens.
+        name: what the user calls it: bytes, world or the path of a tokenizer.json.
+
+    Raises:
+        UserError: it is another one than the checkpoint's, it has more tokens than the model, or nothing tells which.
+    """
+    meta = remembered(checkpoint)
+    identity = meta.get("tokenizer")
+    if name is None:
+        tokenizer = _recalled(checkpoint, meta, identity) if identity else _by_size(vocab_size)
+    else:
+        extend = (meta.get("config") or {}).get("vocab", {}).get("extend", ())
+        tokenizer = load_tokenizer(name, extend)
+    if tokenizer is None or tokenizer.vocab_size > vocab_size:
+        has = "" if tokenizer is None else f", the tokenizer {tokenizer.name} {tokenizer.vocab_size:,}"
+        raise UserError(f"{checkpoint} has a vocabulary of {vocab_size:,} tokens{has}", _NAMED)
+    refuse_other(checkpoint, identity, tokenizer, f"--tokenizer {name}" if name else f"{tokenizer.name} here")
+    return tokenizer
+
+
+def refuse_other(checkpoint: Path, identity: str | None, tokenizer: Tokenizer, what: str) -> None:
+    """Raises a UserError where a tokenizer is not the one whose identity a checkpoint remembers."""
+    if identity is not None and tokenizer.identity != identity:
+        raise UserError(
+            f"{checkpoint} was trained with the tokenizer {identity}, {what} is {tokenizer.identity}: its numbers "
+            "would mean other texts",
+            "leave --tokenizer out, or give the one that it was trained with",
+        )
+
+
+def _by_size(vocab_size: int) -> Tokenizer | None:
+    known = {256: "bytes", 65536: "world"}.get(vocab_size)
+    return None if known is None else load_tokenizer(known)
+
+
+def _recalled(checkpoint: Path, meta: Mapping[str, Any], identity: str) -> Tokenizer:
+    try:
+        config = from_tree(meta["config"])
+        return find_tokenizer(config.data, config.vocab.extend, stores_of(config.data))
+    except (UserError, KeyError):  # of another version, or its data lies elsewhere
+        kind, _, extended = identity.split(":")[0].partition("+")
+        if kind in ("bytes", "world") and not extended:
+            return load_tokenizer(kind)
+        raise UserError(f"{checkpoint} was trained with the tokenizer {identity}, which is not found", _NAMED) from None

@@ -1,0 +1,278 @@
+"""The report's data: nothing that was logged is lost on the way, whatever state the run's directory is in."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rwkv_train import cli, launcher
+from rwkv_train.errors import UserError
+from rwkv_train.evaluation.report import command
+from rwkv_train.evaluation.report.charts import KNOWN, LAYERS, charts
+from rwkv_train.evaluation.report.live import Server
+from rwkv_train.evaluation.report.metrics import Column, Metrics
+from rwkv_train.evaluation.report.page import payload, render
+from rwkv_train.evaluation.report.run import Run, open_runs
+from rwkv_train.evaluation.report.thin import extremes, trend
+from tests.evaluation.made_runs import make_run
+
+
+@pytest.fixture(autouse=True)
+def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report needs none, and the threads of none are prepared for."""
+    monkeypatch.setattr(launcher, "share_cores", lambda: None)
+
+
+def append(path: Path, *lines: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def test_columns_are_what_was_written(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    rows: list[dict[str, Any]] = []
+    for step in range(1, 3001):
+        row: dict[str, Any] = {"step": step, "lr": draw.random(), "n": step % 7, "text": "no number"}
+        if step % 100 == 0:
+            row |= {"val/loss": draw.random(), "layers/x": [draw.random(), None, 3]}
+        rows.append(row)
+    append(tmp_path / "metrics.jsonl", *(json.dumps(row) + "\n" for row in rows))
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    assert metrics.refresh()
+    assert not metrics.refresh()
+    assert set(metrics.columns) == {"lr", "n", "val/loss", "layers/x"}
+    for key in ("lr", "n", "val/loss"):
+        wanted = [(row["step"], row[key]) for row in rows if key in row]
+        column = metrics.columns[key]
+        assert list(zip(column.steps.tolist(), column.values.tolist(), strict=True)) == wanted
+    layers = metrics.columns["layers/x"]
+    assert layers.values.shape == (30, 3)
+    assert np.isnan(layers.values[:, 1]).all()
+
+
+def test_what_is_not_finite_or_not_there_is_a_gap(tmp_path: Path) -> None:
+    lines = ['{"step": 1, "a": NaN, "b": 1}\n', '{"step": 2, "a": 2.5, "b": -Infinity}\n', '{"step": 3, "a": null}\n']
+    append(tmp_path / "metrics.jsonl", *lines)
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.refresh()
+    assert [metrics.columns[key].steps.tolist() for key in "ab"] == [[2], [1]]
+
+
+def test_half_written_and_broken_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append(path, '{"step": 1, "a": 1}\n', '{"step": 2, "a"', ': 2}\nnonsense\n[1]\n{"a": 3}\n', '{"step": 3, "a": 3.5')
+    metrics = Metrics(path)
+    metrics.refresh()
+    assert metrics.columns["a"].values.tolist() == [1, 2]
+    assert metrics.unreadable == 3
+    append(path, "}\n")  # what was being written then
+    assert metrics.refresh()
+    assert metrics.columns["a"].values.tolist() == [1, 2, 3.5]
+
+
+def test_a_file_that_is_cut_back_or_replaced_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append(path, *(f'{{"step": {step}, "a": {step}}}\n' for step in range(1, 6)))
+    metrics = Metrics(path)
+    metrics.refresh()
+    path.write_text('{"step": 1, "a": 7}\n')
+    assert metrics.refresh()
+    assert metrics.columns["a"].values.tolist() == [7]
+    append(path, '{"step": 1, "a": 8}\n')  # a step that is there twice: the later row counts
+    metrics.refresh()
+    assert metrics.columns["a"].values.tolist() == [8]
+    other = tmp_path / "other"
+    other.write_text('{"step": 1, "a": 9}\n{"step": 2, "a": 9}\n')
+    other.replace(path)
+    metrics.refresh()
+    assert metrics.columns["a"].steps.tolist() == [1, 2]
+    path.unlink()
+    assert metrics.refresh()
+    assert metrics.columns == {}
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 999, 1000, 100_003])
+def test_spikes_survive(count: int) -> None:
+    values = np.random.default_rng(count).normal(size=count)
+    spikes = np.random.default_rng(1).integers(0, count, 3)
+    values[spikes] = [1e3, -1e3, 500][: len(spikes)]
+    column = Column(np.arange(1, count + 1) * 3, values)
+    thin = extremes(column, 100)
+    assert len(thin.steps) <= 202
+    assert (np.diff(thin.steps) > 0).all()
+    assert set(zip(thin.steps.tolist(), thin.values.tolist(), strict=True)) <= set(
+        zip(column.steps.tolist(), values.tolist(), strict=True)
+    )
+    assert (thin.steps[0], thin.steps[-1]) == (3, 3 * count)
+    for spike in spikes:
+        assert 3 * (spike + 1) in thin.steps or (count > 300 and abs(values[spike]) == 500)
+    assert thin.values.max() == values.max()
+    assert thin.values.min() == values.min()
+
+
+def test_the_trend_is_a_centred_mean() -> None:
+    steps = np.arange(1, 2001)
+    line = trend(Column(steps, 5.0 - 0.001 * steps))
+    assert line is not None
+    inside = (line.steps > 20) & (line.steps < 1980)
+    assert line.values[inside] == pytest.approx(5.0 - 0.001 * line.steps[inside])
+    assert trend(Column(steps[:200], steps[:200] * 1.0)) is None
+    noisy = trend(Column(steps, np.random.default_rng(0).normal(size=2000)))
+    assert noisy is not None
+    assert np.abs(noisy.values).max() < 1.5
+
+
+def test_known_metrics_are_grouped_and_others_have_charts_too() -> None:
+    keys = [key for chart in KNOWN for key in chart.lines]
+    assert len(keys) == len(set(keys))
+    shown = charts([*keys, "tokens", "time", "hours", "val/loss/books", "tokens/books", "my/own"])
+    assert [chart.section for chart in shown] == sorted(
+        (chart.section for chart in shown),
+        key=["Loss", "Optimisation", "Speed", "Health", "Loss by source", "Other"].index,
+    )
+    assert {key for chart in shown for key in chart.lines} == {*keys, "val/loss/books", "tokens/books", "my/own"}
+    assert shown[-1].title == "my/own"
+
+
+def test_the_payload(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one", steps=500, lr=1e-3)
+    other = make_run(tmp_path / "two", steps=300, lr=2e-3, seed=5)
+    data = payload(open_runs([run, other]))
+    json.dumps(data, allow_nan=False)
+    assert [found["name"] for found in data["runs"]] == ["one", "two"]
+    assert {row["word"]: row["values"] for row in data["differences"]} == {
+        "optim.lr": ["0.001", "0.002"],
+        "seed": ["0", "5"],
+    }
+    first = data["runs"][0]
+    written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = first["curves"]["train/loss"]
+    assert np.cumsum(losses["x"]).tolist() == [row["step"] for row in written]
+    assert losses["y"] == pytest.approx([row["train/loss"] for row in written], rel=1e-4)
+    assert first["clock"]["tokens"]["y"][-1] == 500 * 1024
+    assert first["clock"]["hours"]["y"][-1] == pytest.approx(written[-1]["hours"])
+    assert [event["event"] for event in first["events"]][:2] == ["started", "checkpoint"]
+    assert first["samples"][1] == {"step": 500, "text": "def main(argv):\n    return </script><b>"}
+    assert first["evaluations"]["eval.json"]["all"]["bits_per_byte"] == 1.78
+    decay = first["layers"]["decay/half_life"]
+    assert np.array(decay["y"]).shape == (len(decay["x"]), 4, 5)
+    assert {layer["key"] for layer in data["layers"]} == {*LAYERS, "layers/own"}
+    summary = first["summary"]
+    assert (summary["step"], summary["tokens"], summary["state"]) == (500, 512_000, "finished")
+    assert summary["best_val_loss"] <= summary["val_loss"]
+
+
+def test_many_runs_share_the_room(tmp_path: Path) -> None:
+    runs = open_runs([make_run(tmp_path / f"run_{number}", steps=2000, seed=number) for number in range(4)])
+    one, four = (payload(some)["runs"][0]["curves"] for some in (runs[:1], runs * 10))
+    assert len(one["train/loss"]["x"]) == 2000
+    assert len(four["train/loss"]["x"]) < 300
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a<b>&{{data}}", steps=50)
+    assert cli.main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "connect-src 'none'" in page
+    assert not re.search(r"(?:src|href)=|url\(|@import", page.replace("u.src=", ""))
+    assert "<title>a&lt;b&gt;&amp;{{data}}" in page
+    held = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert held
+    assert json.loads(held[1])["runs"][0]["name"] == "a<b>&{{data}}"
+    assert page.count("</script>") == 3, "nothing in the data ends a script"
+    assert "connect-src 'self'" in render(payload([Run(run)]), live=True)
+
+
+def test_where_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(make_run(tmp_path / name, steps=60)) for name in ("one", "two")]
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", *runs]) == 0
+    assert re.match(r"wrote report\.html \(\d\.\d MB\)\n", capsys.readouterr().out)
+    assert cli.main(["report", *runs, "--out", "x.html", "--png", "pictures"]) == 0
+    assert Path("x.html").exists()
+    pictures = {path.name for path in Path("pictures").iterdir()}
+    assert {"loss.png", "gradient_norm.png", "throughput.png", "one_time_decay.png", "two_time_decay.png"} <= pictures
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in Path("pictures").iterdir())
+    assert cli.main(["report", *runs, "--out", "no/where.html"]) == 2
+    assert "cannot be written: No such file or directory\n  --out FILE gives another place" in capsys.readouterr().err
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as error:
+        command.run(command.Wanted([str(path)]))
+    return str(error.value)
+
+
+def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "runs" / "one", steps=5)
+    make_run(tmp_path / "runs" / "two", steps=5)
+    assert refused(tmp_path / "runs" / "tow") == f"there is no directory {tmp_path}/runs/tow\n  runs there: one, two"
+    assert refused(tmp_path / "runs" / "one" / "config.yaml").startswith(f"{tmp_path}/runs/one/config.yaml is a file\n")
+    assert refused(tmp_path / "runs") == (
+        f"{tmp_path}/runs is no run's directory, it holds 2: one, two\n  {tmp_path}/runs/*"
+    )
+    (tmp_path / "empty").mkdir()
+    assert refused(tmp_path / "empty") == (
+        f"{tmp_path}/empty has no metrics.jsonl\n  give a run's directory: runs/NAME"
+    )
+    (tmp_path / "empty" / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "empty" / "metrics.jsonl").write_text('{"step": 1, "train/lo')
+    assert refused(tmp_path / "empty") == (
+        f"{tmp_path}/empty has logged no step yet\n  `report --live` waits for the first one"
+    )
+    run = make_run(tmp_path / "half", steps=5)
+    append(run / "metrics.jsonl", "torn\n", '{"step": 6, "trai')
+    append(run / "events.jsonl", "torn\n")
+    (run / "config.yaml").write_text("a: [")
+    (run / "eval.json").write_text("{")
+    assert cli.main(["report", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "note: half: metrics.jsonl: 1 lines are no rows; they are left out" in told
+    assert "note: half: events.jsonl: 1 lines are no events; they are left out" in told
+    assert "note: half: config.yaml cannot be read: while parsing" in told
+    assert "note: half: eval.json cannot be read: Expecting" in told
+
+
+def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = open_runs([make_run(tmp_path / place / "run", steps=5) for place in ("here", "there")])
+    assert [run.name for run in runs] == ["here/run", "there/run"]
+
+
+def test_a_live_report_follows(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with Server(open_runs([run], wait=True), 0) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            with urllib.request.urlopen(server.address) as page:
+                assert 'data-live="true"' in page.read().decode()
+            with urllib.request.urlopen(f"{server.address}data.json") as answer:
+                tag = answer.headers["ETag"]
+                assert json.load(answer)["runs"][0]["curves"] == {}
+            again = urllib.request.Request(f"{server.address}data.json", headers={"If-None-Match": tag})
+            with pytest.raises(urllib.error.HTTPError, match="304"):
+                urllib.request.urlopen(again)
+            append(run / "metrics.jsonl", '{"step": 1, "train/loss": 5.5}\n', '{"step": 2, "train/loss": 5.')
+            with urllib.request.urlopen(again) as answer:
+                assert json.load(answer)["runs"][0]["curves"]["train/loss"]["y"] == [5.5]
+            for path, host, code in (("nothing", "127.0.0.1", 404), ("data.json", "evil.example", 403)):
+                asked = urllib.request.Request(f"{server.address}{path}", headers={"Host": host})
+                with pytest.raises(urllib.error.HTTPError, match=str(code)):
+                    urllib.request.urlopen(asked)
+            with pytest.raises(UserError, match=f"--port {server.server_port} cannot be used: Address already in use"):
+                Server([], server.server_port)
+        finally:
+            server.shutdown()
+            thread.join()
