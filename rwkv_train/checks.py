@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from rwkv_train.config import Config, DataSettings
@@ -51,6 +52,8 @@ def check(config: Config, machine: Machine) -> list[UserError]:
         *_check_batch(config, machine),
         *_check_strategy(config),
         *_check_schedule(config),
+        *_check_logger(config),
+        *_check_replay(config),
         *_check_run(config, machine),
     ]
 
@@ -206,6 +209,7 @@ def _check_schedule(config: Config) -> Iterator[UserError]:
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.permanent": config.checkpoint.permanent,
         "validation.every": config.validation.every,
+        "statistics.every": config.statistics.every,
     }
     for name, span in spans.items():
         if span is not None and span.in_steps(batch.tokens) == 0:
@@ -221,6 +225,21 @@ def _check_schedule(config: Config) -> Iterator[UserError]:
             re.compile(rule.pattern)
         except re.error as error:
             yield UserError(f"optim.rules: {rule.pattern!r} is no regular expression: {error}", "e.g. .*time_decay")
+
+
+def _check_logger(config: Config) -> Iterator[UserError]:
+    for name, tree in config.logger.items():
+        target = str(tree.get("_target_", "")) if isinstance(tree, dict) else ""
+        for kind, package in (("Wandb", "wandb"), ("TensorBoard", "tensorboard")):
+            if target == f"rwkv_train.training.trackers.{package}.{kind}" and find_spec(package) is None:
+                yield UserError(f"logger={name} needs {package}, which is not installed", f"pip install {package}")
+
+
+def _check_replay(config: Config) -> Iterator[UserError]:
+    if config.replay is not None and not Path(config.replay).expanduser().is_file():
+        yield UserError(
+            f"replay={config.replay}: there is no such file", "a bad step leaves one: RUN/replay/step_000001234.json"
+        )
 
 
 def _check_run(config: Config, machine: Machine) -> Iterator[UserError]:

@@ -196,6 +196,28 @@ Strategy = Literal[
 ]
 
 
+Policy = Literal["skip", "rewind", "stop"]
+
+
+@dataclass(frozen=True)
+class StatisticsSettings:
+    """The per-layer values and the other heavier ones of docs/metrics.md."""
+
+    every: Duration
+
+
+@dataclass(frozen=True)
+class HealthSettings:
+    """What a bad step costs: its update, a rewind behind the data it read, or the run."""
+
+    nonfinite: Policy  # a loss or a gradient that is not finite
+    spike: Literal["alert"] | Policy  # a loss far above those before it
+    z: Above0  # robust z-score from which on a loss is a spike
+    window: Annotated[int, Bound("at least 16", lambda n: n >= 16)]  # losses that it is compared with
+    patience: Positive  # bad steps in a row that are skipped; then the run is rewound
+    rewinds: NotNegative  # in all; then the run stops
+
+
 @dataclass(frozen=True)
 class SampleSettings:
     prompt: str
@@ -218,6 +240,8 @@ class Config:
     checkpoint: CheckpointSettings
     validation: ValidationSettings
     watchdog: WatchdogSettings
+    statistics: StatisticsSettings
+    health: HealthSettings
     samples: SampleSettings
     seed: NotNegative
     resume: str  # auto, never or a path
@@ -225,6 +249,8 @@ class Config:
     compile: bool
     activation_checkpointing: bool | Positive  # every block, or every n-th
     dry_run: bool
+    profile: bool  # records a few steps with torch.profiler
+    replay: str | None  # a file that a bad step has left: that step again, and nothing else
     device: str | None  # the card that plan and dry_run reckon with where none is present
     mfu: Annotated[float, Bound("above 0 and below 1", lambda x: 0 < x < 1)] | None  # what the plan reckons with
     threads: Positive | None  # CPU threads of one process; None: the cores divided by the processes of this machine

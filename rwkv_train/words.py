@@ -25,6 +25,7 @@ DURATIONS = (
     "checkpoint.every",
     "checkpoint.permanent",
     "validation.every",
+    "statistics.every",
     "optim.schedule.warmup",
     "optim.schedule.hold",
 )
@@ -112,9 +113,10 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 
 def identity(tree: Mapping[str, Any]) -> Words:
-    """The words that make a run what it is: all but run.*, watchdog.*, resume, logger and dry_run."""
-    others = ("resume", "logger", "dry_run", "device", "mfu")
-    return {w: v for w, v in flatten(tree).items() if not w.startswith(("run.", "watchdog.")) and w not in others}
+    """The words that make a run what it is: not where it lies, what watches it, and what is done when it fails."""
+    others = ("resume", "logger", "dry_run", "device", "mfu", "profile", "replay")
+    groups = ("run.", "watchdog.", "statistics.", "health.")
+    return {w: v for w, v in flatten(tree).items() if not w.startswith(groups) and w not in others}
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

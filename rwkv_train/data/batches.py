@@ -49,6 +49,7 @@ class Batches:
         digest: hash of the data and its split, 16 hexadecimal digits.
         micro, accumulation: samples of a pass on one device; passes of a step.
         start_step: the step that training() begins with; set it before fit() to resume.
+        skips: (step, steps of data) pairs: from that step of the run on, so much data is passed over.
         rank: which device this process drives; DataModule sets it.
         pinned: whether training batches are made ahead in pinned memory; DataModule sets it.
         vocabulary: tokens that the model knows; a larger one that is read is refused. None: the tokenizer's.
@@ -72,6 +73,7 @@ class Batches:
         self.validation_batches = validation_batches
         self.validation_context = validation_context or batch.context
         self.start_step = 0
+        self.skips: list[tuple[int, int]] = []
         self.rank = 0
         self.pinned = False
         self.vocabulary: int | None = None
@@ -191,7 +193,11 @@ class Batches:
 
     def tokens_by_source(self, step: int) -> dict[str, int]:
         """Tokens of each source that the steps before this one have, by its name."""
-        counts = self.mixture.counts(step * self.split.samples)
+        counts = self.mixture.counts((self.data_step(step - 1) + 1) * self.split.samples)
+        for first, steps in self.skips:
+            if first < step:
+                end = self.data_step(first) * self.split.samples
+                counts = counts - self.mixture.counts(end) + self.mixture.counts(end - steps * self.split.samples)
         return {source.name: int(n) * self.context for source, n in zip(self.sources, counts, strict=True)}
 
     def share_out(self, micro: int) -> None:
@@ -200,7 +206,11 @@ class Batches:
 
     def position(self, step: int) -> dict[str, Any] | None:
         """Where a stream is to be read from to go on with that step; None: the step alone says all."""
-        return None if self.stream is None else self.stream.position(step * self.split.samples)
+        return None if self.stream is None else self.stream.position(self.data_step(step) * self.split.samples)
+
+    def data_step(self, step: int) -> int:
+        """Which step of the data a step of the run reads: a pure function of the step and of what is passed over."""
+        return step + sum(steps for first, steps in self.skips if first <= step)
 
     def begin(self, step: int, position: dict[str, Any] | None) -> None:
         """Lets training() begin with that step, at that position of a stream."""
@@ -223,18 +233,20 @@ class Batches:
         """This rank's micro-batch `index` (0 … accumulation-1) of step `step`."""
         return self.assemble(*self.places(step), index)
 
-    def first_sample(self, step: int) -> Batch:
-        """The first sample of step `step` alone: the same one on every rank, whatever their number."""
-        sources, places = self.places(step)
-        block = self._fill(self._rows, sources[:1], places[:1], self.context)
+    def first_sample(self, data_step: int) -> Batch:
+        """The first sample of a step of the data alone: the same one on every rank, whatever their number."""
+        first = np.arange(data_step * self.split.samples, data_step * self.split.samples + 1, dtype=np.int64)
+        sources, places = self.located(first)
+        block = self._fill(self._rows, sources, places, self.context)
         if not self.masked:
             return _tensor(block.tokens), _tensor(block.targets)
         return _alone(block)
 
     def places(self, step: int, steps: int = 1) -> tuple[Ints, Ints]:
         """Sources and places of all samples of `steps` steps, in the order of their numbers."""
-        first = step * self.split.samples
-        return self.located(np.arange(first, first + steps * self.split.samples, dtype=np.int64))
+        firsts = np.array([self.data_step(step + n) for n in range(steps if self.skips else 1)], np.int64)
+        each = self.split.samples if self.skips else steps * self.split.samples
+        return self.located((firsts[:, None] * self.split.samples + np.arange(each, dtype=np.int64)).ravel())
 
     def located(self, samples: Ints) -> tuple[Ints, Ints]:
         """Sources and places of the samples with these numbers, same shape."""
@@ -246,6 +258,20 @@ class Batches:
             here = sources == source
             places[here] = self._rows[source].places(numbers[here])
         return sources, places
+
+    def sample(self, step: int, number: int) -> dict[str, Any]:
+        """For people: the number of a sample in a step, its source, its place there, and its text."""
+        sources, places = (each[number : number + 1] for each in self.places(step))
+        told = {"number": number, "source": self.sources[int(sources[0])].name, "place": int(places[0])}
+        if self.stream is not None:  # what was read is gone
+            return {**told, "text": ""}
+        block = self._fill(self._rows, sources, places, self.context)
+        return {**told, "text": bytes(self.tokenizer.decode(block.tokens[0].tolist())).decode("utf-8", "replace")}
+
+    def sources_of_pass(self, step: int, index: int) -> list[int]:
+        """The number of the source of each sample of this rank's micro-batch `index` of a step."""
+        found: list[int] = self.places(step)[0][self.split.share(0, index, self.rank)].tolist()
+        return found
 
     def assemble(self, sources: Ints, places: Ints, index: int) -> Batch:
         """This rank's micro-batch of the step with these samples."""
@@ -328,7 +354,7 @@ class TrainBatches:
         while True:  # the order of many steps in one go: one batch's alone takes longer than reading it
             steps = max(1, AHEAD // data.split.samples)
             if data.mixture.samples is not None:
-                steps = max(1, min(steps, data.mixture.samples // data.split.samples - step))
+                steps = max(1, min(steps, data.mixture.samples // data.split.samples - data.data_step(step)))
             sources, places = (each.reshape(steps, -1) for each in data.places(step, steps))
             for number in range(steps):
                 for index in range(data.accumulation):

@@ -21,9 +21,12 @@ def draw_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, title: str, l
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if all(row["train/loss"] is None for row in rows):
+        return
     figure = Figure(figsize=(9, 5), dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    rows = [row for row in rows if row["train/loss"] is not None]  # of a bad step it is null
     steps = np.array([row["step"] for row in rows])
     losses = np.array([row["train/loss"] for row in rows])
     axes.plot(steps, losses, color="#9ecae1", linewidth=0.6)
@@ -31,7 +34,7 @@ def draw_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, title: str, l
     mean = np.convolve(losses, np.ones(window) / window, mode="valid")
     middle = steps[(window - 1) // 2 :][: len(mean)]  # of each mean's steps: at their end it would lag behind
     axes.plot(middle, mean, color="#2171b5", label=f"training (mean of {window} steps)")
-    validated = [(row["step"], row["val/loss"]) for row in rows if "val/loss" in row]
+    validated = [(row["step"], row["val/loss"]) for row in rows if row.get("val/loss") is not None]
     if validated:
         axes.plot(*zip(*validated, strict=True), color="#d94801", marker="o", markersize=4, label="validation")
     low = min([*losses[len(losses) // 2 :], *lines.values(), *(loss for _, loss in validated)])

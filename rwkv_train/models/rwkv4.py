@@ -47,6 +47,16 @@ class TimeMix(nn.Module):
         y, wkv = ops.wkv4(-torch.exp(_wide(self.time_decay)), self.time_first, k, v, wkv, starts)
         return self.output(ops.sigmoid_gate(r, y)), x[:, -1], wkv
 
+    @staticmethod
+    def content(wkv: Tensor) -> Tensor:
+        """What a state (…, 3, C) holds, whatever its scale: the weighted mean of the values, (…, C)."""
+        return wkv[..., 0, :] / wkv[..., 1, :]
+
+    @staticmethod
+    def half_lives(time_decay: Tensor) -> Tensor:
+        """After how many tokens half of a value's weight is left, per channel; same shape."""
+        return math.log(2) * torch.exp(-_wide(time_decay))
+
 
 class ChannelMix(nn.Module):
     """The feed-forward part: σ(r) ⊙ W_v relu(k)², equation (18) of the paper."""

@@ -30,6 +30,7 @@ class RunDirectory:
         self.curve = self.path / "loss.png"
         self.samples = self.path / "samples.txt"
         self.weights = self.path / "weights.pth"
+        self.passed_over = self.path / "passed_over.json"  # data that the run has rewound behind
         self.incarnations = Incarnations(self.path)
 
     @contextmanager

@@ -15,7 +15,6 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback, LambdaCallback
-from lightning.pytorch.loggers import Logger
 
 import rwkv_train
 from rwkv_train.data.datamodule import DataModule
@@ -24,8 +23,7 @@ from rwkv_train.evaluation.baselines import baselines
 from rwkv_train.evaluation.curve import draw_loss_curve
 from rwkv_train.training.callbacks.checkpointing import Checkpointing, Superseded
 from rwkv_train.training.callbacks.ending import Ending
-from rwkv_train.training.callbacks.metrics import Metrics
-from rwkv_train.training.callbacks.progress import ProgressBar
+from rwkv_train.training.callbacks.health import read_passed_over
 from rwkv_train.training.callbacks.signals import Signals, follow_parent
 from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.checkpoint.directory import (
@@ -43,12 +41,16 @@ from rwkv_train.training.optim import describe_groups, parameter_groups
 from rwkv_train.training.outcome import summarise, write_sample, write_weights
 from rwkv_train.training.parts import Parts, check_checkpoint
 from rwkv_train.training.records import JsonLines, Refusals
+from rwkv_train.training.replay import HEALTHY
+from rwkv_train.training.statistics import Statistics
 from rwkv_train.training.strategy import Sharing, build_strategy
+from rwkv_train.training.watching import HURRY, Watching
 
 # exit codes
 INTERRUPTED = 130  # by Ctrl-C, before there was a step to finish
 SUPERSEDED = 4  # a newer start of the same run goes on with it
 DISK_REFUSED = 3  # the run came to its end, but could not write all its checkpoints or records
+UNHEALTHY = 5  # health.… stopped the run
 STOPPED = 75  # a signal ended the run before its end: the same command goes on (EX_TEMPFAIL of sysexits.h)
 
 
@@ -59,13 +61,13 @@ def fit(parts: Parts) -> int:
         UserError: a logger or callback that cannot be made, a directory in use, a checkpoint that does not fit.
     """
     config = parts.config
-    loggers = prepare("logger", config.logger, Logger, config.packages)  # type: ignore[type-abstract]
+    watching = Watching(parts, Refusals())
     callbacks = prepare("callbacks", config.callbacks, Callback, config.packages)
-    with parts.directory.claimed(parts.first), ExitStack() as open_files:
-        return _fit(parts, loggers, callbacks, open_files)
+    with parts.directory.claimed(parts.first), watching, ExitStack() as open_files:
+        return _fit(parts, watching, callbacks, open_files)
 
 
-def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], open_files: ExitStack) -> int:
+def _fit(parts: Parts, watching: Watching, callbacks: Makers[Callback], open_files: ExitStack) -> int:
     """The run itself, once its directory is ours."""
     config, run, data, console, total = parts.config, parts.directory, parts.data, parts.console, parts.total_steps
     there = counted(run.checkpoints, parts.storage)
@@ -83,7 +85,7 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
         checkpoint = _find_checkpoint(parts)
     meta = {} if checkpoint is None else read_meta(checkpoint)
     step = int(meta.get("step", 0))
-    refusals = Refusals()
+    refusals = watching.refusals
     if parts.first:
         own = checkpoint is not None and checkpoint.absolute().parent == run.checkpoints.absolute()
         run.incarnations.begin(number, step, incarnation_of(checkpoint) if checkpoint is not None and own else None)
@@ -94,11 +96,15 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
             aside.replace(run.config)
     events, lines = open_files.enter_context(run.records(number, parts.first))
     events.add("started" if checkpoint is None else "resumed", step)
+    data.skips = [(first, steps) for first, steps in read_passed_over(run)["skips"] or meta.get("skips", [])]
     data.begin(step, meta.get("position"))
 
     validated = [data.sources[number].name for number in data.validated]
-    module = RWKVModule(parts.model, parts.recipe, config.optim, total, config.batch.tokens, config.compile, validated)
-    metrics = Metrics(lines, data.bytes_per_token)
+    every = config.statistics.every.in_steps(config.batch.tokens)
+    statistics = Statistics(parts.model, every, [source.name for source in data.sources], hooks=not config.compile)
+    module = RWKVModule(
+        parts.model, parts.recipe, config.optim, total, config.batch.tokens, config.compile, validated, statistics
+    )
     saving = Checkpointing(
         run.checkpoints,
         config.checkpoint,
@@ -112,6 +118,7 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
         events,
         parts.storage,
     )
+    watching.track(step, meta, _versions())
     _describe(parts, checkpoint)
     if data.masked and step == 0:
         show_batch(data.batch(0), data.tokenizer, console, rows=1)
@@ -124,10 +131,10 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
     watchdog = Watchdog(
         config.watchdog, run.incarnations, parts.first, data.split.ranks == 1, platform.node(), events.show
     )
-    ours: list[Callback] = [metrics, saving, ProgressBar(metrics, total, console), ending, signals, watchdog]
+    ours: list[Callback] = [*watching.callbacks(lines, events, saving), ending, signals, watchdog]
     if checkpoint is None and parts.first and not strategy.sharded:
         ours.append(LambdaCallback(on_train_start=lambda *_: _sample(parts, 0, refusals)))
-    trainer = _trainer(parts, strategy, [*ours, *(make() for make in callbacks)], [make() for make in loggers])
+    trainer = _trainer(parts, strategy, [*ours, *(make() for make in callbacks)])
     try:
         with watchdog.watching():
             trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
@@ -144,10 +151,17 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
             strategy.launcher.kill(signal.SIGKILL)
         raise
     step = trainer.global_step
+    if watching.replay is not None:
+        return HEALTHY if watching.replay.healthy else 0
     if signals.stopped and step != total:
         events.add("interrupted", step, signal=signals.received)
+        watching.patience = HURRY
         console.print(f"\n{signals.received or 'a signal'} at step {step}; {_next_time(saving)}")
         return STOPPED if parts.first else 0  # Lightning kills the first rank when another one's code is not 0
+    if watching.health.stopped is not None:
+        events.add("unhealthy", step, reason=watching.health.stopped)
+        console.print(f"\nstopped at step {step}: {watching.health.stopped}; {_next_time(saving)}")
+        return UNHEALTHY if parts.first else 0
     events.add("finished" if step == total else "stopped", step)
     _finish(parts, strategy, step, lines, refusals)
     if step != total:
@@ -220,7 +234,7 @@ def _strategy(parts: Parts, checkpoint: Path | None, number: int) -> Sharing:
     return strategy
 
 
-def _trainer(parts: Parts, strategy: Sharing, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
+def _trainer(parts: Parts, strategy: Sharing, callbacks: list[Callback]) -> L.Trainer:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches are cut from memory
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning's own use of torch
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated.*", FutureWarning)  # DeepSpeed's
@@ -241,7 +255,7 @@ def _trainer(parts: Parts, strategy: Sharing, callbacks: list[Callback], loggers
         limit_val_batches=None if data.validated else 0,
         num_sanity_val_steps=0,
         callbacks=callbacks,
-        logger=loggers,
+        logger=False,  # trackers have processes of their own
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -20,13 +20,15 @@ Makers = Sequence[Callable[[], T]]  # what is called to make each object
 OURS = ("lightning", "rwkv_train")  # packages whose classes may be named without saying so
 
 
-def prepare(name: str, trees: Mapping[str, Any], kind: type[T], packages: Sequence[str] = ()) -> list[Callable[[], T]]:
+def prepare(
+    name: str, trees: Mapping[str, Any], kind: type[T] | tuple[type, ...], packages: Sequence[str] = ()
+) -> list[Callable[[], T]]:
     """What is to be called to make each object of the trees.
 
     Args:
         name: of the tree as a user types it: logger or callbacks.
         trees: entry → {_target_: PACKAGE.CLASS, argument: value, …}; arguments may be such trees themselves.
-        kind: what each of them must be.
+        kind: what each of them must be (one of several).
         packages: further packages that may be named (`packages=[…]`).
 
     Raises:
@@ -46,12 +48,13 @@ def prepare(name: str, trees: Mapping[str, Any], kind: type[T], packages: Sequen
     return made
 
 
-def _bind(where: str, tree: Mapping[str, Any], packages: Sequence[str], kind: type | None) -> Callable[[], Any]:
+def _bind(
+    where: str, tree: Mapping[str, Any], packages: Sequence[str], kind: type | tuple[type, ...] | None
+) -> Callable[[], Any]:
     target = _find(where, str(tree["_target_"]), packages)
     if kind is not None and not (isinstance(target, type) and issubclass(target, kind)):
-        raise UserError(
-            f"{where}._target_={tree['_target_']} is no {kind.__name__}", f"name a subclass of {kind.__name__}"
-        )
+        wanted = (kind[-1] if isinstance(kind, tuple) else kind).__name__
+        raise UserError(f"{where}._target_={tree['_target_']} is no {wanted}", f"name a subclass of {wanted}")
     arguments = {}
     for argument, value in tree.items():
         if argument.startswith("_") and argument != "_target_":

@@ -14,8 +14,10 @@ from torch import Tensor
 from rwkv_train.config import OptimSettings
 from rwkv_train.data.rows import IGNORED
 from rwkv_train.models import RWKV, Row
+from rwkv_train.models.backbone import State
 from rwkv_train.training.loss import head_loss, head_nats, language_model_loss, summed_nats, too_many_logits
 from rwkv_train.training.optim import build_optimizer, learning_rate, parameter_groups
+from rwkv_train.training.statistics import Statistics
 from rwkv_train.training.strategy import Sharing
 
 Batch = Sequence[Any]  # tokens, targets and, of documents, starts and predictions: data/ahead.py
@@ -26,6 +28,12 @@ def documents_of(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | 
     tokens, targets, *rest = batch
     starts, predictions = rest or (None, None)
     return tokens, targets, starts, predictions
+
+
+def _told(tell: Callable[..., None], readout: Callable[..., Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
+    """A readout whose arguments somebody else gets as well."""
+    tell(hidden, weight)
+    return readout(hidden, weight)
 
 
 class RWKVModule(L.LightningModule):
@@ -39,6 +47,7 @@ class RWKVModule(L.LightningModule):
         tokens_per_step: of the whole batch, over all devices and micro-batches.
         compile: whether training runs torch.compile of the model.
         sources: names of the validated ones, in the order of the validation's loaders.
+        statistics: what each step tells of itself; None: a plain one.
     """
 
     def __init__(
@@ -50,6 +59,7 @@ class RWKVModule(L.LightningModule):
         tokens_per_step: int,
         compile: bool = False,
         sources: Sequence[str] = ("",),
+        statistics: Statistics | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -57,9 +67,10 @@ class RWKVModule(L.LightningModule):
         self.optim = optim
         self.total_steps = total_steps
         self.tokens_per_step = tokens_per_step
-        self.losses: list[Tensor] = []  # of the micro-batches since the last optimiser step, on the device
+        self.statistics = statistics or Statistics(model, 100, hooks=not compile)
         self.grad_norm = torch.tensor(math.nan)  # of the last optimiser step, before clipping
         self.lr = math.nan
+        self.rewound = False  # whether the run stands before another step than the batch that comes next
         self._forward = [torch.compile(model, fullgraph=True) if compile else model]  # a list: not a second submodule
         self._sources = sources
         self._validation: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sources]
@@ -72,18 +83,47 @@ class RWKVModule(L.LightningModule):
     def tokens_seen(self) -> int:
         return self.trainer.global_step * self.tokens_per_step
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
+        """-1 tells Lightning to read the data anew: the run was rewound."""
+        if self.rewound:
+            self.rewound = False
+            return -1
+        if self._passes == 0:
+            self.statistics.begin(self.trainer.global_step + 1, self.strategy)
+        return None
+
+    @property
+    def _passes(self) -> int:
+        """How many of the step's passes are done."""
+        return len(self.statistics.losses) % self.trainer.accumulate_grad_batches
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._loss(self._forward[0], batch, self.optim.l2wrap)
-        self.losses.append(loss.detach())
+        loss, state = self._loss(self._forward[0], batch, self.optim.l2wrap, self.statistics)
+        self.statistics.passed(loss, state)
         return loss
 
-    def _loss(self, model: Callable[..., Any], batch: Batch, l2wrap: float) -> Tensor:
+    def _loss(
+        self, model: Callable[..., Any], batch: Batch, l2wrap: float, statistics: Statistics | None = None
+    ) -> tuple[Tensor, State]:
         tokens, targets, starts, predictions = documents_of(batch)
+        if statistics is not None and not statistics.due:
+            statistics = None
         if too_many_logits(targets, self.model.config.vocab_size):
-            readout = partial(head_loss, targets=targets, l2wrap=l2wrap, predictions=predictions)
-            return cast(Tensor, model(tokens, starts=starts, readout=readout)[0])
-        logits, _ = model(tokens, starts=starts)
-        return language_model_loss(logits, targets, l2wrap, predictions)
+            readout: Callable[..., Tensor] = partial(head_loss, targets=targets, l2wrap=l2wrap, predictions=predictions)
+            if statistics is not None and statistics.listens:
+                readout = partial(_told, partial(statistics.hidden, targets, self._sources_of_pass()), readout)
+            loss, state = model(tokens, starts=starts, readout=readout)
+            return loss, state
+        logits, state = model(tokens, starts=starts)
+        if statistics is not None:
+            statistics.logits(logits, targets, self._sources_of_pass())
+        return language_model_loss(logits, targets, l2wrap, predictions), state
+
+    def _sources_of_pass(self) -> Sequence[int]:
+        """The number of the source of each sample of this pass on this rank."""
+        data, passes = self.trainer.datamodule.batches, self._passes  # type: ignore[attr-defined]
+        sources: Sequence[int] = data.sources_of_pass(self.trainer.global_step, passes)
+        return sources
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         tokens, targets, starts, _ = documents_of(batch)
@@ -112,7 +152,7 @@ class RWKVModule(L.LightningModule):
     def probe(self, batch: Batch) -> Tensor:
         """The loss of a batch, without L2Wrap and without gradient: what tells one set of weights from another."""
         with torch.no_grad():
-            return self._loss(self.model, batch, 0.0)
+            return self._loss(self.model, batch, 0.0)[0]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Called when the strategy has made the parameters what they are while it trains."""
@@ -130,11 +170,20 @@ class RWKVModule(L.LightningModule):
             group["lr"] = self.lr * group["lr_multiplier"]
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Clips the gradient's norm, counted over all parameters of all ranks, and keeps what it was before."""
+        """Clips the gradient's norm, counted over all parameters of all ranks, and keeps what it was before.
+
+        The step that follows changes nothing where the loss or the gradient is bad.
+        """
+        if self._passes:  # DeepSpeed's engine is called for every pass
+            return
         norm = self.strategy.clip(math.inf if self.optim.clip is None else self.optim.clip)
+        self.strategy.leave_out(self.statistics.judge(norm))
         self.grad_norm = self.grad_norm if norm is None else norm
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        if self._passes:
+            return
         norm = self.strategy.norm_of_step()
         self.grad_norm = self.grad_norm if norm is None else norm
+        self.statistics.stepped(self.grad_norm)

@@ -152,6 +152,14 @@ class JsonLines:
             lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
         return [json.loads(line) for line in [*lines, *self._waiting]]
 
+    def go_on(self, path: Path) -> None:
+        """The rows go into another incarnation's file from now on, that of a run which went back."""
+        self.path = path
+        if self.shown is not None:
+            self.shown.close()
+            self.shown.number = int(path.parent.name)
+        self.show()
+
     def show(self) -> None:
         """Makes the merge anew where it is not current; what the disk refuses is told by the next row."""
         if self.enabled and self.shown is not None and (self._unshown or not self.shown.current):

@@ -32,6 +32,15 @@ def train(config: Config, storage: Storage | None = None, rank: int = 0) -> int:
         from rwkv_train.training.dry import dry_run
 
         return dry_run(config)
+    if config.replay is not None:
+        from rwkv_train.training.replay import replayed
+
+        with replayed(config, rank == 0) as again:
+            return _train(again, storage, rank)
+    return _train(config, storage, rank)
+
+
+def _train(config: Config, storage: Storage | None, rank: int) -> int:
     parts = assemble(config, storage, rank)
     from rwkv_train.training.fit import fit  # Lightning takes seconds to import: after the mistakes
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
+from typing import Any
 
 import torch
 
@@ -55,3 +57,39 @@ def _set_allocator(mmap_threshold: int, trim_threshold: int) -> None:
         libc.mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD
     except OSError:
         pass  # another C library
+
+
+class Stopwatch:
+    """Where a step's time goes: marks set while the host runs ahead of the device, read when the device is there too.
+
+    Args:
+        device: a CUDA device's own clock is read (events in its stream), else the host's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = [("", self._now())]
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mark(self, part: str) -> None:
+        """What has ended just now was `part`; "" is counted nowhere."""
+        self._marks.append((part, self._now()))
+
+    def lap(self) -> list[tuple[str, Any]]:
+        """The marks since the last lap, for `seconds`; the next one begins at the last of them."""
+        marks, self._marks = self._marks, self._marks[-1:]
+        return marks
+
+    def seconds(self, marks: list[tuple[str, Any]]) -> dict[str, float]:
+        """The time of each part of a lap that the device has behind it."""
+        spent: dict[str, float] = {}
+        for (_, before), (part, now) in itertools.pairwise(marks):
+            took = before.elapsed_time(now) / 1000 if self._cuda else now - before
+            spent[part] = spent.get(part, 0.0) + took
+        return spent

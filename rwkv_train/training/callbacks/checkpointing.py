@@ -15,7 +15,15 @@ from rwkv_train.config import CheckpointSettings
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 from rwkv_train.supervision.commit import stay
-from rwkv_train.training.checkpoint.directory import aside_of, counted, directory_name, newest, read_meta, step_of
+from rwkv_train.training.checkpoint.directory import (
+    aside_of,
+    counted,
+    directory_name,
+    incarnation_of,
+    newest,
+    read_meta,
+    step_of,
+)
 from rwkv_train.training.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.training.checkpoint.writer import Writer
 from rwkv_train.training.incarnations import Incarnations
@@ -68,7 +76,10 @@ class Checkpointing(Callback):
         self.last: int | None = None  # step of the newest checkpoint
         self._begun: int | None = None  # the same, of one that is perhaps still being written
         self._probe: float | None = None
+        self._probe_at = 0  # the step of the data whose first sample it is
         self._pause = 0.0  # seconds that the last save has stopped the training
+        self.paused = 0.0  # the same of all saves
+        self._went_back_to: int | None = None  # step of the checkpoint to which the run was rewound last
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy = cast(Sharing, trainer.strategy)
@@ -81,7 +92,7 @@ class Checkpointing(Callback):
         """Recomputes the loaded checkpoint's probe: weights, data and engine give the loss that they gave before."""
         if self._probe is None:
             return
-        now, before = self._measure_probe(trainer), self._probe
+        now, before = self._measure_probe(trainer, self._probe_at), self._probe
         tolerance = _PROBE_TOLERANCE.get(str(trainer.precision), 1e-2)
         if not abs(now - before) <= tolerance * abs(before):
             raise UserError(
@@ -118,9 +129,40 @@ class Checkpointing(Callback):
         began, self._begun = time.perf_counter(), step
         if trainer.strategy.broadcast(trainer.is_global_zero and self.incarnations.superseded(self._number)):
             raise Superseded
-        self._probe = self._measure_probe(trainer)
+        self._probe_at = trainer.datamodule.batches.data_step(step)  # type: ignore[attr-defined]
+        self._probe = self._measure_probe(trainer, self._probe_at)
         trainer.save_checkpoint(self.directory / directory_name(step, self._number))
         self._pause = time.perf_counter() - began
+        self.paused += self._pause
+
+    def go_back(self, trainer: L.Trainer, before: int) -> Path | None:
+        """Restores the newest whole checkpoint before a step, and goes on as a new incarnation. All ranks call it.
+
+        The one that was restored last is passed over where there is an older one.
+
+        Returns:
+            which one; None: there is none.
+        """
+        strategy = cast(Sharing, trainer.strategy)
+        strategy.settle()
+        self._report(strategy)
+        path: Path | None = None
+        if strategy.global_rank == 0:
+            path, _ = newest(self.directory, self.storage, before=before)
+            if path is not None and step_of(path) == self._went_back_to:  # it did not help, perhaps it is bad itself
+                older, _ = newest(self.directory, self.storage, before=step_of(path))
+                path = older or path
+        path = strategy.broadcast(path)
+        if path is None:
+            return None
+        number = 0
+        if strategy.global_rank == 0:
+            number = self.incarnations.claim()
+            self.incarnations.begin(number, step_of(path) or 0, incarnation_of(path))
+        self._number = strategy.incarnation = strategy.broadcast(number)
+        strategy.restore(path)
+        self.last = self._begun = self._went_back_to = step_of(path)
+        return path
 
     def _report(self, strategy: Sharing) -> None:
         """Tells how the saves ended that were under way."""
@@ -163,11 +205,11 @@ class Checkpointing(Callback):
             except OSError as error:
                 print(f"warning: {paths[step]} cannot be deleted: {error.strerror}", file=sys.stderr)
 
-    def _measure_probe(self, trainer: L.Trainer) -> float:
-        """The loss of the next step's first sample, the same one for any number of ranks, without an update."""
+    def _measure_probe(self, trainer: L.Trainer, data_step: int) -> float:
+        """The loss of the first sample of a step of the data, the same one for any number of ranks; no update."""
         batches: Batches = trainer.datamodule.batches  # type: ignore[attr-defined]
         strategy = cast(Sharing, trainer.strategy)
-        batch = strategy.batch_to_device(batches.first_sample(trainer.global_step))
+        batch = strategy.batch_to_device(batches.first_sample(data_step))
         with trainer.precision_plugin.forward_context():
             loss = strategy.probe(batch)
         return float(strategy.reduce(loss, reduce_op="mean"))
@@ -181,8 +223,9 @@ class Checkpointing(Callback):
             "step": step,
             "tokens": pl_module.tokens_seen,
             "probe": self._probe,
+            "data_step": self._probe_at,
+            "skips": [list(skip) for skip in trainer.datamodule.batches.skips],  # type: ignore[attr-defined]
             "val_loss": None if loss is None else float(loss),
-            "loggers": {type(logger).__name__: str(logger.version) for logger in trainer.loggers},
         }
         position = trainer.datamodule.batches.position(step)  # type: ignore[attr-defined]
         if position is not None:
@@ -192,6 +235,7 @@ class Checkpointing(Callback):
         meta = checkpoint["meta"]
         trainer.datamodule.batches.begin(meta["step"], meta.get("position"))  # type: ignore[attr-defined]
         self._probe, self.last, self._begun = meta["probe"], meta["step"], meta["step"]
+        self._probe_at = meta.get("data_step", meta["step"])
         checkpoint["loops"] = between_steps(checkpoint["loops"], meta["step"], trainer.accumulate_grad_batches)
 
 

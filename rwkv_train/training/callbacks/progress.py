@@ -9,105 +9,101 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
-from rwkv_train.training.callbacks.metrics import Metrics
-from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.throughput import matmul_rate, utilisation
+from rwkv_train.training.callbacks.checkpointing import Checkpointing
+from rwkv_train.training.callbacks.metrics import Metrics, Row
 
 _PLAIN_SECONDS = 15.0  # between two lines where the output is no terminal
+_BAR_SECONDS = 0.25  # between two changes of the bar
 _WINDOW = 50  # steps over which the speed is taken
 
 
 class ProgressBar(Callback):
-    """Loss, tokens per second, MFU and time left.
+    """Loss, tokens per second, MFU, time left, the next checkpoint and the last validation, from the rows as they come.
 
     Args:
-        metrics: the callback whose last row is shown.
+        metrics: whose rows are shown.
+        saving: knows when the next checkpoint is due.
         total: steps of the whole run; None: no end.
-        console: where to; only rank 0 has one.
+        console: where to; only the first rank's speaks.
     """
 
-    def __init__(self, metrics: Metrics, total: int | None, console: Console | None = None) -> None:
-        self.metrics, self.total = metrics, total
-        self.console = console or Console()
+    def __init__(self, metrics: Metrics, saving: Checkpointing, total: int | None, console: Console) -> None:
+        self.saving, self.total, self.console = saving, total, console
         self._bar: Progress | None = None
-        self._ends: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
-        self._spoke = 0.0
-        self._rate = 0.0
+        self._rows: deque[Row] = deque(maxlen=_WINDOW)
+        self._spoke = time.monotonic()
         self._validation = ""
+        metrics.listeners.append(self._see)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._rate = matmul_rate(pl_module.device, str(trainer.precision))
-        if not trainer.is_global_zero:
-            return
         self._spoke = time.monotonic()
-        if self.console.is_terminal:
-            columns = (TextColumn("{task.completed}/{task.total} steps"), BarColumn(), TimeRemainingColumn(True))
-            self._bar = Progress(
-                *columns, TextColumn("{task.fields[text]}"), console=self.console, refresh_per_second=4
+        if self.console.is_terminal and not self.console.quiet:
+            columns = (
+                TextColumn("{task.completed}/{task.total} steps"),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
             )
+            self._bar = Progress(*columns, console=self.console, refresh_per_second=4)
             self._bar.start()
             self._bar.add_task("train", total=self.total, completed=trainer.global_step, text="")
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not trainer.is_global_zero or (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        now = time.monotonic()
-        self._ends.append((now, trainer.global_step))
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, text=self._text(trainer, pl_module))
-        elif now - self._spoke >= _PLAIN_SECONDS:
-            self._spoke = now
-            self._say(trainer, pl_module)
-
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._ends.clear()  # a validation's time is not the steps'
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if "val/loss" in trainer.callback_metrics:
-            self._validation = f", validation {trainer.callback_metrics['val/loss'].item():.4f}"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], text="validating")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close(trainer, pl_module)
+        if self._rows:
+            self._speak()
+        self.on_exception()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, *args: Any) -> None:
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
 
-    def tokens_per_second(self, tokens_per_step: int) -> float | None:
-        """Over the last steps; None before there are two."""
-        if len(self._ends) < 2:
-            return None
-        (start, first), (end, last) = self._ends[0], self._ends[-1]
-        return (last - first) * tokens_per_step / (end - start)
-
-    def _text(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
-        assert isinstance(pl_module, RWKVModule)
-        loss = self.metrics.latest.get("train/loss")
-        text = "" if loss is None else f"loss {loss:.4f}"
-        if speed := self.tokens_per_second(pl_module.tokens_per_step):
-            mfu = utilisation(pl_module.model.matmul_parameters(), speed, self._rate, trainer.world_size)
-            text += f"  {speed:,.0f} tokens/s  MFU {mfu:.0%}"
-        return text + self._validation
-
-    def _say(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, RWKVModule)
-        line = f"step {trainer.global_step}" + (f"/{self.total}" if self.total else "")
-        line += f"  {self._text(trainer, pl_module)}"
-        speed = self.tokens_per_second(pl_module.tokens_per_step)
-        if self.total and speed:
-            seconds = (self.total - trainer.global_step) * pl_module.tokens_per_step / speed
-            line += f", {int(seconds // 60)} min {int(seconds % 60)} s left"
-        self.console.print(line, highlight=False, soft_wrap=True)
-
-    def _close(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
+    def _see(self, row: Row) -> None:
+        if self.console.quiet:
             return
+        if self._rows and row["step"] <= self._rows[-1]["step"]:  # the run was rewound
+            self._rows.clear()
+        self._rows.append(row)
+        if row.get("val/loss") is not None:
+            self._validation = f"validation {row['val/loss']:.4f}"
+        if time.monotonic() - self._spoke >= (_PLAIN_SECONDS if self._bar is None else _BAR_SECONDS):
+            self._speak()
+
+    def _speak(self) -> None:
+        self._spoke = time.monotonic()
+        step = self._rows[-1]["step"]
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, text=self._text(trainer, pl_module))
-            self._bar.stop()
+            self._bar.update(self._bar.task_ids[0], completed=step, text=self.text())
         else:
-            self._say(trainer, pl_module)
+            of = f"/{self.total}" if self.total else ""
+            self.console.print(f"step {step}{of}  {self.text()}", highlight=False, soft_wrap=True)
+
+    def text(self) -> str:
+        """The last rows in a line."""
+        row, seconds = self._rows[-1], sum(row["seconds"] for row in self._rows)
+        speed = len(self._rows) / seconds  # steps a second
+        parts = [f"loss {row['train/loss']:.4f}" if row["train/loss"] is not None else "loss not finite"]
+        if len(self._rows) > 1:
+            share = speed * sum(each["mfu"] * each["seconds"] for each in self._rows) / len(self._rows)
+            parts += [f"{speed * row['tokens_per_second'] * row['seconds']:,.0f} tokens/s", f"MFU {share:.0%}"]
+            if self.total and row["step"] < self.total:
+                parts.append(f"{span((self.total - row['step']) / speed)} left")
+                due = self.saving.every - row["step"] % self.saving.every
+                parts.append(f"checkpoint in {span(due / speed)}")
+        return ", ".join([*parts, *([self._validation] if self._validation else [])])
+
+
+def span(seconds: float) -> str:
+    """3 s, 4 min 5 s, 6 h 7 min, 8 d 9 h."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    whole = round(seconds)
+    for number, (name, size) in enumerate(units):
+        if whole >= size:
+            rest = whole % size // units[number + 1][1] if number < 3 else 0
+            return f"{whole // size} {name}" + (f" {rest} {units[number + 1][0]}" if rest else "")
+    return "0 s"

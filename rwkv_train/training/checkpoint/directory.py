@@ -95,10 +95,14 @@ def counted(directory: Path, storage: Storage | None = None, head: int | None = 
     return [directory / path for step, number, path in steps if lineage.counts(number, step)]
 
 
-def newest(directory: Path, storage: Storage | None = None, content: bool = True) -> tuple[Path | None, list[Damage]]:
-    """The newest whole checkpoint of a run's directory, and the damaged ones that are newer than it."""
+def newest(
+    directory: Path, storage: Storage | None = None, content: bool = True, before: int | None = None
+) -> tuple[Path | None, list[Damage]]:
+    """The newest whole checkpoint of a run's directory (before a step), and the damaged ones that are newer than it."""
     damaged: list[Damage] = []
     for path in reversed(counted(directory, storage)):
+        if before is not None and (step_of(path) or 0) >= before:
+            continue
         damage = verify(path, content)
         if damage is None:
             return path, damaged

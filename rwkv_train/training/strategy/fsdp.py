@@ -58,9 +58,8 @@ class FSDP(Sharing, ModelParallelStrategy):
     def states(self) -> Iterator[dict[str, Any]]:
         yield from self.optimizers[0].state.values()
 
-    def clip(self, limit: float) -> Tensor | None:
-        norm = super().clip(limit)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    def gathered(self, values: Tensor) -> Tensor:
+        return values.full_tensor() if isinstance(values, DTensor) else values
 
     def _start(self, parameter: Tensor) -> int:
         """The flat number of this rank's first element: rows are shared out as torch.chunk does it."""

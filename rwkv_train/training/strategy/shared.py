@@ -48,6 +48,7 @@ class Sharing(Strategy):
     divided = False  # whether all ranks own a part of the state
     sharded = False  # whether no rank holds all weights
     brings_precision = False  # whether Lightning's precision plugin is its own
+    gradient_norms: Tensor | None = None  # (P) of each parameter's gradient before clipping; None: not known here
     _copies: dict[tuple[str, str], Tensor]
 
     if TYPE_CHECKING:  # of all of Lightning's strategies, declared on none that they share
@@ -90,16 +91,12 @@ class Sharing(Strategy):
         super().setup(trainer)
         self._follow_first()
         if self.resume is not None:
-            reader = Reader(self.resume)
-            reader.fill(self.pieces(moments=True))
-            for state in self.states():
-                step, now = state["step"], reader.meta["step"]
-                state["step"] = torch.full_like(step, now) if isinstance(step, Tensor) else now
-            if self.global_rank < reader.meta["writers"]:
-                torch.set_rng_state(reader.state(self.global_rank)["random_state"])
+            self.restore(self.resume)
         elif self.source is not None:
             self.source.fill(list(self.pieces(moments=False)))
-        self.filled()
+            self.filled()
+        else:
+            self.filled()
         for _ in self.pieces(moments=True):
             pass  # Adam's moments are made now: made by the first step they would lie between what each step frees
         # only now: the first weights' making shall leave nothing behind
@@ -119,6 +116,17 @@ class Sharing(Strategy):
             )
         self.resume = None if resume is None else Path(resume)
 
+    def restore(self, checkpoint: Path) -> None:
+        """Puts this rank's share of a checkpoint in the place of what there is, between two steps."""
+        reader = Reader(checkpoint)
+        reader.fill(self.pieces(moments=True))
+        for state in self.states():
+            step, now = state["step"], reader.meta.get("updates", reader.meta["step"])
+            state["step"] = torch.full_like(step, now) if isinstance(step, Tensor) else now
+        if self.global_rank < reader.meta["writers"]:
+            torch.set_rng_state(reader.state(self.global_rank)["random_state"])
+        self.filled()
+
     def teardown(self) -> None:
         """After a failure before `materialise` there are no values that Lightning could move to the host."""
         module = self.lightning_module
@@ -135,11 +143,28 @@ class Sharing(Strategy):
         Returns:
             what it was before; None: the optimiser's step clips, and `norm_of_step` tells.
         """
-        parameters = [parameter for _, parameter in self.named_weights() if parameter.grad is not None]
-        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+        parameters = [parameter for _, parameter in self.named_weights()]
+        norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+        self.gradient_norms = self.gathered(torch.stack(norms))
+        norm: Tensor = torch.linalg.vector_norm(self.gradient_norms)
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
 
     def norm_of_step(self) -> Tensor | None:
         return None
+
+    def leave_out(self, bad: Tensor) -> None:
+        """Lets the optimiser's next step change nothing where `bad` () is true, without asking the device."""
+        for optimizer in self.optimizers:
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # fused optimisers heed it
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """A tensor whose parts lie on several ranks as a whole one; all ranks ask at once."""
+        return values
+
+    def whole(self, parameter: Tensor) -> Tensor | None:
+        """A parameter's value as every rank may see it between two steps; None: it would cost too much."""
+        return self.gathered(parameter.detach())
 
     def probe(self, batch: Any) -> Tensor:
         """The loss of a batch on this rank, without gradient."""
@@ -189,6 +214,7 @@ class Sharing(Strategy):
             files = dict(zip(file_names(self.global_rank, self.writer.writers), (weights, state), strict=True))
         meta["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
         meta["writers"] = self.writer.writers
+        meta["updates"] = int(next(self.states())["step"])  # fewer than steps where some were skipped
         self.writer.begin(Path(filepath), files, meta)
         if not self.background:
             self.writer.wait()

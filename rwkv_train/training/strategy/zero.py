@@ -235,6 +235,13 @@ class Zero(Sharing, DeepSpeedStrategy):
         norm = self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
 
+    def leave_out(self, bad: Tensor) -> None:
+        self.engine_optimizer.optimizer.found_inf = bad.float()  # what is not finite the engine skips by itself
+
+    def whole(self, parameter: Tensor) -> Tensor | None:
+        kept: Any = parameter
+        return parameter.detach() if self.stage < 3 or kept.numel() == kept.ds_numel else None
+
     def probe(self, batch: Any) -> Tensor:
         assert self.model is not None
         assert self.lightning_module is not None

@@ -1,0 +1,170 @@
+"""`replay=FILE`: one bad step again, exactly, with every tensor looked at.
+
+The run's own config and the checkpoint before the step are in the file. The steps between them are trained again (the
+same to the bit), in a directory that is removed afterwards, and nothing of the run itself is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.markup import escape
+from torch import Tensor, nn
+
+from rwkv_train.config import BudgetSettings, Config, RunSettings
+from rwkv_train.errors import UserError
+from rwkv_train.training.module import RWKVModule
+from rwkv_train.words import from_tree
+
+HEALTHY = 1  # exit code: repeated, the step is not bad
+
+
+def read_replay(path: Path) -> dict[str, Any]:
+    """What Health has written of a bad step.
+
+    Raises:
+        UserError: it is no such file, or the checkpoint that it names is gone.
+    """
+    try:
+        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        told["step"], told["config"], told["samples"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or "it was not written by a bad step"
+        raise UserError(
+            f"replay={path} cannot be read: {reason}", "a file like RUN/replay/step_000001234.json"
+        ) from None
+    if told["checkpoint"] is not None and not Path(told["checkpoint"]).exists():
+        raise UserError(f"replay={path} starts from {told['checkpoint']}, which is gone", "there is no way back to it")
+    return told
+
+
+@contextmanager
+def replayed(config: Config, first: bool) -> Iterator[Config]:
+    """The run's own config, from the checkpoint before the step on, in a directory that goes with the block.
+
+    Args:
+        config: with `replay`; of the rest only callbacks and packages count, as nothing is made from a file's word.
+        first: whether this process removes the directory.
+    """
+    file = Path(str(config.replay)).expanduser()
+    told = read_replay(file)
+    own = from_tree({**told["config"], "logger": {}, "callbacks": {}})
+    root = file.parent / f".again_{file.stem}"
+    if first:
+        shutil.rmtree(root, ignore_errors=True)
+    try:
+        yield replace(
+            own,
+            run=RunSettings(name="again", root=str(root), allow_changes=True),
+            resume=told["checkpoint"] or "never",
+            budget=BudgetSettings(own.budget.total, None),
+            samples=replace(own.samples, tokens=0),
+            profile=False,
+            replay=str(file),
+            callbacks=config.callbacks,
+            packages=config.packages,
+        )
+    finally:
+        if first:
+            shutil.rmtree(root, ignore_errors=True)
+
+
+class Replay(Callback):
+    """Looks at every tensor of one step, and ends the run behind it.
+
+    Args:
+        told: of the bad step.
+        console: where to.
+    """
+
+    def __init__(self, told: dict[str, Any], console: Console) -> None:
+        self.told, self.console = told, console
+        self.healthy = True
+        self._found: list[str] = []
+        self._hooks: list[Any] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.limit_val_batches = 0
+        self.console.print(
+            f"replay  step {self.told['step']}, {self.told['step'] - trainer.global_step} steps from here"
+        )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self.told["step"] - 1 or self._hooks:
+            return
+        for name, parameter in pl_module.named_parameters():
+            self._look(f"the weights of {_short(name)}", parameter.detach())
+        for name, module in pl_module.named_modules():
+            if name and not isinstance(module, nn.ModuleList):
+                self._hooks.append(module.register_forward_hook(self._listen(_short(name))))
+
+    def _listen(self, name: str) -> Any:
+        def listen(module: nn.Module, inputs: Any, output: Any) -> None:
+            values = output[0] if isinstance(output, tuple) else output
+            if isinstance(values, Tensor):
+                self._look(f"the output of {name or 'the model'}", values.detach())
+
+        return listen
+
+    def _look(self, what: str, values: Tensor) -> None:
+        """Notes a tensor that is not finite."""
+        bad = ~values.isfinite()
+        if not bool(bad.any()):
+            return
+        rows = ""
+        if values.dim() == 3 and what.startswith("the output"):  # (B, T, C)
+            rows = f", in rows {bad.flatten(1).any(1).nonzero().flatten().tolist()} of the pass"
+        self._found.append(f"{what} {tuple(values.shape)}: {int(bad.sum())} values{rows}")
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if not self._hooks:
+            return
+        for name, parameter in reversed(list(pl_module.named_parameters())):  # a backward pass comes from the end
+            if parameter.grad is not None:
+                self._look(f"the gradient of {_short(name)}", parameter.grad.detach())
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self.told["step"]:
+            return
+        assert isinstance(pl_module, RWKVModule)
+        for hook in self._hooks:
+            hook.remove()
+        assert pl_module.statistics.loss is not None
+        loss, norm = float(pl_module.statistics.loss), float(pl_module.grad_norm)
+        self.healthy = math.isfinite(loss) and math.isfinite(norm) and self.told["kind"] != "spike"
+        before = self.told["loss"]
+        same = loss == before or (before is None and not math.isfinite(loss))
+        said = "as it was then" if same else f"then it was {'not finite' if before is None else before}"
+        self._say(f"loss {loss:.6g} ({said}), gradient norm {norm:.6g}")
+        if self._found:
+            self._say(f"the first that is not finite: {self._found[0]}")
+            for line in self._found[1:4]:
+                self._say(f"  then {line}")
+        elif self.healthy:
+            self._say("all is finite now: a callback or the hardware made the step bad, not its data or its weights")
+        trainer.should_stop = True
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"replay  {escape(text)}", soft_wrap=True)
+
+
+def _short(name: str) -> str:
+    """A name inside the LightningModule as the model's own."""
+    return name.removeprefix("model.") if name != "model" else ""

@@ -1,0 +1,266 @@
+"""What a step tells of itself beside its loss, kept on the device: nothing here waits for it.
+
+Every step: loss, gradient's norm, and whether they are good. Every n-th step: the values of each layer. Sums of
+squares and counts are added up over passes and ranks, and divided at the end, so that passes and masks weigh right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_train.config import LOGITS_AT_ONCE
+from rwkv_train.data.rows import IGNORED
+from rwkv_train.models import RWKV
+from rwkv_train.models.backbone import State
+from rwkv_train.training.strategy import Sharing
+
+SATURATED = math.log(0.98 / 0.02)  # σ of what is farther from 0 lies below 0.02 or above 0.98
+SAMPLE = 4096  # values of each tensor from which the size of an update is estimated
+PLACES = ("time mix's input", "wkv state", "channel mix's input")  # of a block, in the order in which it makes them
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+class Statistics:
+    """Of the current step, on this rank.
+
+    Args:
+        model: what is trained.
+        every: steps between two that have the values of each layer.
+        sources: names, for the loss of each; a single one has none of its own.
+        hooks: whether the blocks may be listened to (torch.compile of the whole model forbids it).
+
+    Attributes:
+        due: whether this step has the values of each layer.
+        bad: () bool, whether this step's update is left out; None before it is known.
+        skipped: () float32, how many updates were left out so far.
+        limit: a loss above it is bad.
+    """
+
+    def __init__(self, model: RWKV, every: int, sources: Sequence[str] = ("",), hooks: bool = True) -> None:
+        self.model, self.every, self.sources = model, every, sources
+        self.due = False
+        self.bad: Tensor | None = None
+        self.loss: Tensor | None = None
+        self.skipped: Tensor | None = None
+        self.limit = math.inf
+        self.losses: list[Tensor] = []
+        self.finite: list[Tensor] = []  # of each pass (3, L, B): PLACES of each layer, at the end of each sample
+        self._sums: dict[str, Tensor] = {}  # added up over passes and ranks
+        self._max_logit: Tensor | None = None
+        self._sample: list[Tensor] | None = None  # of the weights before the step
+        self.listens = hooks
+        self._blocks = cast("list[Any]", model.blocks)
+        self.names = [name for name, _ in model.named_parameters()]
+        self._layers = torch.tensor([_layer_of(name, len(self._blocks)) for name in self.names])
+        if hooks:
+            for layer, block in enumerate(self._blocks):
+                block.att.receptance.register_forward_hook(self._receptance(layer))
+                block.register_forward_hook(self._contribution(layer))
+
+    def begin(self, step: int, strategy: Sharing) -> None:
+        """Before the first pass of the step that makes `step` of them done."""
+        self.due = step % self.every == 0
+        self.bad = self.loss = self._max_logit = None
+        self.losses, self.finite, self._sums = [], [], {}
+        self._sample = _sampled(strategy) if self.due else None
+        if self.skipped is None:
+            self.skipped = torch.zeros((), device=strategy.root_device)
+
+    def passed(self, loss: Tensor, state: State) -> None:
+        """A pass was computed."""
+        self.losses.append(loss.detach())
+        with torch.no_grad():
+            parts = (state.att_x, state.wkv.flatten(2), state.ffn_x)
+            self.finite.append(torch.stack([part.detach().sum(-1).isfinite() for part in parts]))
+            if self.due:
+                content = self._blocks[0].att.content(state.wkv.detach())  # (L, B, …)
+                self._add("state", content.float().square().flatten(1).mean(1))
+
+    @torch.no_grad()
+    def logits(self, logits: Tensor, targets: Tensor, sources: Sequence[int]) -> None:
+        """Of a pass (B, T, V), or of as many of its rows as were made at once."""
+        if self._max_logit is None:
+            self._max_logit = logits.detach().abs().max().float()
+        if len(self.sources) > 1:
+            wide = logits.detach().float().flatten(0, 1)
+            nats = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="none").view(targets.shape)
+            self._by_source(nats.sum(1), targets, sources)
+
+    @torch.no_grad()
+    def hidden(self, targets: Tensor, sources: Sequence[int], hidden: Tensor, weight: Tensor) -> None:
+        """The same of a pass whose logits are too many: hidden (B, T, C), the head's weight (V, C)."""
+        rows, goals = hidden.detach().flatten(0, 1), targets.flatten()
+        size = max(1, LOGITS_AT_ONCE // len(weight))
+        nats = []
+        for first in range(0, len(rows), size):
+            logits = F.linear(rows[first : first + size], weight).float()
+            if self._max_logit is None:
+                self._max_logit = logits.abs().max()
+            if len(self.sources) == 1:
+                return
+            goal = goals[first : first + size]
+            nats.append(F.cross_entropy(logits, goal, ignore_index=IGNORED, reduction="none"))
+        self._by_source(torch.cat(nats).view(targets.shape).sum(1), targets, sources)
+
+    def _by_source(self, nats: Tensor, targets: Tensor, sources: Sequence[int]) -> None:
+        """Nats (B,) of samples whose sources have these numbers."""
+        place = torch.as_tensor(list(sources), device=nats.device)
+        counts = (targets != IGNORED).sum(1).to(nats)
+        for key, values in (("nats", nats), ("predictions", counts)):
+            self._add(key, torch.zeros(len(self.sources), device=nats.device).index_add_(0, place, values))
+
+    def _receptance(self, layer: int) -> Any:
+        def listen(module: nn.Module, inputs: Any, r: Tensor) -> None:
+            if self.due and torch.is_grad_enabled():
+                self._add_at("saturated", layer, (r.detach().abs() > SATURATED).sum() / r.numel())
+                self._add_at("gates", layer, torch.ones((), device=r.device))  # activation checkpointing comes twice
+
+        return listen
+
+    def _contribution(self, layer: int) -> Any:
+        def listen(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            if self.due and torch.is_grad_enabled():
+                before, after = inputs[0].detach(), outputs[0].detach()
+                self._add_at("added", layer, torch.linalg.vector_norm(after - before).float().square())
+                self._add_at("input", layer, torch.linalg.vector_norm(before).float().square())
+
+        return listen
+
+    def _add(self, key: str, values: Tensor) -> None:
+        self._sums[key] = self._sums[key] + values if key in self._sums else values
+
+    def _add_at(self, key: str, layer: int, value: Tensor) -> None:
+        if key not in self._sums:
+            self._sums[key] = torch.zeros(len(self._blocks), device=value.device)
+        self._sums[key][layer] += value
+
+    def judge(self, norm: Tensor | None) -> Tensor:
+        """Whether the step is bad, () bool, the same on all ranks; called before the optimiser's step.
+
+        Args:
+            norm: of the gradient of all ranks; None: not known yet, the strategy itself refuses a bad one.
+        """
+        loss = torch.stack(self.losses).mean()
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+            loss /= dist.get_world_size()
+        self.loss = loss
+        good = loss.isfinite() & (loss <= self.limit)
+        self.bad = ~good if norm is None else ~(good & norm.isfinite())
+        return self.bad
+
+    def stepped(self, norm: Tensor) -> None:
+        """After the optimiser's step, whose gradient had that norm before clipping."""
+        assert self.bad is not None
+        assert self.skipped is not None
+        self.bad = self.bad | ~norm.isfinite()
+        self.skipped = self.skipped + self.bad
+
+    @torch.no_grad()
+    def of_layers(self, strategy: Sharing, gradient_norms: Tensor | None) -> dict[str, Tensor]:
+        """The values of an n-th step by their keys; every rank calls it behind the optimiser's step."""
+        blocks = len(self._blocks)
+        self._sums["update"], self._sums["weight"] = self._update(strategy)
+        keys = sorted(self._sums)
+        passes = len(self.losses)
+        if dist.is_initialized():
+            flat = torch.cat([self._sums[key].float() for key in keys])
+            dist.all_reduce(flat)
+            parts = flat.split([self._sums[key].numel() for key in keys])
+            self._sums = dict(zip(keys, parts, strict=True))
+            passes *= dist.get_world_size()
+        sums, found = self._sums, {}
+        found["layers/state_rms"] = (sums["state"] / passes).sqrt()
+        if "input" in sums:
+            found["layers/receptance_saturated"] = sums["saturated"] / sums["gates"]
+            found["layers/contribution"] = (sums["added"] / sums["input"]).sqrt()
+        ratios = (sums["update"] / sums["weight"]).sqrt()
+        found["layers/update_ratio"] = ratios[:blocks]
+        found["update_ratio"] = (sums["update"].sum() / sums["weight"].sum()).sqrt()
+        if gradient_norms is not None:
+            squares = torch.zeros(blocks + 1, device=gradient_norms.device)
+            squares.index_add_(0, self._layers.to(squares.device), gradient_norms.float().square())
+            found["layers/grad_norm"] = squares[:blocks].sqrt()
+        if self._max_logit is not None:
+            if dist.is_initialized():
+                dist.all_reduce(self._max_logit, op=dist.ReduceOp.MAX)
+            found["max_logit"] = self._max_logit
+        if "nats" in sums:
+            each = sums["nats"] / sums["predictions"]  # not a number where a source has no sample
+            found.update({f"train/loss/{name}": loss for name, loss in zip(self.sources, each, strict=True)})
+        decays = [decay for block in self._blocks if (decay := strategy.whole(block.att.time_decay)) is not None]
+        if len(decays) == blocks:
+            lives = self._blocks[0].att.half_lives(torch.stack(decays)).float().flatten(1)  # (L, channels)
+            levels = torch.tensor(QUANTILES, device=lives.device, dtype=lives.dtype)
+            found["decay/half_life"] = torch.quantile(lives, levels, dim=1).t()  # (L, 5)
+        return found
+
+    def _update(self, strategy: Sharing) -> tuple[Tensor, Tensor]:
+        """Sums of squares of the update and of the weights, of each block and of the rest; this rank's share."""
+        update = torch.zeros(len(self._blocks) + 1, device=strategy.root_device)
+        weight = torch.zeros_like(update)
+        assert self._sample is not None
+        for (layer, scale, after), before in zip(_samples(strategy), self._sample, strict=True):
+            update[layer] += (after - before).square().sum() * scale
+            weight[layer] += before.square().sum() * scale
+        return update, weight
+
+
+def _layer_of(name: str, otherwise: int) -> int:
+    return int(name.split(".")[1]) if name.startswith("blocks.") else otherwise
+
+
+def _samples(strategy: Sharing) -> list[tuple[int, float, Tensor]]:
+    """(block, weight of one value, some of its values) of every piece that this rank owns."""
+    found, blocks = [], len(strategy.lightning_module.model.blocks)  # type: ignore[union-attr, arg-type]
+    for piece in strategy.pieces(moments=False):
+        if piece.owned and piece.values.numel():
+            stride = max(1, math.prod(strategy.shapes[piece.name]) // SAMPLE)
+            chosen = piece.values.detach()[::stride]
+            found.append((_layer_of(piece.name, blocks), piece.values.numel() / chosen.numel(), chosen))
+    return found
+
+
+def _sampled(strategy: Sharing) -> list[Tensor]:
+    return [values.clone() for _, _, values in _samples(strategy)]
+
+
+class Flight:
+    """Values on their way from the device to the host; nobody waits before they are read.
+
+    Args:
+        values: scalars and small tensors by key.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self.shapes = {key: tuple(value.shape) for key, value in values.items()}
+        flat = torch.cat([value.detach().reshape(-1).float() for value in values.values()])
+        self._landed: Any = None
+        if flat.is_cuda:
+            self._host = torch.empty(flat.shape, pin_memory=True)
+            self._host.copy_(flat, non_blocking=True)
+            self._landed = torch.cuda.Event()
+            self._landed.record()
+        else:
+            self._host = flat
+
+    def values(self) -> dict[str, Any]:
+        """Numbers and lists of them by key; waits where they are still on their way."""
+        if self._landed is not None:
+            self._landed.synchronize()
+        flat, found, at = self._host.numpy().tolist(), {}, 0
+        for key, shape in self.shapes.items():
+            size = math.prod(shape)
+            part = flat[at : at + size]
+            found[key] = part[0] if not shape else part
+            if len(shape) == 2:
+                found[key] = [part[n : n + shape[1]] for n in range(0, size, shape[1])]
+            at += size
+        return found

@@ -1,0 +1,57 @@
+"""A run killed five times has in metrics.jsonl, TensorBoard and W&B's offline files what the uninterrupted one has."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from rwkv_train import launcher
+from rwkv_train.training.run import train
+from tests.runs import losses, rows, start, words_for
+from tests.training.readers import tensorboard_rows
+from tests.training.test_trackers import ALL, check_copies
+
+WORDS = ("checkpoint.every.steps=5", "budget.steps=120", "statistics.every.steps=20")
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    return [int(each) for each in found] + [grand for each in found for grand in children(int(each))]
+
+
+@pytest.mark.slow
+def test_killed_five_times(tmp_path: Path) -> None:
+    """With its trackers every second time, as when a machine goes down; else they write what is left."""
+    assert train(launcher.load(words_for(tmp_path, "whole", *WORDS))) == 0
+    whole, killed = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
+    draw = random.Random(3)
+    for attempt in range(5):
+        goal = 20 * (attempt + 1)
+        with start(words_for(tmp_path, "killed", *WORDS, *ALL)) as process:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and process.poll() is None:
+                if (killed / "metrics.jsonl").exists() and len(
+                    (killed / "metrics.jsonl").read_bytes().splitlines()
+                ) >= goal:
+                    break
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.3))
+            assert process.poll() is None, "the run ended before it could be killed"
+            others = children(process.pid)
+            for pid in [process.pid, *(others if attempt % 2 else [])]:
+                os.kill(pid, signal.SIGKILL)
+            while not attempt % 2 and any(Path(f"/proc/{pid}").exists() for pid in others):
+                time.sleep(0.05)  # the trackers' processes finish what is there, and the run's output ends with them
+    assert train(launcher.load(words_for(tmp_path, "killed", *WORDS, *ALL))) == 0
+    assert losses(killed) == losses(whole)
+    board = tensorboard_rows(killed)
+    assert {step: row["train/loss"] for step, row in board.items()} == {
+        row["step"]: pytest.approx(row["train/loss"], rel=1e-7) for row in rows(whole)
+    }
+    check_copies(killed)

@@ -1,0 +1,55 @@
+"""Callbacks that make a step bad; tests name them as `callbacks.….`"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+
+class Fault(Callback):
+    """At some steps: NaN in the activations of a block, or an infinite gradient on one rank, or a huge learning rate.
+
+    Args:
+        steps: numbers of the rows that are to be bad.
+        kind: activation, gradient or rate.
+        rank: on which the gradient becomes infinite.
+    """
+
+    def __init__(self, steps: list[int], kind: str = "activation", rank: int = 0) -> None:
+        self.steps, self.kind, self.rank = steps, kind, rank
+        self.now = False
+        self.fired: list[int] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.kind == "activation":
+            pl_module.model.blocks[1].att.register_forward_hook(self._spoil)
+
+    def _spoil(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not self.now or not torch.is_grad_enabled():
+            return None
+        y, *rest = output
+        return (y * float("nan"), *rest)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step + 1
+        self.now = step in self.steps and step not in self.fired and not pl_module.rewound
+        if self.now:
+            self.fired.append(step)
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.now and self.kind == "gradient" and trainer.global_rank == self.rank:
+            weights = pl_module.model.blocks[1].ffn.key.weight
+            if weights.grad is not None:
+                weights.grad.view(-1)[0] = float("inf")
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        if self.now and self.kind == "rate":
+            with torch.no_grad():
+                for parameter in pl_module.parameters():
+                    parameter *= 3.0
