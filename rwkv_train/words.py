@@ -19,7 +19,7 @@ from rwkv_train.errors import UserError, UserErrors
 
 Words = dict[str, Any]  # word → value; a list of settings stays a list, logger and callbacks stay trees
 
-OPEN = ("logger", "callbacks")  # the trees that a user may add to: others' classes have others' arguments
+OPEN = ("logger", "callbacks", "launcher")  # the trees that a user may add to: others' classes have others' arguments
 DURATIONS = (
     "budget",
     "checkpoint.every",
@@ -112,9 +112,9 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 
 def identity(tree: Mapping[str, Any]) -> Words:
-    """The words that make a run what it is: all but run.*, watchdog.*, resume, logger and dry_run."""
-    others = ("resume", "logger", "dry_run", "device", "mfu")
-    return {w: v for w, v in flatten(tree).items() if not w.startswith(("run.", "watchdog.")) and w not in others}
+    """The words that make a run what it is: all but run.*, cluster.*, watchdog.*, resume, logger, launcher, dry_run."""
+    others, open_ = ("resume", "logger", "launcher", "dry_run", "device", "mfu"), ("run.", "cluster.", "watchdog.")
+    return {w: v for w, v in flatten(tree).items() if not w.startswith(open_) and w not in others}
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -30,6 +30,7 @@ class RunDirectory:
         self.curve = self.path / "loss.png"
         self.samples = self.path / "samples.txt"
         self.weights = self.path / "weights.pth"
+        self.logs = self.path / "logs"
         self.incarnations = Incarnations(self.path)
 
     @contextmanager

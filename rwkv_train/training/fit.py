@@ -18,6 +18,8 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers import Logger
 
 import rwkv_train
+from rwkv_train.cluster.environment import environment
+from rwkv_train.cluster.preflight import meet
 from rwkv_train.data.datamodule import DataModule
 from rwkv_train.data.show import show_batch
 from rwkv_train.evaluation.baselines import baselines
@@ -37,12 +39,15 @@ from rwkv_train.training.checkpoint.directory import (
     remove_unfinished,
 )
 from rwkv_train.training.export import consolidate
+from rwkv_train.training.history import History
 from rwkv_train.training.instantiate import Makers, prepare
+from rwkv_train.training.logs import keep_log
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.optim import describe_groups, parameter_groups
 from rwkv_train.training.outcome import summarise, write_sample, write_weights
 from rwkv_train.training.parts import Parts, check_checkpoint
 from rwkv_train.training.records import JsonLines, Refusals
+from rwkv_train.training.restarts import GIVEN_UP, Restarts
 from rwkv_train.training.strategy import Sharing, build_strategy
 
 # exit codes
@@ -62,7 +67,20 @@ def fit(parts: Parts) -> int:
     loggers = prepare("logger", config.logger, Logger, config.packages)  # type: ignore[type-abstract]
     callbacks = prepare("callbacks", config.callbacks, Callback, config.packages)
     with parts.directory.claimed(parts.first), ExitStack() as open_files:
+        _gather(parts)
         return _fit(parts, loggers, callbacks, open_files)
+
+
+def _gather(parts: Parts) -> None:
+    """Where there are several processes: do they belong together? From then on each has a log of its own."""
+    if parts.place.ranks > 1:
+        tree = hashlib.sha256(yaml.safe_dump(parts.tree).encode()).hexdigest()[:16]
+        facts = {"code": _versions()["code"], "config": tree, "data": parts.data.digest}
+        seconds, needed = parts.config.cluster.preflight, 2 * 12 * parts.parameters
+        gpu = parts.accelerator == "gpu"
+        meet(parts.place, gpu, facts, parts.directory.path, needed, seconds, parts.console)
+    if parts.data.split.ranks > 1:
+        keep_log(parts.directory.logs, parts.place)
 
 
 def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], open_files: ExitStack) -> int:
@@ -78,6 +96,7 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
         )
         return 0
 
+    restarts = Restarts(parts, History.read(run))
     number = run.incarnations.claim() if parts.first else 0
     if counted(run.checkpoints, parts.storage) != there:  # an older incarnation has saved: incarnations.py
         checkpoint = _find_checkpoint(parts)
@@ -93,7 +112,10 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
             aside.write_text(yaml.safe_dump(parts.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
             aside.replace(run.config)
     events, lines = open_files.enter_context(run.records(number, parts.first))
-    events.add("started" if checkpoint is None else "resumed", step)
+    events.tokens_per_step = config.batch.tokens
+    if parts.first and restarts.hopeless(events):
+        return GIVEN_UP
+    events.add("started" if checkpoint is None else "resumed", step, **restarts.history.next_start(step))
     data.begin(step, meta.get("position"))
 
     validated = [data.sources[number].name for number in data.validated]
@@ -118,7 +140,7 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
     hours = config.budget.hours
     ending = Ending(total, None if hours is None else hours * 3600)
     strategy = _strategy(parts, checkpoint, number)
-    signals = Signals()
+    signals = Signals(saving, restarts.seconds_left)
     if not parts.first:
         follow_parent()
     watchdog = Watchdog(
@@ -129,7 +151,7 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
         ours.append(LambdaCallback(on_train_start=lambda *_: _sample(parts, 0, refusals)))
     trainer = _trainer(parts, strategy, [*ours, *(make() for make in callbacks)], [make() for make in loggers])
     try:
-        with watchdog.watching():
+        with signals.heard(), watchdog.watching():
             trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
     except SystemExit:  # Lightning's answer to a Ctrl-C before the first step
         if not trainer.interrupted:
@@ -139,14 +161,16 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
     except Superseded:
         console.print(f"\na newer start of {run.path} goes on with it; this one ends at step {trainer.global_step}")
         return SUPERSEDED
-    except BaseException:
+    except BaseException as error:
+        hopeless = restarts.after_failure(error, events, strategy, int(lines.rows()[-1]["step"]) if lines.rows() else 0)
         if strategy.launcher is not None:  # the ranks that it has started would wait for this one
             strategy.launcher.kill(signal.SIGKILL)
+        if hopeless:
+            return GIVEN_UP
         raise
     step = trainer.global_step
     if signals.stopped and step != total:
-        events.add("interrupted", step, signal=signals.received)
-        console.print(f"\n{signals.received or 'a signal'} at step {step}; {_next_time(saving)}")
+        restarts.after_signal(events, step, signals.stopped, signals.too_late, _next_time(saving))
         return STOPPED if parts.first else 0  # Lightning kills the first rank when another one's code is not 0
     events.add("finished" if step == total else "stopped", step)
     _finish(parts, strategy, step, lines, refusals)
@@ -222,6 +246,7 @@ def _strategy(parts: Parts, checkpoint: Path | None, number: int) -> Sharing:
 
 def _trainer(parts: Parts, strategy: Sharing, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches are cut from memory
+    warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # who started what, the place says
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning's own use of torch
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated.*", FutureWarning)  # DeepSpeed's
     for room in ("lightning.pytorch", "lightning.fabric"):  # what they say of devices, our own head of a run says
@@ -230,7 +255,8 @@ def _trainer(parts: Parts, strategy: Sharing, callbacks: list[Callback], loggers
     return L.Trainer(
         accelerator=parts.accelerator,
         devices=parts.processes,
-        num_nodes=config.trainer.num_nodes,
+        num_nodes=config.trainer.machines,
+        plugins=environment(parts.place),
         precision=None if strategy.brings_precision else config.trainer.precision,  # type: ignore[arg-type]
         strategy=strategy,
         max_steps=parts.total_steps or -1,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import sys
 
+from rwkv_train.cluster.place import Place
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError
 from rwkv_train.training.checkpoint.storage import Storage
@@ -14,13 +14,13 @@ from rwkv_train.training.parts import assemble
 RANK_LOST = 1  # exit code
 
 
-def train(config: Config, storage: Storage | None = None, rank: int = 0) -> int:
+def train(config: Config, storage: Storage | None = None, place: Place | None = None) -> int:
     """Trains as the config says; goes on where a run of that name was left.
 
     Args:
         config: settled and checked.
         storage: of the checkpoints; None: the local file system.
-        rank: of this process; only the first one speaks and writes.
+        place: of this process, None: the only one; only the first one speaks and writes.
 
     Returns:
         the exit code: 0, 3 where the disk refused a checkpoint or a record, 75 where a signal stopped it.
@@ -32,7 +32,7 @@ def train(config: Config, storage: Storage | None = None, rank: int = 0) -> int:
         from rwkv_train.training.dry import dry_run
 
         return dry_run(config)
-    parts = assemble(config, storage, rank)
+    parts = assemble(config, storage, place)
     from rwkv_train.training.fit import fit  # Lightning takes seconds to import: after the mistakes
 
     try:
@@ -45,6 +45,6 @@ def train(config: Config, storage: Storage | None = None, rank: int = 0) -> int:
                 "MASTER_PORT=NUMBER before the command chooses another one",
             ) from None
         if parts.data.split.ranks > 1 and re.search("connection (closed|reset)|broken pipe", told, re.IGNORECASE):
-            print(f"rank {rank} on {platform.node()} ends: another rank of the run has ended", file=sys.stderr)
+            print(f"rank {parts.place.rank} on {parts.place.node} ends: another rank of the run has ended", file=sys.stderr)
             return RANK_LOST
         raise
