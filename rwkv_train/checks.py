@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rwkv_train.cluster.place import Place, mistakes
@@ -42,7 +42,7 @@ class Machine:
     """What the launcher knows of the place where this process runs."""
 
     cores: int
-    place: Place = Place()  # only the first process reports, since the others see what the first has made
+    place: Place = field(default_factory=Place)  # only the first reports: the others see what the first has made
 
 
 def check(config: Config, machine: Machine) -> list[UserError]:

@@ -26,6 +26,7 @@ SPINS = (
     2000  # of a waiting OpenMP thread, about 25 µs; alone on its cores a step is as fast as with the default 300,000
 )
 
+
 def main(argv: Sequence[str]) -> int:
     """Composes and checks what the words ask for, then trains.
 

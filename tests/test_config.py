@@ -57,7 +57,10 @@ WRONG = {
     "the size's name": (["model.size=huge"], ["the size is chosen by model="]),
     "several sizes": (["model=7b,14b"], ["several values.*-m"]),
     "+ for a word that exists": (["+seed=3"], ["adds words below logger, callbacks and launcher only.*nearest: seed="]),
-    "+ for a typo": (["+model.n_layers=3"], ["adds words below logger, callbacks and launcher only.*nearest: model.n_layer="]),
+    "+ for a typo": (
+        ["+model.n_layers=3"],
+        ["adds words below logger, callbacks and launcher only.*nearest: model.n_layer="],
+    ),
     "a word taken away": (["~seed"], ["~seed: a word cannot be taken away"]),
     "Hydra's own": (["hydra.run.dir=x"], ["hydra.run.dir=x: Hydra only composes.*run.root="]),
     "no word": (["train"], ["'train' is no setting.*word=value"]),
@@ -283,7 +286,9 @@ def test_never_asks_for_a_fresh_directory(conf: Composer, tmp_path: Path) -> Non
     (tmp_path / "mine" / "config.yaml").touch()
     with pytest.raises(UserErrors, match=r"resume=never, but .*mine holds a run"):
         conf.settle(words)
-    conf.machine = Machine(cores=2, place=Place(rank=1))  # the second process starts when the first has made the directory
+    conf.machine = Machine(
+        cores=2, place=Place(rank=1)
+    )  # the second process starts when the first has made the directory
     assert conf.settle(words).resume == "never"
 
 

@@ -6,11 +6,9 @@ SLURMEnvironment it saves and requeues inside of a signal handler, which hangs a
 
 from __future__ import annotations
 
-from lightning.fabric.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    TorchElasticEnvironment,
-)
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from rwkv_train.cluster.place import Place
 

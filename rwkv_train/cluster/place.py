@@ -1,4 +1,4 @@
-"""Where a process stands among those of its run: from the variables that SLURM or torchrun has set, and nothing else."""
+"""Where a process stands among those of its run: from the variables of SLURM or torchrun, and nothing else."""
 
 from __future__ import annotations
 
@@ -137,12 +137,12 @@ def mistakes(place: Place, trainer: TrainerSettings) -> Iterator[UserError]:
             option = {"srun": "sbatch --nodes", "torchrun": "torchrun --nnodes"}[place.starter]
             yield UserError(
                 f"trainer.num_nodes={trainer.num_nodes}, and the job has {place.machines} nodes{where}",
-                f"trainer.num_nodes=auto takes those that there are; {option}={trainer.num_nodes} asks for more or fewer",
+                f"trainer.num_nodes=auto takes what there is, {option}={trainer.num_nodes} asks for that many",
             )
         if trainer.devices not in ("auto", place.per_node):
             option = {"srun": "srun --ntasks-per-node", "torchrun": "torchrun --nproc-per-node"}[place.starter]
             yield UserError(
-                f"trainer.devices={trainer.devices}, and {place.starter} starts {place.per_node} processes on each node",
+                f"trainer.devices={trainer.devices}, and {place.starter} starts {place.per_node} processes a node",
                 f"trainer.devices={place.per_node}, or {option}={trainer.devices}",
             )
 

@@ -44,6 +44,7 @@ class Report:
     Attributes:
         facts: name → value, equal on all ranks.
         free: bytes on the disk of the run directory.
+        sees: whether it sees there what the first rank has written.
         behind: seconds that its clock is behind the first rank's.
         mistake: why it cannot begin, in its own words.
     """
@@ -52,6 +53,7 @@ class Report:
     node: str
     facts: Mapping[str, str] = field(default_factory=dict)
     free: int = 0
+    sees: bool = True
     behind: float = 0.0
     mistake: str | None = None
 
@@ -74,8 +76,14 @@ def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
         usual = Counter(values.values()).most_common(1)[0][0]  # of the first rank where it is a draw
         for value in sorted(set(values.values()) - {usual}):
             there = _nodes(report for report in whole if values[report.rank] == value)
-            problems.append(UserError(f"{name} differs: {value} on {there}, {usual} on the other nodes", _CURES.get(name, _CURE)))
-    short = [report for report in whole if report.free < needed]
+            problems.append(
+                UserError(f"{name} differs: {value} on {there}, {usual} on the other nodes", _CURES.get(name, _CURE))
+            )
+    blind = [report for report in whole if not report.sees]
+    if blind:
+        what = f"the run directory is not shared: {_nodes(blind)} does not see what the first node writes there"
+        problems.append(UserError(what, "run.root=DIR on a file system that all nodes share"))
+    short = [report for report in whole if report.sees and report.free < needed]
     if short:
         have = min(report.free for report in short) / 1e9
         problems.append(
@@ -98,10 +106,8 @@ def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
 
 
 _NOTE = ".preflight"  # in the run directory
-_SHARED = "the run directory is seen"
 _CURE = "install the same on all nodes, or take the one out: sbatch --exclude=NODE"
 _CURES = {
-    _SHARED: "run.root=DIR on a file system that all nodes share",
     "data": "the same files on all nodes: data.path=… on a file system that all nodes share",
     "config": "the same conf/ and the same command on all nodes",
 }
@@ -134,7 +140,8 @@ def meet(
     with _deadline(place, seconds) as phase:
         store = _store(place, seconds)
         free = shutil.disk_usage(directory).free if directory.exists() else 0
-        own = Report(place.rank, place.node, {**facts, **_machine(gpu), _SHARED: _sees(store, place, directory)}, free)
+        sees = _sees(store, place, directory)
+        own = Report(place.rank, place.node, {**facts, **_machine(gpu)}, free, sees)
         if place.first:
             reports = _gather(store, place, own, began + seconds)
             (directory / _NOTE).unlink(missing_ok=True)
@@ -213,22 +220,22 @@ def _part(store: PrefixStore, place: Place) -> None:
         store.wait([f"parted/{rank}" for rank in range(1, place.ranks)], timedelta(seconds=5))
 
 
-def _sees(store: PrefixStore, place: Place, directory: Path) -> str:
+def _sees(store: PrefixStore, place: Place, directory: Path) -> bool:
     """Whether this rank sees a file that the first one has just written into the run directory."""
     note = directory / _NOTE
     if place.first:
         word = f"{os.getpid()} {time.time_ns()}"
         note.write_text(word, encoding="utf-8")
         store.set("note", word)
-        return "yes"
+        return True
     word = store.get("note").decode()
     end = time.monotonic() + _SEEN
     while time.monotonic() < end:
         with suppress(OSError):
             if note.read_text(encoding="utf-8") == word:
-                return "yes"
+                return True
         time.sleep(0.1)
-    return "no"
+    return False
 
 
 def _machine(gpu: bool) -> dict[str, str]:

@@ -33,7 +33,10 @@ class Job:
         """Why the job is not to be put back; None: it is. A job that its user has cancelled stays cancelled."""
         if self.command is None:
             return "cluster.requeue=null"
-        state = self._told().get("JobState", "RUNNING")
+        told = self._told()
+        if told.get("BatchFlag") == "0":
+            return f"job {self.number} has no batch script: sbatch starts jobs that can come back"
+        state = told.get("JobState", "RUNNING")
         return None if state == "RUNNING" else f"job {self.number} is {state}"
 
     def requeue(self) -> str | None:
@@ -45,12 +48,18 @@ class Job:
         assert self.command is not None
         try:
             done = subprocess.run(
-                [*shlex.split(self.command), self.number], capture_output=True, text=True, timeout=_PATIENCE, check=False
+                [*shlex.split(self.command), self.number],
+                capture_output=True,
+                text=True,
+                timeout=_PATIENCE,
+                check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"{self.command} {self.number}: {error}"
         said = " ".join((done.stderr or done.stdout).split())
-        return None if done.returncode == 0 else f"{self.command} {self.number}: {said or f'exit code {done.returncode}'}"
+        return (
+            None if done.returncode == 0 else f"{self.command} {self.number}: {said or f'exit code {done.returncode}'}"
+        )
 
     def _told(self) -> dict[str, str]:
         """What the controller says of the job; empty where it does not answer."""

@@ -76,7 +76,9 @@ def _parameters(config: Config) -> dict[str, Any]:
         settled: Mapping[str, Any] = OmegaConf.merge(schema, given)  # type: ignore[assignment]
         told = {word: settled[word] for word in valid if word in given}
     except OmegaConfBaseException as error:
-        raise UserError(f"launcher: {str(error).splitlines()[0]}", "the words are those of hydra-submitit-launcher") from None
+        raise UserError(
+            f"launcher: {str(error).splitlines()[0]}", "the words are those of hydra-submitit-launcher"
+        ) from None
     base = set(OmegaConf.structured(BaseQueueConf))
     plain = {w: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for w, v in told.items()}
     named = {w if w in base else f"slurm_{w}": v for w, v in plain.items()}

@@ -28,7 +28,7 @@ from rwkv_train.training.callbacks.checkpointing import Checkpointing, Supersede
 from rwkv_train.training.callbacks.ending import Ending
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.progress import ProgressBar
-from rwkv_train.training.callbacks.signals import Signals, follow_parent
+from rwkv_train.training.callbacks.signals import follow_parent
 from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.checkpoint.directory import (
     counted,
@@ -66,9 +66,10 @@ def fit(parts: Parts) -> int:
     config = parts.config
     loggers = prepare("logger", config.logger, Logger, config.packages)  # type: ignore[type-abstract]
     callbacks = prepare("callbacks", config.callbacks, Callback, config.packages)
-    with parts.directory.claimed(parts.first), ExitStack() as open_files:
+    restarts = Restarts(parts)
+    with parts.directory.claimed(parts.first), restarts.signals.heard(), ExitStack() as open_files:
         _gather(parts)
-        return _fit(parts, loggers, callbacks, open_files)
+        return _fit(parts, loggers, callbacks, restarts, open_files)
 
 
 def _gather(parts: Parts) -> None:
@@ -83,7 +84,9 @@ def _gather(parts: Parts) -> None:
         keep_log(parts.directory.logs, parts.place)
 
 
-def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], open_files: ExitStack) -> int:
+def _fit(
+    parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], restarts: Restarts, open_files: ExitStack
+) -> int:
     """The run itself, once its directory is ours."""
     config, run, data, console, total = parts.config, parts.directory, parts.data, parts.console, parts.total_steps
     there = counted(run.checkpoints, parts.storage)
@@ -96,7 +99,7 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
         )
         return 0
 
-    restarts = Restarts(parts, History.read(run))
+    restarts.history = History.read(run)
     number = run.incarnations.claim() if parts.first else 0
     if counted(run.checkpoints, parts.storage) != there:  # an older incarnation has saved: incarnations.py
         checkpoint = _find_checkpoint(parts)
@@ -139,8 +142,7 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
         show_batch(data.batch(0), data.tokenizer, console, rows=1)
     hours = config.budget.hours
     ending = Ending(total, None if hours is None else hours * 3600)
-    strategy = _strategy(parts, checkpoint, number)
-    signals = Signals(saving, restarts.seconds_left)
+    strategy, signals = _strategy(parts, checkpoint, number), restarts.signals
     if not parts.first:
         follow_parent()
     watchdog = Watchdog(
@@ -151,7 +153,7 @@ def _fit(parts: Parts, loggers: Makers[Logger], callbacks: Makers[Callback], ope
         ours.append(LambdaCallback(on_train_start=lambda *_: _sample(parts, 0, refusals)))
     trainer = _trainer(parts, strategy, [*ours, *(make() for make in callbacks)], [make() for make in loggers])
     try:
-        with signals.heard(), watchdog.watching():
+        with watchdog.watching():
             trainer.fit(module, datamodule=DataModule(data), ckpt_path=checkpoint)
     except SystemExit:  # Lightning's answer to a Ctrl-C before the first step
         if not trainer.interrupted:

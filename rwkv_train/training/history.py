@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -75,7 +74,9 @@ class History:
         firsts = [number for number, row in enumerate(events) if row["event"] in STARTS]
         bounds = zip(firsts, [*firsts[1:], len(events)], strict=False)
         self.starts = [
-            Start(events[first:end], events[first].get("after"), int(events[first].get("reached", events[first]["step"])))
+            Start(
+                events[first:end], events[first].get("after"), int(events[first].get("reached", events[first]["step"]))
+            )
             for first, end in bounds
         ]
 
@@ -138,8 +139,3 @@ class History:
         productive = sum(float(row["seconds"]) for row in self.rows)
         lost["loading, validation and the rest"] = max(0.0, wall - productive - sum(lost.values()))
         return Account(wall, productive, lost)
-
-
-def find(path: Path) -> History:
-    """The history of what lies in a run's directory."""
-    return History.read(RunDirectory(str(path.parent), path.name))

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,7 +33,7 @@ def keep_log(directory: Path, place: Place) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if place.first:
-        sys.stdout, sys.stderr = _Both(sys.stdout, file), _Both(sys.stderr, file)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = _Both(sys.stdout, file), _Both(sys.stderr, file)
     else:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -47,10 +48,8 @@ class _Both:
     def write(self, text: str) -> int:
         plain = _TERMINAL.sub("", text)
         if plain == text or not text.startswith("\x1b"):  # a progress bar drawn again is no news
-            try:
+            with suppress(OSError, ValueError):  # a full disk, or the interpreter's end
                 self.file.write(plain)
-            except (OSError, ValueError):  # a full disk, or the interpreter's end
-                pass
         return self.stream.write(text)
 
     def __getattr__(self, name: str) -> Any:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 
 from rwkv_train.cluster.slurm import Job
 from rwkv_train.errors import UserError
+from rwkv_train.training.callbacks.signals import Signals
 from rwkv_train.training.history import TRIES, History
 from rwkv_train.training.parts import Parts
 from rwkv_train.training.records import Events
 from rwkv_train.training.strategy import Sharing
 
+_PATIENCE = 0.5  # seconds for the last words of another rank
 GIVEN_UP = 5  # exit code: the run has failed several times at one step, and another try would as well
 
 
@@ -21,11 +23,15 @@ class Restarts:
 
     Args:
         parts: of the run.
+
+    Attributes:
         history: of its starts until now.
+        signals: the callback that stops it.
     """
 
-    def __init__(self, parts: Parts, history: History) -> None:
-        self.parts, self.history = parts, history
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.history = parts, History([], [])
+        self.signals = Signals(self.seconds_left)
         place, settings = parts.place, parts.config.cluster
         self.job = None if place.job is None else Job(place.job, settings.requeue)
 
@@ -77,9 +83,11 @@ class Restarts:
         with suppress(Exception):  # the first rank may be the one that has ended, and its store with it
             if not place.first:
                 board.set("failed", reason)
-            elif strategy.world_size > 1 and isinstance(error, RuntimeError):
-                board.wait(["failed"], timedelta(seconds=0.5))
-                reason = board.get("failed").decode()
+            elif strategy.world_size > 1 and isinstance(error, RuntimeError):  # it may be the other one's failure
+                end = time.monotonic() + _PATIENCE
+                while not board.check(["failed"]) and time.monotonic() < end:
+                    time.sleep(0.05)
+                reason = board.get("failed").decode() if board.check(["failed"]) else reason
         if not place.first:
             return False
         events.add("failed", reached, reason=reason)

@@ -45,6 +45,9 @@ def train(config: Config, storage: Storage | None = None, place: Place | None = 
                 "MASTER_PORT=NUMBER before the command chooses another one",
             ) from None
         if parts.data.split.ranks > 1 and re.search("connection (closed|reset)|broken pipe", told, re.IGNORECASE):
-            print(f"rank {parts.place.rank} on {parts.place.node} ends: another rank of the run has ended", file=sys.stderr)
+            print(
+                f"rank {parts.place.rank} on {parts.place.node} ends: another rank of the run has ended",
+                file=sys.stderr,
+            )
             return RANK_LOST
         raise

@@ -137,8 +137,14 @@ class Cluster:
         munge.chmod(0o755)
         self._start(
             "munged",
-            ["munged", f"--key-file={key}", f"--socket={munge}/socket", f"--pid-file={self.folder}/run/munged.pid"]
-            + [f"--log-file={self.folder}/log/munged.log", f"--seed-file={munge}/seed"],
+            [
+                "munged",
+                f"--key-file={key}",
+                f"--socket={munge}/socket",
+                f"--pid-file={self.folder}/run/munged.pid",
+                f"--log-file={self.folder}/log/munged.log",
+                f"--seed-file={munge}/seed",
+            ],
         )
         self._start("slurmctld", ["slurmctld", "-f", str(self.conf)])
         for node in self.nodes:

@@ -31,12 +31,11 @@ class Signals(Callback):
     anybody: the checkpoint that is there stays.
 
     Args:
-        saving: told not to save where the time does not last.
         seconds_left: until this process is ended, asked once a signal has come; None: not known.
     """
 
-    def __init__(self, saving: Checkpointing, seconds_left: Callable[[], float | None] = lambda: None) -> None:
-        self.saving, self.seconds_left = saving, seconds_left
+    def __init__(self, seconds_left: Callable[[], float | None] = lambda: None) -> None:
+        self.seconds_left = seconds_left
         self.received: signal.Signals | None = None  # by this process
         self.stopped: str | None = None  # the signal that has ended the run, the same on all ranks
         self.too_late: str | None = None  # why there was no checkpoint at the end
@@ -46,7 +45,7 @@ class Signals(Callback):
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """A warning that comes in the block is kept, also before the first step and after the last one."""
+        """A signal that comes in the block ends nothing, also before the first step and after the last one."""
         self._listen(*WARNINGS)
         try:
             yield
@@ -65,7 +64,7 @@ class Signals(Callback):
         self.received = signal.Signals(number)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Lightning's own handler of SIGTERM broadcasts from inside the handler, where other ranks do something else."""
+        """Lightning's handler of SIGTERM broadcasts from inside the handler, where other ranks do something else."""
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -100,10 +99,11 @@ class Signals(Callback):
     def _reckon(self, trainer: L.Trainer) -> None:
         """Leaves the last checkpoint out where it would take longer than there is time: a half one helps nobody."""
         left = self.seconds_left() if trainer.is_global_zero and self.stopped != "SIGINT" else None
-        takes = self.saving.takes
+        saving = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpointing))  # type: ignore[attr-defined]
+        takes = saving.takes
         short = left is not None and takes is not None and left < takes
         if trainer.strategy.broadcast(short):
-            self.saving.at_end = False
+            saving.at_end = False
             if short:
                 self.too_late = f"{max(left or 0, 0):.0f} s are left and a checkpoint takes {takes:.0f} s"
 
