@@ -147,6 +147,12 @@ def mistakes(place: Place, trainer: TrainerSettings) -> Iterator[UserError]:
             )
 
 
+def another_has_ended(error: BaseException) -> bool:
+    """Whether a collective has failed because another rank is gone; torch.distributed has no type of its own for it."""
+    told = isinstance(error, RuntimeError) and str(error)
+    return bool(told and re.search("connection (closed|reset)|broken pipe", told, re.IGNORECASE))
+
+
 def expand_hosts(text: str) -> tuple[str, ...]:
     """SLURM's way to write many names: "n[01-03,7],login" → n01, n02, n03, n7, login."""
     names: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,12 +66,11 @@ class History:
     Args:
         events: of all starts, in their order.
         rows: of metrics.jsonl, each step once.
-        alive: when something was written last, in seconds since 1970.
+        alive: when something was written last, in seconds since 1970; counts where the last start has not told its end.
     """
 
     def __init__(self, events: Sequence[Row], rows: Sequence[Row], alive: float = 0.0) -> None:
         self.events, self.rows = events, rows
-        self.alive = max([alive, *(float(row["time"]) for row in events)])
         firsts = [number for number, row in enumerate(events) if row["event"] in STARTS]
         bounds = zip(firsts, [*firsts[1:], len(events)], strict=False)
         self.starts = [
@@ -79,13 +79,18 @@ class History:
             )
             for first, end in bounds
         ]
+        told = [float(row["time"]) for row in events]
+        self.alive = max([*told, *([alive] if self.starts and self.starts[-1].ended == "killed" else [])], default=0.0)
 
     @classmethod
     def read(cls, run: RunDirectory) -> History:
-        """Of a run directory, which need not exist."""
+        """Of a run directory, which need not exist; what a watchdog wrote last is not yet in the merge, and counts."""
         files = [path for path in (run.events, run.metrics) if path.exists()]
         alive = max((path.stat().st_mtime for path in files), default=0.0)
-        return cls(JsonLines(run.events).rows(), JsonLines(run.metrics).rows(), alive)
+        starts = run.incarnations
+        if not starts.numbers():  # from before there were incarnations
+            return cls(JsonLines(run.events).rows(), JsonLines(run.metrics).rows(), alive)
+        return cls(list(map(json.loads, starts.events())), list(map(json.loads, starts.metrics())), alive)
 
     @property
     def reached(self) -> int:

@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from rwkv_train.cluster.place import another_has_ended
 from rwkv_train.cluster.slurm import Job
 from rwkv_train.errors import UserError
 from rwkv_train.training.callbacks.signals import Signals
@@ -60,14 +61,14 @@ class Restarts:
         say(f"\n{name} at step {step}; {next_time}")
         if self.job is None or not self.parts.first or name == "SIGINT":
             return
-        reason = self.job.why_not()
-        if reason is None:
-            say(f"job {self.job.number} goes back into the queue")
-            events.add("requeued", step, job=self.job.number)
-            reason = self.job.requeue()
-        if reason is not None:
-            say(f"[bold red]not put back into the queue[/bold red]: {reason}")
-            events.add("requeue_failed", step, reason=reason)
+        if (other := self.job.why_not()) is not None:
+            say(f"not put back into the queue by the run: {other}")
+            return
+        say(f"job {self.job.number} goes back into the queue")
+        events.add("requeued", step, job=self.job.number)
+        if (failure := self.job.requeue()) is not None:
+            say(f"[bold red]not put back into the queue[/bold red]: {failure}")
+            events.add("requeue_failed", step, reason=failure)
 
     def after_failure(self, error: BaseException, events: Events, strategy: Sharing, reached: int) -> bool:
         """Notes why this start ends, in the words of the rank that failed first, as far as they can be had.
@@ -78,7 +79,8 @@ class Restarts:
         if isinstance(error, (UserError, KeyboardInterrupt, SystemExit)):
             return False
         place, said = self.parts.place, " ".join(str(error).split())
-        reason = f"rank {place.rank} on {place.node}: {type(error).__name__}{f': {said[:200]}' if said else ''}"
+        what = "another rank has ended" if another_has_ended(error) else f"{type(error).__name__}: {said[:200]}"
+        reason = f"rank {place.rank} on {place.node}: {what}"
         board: Any = getattr(getattr(strategy, "writer", None), "board", None)
         with suppress(Exception):  # the first rank may be the one that has ended, and its store with it
             if not place.first:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 
-from rwkv_train.cluster.place import Place
+from rwkv_train.cluster.place import Place, another_has_ended
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError
 from rwkv_train.training.checkpoint.storage import Storage
@@ -37,14 +37,14 @@ def train(config: Config, storage: Storage | None = None, place: Place | None = 
 
     try:
         return fit(parts)
-    except RuntimeError as error:  # torch.distributed has no type of its own for either
+    except RuntimeError as error:
         told = str(error)
         if re.search("EADDRINUSE|address already in use", told, re.IGNORECASE):
             raise UserError(
                 f"the port over which the processes find each other is in use: {told.splitlines()[0][:200]}",
                 "MASTER_PORT=NUMBER before the command chooses another one",
             ) from None
-        if parts.data.split.ranks > 1 and re.search("connection (closed|reset)|broken pipe", told, re.IGNORECASE):
+        if parts.data.split.ranks > 1 and another_has_ended(error):
             print(
                 f"rank {parts.place.rank} on {parts.place.node} ends: another rank of the run has ended",
                 file=sys.stderr,

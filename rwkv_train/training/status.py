@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich.console import Console
@@ -13,8 +12,9 @@ from rich.table import Table
 
 from rwkv_train.errors import UserError
 from rwkv_train.training.directory import RunDirectory
-from rwkv_train.training.history import History, Row, Start
+from rwkv_train.training.history import History, Start
 
+_WIDE = 200  # columns where the output is no terminal
 _SILENT = 600.0  # seconds without a word after which a run that has not ended is told to be silent
 
 
@@ -28,6 +28,8 @@ def status(paths: Sequence[Path]) -> int:
         UserError: a path at which there is no run.
     """
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _WIDE
     found = {path: _find(path.expanduser()) for path in paths}
     table = Table("run", "state", "step", "tokens", "loss", "starts", "goodput")
     for path, history in found.items():
@@ -83,38 +85,35 @@ def _state(history: History) -> str:
 
 
 def _tell(history: History, console: Console) -> None:
-    table = Table("start", "began", "at step", "reached", "ended", "lost", "down before")
+    """A line for each start, and where the time went."""
+    console.print()
     for number, start in enumerate(history.starts, 1):
         first = start.events[0]
         after = history.starts[number] if number < len(history.starts) else None
-        reached = after.reached if after is not None else history.reached
-        lost = after.events[0] if after is not None else {}
-        table.add_row(
-            str(number),
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(first["time"]))),
-            str(first["step"]),
-            str(reached),
-            _ended(start, after is None, history),
-            f"{lost['steps_lost']} steps, {_span(lost['seconds_lost'])}" if lost.get("steps_lost") else "",
-            _span(float(first["seconds_down"])) if "seconds_down" in first else "",
-        )
-    console.print(table)
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(first["time"])))
+        reached = history.reached if after is None else after.reached
+        line = f"{began}  steps {first['step']} to {reached}  {_ended(start, history if after is None else None)}"
+        if after is not None and (lost := after.events[0]).get("steps_lost"):
+            line += f"; {lost['steps_lost']} steps to be done again, {_span(float(lost['seconds_lost']))}"
+        if "seconds_down" in first:
+            line += f"; had been down for {_span(float(first['seconds_down']))}"
+        console.print(line, markup=False)
     account = history.account()
     console.print(
-        f"goodput {account.goodput:.1%}: {_span(account.productive)} in steps that count, of {_span(account.wall)}"
+        f"\ngoodput {account.goodput:.1%}: {_span(account.productive)} in steps that count, of {_span(account.wall)}"
     )
     for cause, seconds in account.lost.items():
         if seconds >= 0.05:
-            console.print(f"  {_span(seconds):>10}  {seconds / account.wall:5.1%}  {cause}")
+            console.print(f"  {_span(seconds):>10}  {seconds / account.wall:6.1%}  {cause}")
 
 
-def _ended(start: Start, newest: bool, history: History) -> str:
-    if newest and start.ended == "killed":
-        return _state(history)
-    reasons: list[Row] = [row for row in start.events if row["event"] in ("failed", "preempted", "requeue_failed")]
-    why: Any = reasons[-1].get("reason", reasons[-1].get("signal", "")) if reasons else ""
+def _ended(start: Start, newest: History | None) -> str:
+    if newest is not None and start.ended == "killed":
+        return _state(newest)
+    rows = [row for row in start.events if row["event"] == start.ended or "reason" in row or "signal" in row]
+    why = next((row[key] for row in reversed(rows) for key in ("reason", "signal") if key in row), "")
     how = start.ended.replace("_", " ")
-    return f"{how}: {why}" if why and start.ended not in ("finished", "stopped") else how
+    return f"{how} ({why})" if why and start.ended not in ("finished", "stopped") else how
 
 
 def _span(seconds: float) -> str:

@@ -69,8 +69,9 @@ class Training:
         return rows(self.run, "events.jsonl")
 
     def story(self) -> list[str]:
-        """What happened, but for checkpoints."""
-        return [row["event"] for row in self.events() if row["event"] != "checkpoint"]
+        """What happened, but for checkpoints; what both the first rank and its guard say, once."""
+        told = [row["event"] for row in self.events() if row["event"] not in ("checkpoint", "straggler")]
+        return [event for number, event in enumerate(told) if number == 0 or event != told[number - 1]]
 
     def processes(self) -> dict[int, int]:
         """rank → pid of those that train."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,8 +31,9 @@ WORDS = [  # the default data, a model that costs nothing
     "threads=1",
 ]
 PACED = [
-    *("packages=[tests]", "+callbacks.pace._target_=tests.slurm.pace.Pace", "+callbacks.pace.seconds=0.15"),
+    *("packages=[tests]", "+callbacks.pace._target_=tests.slurm.pace.Pace"),
     "cluster.preflight=120",  # the machine is full
+    "watchdog.floor=12",
 ]
 
 
@@ -49,7 +49,7 @@ def time_limit(training: Training) -> list[str]:
 def requeued_by_hand(training: Training) -> list[str]:
     training.reach(25)
     training.cluster.run("scontrol", "requeue", training.job)
-    return ["started", "preempted", "requeue_failed", "resumed", "finished"]
+    return ["started", "preempted", "resumed", "finished"]
 
 
 def node_down(training: Training) -> list[str]:
@@ -69,17 +69,27 @@ def killed(training: Training) -> list[str]:
     return ["started", "failed", "resumed", "finished"]
 
 
+def stopped(training: Training) -> list[str]:
+    """A rank that neither computes nor ends: the watchdog names it."""
+    training.reach(25)
+    os.kill(training.processes()[1], signal.SIGSTOP)
+    return ["started", "failed", "resumed", "finished"]
+
+
 SCENARIOS: dict[str, tuple[str, Callable[[Training], list[str]]]] = {
     "limit": ("ddp", time_limit),
     "requeue": ("deepspeed_2", requeued_by_hand),
     "down": ("deepspeed_2", node_down),
     "killed": ("ddp", killed),
+    "stopped": ("deepspeed_2", stopped),
 }
 
 
 def play(cluster: Cluster, folder: Path, name: str) -> tuple[Training, list[str]]:
     strategy, disturb = SCENARIOS[name]
-    training = Training(cluster, folder, name, *WORDS, *PACED, f"strategy={strategy}", options=("--signal=USR1@20",))
+    pace = 1.0 if name == "limit" else 0.15  # SLURM looks at the time limits each half minute
+    words = [*WORDS, *PACED, f"+callbacks.pace.seconds={pace}", f"strategy={strategy}"]
+    training = Training(cluster, folder, name, *words, options=("--signal=USR1@20",))
     return training, disturb(training)
 
 
@@ -127,6 +137,15 @@ def test_comes_back_to_the_same_weights(
     assert {"0000", "0001"} == set(logs)
 
 
-def test_python(cluster: Cluster) -> None:
-    """The jobs use this interpreter."""
-    assert sys.executable
+def test_a_run_that_fails_at_the_same_step_each_time_ends(cluster: Cluster, folder: Path) -> None:
+    """After the third time, with the reason that the failing rank had."""
+    crash = ["+callbacks.crash._target_=tests.slurm.pace.Crash", "+callbacks.crash.step=9", "+callbacks.crash.rank=1"]
+    training = Training(cluster, folder, "crash", *WORDS, "packages=[tests]", *crash, "cluster.preflight=120")
+    assert training.end() == "FAILED"
+    assert cluster.job(training.job)["ExitCode"] == "5:0", training.told()
+    assert training.story() == ["started", "failed", "started", "failed", "started", "failed", "given_up"]
+    reasons = [row["reason"] for row in training.events() if row["event"] in ("failed", "given_up")]
+    assert any("RuntimeError: a planted error" in reason for reason in reasons), reasons
+    assert f"{training.run} has failed 3 times at step 8" in training.told()
+    (log,) = (training.run / "logs").glob("rank_0001_*.log")
+    assert log.read_text().count("a planted error") >= 3
