@@ -67,7 +67,7 @@ def fit(parts: Parts) -> int:
     loggers = prepare("logger", config.logger, Logger, config.packages)  # type: ignore[type-abstract]
     callbacks = prepare("callbacks", config.callbacks, Callback, config.packages)
     restarts = Restarts(parts)
-    with parts.directory.claimed(parts.first), restarts.signals.heard(), ExitStack() as open_files:
+    with parts.directory.claimed(parts.first, parts.place.job), restarts.signals.heard(), ExitStack() as open_files:
         _gather(parts)
         return _fit(parts, loggers, callbacks, restarts, open_files)
 

@@ -54,8 +54,12 @@ class Training:
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def reach(self, step: int) -> None:
-        wait_until(lambda: self.steps() >= step or self.over(), f"step {step} of {self.run.name}")
-        assert not self.over(), self.told()
+        self.wait(lambda: self.steps() >= step, f"step {step}")
+
+    def wait(self, holds: Callable[[], Any], what: str) -> None:
+        """Until something holds, while the job goes on."""
+        wait_until(lambda: holds() or self.over(), f"{what} of {self.run.name}")
+        assert holds(), self.told()
 
     def over(self) -> bool:
         return self.state() not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")

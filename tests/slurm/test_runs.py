@@ -12,7 +12,7 @@ import pytest
 
 from tests.runs import losses, same_weights, train_ranks
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import Training, wait_until
+from tests.slurm.conftest import Training
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
@@ -41,7 +41,7 @@ def time_limit(training: Training) -> list[str]:
     """SLURM itself sends the signal of train.sbatch, since the job's time is nearly up."""
     training.reach(12)
     training.cluster.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=+0", "EndTime=now+50")
-    wait_until(lambda: "requeued" in training.story(), "SIGUSR1")
+    training.wait(lambda: "requeued" in training.story(), "SIGUSR1")
     training.cluster.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=10")
     return ["started", "preempted", "requeued", "resumed", "finished"]
 
@@ -58,7 +58,7 @@ def node_down(training: Training) -> list[str]:
         "scontrol", "show", "hostnames", training.cluster.job(training.job)["NodeList"]
     ).split()[1]
     training.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-    wait_until(lambda: training.cluster.job(training.job)["Restarts"] == "1", "SLURM's own requeue")
+    training.wait(lambda: training.cluster.job(training.job)["Restarts"] == "1", "SLURM's own requeue")
     training.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
     return ["started", "…", "resumed", "finished"]
 
