@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser train test test-slow test-long test-kernels lint format check golden bench gpu
+.PHONY: help setup browser train test test-slow test-long test-kernels test-slurm lint format check golden bench gpu
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -46,16 +46,19 @@ train: setup ## the default run: a byte-level RWKV-4 on the Python library's sou
 	$(RUN) train.py $(ARGS)
 
 test: browser ## all quick tests
-	$(RUN) -m pytest -m "not slow and not long and not gpu and not kernels" $(ARGS)
+	$(RUN) -m pytest -m "not slow and not long and not gpu and not kernels and not slurm" $(ARGS)
 
 test-slow: browser ## the slow tests
-	$(RUN) -m pytest -m "slow and not gpu and not kernels" $(ARGS)
+	$(RUN) -m pytest -m "slow and not gpu and not kernels and not slurm" $(ARGS)
 
 test-long: setup ## what takes minutes each and a quiet machine: twenty kills, memory at a start and after a resume
 	$(RUN) -m pytest -m long --timeout=1200 $(ARGS)
 
 test-kernels: setup ## the CUDA kernels on a CPU: every shape, planted errors, nvcc's figures; at most 10 minutes
 	$(RUN) -m pytest -m kernels $(ARGS)
+
+test-slurm: setup ## a SLURM of six nodes on this machine, installed where it is not there (root, Debian); at most 7 minutes
+	$(RUN) -m pytest -m slurm $(ARGS)
 
 lint: setup ## format, lint, types, spelling, import layers
 	$(RUN) -m ruff format --check .

@@ -6,10 +6,11 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from rwkv_train.cluster.place import Place, mistakes
 from rwkv_train.config import Config, DataSettings
 from rwkv_train.data.order import split_batch
 from rwkv_train.data.sources import find_tokenizer, stores_of
@@ -42,12 +43,13 @@ class Machine:
     """What the launcher knows of the place where this process runs."""
 
     cores: int
-    rank: int = 0  # of this process; only the first one reports, since the others see what the first has made
+    place: Place = field(default_factory=Place)  # only the first reports: the others see what the first has made
 
 
 def check(config: Config, machine: Machine) -> list[UserError]:
     """Everything that is wrong with a config whose single values are right."""
     return [
+        *(() if config.dry_run else mistakes(machine.place, config.trainer)),
         *_check_data(config),
         *_check_batch(config, machine),
         *_check_strategy(config),
@@ -155,7 +157,7 @@ def _check_batch(config: Config, machine: Machine) -> Iterator[UserError]:
         )
         return
     try:
-        split_batch(batch.tokens, batch.context, batch.micro, devices * trainer.num_nodes)
+        split_batch(batch.tokens, batch.context, batch.micro, devices * trainer.machines)
     except UserError as problem:
         yield problem
 
@@ -248,7 +250,7 @@ def _check_run(config: Config, machine: Machine) -> Iterator[UserError]:
         yield UserError(
             f"run.name={run.name!r} is not valid", "a name without blanks and without any of = , { } [ ] / \\"
         )
-    if resume == "never" and machine.rank == 0 and holds_run(Path(run.root).expanduser() / run.name):
+    if resume == "never" and machine.place.first and holds_run(Path(run.root).expanduser() / run.name):
         yield UserError(
             f"resume=never, but {run.root}/{run.name} holds a run",
             "run.name=NAME for another directory, or resume=auto to go on with it",

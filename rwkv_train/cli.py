@@ -1,4 +1,4 @@
-"""`rwkv-train train|prepare|plan|export|generate|…`: the front door of an installed wheel, with train.py's words."""
+"""`rwkv-train train|prepare|plan|status|export|…`: the front door of an installed wheel, with train.py's words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rwkv_train.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 where the doctor found something, 2 for a user's mistake."""
+    """Runs one command and returns its exit code: 0, 1 where something was found that needs you, 2 for a mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
         return launcher.main(argv[1:])
@@ -27,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rwkv_train.doctor import examine
 
             return examine(launcher.cores())
+        if arguments.command == "status":
+            from rwkv_train.training.status import status
+
+            return status([Path(run) for run in arguments.runs])
         if arguments.command == "build-ops":
             from rwkv_train.ops.build_cuda import build_ahead
 
@@ -164,6 +168,12 @@ def _parser() -> argparse.ArgumentParser:
         help="what works on this machine, and what does not and why",
         description="Checks versions, compiler, operator engines and devices. Exit code 1 where something needs you.",
     )
+    status = commands.add_parser(
+        "status",
+        help="how runs get on: their history, and where their time went",
+        description="Reads the records of runs: a line for each; of a single one every start, and where time was lost.",
+    )
+    status.add_argument("runs", metavar="RUN_DIR", nargs="+", help="directories of runs, such as runs/NAME")
     build = commands.add_parser(
         "build-ops",
         help="compile the operators now, not at their first use",

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_train.checks import Machine, check
-from rwkv_train.config import Config
+from rwkv_train.config import Config, TrainerSettings
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.menu import groups
 from rwkv_train.weights_header import Shape, read_shape
@@ -84,20 +84,30 @@ class Composer:
         settings["run.name"] = settings["run.name"] if named else "unnamed"
         config, problems = read({**settings, **{name: raw[name] for name in OPEN}})
         problems = line.problems + problems + _check_trees(raw)
-        if config is not None:
-            problems += check(config, self.machine)
-        if problems or config is None:
+        placed = None if config is None else replace(config, trainer=self._placed(config))
+        if placed is not None:
+            problems += check(placed, self.machine)
+        if problems or config is None or placed is None:
             raise UserErrors(problems)
         if not named:
             digest = sha256(dumps(identity(as_tree(config)), sort_keys=True).encode()).hexdigest()[:8]
-            config = replace(config, run=replace(config.run, name=f"{config.arch}-{config.model.size}-{digest}"))
+            placed = replace(placed, run=replace(config.run, name=f"{config.arch}-{config.model.size}-{digest}"))
         # only now, since a logger's directory is written with the run's name
-        resolved = _resolve(OmegaConf.create({**as_tree(config), **raw}))
+        resolved = _resolve(OmegaConf.create({**as_tree(placed), **raw}))
         return replace(
-            config,
-            logger=resolved["logger"],
-            callbacks=resolved["callbacks"],
+            placed,
+            **{name: resolved[name] for name in OPEN},
             resume_typed="resume" in line.typed,
+        )
+
+    def _placed(self, config: Config) -> TrainerSettings:
+        """The trainer's settings with the job's own figures for auto, on which the run's name does not depend."""
+        trainer, place = config.trainer, self.machine.place
+        known = place.ranks > 1 and not config.dry_run
+        return replace(
+            trainer,
+            num_nodes=place.machines if trainer.num_nodes == "auto" and known else trainer.num_nodes,
+            devices=place.per_node if trainer.devices == "auto" and known else trainer.devices,
         )
 
     def _parse(self, words: Sequence[str]) -> tuple[list[Override], list[UserError]]:
@@ -159,7 +169,7 @@ class Composer:
         if adds and top not in OPEN:
             near = word if word in self.schema else nearest(word, [*self.schema, *self.groups])
             return UserError(
-                f"{text}: + adds words below {' and '.join(OPEN)} only",
+                f"{text}: + adds words below {', '.join(OPEN[:-1])} and {OPEN[-1]} only",
                 f"nearest: {near}=" if near else "--help lists all words",
             )
         line.values.append(f"++{bare}")
@@ -318,6 +328,7 @@ def _check_trees(raw: dict[str, Any]) -> list[UserError]:
             f"{top}.{name} has no _target_", f"+{top}.{name}._target_=PACKAGE.CLASS, or {top}=NAME from conf/{top}"
         )
         for top, tree in raw.items()
+        if top != "launcher"  # its class is known
         for name, entry in (tree or {}).items()
         if not isinstance(entry, dict) or "_target_" not in entry
     ]

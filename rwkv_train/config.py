@@ -139,8 +139,13 @@ class OptimSettings:
 class TrainerSettings:
     accelerator: Literal["auto", "cpu", "gpu", "cuda"]
     devices: Literal["auto"] | Positive
-    num_nodes: Positive
+    num_nodes: Literal["auto"] | Positive  # auto: those of the job
     precision: str
+
+    @property
+    def machines(self) -> int:
+        """Nodes; auto is settled by then wherever the run is part of a job."""
+        return 1 if self.num_nodes == "auto" else self.num_nodes
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,13 @@ class RunSettings:
     name: str
     root: str
     allow_changes: bool
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    requeue: str | None  # command that puts a job back into the queue; its number is appended
+    grace: Above0 | None  # seconds between a signal and the end, where no SLURM tells them
+    preflight: Above0  # seconds within which all nodes answer
 
 
 @dataclass(frozen=True)
@@ -237,6 +249,7 @@ class Config:
     deepspeed: str | None  # a JSON file that is merged over what is derived from the other settings
     trainer: TrainerSettings
     run: RunSettings
+    cluster: ClusterSettings
     checkpoint: CheckpointSettings
     validation: ValidationSettings
     watchdog: WatchdogSettings
@@ -257,4 +270,5 @@ class Config:
     packages: tuple[str, ...] = ()  # whose classes a _target_ may name, beside lightning's and ours
     logger: dict[str, Any] = field(default_factory=dict)  # name → a tree with _target_
     callbacks: dict[str, Any] = field(default_factory=dict)
+    launcher: dict[str, Any] = field(default_factory=dict)  # of hydra-submitit-launcher; empty: the run begins here
     resume_typed: bool = field(default=False, metadata={"word": None})  # whether the command line says resume=

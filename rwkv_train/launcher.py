@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rwkv_train.cluster.place import Place, place_of
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.resources import resource
@@ -25,8 +26,6 @@ SPINS = (
     2000  # of a waiting OpenMP thread, about 25 µs; alone on its cores a step is as fast as with the default 300,000
 )
 
-_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # torchrun's, Lightning's, SLURM's
-
 
 def main(argv: Sequence[str]) -> int:
     """Composes and checks what the words ask for, then trains.
@@ -35,19 +34,23 @@ def main(argv: Sequence[str]) -> int:
         argv: the command line without the program's name.
 
     Returns:
-        the exit code: 0, 2 for a mistake of the user's, 3 where the disk refused writes, 75 where a signal stopped the
-        run, 130 for a Ctrl-C before it began or a second one.
+        the exit code: 0, 2 for a mistake of the user's, 3 where the disk refused writes, 4 where the run has failed
+        three times at one step, 75 where a signal stopped the run, 130 for a Ctrl-C before it began or a second one.
+        The first process also writes it to the file that RWKV_EXIT names: srun's own is the highest of all processes'.
     """
     share_cores()
     try:
-        return _main(argv)
+        code = _main(argv)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
+        code = INTERRUPTED
+    if os.environ.get("RWKV_EXIT") and rank() == 0:
+        Path(os.environ["RWKV_EXIT"]).write_text(f"{code}\n")
+    return code
 
 
 def _main(argv: Sequence[str]) -> int:
-    first = rank() == 0  # the others would say the same
+    here = place()
     try:
         flags, words = _split(argv)
         folders = [resource("conf"), *([flags.config_dir.expanduser().resolve()] if flags.config_dir else [])]
@@ -56,22 +59,31 @@ def _main(argv: Sequence[str]) -> int:
             return 0
         lines, configs = _settle(words, folders, flags.multirun)
     except UserError as error:
-        if first:
-            report(error)
-        return MISTAKE
+        return _refuse(error, here)
     if flags.cfg:
         _show("---\n".join(map(_as_yaml, configs)))
         return 0
     try:
+        if any(config.launcher for config in configs):
+            return _submit(lines, configs, flags.config_dir)
         if flags.multirun:
             return _run_all(lines, configs, flags.config_dir)
         from rwkv_train.training.run import train
 
-        return train(configs[0], rank=rank())
+        return train(configs[0], place=here)
     except UserError as error:
-        if first:
-            report(error)
-        return MISTAKE
+        return _refuse(error, here)
+
+
+def _refuse(error: UserError, here: Place) -> int:
+    """The first process tells a mistake; what another one alone has found goes to the first one."""
+    if here.first:
+        report(error)
+    elif here.ranks > 1:
+        from rwkv_train.cluster.preflight import tell
+
+        tell(here, error)
+    return MISTAKE
 
 
 def plan(argv: Sequence[str]) -> int:
@@ -127,7 +139,12 @@ def report(error: UserError) -> None:
 
 def rank() -> int:
     """0 for the first process of a run (or its only one), above 0 for the others."""
-    return max(int(value) if (value := os.environ.get(name, "")).isdigit() else 0 for name in _RANKS)
+    return place().rank
+
+
+def place() -> Place:
+    """Where this process stands among those of its run."""
+    return place_of(os.environ)
 
 
 def share_cores() -> None:
@@ -174,7 +191,7 @@ def _settle(words: Sequence[str], folders: Sequence[Path], multirun: bool) -> tu
     from rwkv_train.checks import Machine
     from rwkv_train.compose import composer
 
-    with composer(folders, Machine(cores(), rank())) as conf:
+    with composer(folders, Machine(cores(), place())) as conf:
         lines = conf.combinations(words) if multirun else [list(words)]
         configs: list[Config] = []
         problems: dict[str, UserError] = {}
@@ -211,6 +228,24 @@ def _as_yaml(config: Config) -> str:
 
     text: str = yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
     return text
+
+
+def _submit(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_dir: Path | None) -> int:
+    """A job of SLURM's for each run; this process ends when they are in the queue."""
+    from rwkv_train.cluster.sweep import submit
+
+    flags = ["--config-dir", str(config_dir.expanduser().absolute())] if config_dir else []
+    jobs = submit([[*flags, *line] for line in lines], configs, run_job)
+    for job, line, config in zip(jobs, lines, configs, strict=True):
+        print(f"job {job}  {config.run.root}/{config.run.name}  {' '.join(line)}")
+    runs = " ".join(f"{config.run.root}/{config.run.name}" for config in configs)
+    print(f"\nHow they get on:  rwkv-train status {runs}")
+    return 0
+
+
+def run_job(argv: Sequence[str]) -> None:
+    """What a job of `launcher=slurm` calls in each of its tasks; its exit code is the run's."""
+    sys.exit(main(argv))
 
 
 def _run_all(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_dir: Path | None) -> int:

@@ -19,7 +19,7 @@ from rwkv_train.errors import UserError, UserErrors
 
 Words = dict[str, Any]  # word → value; a list of settings stays a list, logger and callbacks stay trees
 
-OPEN = ("logger", "callbacks")  # the trees that a user may add to: others' classes have others' arguments
+OPEN = ("logger", "callbacks", "launcher")  # the trees that a user may add to: others' classes have others' arguments
 DURATIONS = (
     "budget",
     "checkpoint.every",
@@ -114,8 +114,8 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 def identity(tree: Mapping[str, Any]) -> Words:
     """The words that make a run what it is: not where it lies, what watches it, and what is done when it fails."""
-    others = ("resume", "logger", "dry_run", "device", "mfu", "profile", "replay")
-    groups = ("run.", "watchdog.", "statistics.", "health.")
+    others = ("resume", "logger", "launcher", "dry_run", "device", "mfu", "profile", "replay")
+    groups = ("run.", "cluster.", "watchdog.", "statistics.", "health.")
     return {w: v for w, v in flatten(tree).items() if not w.startswith(groups) and w not in others}
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_train.checks import Machine
+from rwkv_train.cluster.place import Place
 from rwkv_train.compose import Composer, composer
 from rwkv_train.config import Duration
 from rwkv_train.errors import UserError, UserErrors
@@ -55,8 +56,11 @@ WRONG = {
     ),
     "the size's name": (["model.size=huge"], ["the size is chosen by model="]),
     "several sizes": (["model=7b,14b"], ["several values.*-m"]),
-    "+ for a word that exists": (["+seed=3"], ["adds words below logger and callbacks only.*nearest: seed="]),
-    "+ for a typo": (["+model.n_layers=3"], ["adds words below logger and callbacks only.*nearest: model.n_layer="]),
+    "+ for a word that exists": (["+seed=3"], ["adds words below logger, callbacks and launcher only.*nearest: seed="]),
+    "+ for a typo": (
+        ["+model.n_layers=3"],
+        ["adds words below logger, callbacks and launcher only.*nearest: model.n_layer="],
+    ),
     "a word taken away": (["~seed"], ["~seed: a word cannot be taken away"]),
     "Hydra's own": (["hydra.run.dir=x"], ["hydra.run.dir=x: Hydra only composes.*run.root="]),
     "no word": (["train"], ["'train' is no setting.*word=value"]),
@@ -282,7 +286,9 @@ def test_never_asks_for_a_fresh_directory(conf: Composer, tmp_path: Path) -> Non
     (tmp_path / "mine" / "config.yaml").touch()
     with pytest.raises(UserErrors, match=r"resume=never, but .*mine holds a run"):
         conf.settle(words)
-    conf.machine = Machine(cores=2, rank=1)  # the second process starts when the first has made the directory
+    conf.machine = Machine(
+        cores=2, place=Place(rank=1)
+    )  # the second process starts when the first has made the directory
     assert conf.settle(words).resume == "never"
 
 

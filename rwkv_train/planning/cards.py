@@ -115,4 +115,4 @@ def ranks_of(config: Config, card: Card) -> int:
 
     devices = config.trainer.devices
     here = torch.cuda.device_count() if card.name != "cpu" and torch.cuda.is_available() else 1
-    return (here if devices == "auto" else int(devices)) * config.trainer.num_nodes
+    return (here if devices == "auto" else int(devices)) * config.trainer.machines

@@ -31,6 +31,7 @@ class RunDirectory:
         self.samples = self.path / "samples.txt"
         self.weights = self.path / "weights.pth"
         self.passed_over = self.path / "passed_over.json"  # data that the run has rewound behind
+        self.logs = self.path / "logs"
         self.incarnations = Incarnations(self.path)
 
     @contextmanager
@@ -60,11 +61,13 @@ class RunDirectory:
                 _lock(file, self.path)
 
     @contextmanager
-    def claimed(self, first: bool) -> Iterator[None]:
+    def claimed(self, first: bool, job: str | None = None) -> Iterator[None]:
         """Makes the directory and keeps it for this process until the block or the process ends, however it ends.
 
         Args:
             first: whether this is the run's first process; the others use what it has claimed.
+            job: SLURM's number; an earlier start of the same job, which a dead node has left behind, is no hindrance:
+                what it still writes does not count (incarnations.py).
 
         Raises:
             UserError: another process has it, or it cannot be written.
@@ -79,10 +82,16 @@ class RunDirectory:
             what = f"the run directory {self.path} cannot be written: {error.strerror}"
             raise UserError(what, "run.root=DIR puts it elsewhere") from None
         with lock:
-            _lock(lock, self.path)
+            mark = f", job {job}" if job else ""
+            try:
+                _lock(lock, self.path)
+            except UserError:
+                lock.seek(0)
+                if not mark or not lock.read().strip().endswith(mark):
+                    raise
             with contextlib.suppress(OSError):  # a full disk: the claim holds, it only has no name
                 os.truncate(lock.fileno(), 0)
-                os.write(lock.fileno(), f"pid {os.getpid()} on {os.uname().nodename}".encode())
+                os.write(lock.fileno(), f"pid {os.getpid()} on {os.uname().nodename}{mark}".encode())
             yield
 
 

@@ -17,6 +17,8 @@ import yaml
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 import rwkv_train
+from rwkv_train.cluster.environment import environment
+from rwkv_train.cluster.preflight import meet
 from rwkv_train.data.datamodule import DataModule
 from rwkv_train.data.show import show_batch
 from rwkv_train.evaluation.baselines import baselines
@@ -24,7 +26,7 @@ from rwkv_train.evaluation.curve import draw_loss_curve
 from rwkv_train.training.callbacks.checkpointing import Checkpointing, Superseded
 from rwkv_train.training.callbacks.ending import Ending
 from rwkv_train.training.callbacks.health import read_passed_over
-from rwkv_train.training.callbacks.signals import Signals, follow_parent
+from rwkv_train.training.callbacks.signals import follow_parent
 from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.checkpoint.directory import (
     counted,
@@ -35,13 +37,16 @@ from rwkv_train.training.checkpoint.directory import (
     remove_unfinished,
 )
 from rwkv_train.training.export import consolidate
+from rwkv_train.training.history import History
 from rwkv_train.training.instantiate import Makers, prepare
+from rwkv_train.training.logs import keep_log
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.optim import describe_groups, parameter_groups
 from rwkv_train.training.outcome import summarise, write_sample, write_weights
 from rwkv_train.training.parts import Parts, check_checkpoint
 from rwkv_train.training.records import JsonLines, Refusals
 from rwkv_train.training.replay import HEALTHY
+from rwkv_train.training.restarts import GIVEN_UP, Restarts
 from rwkv_train.training.statistics import Statistics
 from rwkv_train.training.strategy import Sharing, build_strategy
 from rwkv_train.training.watching import HURRY, Watching
@@ -61,13 +66,33 @@ def fit(parts: Parts) -> int:
         UserError: a logger or callback that cannot be made, a directory in use, a checkpoint that does not fit.
     """
     config = parts.config
-    watching = Watching(parts, Refusals())
     callbacks = prepare("callbacks", config.callbacks, Callback, config.packages)
-    with parts.directory.claimed(parts.first), watching, ExitStack() as open_files:
-        return _fit(parts, watching, callbacks, open_files)
+    watching, restarts = Watching(parts, Refusals()), Restarts(parts)
+    with (
+        parts.directory.claimed(parts.first, parts.place.job),
+        restarts.signals.heard(),
+        watching,
+        ExitStack() as open_files,
+    ):
+        _gather(parts)
+        return _fit(parts, watching, callbacks, restarts, open_files)
 
 
-def _fit(parts: Parts, watching: Watching, callbacks: Makers[Callback], open_files: ExitStack) -> int:
+def _gather(parts: Parts) -> None:
+    """Where there are several processes: do they belong together? From then on each has a log of its own."""
+    if parts.place.ranks > 1:
+        tree = hashlib.sha256(yaml.safe_dump(parts.tree).encode()).hexdigest()[:16]
+        facts = {"code": _versions()["code"], "config": tree, "data": parts.data.digest}
+        seconds, needed = parts.config.cluster.preflight, 2 * 12 * parts.parameters
+        gpu = parts.accelerator == "gpu"
+        meet(parts.place, gpu, facts, parts.directory.path, needed, seconds, parts.console)
+    if parts.data.split.ranks > 1:
+        keep_log(parts.directory.logs, parts.place)
+
+
+def _fit(
+    parts: Parts, watching: Watching, callbacks: Makers[Callback], restarts: Restarts, open_files: ExitStack
+) -> int:
     """The run itself, once its directory is ours."""
     config, run, data, console, total = parts.config, parts.directory, parts.data, parts.console, parts.total_steps
     there = counted(run.checkpoints, parts.storage)
@@ -80,6 +105,7 @@ def _fit(parts: Parts, watching: Watching, callbacks: Makers[Callback], open_fil
         )
         return 0
 
+    restarts.history = History.read(run)
     number = run.incarnations.claim() if parts.first else 0
     if counted(run.checkpoints, parts.storage) != there:  # an older incarnation has saved: incarnations.py
         checkpoint = _find_checkpoint(parts)
@@ -95,7 +121,10 @@ def _fit(parts: Parts, watching: Watching, callbacks: Makers[Callback], open_fil
             aside.write_text(yaml.safe_dump(parts.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
             aside.replace(run.config)
     events, lines = open_files.enter_context(run.records(number, parts.first))
-    events.add("started" if checkpoint is None else "resumed", step)
+    events.tokens_per_step = config.batch.tokens
+    if parts.first and restarts.hopeless(events):
+        return GIVEN_UP
+    events.add("started" if checkpoint is None else "resumed", step, **restarts.history.next_start(step))
     data.skips = [(first, steps) for first, steps in read_passed_over(run)["skips"] or meta.get("skips", [])]
     data.begin(step, meta.get("position"))
 
@@ -124,8 +153,7 @@ def _fit(parts: Parts, watching: Watching, callbacks: Makers[Callback], open_fil
         show_batch(data.batch(0), data.tokenizer, console, rows=1)
     hours = config.budget.hours
     ending = Ending(total, None if hours is None else hours * 3600)
-    strategy = _strategy(parts, checkpoint, number)
-    signals = Signals()
+    strategy, signals = _strategy(parts, checkpoint, number), restarts.signals
     if not parts.first:
         follow_parent()
     watchdog = Watchdog(
@@ -146,17 +174,19 @@ def _fit(parts: Parts, watching: Watching, callbacks: Makers[Callback], open_fil
     except Superseded:
         console.print(f"\na newer start of {run.path} goes on with it; this one ends at step {trainer.global_step}")
         return SUPERSEDED
-    except BaseException:
+    except BaseException as error:
+        hopeless = restarts.after_failure(error, events, strategy, int(lines.rows()[-1]["step"]) if lines.rows() else 0)
         if strategy.launcher is not None:  # the ranks that it has started would wait for this one
             strategy.launcher.kill(signal.SIGKILL)
+        if hopeless:
+            return GIVEN_UP
         raise
     step = trainer.global_step
     if watching.replay is not None:
         return HEALTHY if watching.replay.healthy else 0
     if signals.stopped and step != total:
-        events.add("interrupted", step, signal=signals.received)
         watching.patience = HURRY
-        console.print(f"\n{signals.received or 'a signal'} at step {step}; {_next_time(saving)}")
+        restarts.after_signal(events, step, signals.stopped, signals.too_late, _next_time(saving))
         return STOPPED if parts.first else 0  # Lightning kills the first rank when another one's code is not 0
     if watching.health.stopped is not None:
         events.add("unhealthy", step, reason=watching.health.stopped)
@@ -236,6 +266,7 @@ def _strategy(parts: Parts, checkpoint: Path | None, number: int) -> Sharing:
 
 def _trainer(parts: Parts, strategy: Sharing, callbacks: list[Callback]) -> L.Trainer:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches are cut from memory
+    warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # who started what, the place says
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning's own use of torch
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated.*", FutureWarning)  # DeepSpeed's
     for room in ("lightning.pytorch", "lightning.fabric"):  # what they say of devices, our own head of a run says
@@ -244,7 +275,8 @@ def _trainer(parts: Parts, strategy: Sharing, callbacks: list[Callback]) -> L.Tr
     return L.Trainer(
         accelerator=parts.accelerator,
         devices=parts.processes,
-        num_nodes=config.trainer.num_nodes,
+        num_nodes=config.trainer.machines,
+        plugins=environment(parts.place),
         precision=None if strategy.brings_precision else config.trainer.precision,  # type: ignore[arg-type]
         strategy=strategy,
         max_steps=parts.total_steps or -1,

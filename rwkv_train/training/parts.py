@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from rwkv_train.cluster.place import Place
 from rwkv_train.config import Config
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.sources import refuse_large
@@ -41,7 +42,7 @@ class Parts:
 
     config: Config
     tree: dict[str, Any]  # the config as config.yaml and checkpoints hold it
-    first: bool  # whether this process is the one that speaks and writes
+    place: Place  # of this process
     console: Console
     accelerator: str
     processes: int  # on this node
@@ -55,6 +56,11 @@ class Parts:
     storage: Storage | None
 
     @property
+    def first(self) -> bool:
+        """Whether this process is the one that speaks and writes."""
+        return self.place.first
+
+    @property
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
@@ -64,13 +70,13 @@ class Parts:
         return None if budget is None else budget.in_steps(self.config.batch.tokens)
 
 
-def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> Parts:
+def assemble(config: Config, storage: Storage | None = None, place: Place | None = None) -> Parts:
     """Makes the parts of a run; with dry_run=true, of one on devices that need not be here, without any weights.
 
     Raises:
         UserError: what `train` raises before it writes anything.
     """
-    first = rank == 0
+    place = place or Place()
     accelerator, processes = _simulated_devices(config) if config.dry_run else _devices(config)
     bfloat16 = accelerator == "gpu" and (config.dry_run or torch.cuda.is_bf16_supported(including_emulation=False))
     config = with_precision(config, bfloat16)
@@ -79,7 +85,7 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
         config.data,
         config.batch,
         config.seed,
-        processes * config.trainer.num_nodes,
+        processes * config.trainer.machines,
         config.validation.batches,
         config.validation.context,
         config.vocab.extend,
@@ -88,14 +94,14 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
     data.refuse_budget(None if budget is None else budget.in_steps(config.batch.tokens))
     data.vocabulary = config.model.vocab_size or data.vocab_size
     refuse_large(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
-    console = Console(quiet=not first, highlight=False, soft_wrap=True)
+    console = Console(quiet=not place.first, highlight=False, soft_wrap=True)
     strategy, micro = _strategy(config, accelerator, processes, data, console)
     data.share_out(micro)
     model, source = _build(config, data.vocabulary, strategy == "single" and not config.dry_run)
     parts = Parts(
         config=config,
         tree=as_tree(config),
-        first=first,
+        place=place,
         console=console,
         accelerator=accelerator,
         processes=processes,
@@ -110,7 +116,7 @@ def assemble(config: Config, storage: Storage | None = None, rank: int = 0) -> P
     )
     if config.resume not in ("auto", "never"):
         path = Path(config.resume).expanduser()
-        refuse_damage(path, content=first)
+        refuse_damage(path, content=place.first)
         check_checkpoint(path, parts)
     return parts
 
@@ -121,7 +127,7 @@ def _strategy(config: Config, accelerator: str, processes: int, data: Batches, c
     Raises:
         UserError: the model does not fit into the devices' memory; says what would.
     """
-    ranks, gpu = processes * config.trainer.num_nodes, accelerator == "gpu"
+    ranks, gpu = processes * config.trainer.machines, accelerator == "gpu"
     package = "deepspeed" if config.strategy.startswith("deepspeed") else "torch"
     if find_spec(package) is None:
         raise UserError(f"strategy={config.strategy} needs {package}, which is not installed", f"pip install {package}")
@@ -145,7 +151,7 @@ def _strategy(config: Config, accelerator: str, processes: int, data: Batches, c
 
 def _simulated_devices(config: Config) -> tuple[str, int]:
     card, _ = card_of(config)
-    return "cpu" if card.name == "cpu" else "gpu", ranks_of(config, card) // config.trainer.num_nodes
+    return "cpu" if card.name == "cpu" else "gpu", ranks_of(config, card) // config.trainer.machines
 
 
 def _cores() -> int:

@@ -175,10 +175,13 @@ class JsonLines:
 
 
 class Events(JsonLines):
-    """What happened to the run: started, resumed, checkpoint, finished …, with step and wall-clock time."""
+    """What happened to the run: started, resumed, checkpoint, finished …, with step, tokens and wall-clock time."""
+
+    tokens_per_step = 0
 
     def add(self, event: str, step: int, **details: Any) -> None:
-        self.append({"time": round(time.time(), 3), "event": event, "step": step, **details})
+        tokens = step * self.tokens_per_step
+        self.append({"time": round(time.time(), 3), "event": event, "step": step, "tokens": tokens, **details})
 
 
 def append(file: BinaryIO, data: bytes) -> None:

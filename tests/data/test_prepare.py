@@ -257,6 +257,21 @@ def test_workers_end_with_a_killed_prepare() -> None:
         time.sleep(0.05)
 
 
+def test_workers_outlive_the_signals_of_a_job() -> None:
+    """SLURM sends them to all processes; the run saves upon them, and needs its workers for that."""
+    code = (
+        "import os, psutil; from signal import *; from rwkv_train.data import workers\n"
+        "if __name__ == '__main__':\n"
+        "    pool = workers.pool(1, 'bytes', ())\n"
+        "    worker = pool.submit(os.getpid).result()\n"
+        "    for process in psutil.Process().children(recursive=True):\n"
+        "        for number in (SIGUSR1, SIGUSR2, SIGTERM): process.send_signal(number)\n"
+        "    assert {pool.submit(os.getpid).result() for _ in range(9)} == {worker}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_verify_names_the_document_of_a_flipped_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(job(tmp_path / "s", write_jsonl(tmp_path / "a.jsonl")))
     store = IndexedStore(tmp_path / "s")

@@ -49,7 +49,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, name: 
     assert found is not None
     assert not damaged
     assert found.name == f"step_{step:09d}-0001"
-    assert rows(run, "events.jsonl")[-1]["event"] == "interrupted"
+    assert rows(run, "events.jsonl")[-1]["event"] == "preempted"
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ class Checkpointing(Callback):
         self._number = 0  # this incarnation's
         self.failures = 0  # saves that the disk refused
         self.last: int | None = None  # step of the newest checkpoint
+        self.takes: float | None = None  # seconds that the last one took
+        self.at_end = True  # whether the end of the training is saved
         self._begun: int | None = None  # the same, of one that is perhaps still being written
         self._probe: float | None = None
         self._probe_at = 0  # the step of the data whose first sample it is
@@ -112,7 +114,8 @@ class Checkpointing(Callback):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.save(trainer)
+        if self.at_end:
+            self.save(trainer)
         strategy = cast(Sharing, trainer.strategy)
         strategy.settle()
         self._report(strategy)
@@ -170,7 +173,7 @@ class Checkpointing(Callback):
             if outcome.error is not None:
                 self._refused(outcome.path, outcome.error)
                 continue
-            self.last = step_of(outcome.path)
+            self.last, self.takes = step_of(outcome.path), self._pause + outcome.seconds
             seconds = {"seconds": round(outcome.seconds, 3), "pause": round(self._pause, 3)}
             self.events.add("checkpoint", self.last or 0, **seconds)
 

@@ -32,7 +32,7 @@ def build_strategy(config: Config, name: str, accelerator: str, devices: int, sp
     if name == "fsdp":
         from rwkv_train.training.strategy.fsdp import FSDP
 
-        return FSDP(backend, config.trainer.num_nodes, devices)
+        return FSDP(backend, config.trainer.machines, devices)
     from rwkv_train.training.strategy.zero import Zero, deepspeed_config
 
     stage, offload = int(name.split("_")[1]), name.endswith("_offload")

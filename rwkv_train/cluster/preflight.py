@@ -1,0 +1,301 @@
+"""Before a run on several nodes begins: does every process answer, have all the same before them, do they reach each
+other?
+
+Each rank tells what it has as facts, by a key-value store on the first rank's node. The first rank compares, says what
+differs and on which nodes, and tells the others whether to go on. Then the processes make the group that training uses,
+and sum up a tensor whose result is known. All of it has a time: who waits longer ends, whatever it waits for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from packaging.requirements import Requirement
+from rich.console import Console
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from rwkv_train.cluster.place import Place
+from rwkv_train.errors import UserError, UserErrors
+
+FAULT = 1  # exit code where a process did not answer in time: worth another try
+CLOCKS = 2.0  # seconds that the nodes' clocks may differ
+_TENSOR = 2**22  # elements of the all-reduce, 16 MiB
+_SEEN = 5.0  # seconds for a file of the first node's to be seen on the others; network file systems take their time
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank has.
+
+    Attributes:
+        facts: name → value, equal on all ranks.
+        free: bytes on the disk of the run directory.
+        sees: whether it sees there what the first rank has written.
+        behind: seconds that its clock is behind the first rank's.
+        mistake: why it cannot begin, in its own words.
+    """
+
+    rank: int
+    node: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+    free: int = 0
+    sees: bool = True
+    behind: float = 0.0
+    mistake: str | None = None
+
+
+def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
+    """What keeps a run from beginning, each thing once, named by node.
+
+    Args:
+        reports: of all ranks.
+        needed: bytes that the run will write at least.
+    """
+    problems = []
+    for mistake in dict.fromkeys(report.mistake for report in reports if report.mistake):
+        problems.append(UserError(f"on {_nodes(r for r in reports if r.mistake == mistake)}: {mistake}"))
+    whole = [report for report in reports if report.mistake is None]
+    for name in dict.fromkeys(name for report in whole for name in report.facts):
+        values = {report.rank: report.facts.get(name, "none") for report in whole}
+        if len(set(values.values())) == 1:
+            continue
+        usual = Counter(values.values()).most_common(1)[0][0]  # of the first rank where it is a draw
+        for value in sorted(set(values.values()) - {usual}):
+            there = _nodes(report for report in whole if values[report.rank] == value)
+            problems.append(
+                UserError(f"{name} differs: {value} on {there}, {usual} on the other nodes", _CURES.get(name, _CURE))
+            )
+    blind = [report for report in whole if not report.sees]
+    if blind:
+        what = f"the run directory is not shared: {_nodes(blind)} does not see what the first node writes there"
+        problems.append(UserError(what, "run.root=DIR on a file system that all nodes share"))
+    short = [report for report in whole if report.sees and report.free < needed]
+    if short:
+        have = min(report.free for report in short) / 1e9
+        problems.append(
+            UserError(
+                f"the disk of the run directory has {have:.1f} GB free on {_nodes(short)}, two checkpoints take "
+                f"{needed / 1e9:.1f}",
+                "make room, or run.root=DIR on another disk",
+            )
+        )
+    for report in whole:
+        if abs(report.behind) > CLOCKS and not any(r.node == report.node and r.rank < report.rank for r in whole):
+            way = "behind" if report.behind > 0 else "ahead of"
+            problems.append(
+                UserError(
+                    f"the clock of {report.node} is {abs(report.behind):.0f} s {way} the first node's",
+                    "set it by NTP: times in the records would contradict each other",
+                )
+            )
+    return problems
+
+
+_NOTE = ".preflight"  # in the run directory
+_CURE = "install the same on all nodes, or take the one out: sbatch --exclude=NODE"
+_CURES = {
+    "data": "the same files on all nodes: data.path=… on a file system that all nodes share",
+    "config": "the same conf/ and the same command on all nodes",
+}
+
+
+def _nodes(reports: Iterator[Report] | Sequence[Report]) -> str:
+    return ", ".join(dict.fromkeys(f"node {report.node}" for report in reports))
+
+
+def meet(
+    place: Place, gpu: bool, facts: Mapping[str, str], directory: Path, needed: int, seconds: float, console: Console
+) -> None:
+    """The whole of it, called by every rank when its data are open and before the model has its values.
+
+    Afterwards torch.distributed has the group of all ranks.
+
+    Args:
+        place: of this rank.
+        gpu: whether the run's devices are GPUs.
+        facts: what must be equal everywhere, beside what is found out here.
+        directory: of the run; made by the first rank already.
+        needed: bytes that the run will write there at least.
+        seconds: until every rank must be through.
+        console: the first rank's speaks.
+
+    Raises:
+        UserError: what `compare` finds, by the first rank; the others raise SystemExit with the same exit code.
+    """
+    began = time.monotonic()
+    with _deadline(place, seconds) as phase:
+        store = _store(place, seconds)
+        free = shutil.disk_usage(directory).free if directory.exists() else 0
+        sees = _sees(store, place, directory)
+        own = Report(place.rank, place.node, {**facts, **_machine(gpu)}, free, sees)
+        if place.first:
+            reports = _gather(store, place, own, began + seconds)
+            (directory / _NOTE).unlink(missing_ok=True)
+            problems = compare(reports, needed)
+            store.set("verdict", "mistakes" if problems else "go")
+            if problems:
+                _part(store, place)
+                raise UserErrors(problems)
+        else:
+            store.set(f"report/{place.rank}", json.dumps(asdict(own)))
+            store.get("clock")
+            store.set(f"clock/{place.rank}", str(time.time()))
+            verdict = store.get("verdict")
+            if verdict != b"go":
+                store.set(f"parted/{place.rank}", "")
+                raise SystemExit(2)
+        phase.append("the processes do not reach each other (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names a network)")
+        rate, took = _sum_up(store, place, gpu)
+    console.print(
+        f"nodes   {place.machines} nodes, {place.ranks} processes agree; all-reduce of {_TENSOR * 4 >> 20} MiB in "
+        f"{took * 1e3:.0f} ms, {rate / 1e9:.2f} GB/s; {time.monotonic() - began:.1f} s"
+    )
+
+
+def tell(place: Place, error: UserError, seconds: float = 20.0) -> None:
+    """Leaves a mistake that another rank than the first has found with the first one, which speaks for all.
+
+    It also keeps this process alive until the first one has had time to report the same: srun ends all processes when
+    one has ended.
+    """
+    if place.first or place.ranks == 1:
+        return
+    end = time.monotonic() + seconds
+    with suppress(Exception), _deadline(place, seconds):  # the first one has ended: with the same mistake
+        store = _store(place, seconds)
+        store.set(f"report/{place.rank}", json.dumps(asdict(Report(place.rank, place.node, mistake=str(error)))))
+        store.wait(["verdict"], timedelta(seconds=max(1.0, end - time.monotonic())))
+        store.set(f"parted/{place.rank}", "")
+
+
+def _store(place: Place, seconds: float) -> PrefixStore:
+    server = place.first and not place.agent_store
+    patience = timedelta(seconds=seconds + 5)  # the deadline comes first
+    store = TCPStore(place.address, place.port, None, server, patience, wait_for_workers=False)
+    store.set_timeout(patience)
+    return PrefixStore(f"preflight/{place.job or ''}/{place.restarts}", store)
+
+
+def _gather(store: PrefixStore, place: Place, own: Report, end: float) -> list[Report]:
+    """All ranks' reports, with their clocks; who has not answered by then is named, and the run does not begin."""
+    keys = [f"report/{rank}" for rank in range(1, place.ranks)]
+    while missing := [key for key in keys if not store.check([key])]:
+        if time.monotonic() > end - 2:  # before the deadline of the others
+            ranks = [int(key.split("/")[1]) for key in missing]
+            nodes = ", ".join(dict.fromkeys(place.node_of(rank) for rank in ranks))
+            print(
+                f"error: {len(ranks)} of {place.ranks} processes did not answer, on {nodes}: ranks "
+                f"{', '.join(map(str, ranks[:8]))}{' …' if len(ranks) > 8 else ''}\n"
+                "  does the job start one process for each device, and do the nodes reach each other?",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(FAULT)
+        time.sleep(0.05)
+    now = time.time()
+    told = [own, *(Report(**json.loads(store.get(key))) for key in keys)]
+    store.set("clock", "")
+    able = [report for report in told[1:] if report.mistake is None]
+    clocks = {report.rank: now - float(store.get(f"clock/{report.rank}")) for report in able}
+    return [Report(**{**asdict(report), "behind": clocks.get(report.rank, 0.0)}) for report in told]
+
+
+def _part(store: PrefixStore, place: Place) -> None:
+    """Waits until the others have read the verdict: the store ends with this process."""
+    with suppress(Exception):
+        store.wait([f"parted/{rank}" for rank in range(1, place.ranks)], timedelta(seconds=5))
+
+
+def _sees(store: PrefixStore, place: Place, directory: Path) -> bool:
+    """Whether this rank sees a file that the first one has just written into the run directory."""
+    note = directory / _NOTE
+    if place.first:
+        word = f"{os.getpid()} {time.time_ns()}"
+        note.write_text(word, encoding="utf-8")
+        store.set("note", word)
+        return True
+    word = store.get("note").decode()
+    end = time.monotonic() + _SEEN
+    while time.monotonic() < end:
+        with suppress(OSError):
+            if note.read_text(encoding="utf-8") == word:
+                return True
+        time.sleep(0.1)
+    return False
+
+
+def _machine(gpu: bool) -> dict[str, str]:
+    """Package versions and devices of this node."""
+    facts = {"Python": ".".join(map(str, sys.version_info[:3]))}
+    for line in requires("rwkv-train") or ():
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate():
+            with suppress(PackageNotFoundError):
+                facts[requirement.name] = version(requirement.name)
+    if gpu:
+        cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+        names = Counter(f"{card.name} {round(card.total_memory / 2**30)} GiB" for card in cards)
+        facts["GPUs"] = ", ".join(f"{count} × {name}" for name, count in names.items())
+    return facts
+
+
+def _sum_up(store: PrefixStore, place: Place, gpu: bool) -> tuple[float, float]:
+    """Makes the group and sums up a tensor over it: bytes per second of a link, seconds of one all-reduce."""
+    device = torch.device("cuda", place.local_rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    group = PrefixStore("group", store)
+    dist.init_process_group("nccl" if gpu else "gloo", store=group, rank=place.rank, world_size=place.ranks)
+    times = []
+    for _ in range(3):  # the first one makes the connections
+        values = torch.arange(1.0, 5.0, device=device).repeat(_TENSOR // 4) * (place.rank + 1)
+        began = time.perf_counter()
+        dist.all_reduce(values)
+        found = values[:4].tolist()  # waits for the device
+        times.append(time.perf_counter() - began)
+        wanted = [float(number * place.ranks * (place.ranks + 1) // 2) for number in range(1, 5)]
+        if found != wanted or values[-4:].tolist() != wanted:
+            raise UserError(
+                f"an all-reduce over {place.ranks} processes gives {found} on node {place.node}, not {wanted}",
+                "the network or a device of that node is broken: sbatch --exclude=NODE",
+            )
+    took = min(times)
+    return 2 * (place.ranks - 1) / place.ranks * _TENSOR * 4 / took, took
+
+
+@contextmanager
+def _deadline(place: Place, seconds: float) -> Iterator[list[str]]:
+    """Ends this process where the block takes longer; collectives and connections would wait for many minutes.
+
+    Yields:
+        what to say then; the last entry counts.
+    """
+    phase = [f"rank 0 on {place.node_of(0)} ({place.address}:{place.port}) does not answer"]
+    speaks = place.rank <= 1  # where the first one is not there, the second one says so
+
+    def give_up() -> None:
+        if speaks:
+            print(f"error: preflight: after {seconds:g} s {phase[-1]}", file=sys.stderr, flush=True)
+        os._exit(FAULT)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield phase
+    finally:
+        timer.cancel()

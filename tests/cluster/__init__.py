@@ -1,0 +1,1 @@
+"""Places in a job, the pre-flight, and what is asked of SLURM."""

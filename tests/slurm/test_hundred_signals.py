@@ -1,0 +1,116 @@
+"""A hundred signals at random moments: each start is put back into the queue once, behind a whole checkpoint."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+
+from rwkv_train import launcher
+from rwkv_train.training import parts
+from rwkv_train.training.checkpoint.directory import newest
+from tests import PRELOAD
+from tests.runs import losses, rows, same_weights, words_for
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+
+# stands in for SLURM's controller, and writes down what it was asked
+SCONTROL = """\
+#!/bin/sh
+case $1 in
+  show) echo "JobId=7 JobState=RUNNING BatchFlag=1 EndTime=$(date -d '+10 minutes' +%FT%T)" ;;
+  *) echo "$@" >>"$(dirname "$0")/asked" ;;
+esac
+"""
+
+
+def one_rank(words: list[str], path: str, rank: int, ranks: int, port: int) -> None:
+    os.environ.update(PATH=f"{path}:{os.environ['PATH']}", SLURM_JOB_ID="7")
+    if ranks > 1:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        os.environ.update({name: str(value) for name, value in numbers.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+        for room in (launcher, parts):
+            room.__dict__["cores" if room is launcher else "_cores"] = lambda: ranks
+    sys.exit(launcher.main([*words, f"trainer.devices={ranks}"]))
+
+
+def begin(words: list[str], path: Path, ranks: int) -> list[ForkServerProcess]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    started = [context.Process(target=one_rank, args=(words, str(path), rank, ranks, port)) for rank in range(ranks)]
+    for process in started:
+        process.start()
+    return started
+
+
+def heard(run: Path, began: float) -> bool:
+    """Whether the start that began then has told of itself; from then on it hears signals."""
+    return (run / "events.jsonl").exists() and rows(run, "events.jsonl")[-1]["time"] > began
+
+
+@pytest.mark.parametrize(("ranks", "signals"), [(1, 70), (2, 30)])
+def test_signals_at_random_moments(tmp_path: Path, ranks: int, signals: int) -> None:
+    """The same loss at every step, and the same weights, as without a signal."""
+    draw, asked = random.Random(ranks), tmp_path / "asked"
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    spans = ["checkpoint.every.steps=3", "validation.every.steps=7", "validation.batches=1", "model.n_layer=1"]
+    spans += ["cluster.preflight=100", "optim.schedule.shape=constant", "threads=1"]
+    words = [
+        word for word in words_for(tmp_path, "run", "budget.steps=100000", *spans) if "trainer.devices" not in word
+    ]
+    run, sent = tmp_path / "runs" / "run", 0
+    while sent < signals:
+        began, before = time.time(), len(asked.read_text().splitlines()) if asked.exists() else 0
+        started = begin(words, tmp_path, ranks)
+        try:
+            while not heard(run, began):
+                assert all(process.is_alive() for process in started)
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.6))
+            name, target = draw.choice([signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2]), draw.choice(started)
+            assert target.pid is not None
+            os.kill(target.pid, name)
+            sent += 1
+            for process in started:
+                process.join(60)
+            assert [process.exitcode for process in started] == [75, *[0] * (ranks - 1)]
+        finally:
+            for process in started:
+                process.kill()
+                process.join()
+        found, damaged = newest(run / "checkpoints")
+        assert found is not None
+        assert not damaged
+        assert len(losses(run)) == int(found.name[5:14])  # nothing was lost
+        assert asked.read_text().splitlines()[before:] == ["requeue 7"]
+    events = [row["event"] for row in rows(run, "events.jsonl") if row["event"] != "checkpoint"]
+    assert events == ["started", *["preempted", "requeued", "resumed"] * (signals - 1), "preempted", "requeued"]
+
+    steps = len(losses(run))
+    whole = [
+        word.replace("budget.steps=100000", f"budget.steps={steps}").replace("run.name=run", "run.name=whole")
+        for word in words
+    ]
+    started = begin(whole, tmp_path, ranks)
+    for process in started:
+        process.join(200)
+    assert losses(run) == losses(tmp_path / "runs" / "whole")
+    assert same_weights_of(found, tmp_path / "runs" / "whole")
+
+
+def same_weights_of(checkpoint: Path, run: Path) -> bool:
+    (checkpoint / "weights.pth").rename(run.parent / "weights.pth")
+    return same_weights(run.parent, run)
