@@ -21,7 +21,7 @@ from typing import Any
 SILENCE = 15.0  # seconds without a report or an answer after which the other side counts as lost
 FROZEN = 5.0  # seconds without a sign of any thread of a process after which it counts as frozen
 GRACE = 5.0  # seconds in which the others may notice by themselves that a rank has ended
-LEARNED = 5  # steps that make a median
+LEARNED = 5  # steps that make a mean
 
 
 class Phase(IntEnum):
@@ -46,7 +46,7 @@ class Limits:
     """Seconds that a rank may stay in one place.
 
     Args:
-        factor: of the median step: what the place of a step may take.
+        factor: of the mean step: what the place of a step may take.
         floor: what it may take in any case.
         startup, first_step, checkpoint, validation: of these.
     """
@@ -75,8 +75,7 @@ class Report:
         frozen: seconds since any thread of it ran.
         state: of the process, as the kernel names it: R, S, D, T …
         writing: seconds that a checkpoint has been on its way to the disk; 0: none is.
-        work: seconds of its own work in the step `worked`, waiting for others left out.
-        worked: that step.
+        work: seconds of its own work in its last step, waiting for others left out.
         ended: None while it runs; "" when it came to its end, else why not.
     """
 
@@ -93,7 +92,6 @@ class Report:
     state: str = "S"
     writing: float = 0.0
     work: float = 0.0
-    worked: int = 0
     ended: str | None = None
 
     @property
@@ -122,34 +120,24 @@ class Verdict:
         return {"ranks": list(self.ranks), "step": self.step, "reason": self.reason}
 
 
-class Pace:
-    """How long a rank may stay in a place: for steps learned from the run itself."""
+def limit(limits: Limits, phase: int, steps: int, pace: float) -> float:
+    """Seconds that a rank may stay in a place: for steps learned from the run itself.
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self._steps: deque[float] = deque(maxlen=64)
-        self._last = -1
-
-    def learn(self, step: int, seconds: float) -> None:
-        """Takes a step's time; one that is told again is not taken twice."""
-        if step != self._last and seconds > 0:
-            self._last = step
-            self._steps.append(seconds)
-
-    def limit(self, phase: int) -> float:
-        """Seconds in that phase."""
-        limits = self.limits
-        own = {
-            Phase.STARTUP: limits.startup,
-            Phase.CHECKPOINT: limits.checkpoint,
-            Phase.VALIDATION: limits.validation,
-            Phase.END: limits.checkpoint,
-        }
-        if phase in own:
-            return own[Phase(phase)]
-        if len(self._steps) < LEARNED:
-            return limits.first_step
-        return max(limits.floor, limits.factor * statistics.median(self._steps))
+    Args:
+        limits: the settings.
+        phase: what is done there.
+        steps: that this process has done.
+        pace: seconds of one, the mean of the last ones.
+    """
+    own = {
+        Phase.STARTUP: limits.startup,
+        Phase.CHECKPOINT: limits.checkpoint,
+        Phase.VALIDATION: limits.validation,
+        Phase.END: limits.checkpoint,
+    }
+    if phase in own:
+        return own[Phase(phase)]
+    return limits.first_step if steps < LEARNED else max(limits.floor, limits.factor * pace)
 
 
 @dataclass
@@ -316,7 +304,7 @@ class Stragglers:
         """
         for rank, report in reports.items():
             recent = self._recent.setdefault(rank, deque(maxlen=9))
-            if report.work > 0 and report.worked > 0:
+            if report.work > 0:
                 recent.append(report.work)
         medians = {rank: statistics.median(self._recent[rank]) for rank in reports if self._recent[rank]}
         if len(medians) < 2:
@@ -328,7 +316,7 @@ class Stragglers:
                 self._since.pop(rank, None)
                 self._named.discard(rank)
                 continue
-            step = reports[rank].worked
+            step = reports[rank].step
             if step - self._since.setdefault(rank, step) >= self.steps and rank not in self._named:
                 self._named.add(rank)
                 named.append((reports[rank], own / usual))
