@@ -18,7 +18,9 @@ from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any
 
-SILENCE = 15.0  # seconds without a report or an answer after which the other side counts as lost
+SILENCE = 15.0  # seconds without a report after which a rank counts as lost
+SPREAD = 10.0  # seconds more, so that all that were lost together are named together, whoever was heard last
+ALONE = 30.0  # seconds without an answer after which a guard decides by itself: the coordinator is to be first
 FROZEN = 5.0  # seconds without a sign of any thread of a process after which it counts as frozen
 GRACE = 5.0  # seconds in which the others may notice by themselves that a rank has ended
 LEARNED = 5  # steps that make a mean
@@ -199,8 +201,9 @@ class Coordinator:
         died = [heard.report for heard in running if heard.report.ended is not None and now - heard.at > GRACE]
         if died and left:
             return self._guilty(died, lambda report: f"has ended: {report.ended}")
-        lost = [h.report for h in left if now - h.at > (SILENCE if h.told else self.limits.startup)]
-        if lost:
+        silent = [(now - (heard.at if heard.told else heard.at + self.limits.startup), heard.report) for heard in left]
+        lost = [report for seconds, report in silent if seconds > SILENCE]
+        if any(seconds > SILENCE + SPREAD for seconds, _ in silent):
             return self._guilty(lost, lambda report: f"has not been heard for {SILENCE:.0f} s, nor its node's watchdog")
         told = [heard.report for heard in left if heard.told]
         stopped = [report for report in told if report.stopped > self.limits.floor]
@@ -276,8 +279,8 @@ class Member:
         self._answered += seconds
 
     def judge(self, now: float) -> Verdict | None:
-        if self.verdict is None and not self.released and now - self._answered > SILENCE:
-            reason = f"rank 0's watchdog has not answered rank {self.rank}'s for {SILENCE:.0f} s: its node is lost"
+        if self.verdict is None and not self.released and now - self._answered > ALONE:
+            reason = f"rank 0's watchdog has not answered rank {self.rank}'s for {ALONE:.0f} s: its node is lost"
             self.verdict = Verdict([0], 0, reason)
         return self.verdict
 

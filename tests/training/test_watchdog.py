@@ -79,12 +79,11 @@ def test_a_rank_that_hangs_in_its_own_code_is_named_and_not_the_one_that_waits(t
 
 
 @pytest.mark.slow
-def test_a_straggler_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_straggler_is_named(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     few = ["watchdog.slow_steps=10", "budget.steps=60", *trouble(rank=1, seconds=0.3)]
     train_ranks(words_for(tmp_path, "run", *QUICK, *few), 2)
     assert {row["rank"] for row in watchdog_rows(run) if row["event"] == "straggler"} == {1}
-    assert "WATCHDOG: rank 1 on " in capfd.readouterr().err
     assert "straggler" in {row["event"] for row in rows(run, "events.jsonl")}
 
 
