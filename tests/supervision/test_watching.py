@@ -27,8 +27,8 @@ def test_every_schedule_ends_by_the_right_verdict() -> None:
 
 
 @pytest.mark.slow
-def test_eight_thousand_schedules() -> None:
-    assert failures(range(1000, 9000)) == []
+def test_nine_thousand_schedules() -> None:
+    assert failures(range(1000, 10_000)) == []
 
 
 @pytest.mark.parametrize("fault", ["hang", "stop", "kill", "node"])

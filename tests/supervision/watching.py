@@ -29,7 +29,7 @@ PLACES = (
     Phase.BACKWARD,
     Phase.OPTIMISER,
 )  # of a step; in the last the others are waited for
-FAULTS = ("none", "hang", "stop", "kill", "node", "stall", "gap")
+FAULTS = ("hang", "stop", "kill", "node", "stall", "hang", "stop", "kill", "node", "stall", "none", "gap")
 
 
 @dataclass

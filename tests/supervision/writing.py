@@ -254,5 +254,6 @@ def play(folder: Path, seed: int) -> str | None:
     world = World(folder, seed, ranks=1 + seed % 3, incarnations=2 + seed % 2)
     world.schedule()
     wrong = world.wrong()
+    world.processes.clear()  # they hold the world, and with it open files
     shutil.rmtree(folder)
     return wrong
