@@ -8,7 +8,7 @@ of its pipe is the rank's alone.
 
 Rank 0's guard is the coordinator and listens on a socket; the others' report to it once a second and get the verdict as
 the answer (watch.py). A verdict has every guard write down its rank's stacks, by py-spy from outside, and end its rank:
-first by a word to a thread of it, that leaves with exit code 75, after some seconds by SIGKILL. Nothing but the
+first by a word to a thread of it, that leaves with exit code 76, after some seconds by SIGKILL. Nothing but the
 standard library is imported here.
 """
 
@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_train.supervision.heart import Listener
-from rwkv_train.supervision.watch import Coordinator, Limits, Member, Pace, Phase, Report, Stragglers, Verdict
+from rwkv_train.supervision.watch import Coordinator, Limits, Member, Phase, Report, Stragglers, Verdict, limit
 
 TICK = 1.0  # seconds between two looks
 GAP = 5.0  # seconds by which a look comes too late when this process itself was stopped
 DUMP = 10.0  # seconds that py-spy may take
 PATIENCE = 5.0  # seconds that a rank has for its last word before SIGKILL
 LAST = 2.0  # seconds by which a guilty rank ends after the others
-ENDED = 75  # exit code: EX_TEMPFAIL of sysexits.h, the same command goes on
+ENDED = 76  # exit code: not 75, which says that the run has put its job back into the queue by itself
 
 
 class Line:
@@ -76,7 +76,7 @@ class Rank:
     """The process that is watched, seen from outside."""
 
     def __init__(self, pid: int, heart: Listener, limits: Limits) -> None:
-        self.pid, self.heart, self.pace = pid, heart, Pace(limits)
+        self.pid, self.heart, self.limits = pid, heart, limits
         self.alone = True  # nobody waits for a rank that is alone: it may be stopped, by Ctrl-Z say
         self.number, self.node = 0, ""
         self.ended: str | None = None
@@ -89,7 +89,6 @@ class Rank:
 
     def report(self, now: float) -> Report:
         beat, state = self.heart.read(), self._state()
-        self.pace.learn(beat.paced, beat.pace)
         if state not in "Tt":
             self._stopped = None
         elif self.alone:
@@ -104,13 +103,12 @@ class Rank:
             beat.index,
             beat.phase,
             still=now - max(beat.since, self._excused),
-            limit=self.pace.limit(beat.phase),
+            limit=limit(self.limits, beat.phase, beat.paced, beat.pace),
             stopped=0.0 if self._stopped is None else now - self._stopped,
             frozen=now - max(beat.alive, self._excused),
             state=state,
             writing=now - beat.writing if beat.writing else 0.0,
             work=beat.work,
-            worked=beat.paced,
             ended=self.ended,
         )
 
@@ -239,7 +237,7 @@ class Guard:
     def _tell_slow(self, coordinator: Coordinator) -> None:
         reports = coordinator.reports
         for report, times in self.stragglers.hear(reports):
-            self._event("straggler", report.worked, rank=report.rank, node=report.node, times=round(times, 2))
+            self._event("straggler", report.step, rank=report.rank, node=report.node, times=round(times, 2))
             self._say(
                 f"rank {report.rank} on {report.node} is a straggler: its own work in a step takes "
                 f"{times:.1f} times as long as the others'"

@@ -25,11 +25,12 @@ class Beat:
 
     Args:
         step, place, index, phase: where the rank is; see Report.
-        paced: the last step whose times are known.
+        paced: steps that were done.
         count: of beats.
         since: when it came there; all times are seconds of time.monotonic(), which a machine's processes share.
         writing: since when a checkpoint has been on its way to the disk; 0: none is.
-        pace, work: seconds of that step, and of the rank's own work in it.
+        pace: seconds of a step, the mean of the last ones (each counts a tenth), without the very first.
+        work: seconds of the rank's own work in the last one.
         alive: when a thread of the rank last ran.
     """
 
@@ -76,9 +77,12 @@ class Heart:
         beat.count += 1
         self._store()
 
-    def stepped(self, step: int, seconds: float, work: float) -> None:
+    def stepped(self, seconds: float, work: float) -> None:
         """What the last step took; goes out with the next beat."""
-        self._beat.paced, self._beat.pace, self._beat.work = step, seconds, work
+        beat = self._beat
+        beat.paced, beat.work = beat.paced + 1, work
+        if beat.paced > 1:
+            beat.pace = seconds if beat.paced == 2 else 0.9 * beat.pace + 0.1 * seconds
 
     def writing(self, since: float) -> None:
         """A checkpoint has begun to be written, or (0) all of it is there."""

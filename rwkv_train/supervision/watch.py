@@ -18,10 +18,12 @@ from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any
 
-SILENCE = 15.0  # seconds without a report or an answer after which the other side counts as lost
+SILENCE = 15.0  # seconds without a report after which a rank counts as lost
+SPREAD = 10.0  # seconds more, so that all that were lost together are named together, whoever was heard last
+ALONE = 30.0  # seconds without an answer after which a guard decides by itself: the coordinator is to be first
 FROZEN = 5.0  # seconds without a sign of any thread of a process after which it counts as frozen
 GRACE = 5.0  # seconds in which the others may notice by themselves that a rank has ended
-LEARNED = 5  # steps that make a median
+LEARNED = 5  # steps that make a mean
 
 
 class Phase(IntEnum):
@@ -46,7 +48,7 @@ class Limits:
     """Seconds that a rank may stay in one place.
 
     Args:
-        factor: of the median step: what the place of a step may take.
+        factor: of the mean step: what the place of a step may take.
         floor: what it may take in any case.
         startup, first_step, checkpoint, validation: of these.
     """
@@ -75,8 +77,7 @@ class Report:
         frozen: seconds since any thread of it ran.
         state: of the process, as the kernel names it: R, S, D, T …
         writing: seconds that a checkpoint has been on its way to the disk; 0: none is.
-        work: seconds of its own work in the step `worked`, waiting for others left out.
-        worked: that step.
+        work: seconds of its own work in its last step, waiting for others left out.
         ended: None while it runs; "" when it came to its end, else why not.
     """
 
@@ -93,7 +94,6 @@ class Report:
     state: str = "S"
     writing: float = 0.0
     work: float = 0.0
-    worked: int = 0
     ended: str | None = None
 
     @property
@@ -122,34 +122,24 @@ class Verdict:
         return {"ranks": list(self.ranks), "step": self.step, "reason": self.reason}
 
 
-class Pace:
-    """How long a rank may stay in a place: for steps learned from the run itself."""
+def limit(limits: Limits, phase: int, steps: int, pace: float) -> float:
+    """Seconds that a rank may stay in a place: for steps learned from the run itself.
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self._steps: deque[float] = deque(maxlen=64)
-        self._last = -1
-
-    def learn(self, step: int, seconds: float) -> None:
-        """Takes a step's time; one that is told again is not taken twice."""
-        if step != self._last and seconds > 0:
-            self._last = step
-            self._steps.append(seconds)
-
-    def limit(self, phase: int) -> float:
-        """Seconds in that phase."""
-        limits = self.limits
-        own = {
-            Phase.STARTUP: limits.startup,
-            Phase.CHECKPOINT: limits.checkpoint,
-            Phase.VALIDATION: limits.validation,
-            Phase.END: limits.checkpoint,
-        }
-        if phase in own:
-            return own[Phase(phase)]
-        if len(self._steps) < LEARNED:
-            return limits.first_step
-        return max(limits.floor, limits.factor * statistics.median(self._steps))
+    Args:
+        limits: the settings.
+        phase: what is done there.
+        steps: that this process has done.
+        pace: seconds of one, the mean of the last ones.
+    """
+    own = {
+        Phase.STARTUP: limits.startup,
+        Phase.CHECKPOINT: limits.checkpoint,
+        Phase.VALIDATION: limits.validation,
+        Phase.END: limits.checkpoint,
+    }
+    if phase in own:
+        return own[Phase(phase)]
+    return limits.first_step if steps < LEARNED else max(limits.floor, limits.factor * pace)
 
 
 @dataclass
@@ -211,8 +201,9 @@ class Coordinator:
         died = [heard.report for heard in running if heard.report.ended is not None and now - heard.at > GRACE]
         if died and left:
             return self._guilty(died, lambda report: f"has ended: {report.ended}")
-        lost = [h.report for h in left if now - h.at > (SILENCE if h.told else self.limits.startup)]
-        if lost:
+        silent = [(now - (heard.at if heard.told else heard.at + self.limits.startup), heard.report) for heard in left]
+        lost = [report for seconds, report in silent if seconds > SILENCE]
+        if any(seconds > SILENCE + SPREAD for seconds, _ in silent):
             return self._guilty(lost, lambda report: f"has not been heard for {SILENCE:.0f} s, nor its node's watchdog")
         told = [heard.report for heard in left if heard.told]
         stopped = [report for report in told if report.stopped > self.limits.floor]
@@ -288,8 +279,8 @@ class Member:
         self._answered += seconds
 
     def judge(self, now: float) -> Verdict | None:
-        if self.verdict is None and not self.released and now - self._answered > SILENCE:
-            reason = f"rank 0's watchdog has not answered rank {self.rank}'s for {SILENCE:.0f} s: its node is lost"
+        if self.verdict is None and not self.released and now - self._answered > ALONE:
+            reason = f"rank 0's watchdog has not answered rank {self.rank}'s for {ALONE:.0f} s: its node is lost"
             self.verdict = Verdict([0], 0, reason)
         return self.verdict
 
@@ -316,7 +307,7 @@ class Stragglers:
         """
         for rank, report in reports.items():
             recent = self._recent.setdefault(rank, deque(maxlen=9))
-            if report.work > 0 and report.worked > 0:
+            if report.work > 0:
                 recent.append(report.work)
         medians = {rank: statistics.median(self._recent[rank]) for rank in reports if self._recent[rank]}
         if len(medians) < 2:
@@ -328,7 +319,7 @@ class Stragglers:
                 self._since.pop(rank, None)
                 self._named.discard(rank)
                 continue
-            step = reports[rank].worked
+            step = reports[rank].step
             if step - self._since.setdefault(rank, step) >= self.steps and rank not in self._named:
                 self._named.add(rank)
                 named.append((reports[rank], own / usual))

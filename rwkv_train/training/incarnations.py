@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,30 +110,21 @@ class Incarnations:
 
     def _adopt(self) -> None:
         """Notes an incarnation for a run whose directory is from before there were notes, or came without them."""
-        if self.path.is_dir() and self.numbers():
-            return
         old = [self.run / name for name in ("metrics.jsonl", "events.jsonl") if (self.run / name).exists()]
         names = (re.fullmatch(r"step_(\d+)(?:-(\d+))?", path.name) for path in self.run.glob("checkpoints/step_*"))
         saved = [(int(name[1]), int(name[2] or 0)) for name in names if name]
-        if not old and not saved:
+        if not (old or saved) or self.numbers():  # looked up in this order: else they might be those of a new start
             return
         number = max(saved, default=(0, 0))[1]  # whose the newest is: all that is there becomes that one's
-        self.directory(number).mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".adopted-", dir=self.path))
         for path in old:
-            _copy(path, self.directory(number) / path.name)
-        self.begin(number, 0, None)
-
-
-def _copy(path: Path, target: Path) -> None:
-    """A second name for a file that others will replace; a copy, where the file system has none."""
-    try:
-        os.link(path, target)
-    except FileExistsError:
-        return
-    except OSError:
-        aside = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copyfile(path, aside)
-        aside.replace(target)
+            shutil.copyfile(path, aside / path.name)
+        (aside / _NOTE).write_text(json.dumps(Start(number).as_json()))
+        try:
+            aside.rename(self.directory(number))
+        except OSError:  # somebody else was faster
+            shutil.rmtree(aside)
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -169,9 +169,11 @@ class JsonLines:
 
     def close(self) -> None:
         """Brings the merge up to date for the last time."""
-        self.show()
-        if self.shown is not None:
-            self.shown.close()
+        try:
+            self.show()
+        finally:
+            if self.shown is not None:
+                self.shown.close()
 
 
 class Events(JsonLines):

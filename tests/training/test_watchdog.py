@@ -51,7 +51,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_as_if_it_had_not_been(tmp_p
     steps = "budget.steps=60"
     words = words_for(tmp_path, "run", *QUICK, steps, *trouble(rank=0, seconds=0.05))
     codes = ends(words, run, stop=rank)
-    assert codes == [75, 75]
+    assert codes == [76, 76]
     (row,) = [row for row in watchdog_rows(run) if row["event"] == "failed"]
     assert row["ranks"] == [rank]
     assert f"rank {rank} on " in row["reason"]
@@ -71,7 +71,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_as_if_it_had_not_been(tmp_p
 def test_a_rank_that_hangs_in_its_own_code_is_named_and_not_the_one_that_waits(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     words = words_for(tmp_path, "run", *QUICK, "budget.steps=400", *trouble(rank=1, hangs_at=20))
-    assert ends(words, run) == [75, 75]
+    assert ends(words, run) == [76, 76]
     (row,) = [row for row in watchdog_rows(run) if row["event"] == "failed"]
     assert row["ranks"] == [1]
     assert "of step 20 for" in row["reason"]
@@ -79,12 +79,11 @@ def test_a_rank_that_hangs_in_its_own_code_is_named_and_not_the_one_that_waits(t
 
 
 @pytest.mark.slow
-def test_a_straggler_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_straggler_is_named(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     few = ["watchdog.slow_steps=10", "budget.steps=60", *trouble(rank=1, seconds=0.3)]
     train_ranks(words_for(tmp_path, "run", *QUICK, *few), 2)
     assert {row["rank"] for row in watchdog_rows(run) if row["event"] == "straggler"} == {1}
-    assert "WATCHDOG: rank 1 on " in capfd.readouterr().err
     assert "straggler" in {row["event"] for row in rows(run, "events.jsonl")}
 
 

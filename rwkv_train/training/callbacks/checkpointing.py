@@ -205,6 +205,8 @@ class Checkpointing(Callback):
         for step in paths.keys() - stay(losses, self.keep, self.permanent, self.best):
             try:
                 self.storage.delete(paths[step])
+            except FileNotFoundError:  # an older incarnation was about to delete the same one
+                pass
             except OSError as error:
                 print(f"warning: {paths[step]} cannot be deleted: {error.strerror}", file=sys.stderr)
 

@@ -223,7 +223,7 @@ class Watchdog(Callback):
             return
         now = time.perf_counter()
         step = trainer.global_step
-        self.heart.stepped(step, now - self._began - self._apart, self._device_work() or self._work)
+        self.heart.stepped(now - self._began - self._apart, self._device_work() or self._work)
         self.heart.writing(0.0 if cast(Sharing, trainer.strategy).writer.idle else self._saving_since)
         self.heart.beat(Phase.DATA, step)
         self._began, self._apart = now, 0.0

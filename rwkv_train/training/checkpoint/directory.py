@@ -6,6 +6,7 @@ there were any. Which of them are the run's, supervision/lineage.py says.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -129,8 +130,9 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def remove_unfinished(directory: Path, incarnation: int, storage: Storage | None = None) -> None:
-    """Removes what killed saves of earlier incarnations left behind."""
+    """Removes what killed saves of earlier incarnations left behind, unless one that still lives is about to."""
     storage = storage or LocalStorage()
     for name in storage.names(directory):
         if name.startswith(_ASIDE) and incarnation_of(Path(name)) < incarnation:
-            storage.delete(directory / name)
+            with contextlib.suppress(OSError):  # then the next start removes it
+                storage.delete(directory / name)
