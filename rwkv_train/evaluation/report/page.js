@@ -7,7 +7,7 @@ const COLOURS = {
 };
 const RAMPS = { light: ["#3b0f70", "#8c2981", "#d3436e", "#f08a4b"], dark: ["#9a86ff", "#d070c8", "#ff8a7a", "#ffd48a"] };
 const UNITS = { step: "optimiser steps", tokens: "tokens", hours: "hours" };
-const TROUBLE = /nan|inf|non.?finite|bad|spike|rewind|skip|alert|fail|refus|damag|stall|plateau|dead|grow|crash|lost|lack/i;
+const TROUBLE = /bad|nan|spike|rewound|rewind|alert|fail|unhealthy|lost|dead|hang|damage|refused/i;
 const QUIET = /^(started|checkpoint|saved)/i;
 
 const state = { axis: "step", scale: "auto", curves: "both", events: true, off: new Set(), focus: 0 };
@@ -176,7 +176,7 @@ function eventsOf(runs) {
   if (!state.events) return [];
   return runs.flatMap(({ run, number }) => run.events.map((event) => {
     const trouble = TROUBLE.test(event.event), quiet = !trouble && QUIET.test(event.event);
-    const text = `${event.event}, step ${exact(event.step)}${report.runs.length > 1 ? ` (${run.name})` : ""}`;
+    const text = `${event.event}${event.rest.kind ? ` (${event.rest.kind})` : ""}, step ${exact(event.step)}${report.runs.length > 1 ? ` (${run.name})` : ""}`;
     const own = report.runs.length > 1 ? colour(number) : css("--soft");
     return { x: place(run, event.step), text, trouble, quiet, colour: trouble ? css("--bad") : own };
   })).filter((event) => event.x != null);
