@@ -39,7 +39,7 @@ class Statistics:
     Attributes:
         due: whether this step has the values of each layer.
         bad: () bool, whether this step's update is left out; None before it is known.
-        skipped: () float32, how many updates were left out so far.
+        skipped: () float32, how many updates were left out so far; None before the first step.
         limit: a loss above it is bad.
     """
 
@@ -49,6 +49,7 @@ class Statistics:
         self.bad: Tensor | None = None
         self.loss: Tensor | None = None
         self.skipped: Tensor | None = None
+        self.skipped_before = 0  # by the processes before this one
         self.limit = math.inf
         self.losses: list[Tensor] = []
         self.finite: list[Tensor] = []  # of each pass (3, L, B): PLACES of each layer, at the end of each sample
@@ -71,7 +72,7 @@ class Statistics:
         self.losses, self.finite, self._sums = [], [], {}
         self._sample = _sampled(strategy) if self.due else None
         if self.skipped is None:
-            self.skipped = torch.zeros((), device=strategy.root_device)
+            self.skipped = torch.full((), float(self.skipped_before), device=strategy.root_device)
 
     def passed(self, loss: Tensor, state: State) -> None:
         """A pass was computed."""

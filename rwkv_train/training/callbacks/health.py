@@ -286,6 +286,10 @@ class Health(Callback):
         checkpoint["health"] = {"losses": list(self.window.losses), **streak}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, RWKVModule)
+        pl_module.statistics.skipped_before = checkpoint["meta"]["step"] - checkpoint["meta"].get(
+            "updates", checkpoint["meta"]["step"]
+        )
         self._restore(checkpoint)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
