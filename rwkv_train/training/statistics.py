@@ -52,6 +52,7 @@ class Statistics:
         self.skipped_before = 0  # by the processes before this one
         self.limit = math.inf
         self.losses: list[Tensor] = []
+        self._gone = torch.tensor(False)  # whether the gradient of some rank is not finite
         self.finite: list[Tensor] = []  # of each pass (3, L, B): PLACES of each layer, at the end of each sample
         self._sums: dict[str, Tensor] = {}  # added up over passes and ranks
         self._max_logit: Tensor | None = None
@@ -149,20 +150,23 @@ class Statistics:
             norm: of the gradient of all ranks; None: not known yet, the strategy itself refuses a bad one.
         """
         loss = torch.stack(self.losses).mean()
+        gone = torch.zeros_like(loss) if norm is None else (~norm.isfinite()).to(loss)
         if dist.is_initialized():
-            dist.all_reduce(loss)
-            loss /= dist.get_world_size()
-        self.loss = loss
-        good = loss.isfinite() & (loss <= self.limit)
-        self.bad = ~good if norm is None else ~(good & norm.isfinite())
+            both = torch.stack([loss, gone])
+            dist.all_reduce(both)
+            loss, gone = (both / torch.tensor([dist.get_world_size(), 1], device=both.device)).unbind()
+        self.loss, self._gone = loss, gone > 0
+        self.bad = ~(loss.isfinite() & (loss <= self.limit)) | self._gone
         return self.bad
 
-    def stepped(self, norm: Tensor) -> None:
-        """After the optimiser's step, whose gradient had that norm before clipping."""
+    def stepped(self, norm: Tensor) -> Tensor:
+        """After the optimiser's step, whose gradient had that norm before clipping: the norm, NaN if bad on any rank."""
         assert self.bad is not None
         assert self.skipped is not None
+        norm = torch.where(self._gone, math.nan, norm.to(self._gone.device))
         self.bad = self.bad | ~norm.isfinite()
         self.skipped = self.skipped + self.bad
+        return norm
 
     @torch.no_grad()
     def of_layers(self, strategy: Sharing, gradient_norms: Tensor | None) -> dict[str, Tensor]:
