@@ -160,7 +160,7 @@ class Statistics:
         return self.bad
 
     def stepped(self, norm: Tensor) -> Tensor:
-        """After the optimiser's step, whose gradient had that norm before clipping: the norm, NaN if bad on any rank."""
+        """After the optimiser's step, whose gradient had that norm; it is NaN where it is bad on any rank."""
         assert self.bad is not None
         assert self.skipped is not None
         norm = torch.where(self._gone, math.nan, norm.to(self._gone.device))

@@ -116,7 +116,7 @@ def test_against_plain_arithmetic(tmp_path: Path) -> None:
     assert train(launcher.load(words_for(tmp_path, "run", *words))) == 0
     row = rows(tmp_path / "runs" / "run")[4]
     for key, value in Truth.found.items():
-        assert close(row[key], value, 1e-4), (key, row[key], value)
+        assert close(row[key], value, 0.03 if key == "update_ratio" else 1e-4), (key, row[key], value)  # a sample
     norm = math.hypot(*row["layers/grad_norm"])
     assert norm <= row["grad_norm"]
     assert all(0 < ratio < 2 for ratio in row["layers/contribution"])
@@ -188,7 +188,13 @@ def test_nobody_asks_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return begin(self)
 
     monkeypatch.setattr(RWKVModule, "on_train_start", start)
-    monkeypatch.setattr(RWKVModule, "on_train_end", lambda self: inside.__setitem__(0, False))
+    last = metrics.Metrics.on_train_end
+
+    def end(self: Any, *args: Any) -> None:  # then comes the last checkpoint, which waits
+        inside[0] = False
+        last(self, *args)
+
+    monkeypatch.setattr(metrics.Metrics, "on_train_end", end)
     more = ["budget.steps=12", "statistics.every.steps=4", "batch.micro=2", "checkpoint.every.steps=1000"]
     words = words_for(tmp_path, "run", *more, "validation.every.steps=1000", "data.hold_out=0", "health.spike=skip")
     assert train(launcher.load(words)) == 0
