@@ -16,6 +16,7 @@ from rwkv_train.data.order import split_batch
 from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.errors import UserError
 from rwkv_train.planning.cards import find_card
+from rwkv_train.words import nearest
 
 _PRECISION = {  # why a precision of Lightning's is refused
     "16": "float16 overflows in the channel mix (relu²)",
@@ -55,6 +56,7 @@ def check(config: Config, machine: Machine) -> list[UserError]:
         *_check_strategy(config),
         *_check_schedule(config),
         *_check_logger(config),
+        *_check_callbacks(config),
         *_check_replay(config),
         *_check_run(config, machine),
     ]
@@ -235,6 +237,19 @@ def _check_logger(config: Config) -> Iterator[UserError]:
         for kind, package in (("Wandb", "wandb"), ("TensorBoard", "tensorboard")):
             if target == f"rwkv_train.training.trackers.{package}.{kind}" and find_spec(package) is None:
                 yield UserError(f"logger={name} needs {package}, which is not installed", f"pip install {package}")
+
+
+def _check_callbacks(config: Config) -> Iterator[UserError]:
+    """Lightning would tell an unknown metric at the first validation, with a traceback."""
+    known = ["val/loss", *(f"val/loss/{source.name}" for source in config.data.sources)]
+    for name, tree in config.callbacks.items():
+        metric = tree.get("monitor") if isinstance(tree, dict) else None
+        if metric is not None and metric not in known:
+            near = nearest(str(metric), known)
+            yield UserError(
+                f"callbacks.{name}.monitor={metric}: there is no such metric",
+                (f"nearest: {near}; " if near else "") + f"valid: {', '.join(known)}",
+            )
 
 
 def _check_replay(config: Config) -> Iterator[UserError]:

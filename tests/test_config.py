@@ -264,9 +264,9 @@ def test_the_name_of_a_run(conf: Composer) -> None:
 
 
 def test_a_logger_knows_the_name_of_the_run(conf: Composer) -> None:
-    config = conf.settle(["logger=csv", "run.root=r", "logger.csv.flush_logs_every_n_steps=5"])
-    assert config.logger["csv"]["save_dir"] == f"r/{config.run.name}"
-    assert config.logger["csv"]["flush_logs_every_n_steps"] == 5
+    config = conf.settle(["logger=csv", "run.root=r", "logger.csv.path='${run.root}/${run.name}.csv'"])
+    assert config.logger["csv"]["path"] == f"r/{config.run.name}.csv"
+    assert conf.settle(["logger=wandb", "logger.wandb.project=mine"]).logger["wandb"]["project"] == "mine"
     assert conf.settle(["logger=csv", "~logger.csv"]).logger == {}
     assert conf.settle(["+callbacks.a._target_=b.C", "+callbacks.a.x=1"]).callbacks == {
         "a": {"_target_": "b.C", "x": 1}

@@ -174,6 +174,26 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
         LIGHTNING,
         ["budget.steps: 4 → 50; optim.clip: 1.0 → 0.5"],
     ),
+    "an unknown metric": (
+        [
+            "+callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping",
+            "+callbacks.stop.monitor=val/los",
+        ],
+        CONFIG,
+        ["callbacks.stop.monitor=val/los: there is no such metric\n  nearest: val/loss; valid: val/loss"],
+    ),
+    "a health policy": (["health.nonfinite=ignore"], CONFIG, ["health.nonfinite=ignore is not valid"]),
+    "a logger's argument": (
+        ["logger=wandb", "+logger.wandb.projekt=x"],
+        LIGHTNING,
+        ["logger.wandb: rwkv_train.training.trackers.wandb.Wandb got an unexpected keyword argument 'projekt'"],
+    ),
+    "replay of nothing": (["replay=no.json"], CONFIG, ["replay=no.json: there is no such file"]),
+    "replay of something else": (
+        ["replay=zero.json"],
+        TORCH,
+        ["replay=zero.json cannot be read: it was not written by"],
+    ),
     "weights missing": (["init.weights=no.pth"], CONFIG, ["init.weights=no.pth: there is no such file"]),
     "weights torn": (["init.weights=torn.pth"], CONFIG, ["torn.pth cannot be read as weights: it is cut short"]),
     "weights of another architecture": (

@@ -186,4 +186,4 @@ class RWKVModule(L.LightningModule):
             return
         norm = self.strategy.norm_of_step()
         self.grad_norm = self.grad_norm if norm is None else norm
-        self.statistics.stepped(self.grad_norm)
+        self.grad_norm = self.statistics.stepped(self.grad_norm)

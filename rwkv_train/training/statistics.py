@@ -39,7 +39,7 @@ class Statistics:
     Attributes:
         due: whether this step has the values of each layer.
         bad: () bool, whether this step's update is left out; None before it is known.
-        skipped: () float32, how many updates were left out so far.
+        skipped: () float32, how many updates were left out so far; None before the first step.
         limit: a loss above it is bad.
     """
 
@@ -49,8 +49,10 @@ class Statistics:
         self.bad: Tensor | None = None
         self.loss: Tensor | None = None
         self.skipped: Tensor | None = None
+        self.skipped_before = 0  # by the processes before this one
         self.limit = math.inf
         self.losses: list[Tensor] = []
+        self._gone = torch.tensor(False)  # whether the gradient of some rank is not finite
         self.finite: list[Tensor] = []  # of each pass (3, L, B): PLACES of each layer, at the end of each sample
         self._sums: dict[str, Tensor] = {}  # added up over passes and ranks
         self._max_logit: Tensor | None = None
@@ -71,7 +73,7 @@ class Statistics:
         self.losses, self.finite, self._sums = [], [], {}
         self._sample = _sampled(strategy) if self.due else None
         if self.skipped is None:
-            self.skipped = torch.zeros((), device=strategy.root_device)
+            self.skipped = torch.full((), float(self.skipped_before), device=strategy.root_device)
 
     def passed(self, loss: Tensor, state: State) -> None:
         """A pass was computed."""
@@ -148,20 +150,23 @@ class Statistics:
             norm: of the gradient of all ranks; None: not known yet, the strategy itself refuses a bad one.
         """
         loss = torch.stack(self.losses).mean()
+        gone = torch.zeros_like(loss) if norm is None else (~norm.isfinite()).to(loss)
         if dist.is_initialized():
-            dist.all_reduce(loss)
-            loss /= dist.get_world_size()
-        self.loss = loss
-        good = loss.isfinite() & (loss <= self.limit)
-        self.bad = ~good if norm is None else ~(good & norm.isfinite())
+            both = torch.stack([loss, gone])
+            dist.all_reduce(both)
+            loss, gone = (both / torch.tensor([dist.get_world_size(), 1], device=both.device)).unbind()
+        self.loss, self._gone = loss, gone > 0
+        self.bad = ~(loss.isfinite() & (loss <= self.limit)) | self._gone
         return self.bad
 
-    def stepped(self, norm: Tensor) -> None:
-        """After the optimiser's step, whose gradient had that norm before clipping."""
+    def stepped(self, norm: Tensor) -> Tensor:
+        """After the optimiser's step, whose gradient had that norm; it is NaN where it is bad on any rank."""
         assert self.bad is not None
         assert self.skipped is not None
+        norm = torch.where(self._gone, math.nan, norm.to(self._gone.device))
         self.bad = self.bad | ~norm.isfinite()
         self.skipped = self.skipped + self.bad
+        return norm
 
     @torch.no_grad()
     def of_layers(self, strategy: Sharing, gradient_norms: Tensor | None) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from rwkv_train import launcher
 from rwkv_train.training.health import PLATEAU, Alerts, Window
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, same_weights, words_for, write_text
+from tests.runs import losses, rows, same_weights, train_ranks, words_for, write_text
 
 FAULT = ["packages=[tests]", "+callbacks.fault._target_=tests.training.faults.Fault"]
 
@@ -197,3 +197,21 @@ def test_a_dead_layer_and_growing_logits() -> None:
     assert [kind for kind, _ in told] == ["dead layer", "growing logits"]
     assert "layers 1 have no gradient any more: its receptance is saturated" in told[0][1]
     assert "optim.l2wrap" in told[1][1]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_2", "deepspeed_3"])
+def test_one_rank_of_two(tmp_path: Path, strategy: str) -> None:
+    """A gradient that is infinite on one rank only: both skip, both go back, and nobody waits for the other."""
+    more = [*FAULT, "+callbacks.fault.steps=[6,12,13,14]", "+callbacks.fault.kind=gradient", "+callbacks.fault.rank=1"]
+    if strategy.startswith("deepspeed"):
+        more[-2] = "+callbacks.fault.kind=activation"  # its engine has taken the gradients away by then
+    train_ranks(words_for(tmp_path, "run", *more, f"strategy={strategy}", "budget.steps=20"), 2)
+    run = tmp_path / "runs" / "run"
+    assert len(losses(run)) == 20
+    told = events(run, "bad_step")
+    assert [event["step"] for event in told] == [6, 12, 13, 14]
+    if strategy == "ddp":
+        assert told[0]["tensor"] == "gradient of blocks.1.ffn.key.weight on rank 1"
+    assert [(event["step"], event["reached"]) for event in events(run, "rewound")] == [(10, 14)]
+    assert rows(run)[-1]["skipped"] == 1
+    assert [row["step"] for row in rows(run) if row["grad_norm"] is None] == [6]

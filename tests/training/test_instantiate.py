@@ -10,21 +10,43 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import Callback, EarlyStopping
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 
 from rwkv_train import launcher
 from rwkv_train.errors import UserErrors
 from rwkv_train.training.instantiate import prepare
+from rwkv_train.training.trackers import Run, Tracker
+from rwkv_train.training.trackers.follow import make
+from rwkv_train.training.trackers.lightning import OfLightning
+from rwkv_train.training.trackers.table import CSV
+from rwkv_train.training.trackers.tensorboard import TensorBoard
+from rwkv_train.training.trackers.wandb import Wandb
+from tests.runs import ROOT
 
 STOP = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss", "patience": 2}
 
 
 def test_every_logger_of_conf(tmp_path: Path) -> None:
-    for choice, kinds in {"none": [], "csv": [CSVLogger]}.items():
+    kinds = {"none": [], "csv": [CSV], "tensorboard": [TensorBoard], "wandb": [Wandb]}
+    assert kinds.keys() == {path.stem for path in (ROOT / "conf" / "logger").glob("*.yaml")}
+    for choice, expected in kinds.items():
         config = launcher.load([f"logger={choice}", f"run.root={tmp_path}"])
-        made = [make() for make in prepare("logger", config.logger, Logger, config.packages)]
-        assert [type(logger) for logger in made] == kinds
-    assert Path(made[0].root_dir) == tmp_path / config.run.name / "csv"
+        made = [make() for make in prepare("logger", config.logger, (Tracker, Logger), config.packages)]
+        assert [type(logger) for logger in made] == expected
+
+
+def test_lightnings_own_logger(tmp_path: Path) -> None:
+    tree = {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(tmp_path)}
+    tracker = make("mine", tree, [])
+    assert isinstance(tracker, OfLightning)
+    assert tracker.begin(Run(tmp_path, "run", {"config": {"seed": 1}}), 0) == 0
+    tracker.row({"step": 3, "train/loss": 2.0, "layers/x": [1.0, None]})
+    tracker.flush()
+    tracker.end()
+    (file,) = tmp_path.rglob("metrics.csv")
+    assert file.read_text().splitlines() == ["layers/x/00,step,train/loss", "1.0,3,2.0"]
+    with pytest.raises(UserErrors, match="is no Logger"):
+        make("mine", {"_target_": "lightning.pytorch.callbacks.Callback"}, [])
 
 
 def test_a_callback() -> None:

@@ -156,31 +156,27 @@ class Health(Callback):
         assert self._module is not None
         if finite:
             return _Bad("spike", "the loss", None, self._samples(step, None))
-        bad = [
-            (layer, place, index, row)
-            for index, flags in enumerate(evidence.finite)
-            for place, layer, row in _where(~flags)
-        ]
-        ranks: list[Any] = [bad]
+        bad = [(lay, place, n, row) for n, flags in enumerate(evidence.finite) for place, lay, row in _where(~flags)]
+        norms = evidence.gradient_norms
+        gone = None if norms is None else [index for (index,) in _where(~norms.isfinite())]
+        ranks: list[Any] = [(bad, gone)]
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, bad)
-        first = min((each[:2] for rank in ranks for each in rank), default=None)
+            dist.all_gather_object(ranks, (bad, gone))
+        first = min((each[:2] for bad, _ in ranks for each in bad), default=None)
         if first is not None:
-            numbers = {
-                int(self.data.split.share(0, index, rank)[row])
-                for rank, each in enumerate(ranks)
-                for _, _, index, row in each
-            }
-            return _Bad("nonfinite", f"blocks.{first[0]}: {PLACES[first[1]]}", first[0], self._samples(step, numbers))
-        norms = evidence.gradient_norms
-        if norms is None:
-            return _Bad("nonfinite", "the gradient or the loss", None, self._samples(step, None))
-        if not (gone := _where(~norms.isfinite())):
-            return _Bad("nonfinite", "the loss", None, self._samples(step, None))
-        name = self._module.statistics.names[gone[-1][0]]  # a backward pass comes from the end
+            share = self.data.split.share
+            numbers = {int(share(0, n, rank)[row]) for rank, (bad, _) in enumerate(ranks) for _, _, n, row in bad}
+            tensor = f"blocks.{first[0]}: {PLACES[first[1]]}"
+            return _Bad("nonfinite", tensor, first[0], self._samples(step, numbers))
+        where = {rank: gone[-1] for rank, (_, gone) in enumerate(ranks) if gone}  # a backward pass comes from the end
+        if not where:
+            what = "the gradient or the loss" if norms is None else "the loss"
+            return _Bad("nonfinite", what, None, self._samples(step, None))
+        name = self._module.statistics.names[max(where.values())]
         layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
-        return _Bad("nonfinite", f"gradient of {name}", layer, self._samples(step, None))
+        some = "" if len(where) == len(ranks) else f" on rank {', '.join(map(str, where))}"
+        return _Bad("nonfinite", f"gradient of {name}{some}", layer, self._samples(step, None))
 
     def _samples(self, step: int, numbers: Collection[int] | None) -> list[dict[str, Any]]:
         """The samples of a step with these numbers, or all."""
@@ -286,6 +282,10 @@ class Health(Callback):
         checkpoint["health"] = {"losses": list(self.window.losses), **streak}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, RWKVModule)
+        pl_module.statistics.skipped_before = checkpoint["meta"]["step"] - checkpoint["meta"].get(
+            "updates", checkpoint["meta"]["step"]
+        )
         self._restore(checkpoint)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
