@@ -146,6 +146,6 @@ def test_a_run_that_fails_at_the_same_step_each_time_ends(cluster: Cluster, fold
     assert training.story() == ["started", "failed", "started", "failed", "started", "failed", "given_up"]
     reasons = [row["reason"] for row in training.events() if row["event"] in ("failed", "given_up")]
     assert any("RuntimeError: a planted error" in reason for reason in reasons), reasons
-    assert f"{training.run} has failed 3 times at step 8" in training.told()
+    assert f"{training.run} has failed 3 times at step 9" in training.told()
     (log,) = (training.run / "logs").glob("rank_0001_*.log")
     assert log.read_text().count("a planted error") >= 3
