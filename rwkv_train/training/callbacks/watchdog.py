@@ -65,6 +65,7 @@ class Watchdog(Callback):
         self.heart = Heart()
         self._words: socket.socket | None = None
         self._listener: socket.socket | None = None
+        self._number = 0  # the incarnation that the guard knows
         self._micro = 0
         self._began = 0.0  # of the step
         self._apart = 0.0  # seconds of it in validation and checkpoints
@@ -173,11 +174,15 @@ class Watchdog(Callback):
             "rank": trainer.global_rank,
             "ranks": trainer.world_size,
             "node": self.node,
-            "directory": str(self.incarnations.directory(strategy.incarnation).absolute()),
+            "directory": self._directory(strategy),
             "address": [host, port],
             "token": token,
         }
         self._words.sendall(json.dumps({"join": join}).encode() + b"\n")
+
+    def _directory(self, strategy: Sharing) -> str:
+        self._number = strategy.incarnation
+        return str(self.incarnations.directory(self._number).absolute())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy = cast(Sharing, trainer.strategy)
@@ -193,6 +198,9 @@ class Watchdog(Callback):
     ) -> None:
         self._resume()
         self._micro = batch_idx % trainer.accumulate_grad_batches
+        strategy = cast(Sharing, trainer.strategy)
+        if strategy.incarnation != self._number and self._words is not None:  # a run that went back is another one
+            self._words.sendall(json.dumps({"directory": self._directory(strategy)}).encode() + b"\n")
         if not self._micro:
             self._work = 0.0
             if pl_module.device.type == "cuda":
