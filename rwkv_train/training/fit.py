@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import platform
 import signal
 import warnings
 from contextlib import ExitStack
@@ -156,9 +155,8 @@ def _fit(
     strategy, signals = _strategy(parts, checkpoint, number), restarts.signals
     if not parts.first:
         follow_parent()
-    watchdog = Watchdog(
-        config.watchdog, run.incarnations, parts.first, data.split.ranks == 1, platform.node(), events.show
-    )
+    alone = data.split.ranks == 1
+    watchdog = Watchdog(config.watchdog, run.incarnations, parts.first, alone, parts.place.node, events.show)
     ours: list[Callback] = [*watching.callbacks(lines, events, saving), ending, signals, watchdog]
     if checkpoint is None and parts.first and not strategy.sharded:
         ours.append(LambdaCallback(on_train_start=lambda *_: _sample(parts, 0, refusals)))
