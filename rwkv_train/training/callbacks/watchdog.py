@@ -39,7 +39,7 @@ _MAY_TRACE = 0x59616D61  # prctl's PR_SET_PTRACER
 class Watchdog(Callback):
     """Starts this rank's guard (supervision/guard.py) and tells it at each turn where the rank is.
 
-    A turn costs about a microsecond: some numbers in memory that the guard reads. Must stand behind the callbacks that
+    A turn costs some microseconds: numbers in memory that the guard reads. Must stand behind the callbacks that
     wait for other ranks, so that their waiting counts for the step that it belongs to.
 
     Args:
@@ -79,6 +79,7 @@ class Watchdog(Callback):
         """The guard watches while the block runs, and is told how it ends."""
         if not self.settings.enabled:
             yield
+            self.heart.close()
             return
         guard = self._start()
         ended = "the process has left without a word"
@@ -99,6 +100,8 @@ class Watchdog(Callback):
             if guard.poll() is None and not ended:
                 guard.kill()
                 guard.wait()
+            self._close_listener()
+            self.heart.close()
             guard.returncode = guard.returncode or 0  # one that still judges the others is nobody's to wait for
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -133,8 +136,8 @@ class Watchdog(Callback):
         """Shows that the process runs, and ends it when the guard says so; in a thread."""
         came = b""
         while self._words is words:
-            self.heart.alive()
             try:
+                self.heart.alive()
                 if not select.select([words], [], [], _PULSE)[0]:
                     continue
                 data = words.recv(1 << 16)
@@ -165,9 +168,7 @@ class Watchdog(Callback):
                 host = strategy.cluster_environment.main_address  # type: ignore[attr-defined]
                 port = 0 if self._listener is None else self._listener.getsockname()[1]
             host, port, token = strategy.broadcast((host, port, token))
-        if self._listener is not None:
-            self._listener.close()  # the guard has its own
-            self._listener = None
+        self._close_listener()
         if self._words is None:
             return
         join = {
@@ -179,6 +180,12 @@ class Watchdog(Callback):
             "token": token,
         }
         self._words.sendall(json.dumps({"join": join}).encode() + b"\n")
+
+    def _close_listener(self) -> None:
+        """The guard has its own."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
 
     def _directory(self, strategy: Sharing) -> str:
         self._number = strategy.incarnation
