@@ -52,6 +52,4 @@ def draw_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, title: str, l
     axes.grid(alpha=0.25)
     axes.legend(loc="upper right")
     figure.tight_layout()
-    aside = path.with_name(f".{path.name}")  # a full disk leaves the curve that was there
-    figure.savefig(aside)
-    aside.replace(path)
+    figure.savefig(path)

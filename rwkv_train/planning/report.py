@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rwkv_train.config import Config
+from rwkv_train.planning.goodput import USUAL, between_failures, goodput, interval, saving
 from rwkv_train.planning.plan import Plan
 
 _WORDS = {
@@ -54,6 +55,13 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
     )
     if (days := _days(plan, config)) is not None:
         console.print(f"the run     {days:.3g} days")
+    told = _survival(plan)
+    nodes = f"{told['nodes']} node" + "s" * (told["nodes"] > 1)
+    console.print(
+        f"failures    one in {told['hours_between_failures']:,.0f} h on {nodes} (as on {USUAL}): "
+        f"checkpoint.every.steps={told['checkpoint_every_steps']:,} ({told['checkpoint_every_minutes']:.0f} min) "
+        f"leaves {told['goodput']:.1%} of the time for training"
+    )
     memory = f"{plan.held / 1e9:.1f} of {card.memory / 1e9:.1f} GB"
     if plan.fits:
         console.print(f"fits        {memory}")
@@ -95,6 +103,7 @@ def as_json(plan: Plan, config: Config, change: tuple[str, Plan] | None) -> str:
         "days": _days(plan, config),
         "sent_bytes_per_step": round(pace.sent),
         "network_seconds": pace.network_seconds,
+        **_survival(plan),
         "fits": plan.fits,
         "change_that_fits": None if change is None else change[0],
     }
@@ -105,3 +114,20 @@ def _days(plan: Plan, config: Config) -> float | None:
     if config.budget.total is None:
         return None
     return config.budget.total.in_steps(config.batch.tokens) * plan.speed.seconds / 86400
+
+
+def _survival(plan: Plan) -> dict[str, Any]:
+    """What failures cost, and how often to save."""
+    layout, pace, per_machine = plan.layout, plan.speed.seconds, plan.card.per_machine
+    nodes = -(-layout.ranks // per_machine)
+    cost, failures = saving(plan.memory, layout, per_machine, pace), between_failures(nodes)
+    steps = max(1, round(interval(cost, failures) / pace))
+    return {
+        "nodes": nodes,
+        "hours_between_failures": failures / 3600,
+        "checkpoint_pause_seconds": cost.pause,
+        "checkpoint_write_seconds": cost.write,
+        "checkpoint_every_steps": steps,
+        "checkpoint_every_minutes": steps * pace / 60,
+        "goodput": goodput(steps * pace, cost, failures),
+    }

@@ -179,6 +179,8 @@ class Guard:
         for word in self.words.read():
             if "join" in word:
                 self._join(**word["join"])
+            elif "directory" in word:
+                self.directory, self.writes = Path(word["directory"]), False
             elif "ended" in word:
                 self.rank.ended = word["ended"]
         if self.rank.ended is None and (not self.words.open or os.getppid() != self.rank.pid):

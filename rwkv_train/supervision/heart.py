@@ -1,4 +1,4 @@
-"""A rank's heartbeat: a few numbers in memory that the rank shares with its guard, written in a microsecond.
+"""A rank's heartbeat: a few numbers in memory that the rank shares with its guard, written in some microseconds.
 
 The guard reads them whatever the rank does, also while it is stopped.
 """
@@ -48,7 +48,7 @@ class Beat:
 
 
 class Heart:
-    """The rank's side; every method takes about a microsecond, but `alive` may run in another thread.
+    """The rank's side; `alive` may be called by another thread.
 
     Attributes:
         fd: of the memory, to be inherited by the guard.

@@ -33,6 +33,17 @@ class RunDirectory:
         self.passed_over = self.path / "passed_over.json"  # data that the run has rewound behind
         self.logs = self.path / "logs"
         self.incarnations = Incarnations(self.path)
+        self.number = 0  # of this start, once it has one
+
+    @contextmanager
+    def made(self, path: Path) -> Iterator[Path]:
+        """Where the block writes a file of the run, among this start's own; behind the block it gets its name."""
+        own = self.incarnations.directory(self.number) / path.name
+        try:
+            yield own
+            own.replace(path)
+        finally:
+            own.unlink(missing_ok=True)
 
     @contextmanager
     def records(self, number: int, enabled: bool) -> Iterator[tuple[Events, JsonLines]]:

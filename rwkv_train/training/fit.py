@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import platform
 import signal
 import warnings
 from contextlib import ExitStack
@@ -106,7 +105,7 @@ def _fit(
         return 0
 
     restarts.history = History.read(run)
-    number = run.incarnations.claim() if parts.first else 0
+    number = run.number = run.incarnations.claim() if parts.first else 0
     if counted(run.checkpoints, parts.storage) != there:  # an older incarnation has saved: incarnations.py
         checkpoint = _find_checkpoint(parts)
     meta = {} if checkpoint is None else read_meta(checkpoint)
@@ -116,10 +115,8 @@ def _fit(
         own = checkpoint is not None and checkpoint.absolute().parent == run.checkpoints.absolute()
         run.incarnations.begin(number, step, incarnation_of(checkpoint) if checkpoint is not None and own else None)
         remove_unfinished(run.checkpoints, number, parts.storage)
-        with refusals.outlived(run.config):
-            aside = run.config.with_name(f".config.{number:04d}.yaml")
-            aside.write_text(yaml.safe_dump(parts.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
-            aside.replace(run.config)
+        with refusals.outlived(run.config), run.made(run.config) as path:
+            path.write_text(yaml.safe_dump(parts.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
     events, lines = open_files.enter_context(run.records(number, parts.first))
     events.tokens_per_step = config.batch.tokens
     if parts.first and restarts.hopeless(events):
@@ -156,9 +153,8 @@ def _fit(
     strategy, signals = _strategy(parts, checkpoint, number), restarts.signals
     if not parts.first:
         follow_parent()
-    watchdog = Watchdog(
-        config.watchdog, run.incarnations, parts.first, data.split.ranks == 1, platform.node(), events.show
-    )
+    alone = data.split.ranks == 1
+    watchdog = Watchdog(config.watchdog, run.incarnations, parts.first, alone, parts.place.node, events.show)
     ours: list[Callback] = [*watching.callbacks(lines, events, saving), ending, signals, watchdog]
     if checkpoint is None and parts.first and not strategy.sharded:
         ours.append(LambdaCallback(on_train_start=lambda *_: _sample(parts, 0, refusals)))
@@ -224,18 +220,20 @@ def _finish(parts: Parts, strategy: Sharing, step: int, lines: JsonLines, refusa
     if not parts.first:
         return
     run, data = parts.directory, parts.data
-    with refusals.outlived(run.weights):
-        if not strategy.divided:
-            write_weights(parts.model, run)
-        elif (last := run.checkpoints / directory_name(step, strategy.incarnation)).exists():
-            consolidate(last, run.weights)
+    last = run.checkpoints / directory_name(step, strategy.incarnation)
+    if not strategy.divided or last.exists():
+        with refusals.outlived(run.weights), run.made(run.weights) as path:
+            if strategy.divided:
+                consolidate(last, path)
+            else:
+                write_weights(parts.model, path)
     if not strategy.sharded:
         _sample(parts, step, refusals)
     known = baselines(*data.plain) if data.plain else {}
     title = f"{run.path.name}: {parts.parameters:,} parameters"
     rows = lines.rows()
-    with refusals.outlived(run.curve):
-        draw_loss_curve(rows, run.curve, title, known)
+    with refusals.outlived(run.curve), run.made(run.curve) as path:
+        draw_loss_curve(rows, path, title, known)
     summarise(parts.console, run, rows, known)
 
 

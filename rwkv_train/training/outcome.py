@@ -32,23 +32,19 @@ def write_sample(
     tokens = generate(model.eval(), prompt, settings.tokens, temperature=0.8, top_p=0.9, seed=seed)
     text = codecs.decode(tokenizer.decode(list(tokens)), "utf-8", "replace")
     model.train(training)
-    with open(run.samples, "a", encoding="utf-8") as file:
-        file.write(f"===== after {step} steps =====\n{settings.prompt}{text}\n\n")
+    before = run.samples.read_text(encoding="utf-8") if run.samples.exists() else ""
+    with run.made(run.samples) as path:
+        path.write_text(f"{before}===== after {step} steps =====\n{settings.prompt}{text}\n\n", encoding="utf-8")
 
 
-def write_weights(model: RWKV, run: RunDirectory) -> None:
-    """The final weights under the field's names, written beside and renamed.
+def write_weights(model: RWKV, path: Path) -> None:
+    """The weights under the field's names.
 
     Raises:
-        OSError: the disk refused; nothing is left of the attempt.
+        OSError: the disk refused.
     """
-    storage, aside = LocalStorage(), run.weights.with_name(".weights.pth")
-    try:
-        with storage.write(aside) as file:
-            dump(model.state_dict(), file)
-        storage.rename(aside, run.weights)
-    finally:
-        storage.delete(aside)
+    with LocalStorage().write(path) as file:
+        dump(model.state_dict(), file)
 
 
 def summarise(

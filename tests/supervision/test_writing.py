@@ -16,6 +16,9 @@ from rwkv_train.training.incarnations import Incarnations
 from rwkv_train.training.records import Shown
 from tests.supervision.writing import play
 
+# A process that is killed in the middle of closing something cannot say so.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture
 def folder() -> Iterator[Path]:

@@ -75,9 +75,17 @@ class Process(threading.Thread):
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     process = threading.current_thread()
-    if event in OPERATIONS and isinstance(process, Process) and not process.done:
-        process.world.note(process, event, arguments)
-        process.point()
+    if event not in OPERATIONS or not isinstance(process, Process) or process.done:
+        return
+    path = arguments[0]
+    if (
+        isinstance(path, (str, Path))
+        and str(path).startswith("/")
+        and not str(path).startswith(str(process.world.folder))
+    ):
+        return  # Python's own, a module's source say; relative names are those of shutil.rmtree
+    process.world.note(process, event, arguments)
+    process.point()
 
 
 _hooked = False

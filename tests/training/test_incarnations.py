@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from rwkv_train import launcher
-from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.checkpoint.directory import counted, newest, remove_unfinished
 from rwkv_train.training.directory import RunDirectory
 from rwkv_train.training.incarnations import Incarnations
+from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, same_weights, words_for
 
@@ -164,14 +165,14 @@ def test_a_run_that_a_newer_start_has_taken_over_ends_and_deletes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "runs" / "run"
-    write = Metrics._write
+    before = RWKVModule.on_before_optimizer_step
 
-    def and_another_starts(self: Metrics, trainer: object) -> None:
-        write(self, trainer)  # type: ignore[arg-type]
-        if self.latest.get("step") == 7:
+    def and_another_starts(self: RWKVModule, optimizer: torch.optim.Optimizer) -> None:
+        before(self, optimizer)
+        if self.trainer.global_step == 7:
             Incarnations(run).claim()
 
-    monkeypatch.setattr(Metrics, "_write", and_another_starts)
+    monkeypatch.setattr(RWKVModule, "on_before_optimizer_step", and_another_starts)
     assert train(launcher.load(words_for(tmp_path, "run", *NINE, "checkpoint.keep=1"))) == 4
     monkeypatch.undo()
     assert f"a newer start of {run} goes on with it; this one ends at step 9" in capsys.readouterr().out

@@ -39,7 +39,7 @@ _MAY_TRACE = 0x59616D61  # prctl's PR_SET_PTRACER
 class Watchdog(Callback):
     """Starts this rank's guard (supervision/guard.py) and tells it at each turn where the rank is.
 
-    A turn costs about a microsecond: some numbers in memory that the guard reads. Must stand behind the callbacks that
+    A turn costs some microseconds: numbers in memory that the guard reads. Must stand behind the callbacks that
     wait for other ranks, so that their waiting counts for the step that it belongs to.
 
     Args:
@@ -65,6 +65,7 @@ class Watchdog(Callback):
         self.heart = Heart()
         self._words: socket.socket | None = None
         self._listener: socket.socket | None = None
+        self._number = 0  # the incarnation that the guard knows
         self._micro = 0
         self._began = 0.0  # of the step
         self._apart = 0.0  # seconds of it in validation and checkpoints
@@ -78,6 +79,7 @@ class Watchdog(Callback):
         """The guard watches while the block runs, and is told how it ends."""
         if not self.settings.enabled:
             yield
+            self.heart.close()
             return
         guard = self._start()
         ended = "the process has left without a word"
@@ -98,6 +100,8 @@ class Watchdog(Callback):
             if guard.poll() is None and not ended:
                 guard.kill()
                 guard.wait()
+            self._close_listener()
+            self.heart.close()
             guard.returncode = guard.returncode or 0  # one that still judges the others is nobody's to wait for
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -132,8 +136,8 @@ class Watchdog(Callback):
         """Shows that the process runs, and ends it when the guard says so; in a thread."""
         came = b""
         while self._words is words:
-            self.heart.alive()
             try:
+                self.heart.alive()
                 if not select.select([words], [], [], _PULSE)[0]:
                     continue
                 data = words.recv(1 << 16)
@@ -164,20 +168,28 @@ class Watchdog(Callback):
                 host = strategy.cluster_environment.main_address  # type: ignore[attr-defined]
                 port = 0 if self._listener is None else self._listener.getsockname()[1]
             host, port, token = strategy.broadcast((host, port, token))
-        if self._listener is not None:
-            self._listener.close()  # the guard has its own
-            self._listener = None
+        self._close_listener()
         if self._words is None:
             return
         join = {
             "rank": trainer.global_rank,
             "ranks": trainer.world_size,
             "node": self.node,
-            "directory": str(self.incarnations.directory(strategy.incarnation).absolute()),
+            "directory": self._directory(strategy),
             "address": [host, port],
             "token": token,
         }
         self._words.sendall(json.dumps({"join": join}).encode() + b"\n")
+
+    def _close_listener(self) -> None:
+        """The guard has its own."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    def _directory(self, strategy: Sharing) -> str:
+        self._number = strategy.incarnation
+        return str(self.incarnations.directory(self._number).absolute())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy = cast(Sharing, trainer.strategy)
@@ -193,6 +205,9 @@ class Watchdog(Callback):
     ) -> None:
         self._resume()
         self._micro = batch_idx % trainer.accumulate_grad_batches
+        strategy = cast(Sharing, trainer.strategy)
+        if strategy.incarnation != self._number and self._words is not None:  # a run that went back is another one
+            self._words.sendall(json.dumps({"directory": self._directory(strategy)}).encode() + b"\n")
         if not self._micro:
             self._work = 0.0
             if pl_module.device.type == "cuda":
