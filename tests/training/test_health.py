@@ -199,7 +199,10 @@ def test_a_dead_layer_and_growing_logits() -> None:
     assert "optim.l2wrap" in told[1][1]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_2", "deepspeed_3"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "deepspeed_2", "deepspeed_3"))],
+)
 def test_one_rank_of_two(tmp_path: Path, strategy: str) -> None:
     """A gradient that is infinite on one rank only: both skip, both go back, and nobody waits for the other."""
     more = [*FAULT, "+callbacks.fault.steps=[6,12,13,14]", "+callbacks.fault.kind=gradient", "+callbacks.fault.rank=1"]

@@ -32,6 +32,7 @@ from rwkv_train.training.records import Events, Refusals
 from rwkv_train.training.statistics import PLACES
 
 SHOWN = 4  # bad samples that are told
+KEPT = 3  # checkpoints for replays; older ones take no more room
 MOST = 64  # of them in the replay file
 TEXT = 120  # characters of each
 
@@ -93,6 +94,7 @@ class Health(Callback):
         self._evidence: dict[int, _Evidence] = {}  # by step
         self._streak = 0  # bad steps in a row
         self._first_bad = 0  # of them
+        self._high = False  # whether the step before was a spike that only alerts
         self._todo: str | None = None  # rewind or stop, before the next step
         self._limit = math.inf
         self._module: RWKVModule | None = None
@@ -135,13 +137,15 @@ class Health(Callback):
             self._tell(kind, step, text)
         finite = loss is not None and row["grad_norm"] is not None
         if evidence is None or (finite and loss <= evidence.limit):
-            self._streak = 0
+            self._streak, self._high = 0, False
             return
         policy = self.settings.spike if finite else self.settings.nonfinite
-        bad = self._examine(step - 1, evidence, finite)
         if policy == "alert":
-            self._report(row, bad, "the step counts as any other", None)
+            if not self._high:  # a loss that stays up is told once
+                self._report(row, self._examine(step - 1, evidence, finite), "the step counts as any other", None)
+            self._high = True
             return
+        bad = self._examine(step - 1, evidence, finite)
         self._streak += 1
         if self._streak == 1:
             self._first_bad = step
@@ -196,6 +200,9 @@ class Health(Callback):
             checkpoint, _ = newest(self.saving.directory, self.saving.storage, content=False, before=step)
             if checkpoint is not None:
                 checkpoint = _kept(checkpoint, folder / checkpoint.name)
+                held = [path for path in folder.iterdir() if path.is_dir()]
+                for old in sorted(held, key=lambda path: path.stat().st_mtime)[:-KEPT]:
+                    shutil.rmtree(old)
             told = {
                 "step": step,
                 "kind": bad.kind,
