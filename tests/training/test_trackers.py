@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rwkv_train import launcher
+from rwkv_train import cli, launcher
 from rwkv_train.errors import UserError
 from rwkv_train.training import watching
 from rwkv_train.training.run import train
@@ -202,7 +202,7 @@ def test_wandb_without_a_key(
     assert {step for _, step in wandb_rows(tmp_path / "runs" / "run")} == set(range(1, 7))
 
 
-def test_push(tmp_path: Path) -> None:
+def test_push(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that had no tracker gets one from its files."""
     assert train(launcher.load(words_for(tmp_path, "run", "budget.steps=8", "statistics.every.steps=4"))) == 0
     run = tmp_path / "runs" / "run"
@@ -212,6 +212,11 @@ def test_push(tmp_path: Path) -> None:
     sent = {step: row for (name, step), row in wandb_rows(run).items() if name == state["id"]}
     truth = {row["step"]: dict(flat(row)) for row in rows(run)}
     assert {s: {k: v for k, v in row.items() if not k.startswith("_")} for s, row in sent.items()} == truth
+    assert cli.main(["report", str(run), "--push", "csv"]) == 0
+    with open(run / "metrics.csv", newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 9))
+    assert f"{run}: 8 steps in csv\n" in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path), "--push", "wandb"]) == 2
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty has no metrics\.jsonl with a row"):
         push(tmp_path / "empty", "wandb", tree)
