@@ -242,3 +242,32 @@ def test_tail_of_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tracker", [TensorBoard, CSV])
 def test_a_state_of_its_own(tracker: type[Tracker]) -> None:
     assert tracker().state == {}
+
+
+def test_tensorboard_reads_it_as_we_do(tmp_path: Path) -> None:
+    """A process that is killed behind step 5, one that goes on from step 3, and a rewind to step 4."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = Run(tmp_path, "run")
+    first = TensorBoard()
+    assert first.begin(run, 0) == 0
+    for step in range(1, 6):
+        first.row({"step": step, "time": 1e9 + step, "train/loss": float(step)})
+    first.flush()
+    second = TensorBoard()
+    second.state = dict(first.state)
+    assert second.begin(run, 3) == 3
+    first.end()
+    for step in (4, 5, 6):
+        second.row({"step": step, "time": 1e9 + step, "train/loss": 10.0 + step})
+    second.event({"time": 1e9, "event": "rewound", "step": 4})
+    second.flush()
+    assert second.back(4) == 4
+    second.row({"step": 5, "time": 1e9, "train/loss": 20.0})
+    second.flush()
+    second.end()
+    expected = {1: 1.0, 2: 2.0, 3: 3.0, 4: 14.0, 5: 20.0}
+    assert {step: row["train/loss"] for step, row in tensorboard_rows(tmp_path).items()} == expected
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert {event.step: event.value for event in read.Scalars("train/loss")} == expected

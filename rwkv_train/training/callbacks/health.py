@@ -21,6 +21,7 @@ from torch import Tensor
 from rwkv_train.config import HealthSettings
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
+from rwkv_train.models.backbone import State
 from rwkv_train.training.callbacks.checkpointing import Checkpointing, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics, Row
 from rwkv_train.training.checkpoint.directory import newest, read_meta
@@ -29,8 +30,9 @@ from rwkv_train.training.directory import RunDirectory
 from rwkv_train.training.health import Alerts, Window
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.records import Events, Refusals
-from rwkv_train.training.statistics import PLACES
+from rwkv_train.training.statistics import PLACES, finite_places
 
+RENEWED = 10  # steps between two limits
 SHOWN = 4  # bad samples that are told
 KEPT = 3  # checkpoints for replays; older ones take no more room
 MOST = 64  # of them in the replay file
@@ -42,7 +44,7 @@ class _Evidence:
     """What a step leaves for the case that it turns out bad."""
 
     limit: float  # a larger loss is a spike
-    finite: list[Tensor]
+    states: list[State]
     gradient_norms: Tensor | None
 
 
@@ -112,11 +114,12 @@ class Health(Callback):
             return
         todo, self._todo = self._todo, None
         if todo is not None:
-            reason = self._rewind(trainer, pl_module) if todo == "rewind" else "health says stop"
+            reason = self._rewind(trainer, pl_module) if todo == "rewind" else "a bad step, and the policy is to stop"
             if reason is not None:
                 self.stopped = reason
                 trainer.should_stop = pl_module.rewound = True
-        self._limit = self.window.limit()
+        if trainer.global_step % RENEWED == 0:
+            self._limit = self.window.limit()
         if self.settings.spike != "alert":
             pl_module.statistics.limit = self._limit
 
@@ -126,7 +129,7 @@ class Health(Callback):
         assert isinstance(pl_module, RWKVModule)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             norms = pl_module.strategy.gradient_norms
-            self._evidence[trainer.global_step] = _Evidence(self._limit, pl_module.statistics.finite, norms)
+            self._evidence[trainer.global_step] = _Evidence(self._limit, pl_module.statistics.states, norms)
 
     def _see(self, row: Row) -> None:
         """Judges a step; called on all ranks, which see the same numbers."""
@@ -160,7 +163,8 @@ class Health(Callback):
         assert self._module is not None
         if finite:
             return _Bad("spike", "the loss", None, self._samples(step, None))
-        bad = [(lay, place, n, row) for n, flags in enumerate(evidence.finite) for place, lay, row in _where(~flags)]
+        flags = [~finite_places(state) for state in evidence.states]
+        bad = [(layer, place, n, row) for n, each in enumerate(flags) for place, layer, row in _where(each)]
         norms = evidence.gradient_norms
         gone = None if norms is None else [index for (index,) in _where(~norms.isfinite())]
         ranks: list[Any] = [(bad, gone)]
@@ -286,7 +290,7 @@ class Health(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         streak = {"streak": self._streak, "first_bad": self._first_bad, "todo": self._todo}
-        checkpoint["health"] = {"losses": list(self.window.losses), **streak}
+        checkpoint["health"] = {"losses": list(self.window.losses), "limit": self._limit, **streak}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
@@ -299,7 +303,7 @@ class Health(Callback):
         held = checkpoint.get("health", {})
         self.window = Window(self.settings.window, self.settings.z, held.get("losses"))
         self._streak, self._first_bad = held.get("streak", 0), held.get("first_bad", 0)
-        self._todo = held.get("todo")
+        self._todo, self._limit = held.get("todo"), held.get("limit", math.inf)
 
 
 def read_passed_over(run: RunDirectory) -> dict[str, Any]:
