@@ -48,11 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             given = vars(arguments)
             del given["command"]
             return evaluation.run(evaluation.Wanted(**given))
+        if arguments.command == "report" and arguments.push is not None:
+            from rwkv_train.training.trackers.launch import push_all
+
+            return push_all([Path(run) for run in arguments.runs], arguments.push)
         if arguments.command == "report":
             from rwkv_train.evaluation.report import command as report
 
             given = vars(arguments)
-            del given["command"]
+            del given["command"], given["push"]
             return report.run(report.Wanted(**given))
         return _generate(arguments)
     except UserError as error:
@@ -163,6 +167,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--png", metavar="DIRECTORY", help="draw the charts as pictures too")
     report.add_argument("--live", action="store_true", help="serve the page on this machine, and follow the runs")
     report.add_argument("--port", type=int, default=6008, help="of --live; 0: any free one")
+    report.add_argument(
+        "--push",
+        metavar="TRACKER",
+        choices=("wandb", "tensorboard", "csv"),
+        help="no page: make a tracker's copy of each run anew, from metrics.jsonl (wandb, tensorboard, csv)",
+    )
     commands.add_parser(
         "doctor",
         help="what works on this machine, and what does not and why",

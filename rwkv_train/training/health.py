@@ -39,8 +39,8 @@ class Window:
         """The largest loss that is no spike; infinite while too few are known."""
         if 2 * len(self.losses) < (self.losses.maxlen or 0):
             return math.inf
-        middle = median(self.losses)
-        deviation = 1.4826 * median([abs(loss - middle) for loss in self.losses])
+        middle = sorted(self.losses)[len(self.losses) // 2]
+        deviation = 1.4826 * sorted(abs(loss - middle) for loss in self.losses)[len(self.losses) // 2]
         return middle + self.z * max(deviation, LEAST * abs(middle))
 
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -55,7 +56,7 @@ def summarise(
     Args:
         rows: of metrics.jsonl, at least one.
     """
-    validated = [row for row in rows if "val/loss" in row]
+    validated = [row for row in rows if row.get("val/loss") is not None]
     table = Table("on the held-out text", "nats/byte", "bits/byte", title=None, title_justify="left")
     for name, loss in sorted(baselines.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{loss:.3f}", f"{loss / math.log(2):.3f}")
@@ -68,6 +69,10 @@ def summarise(
     trained = sum(row["seconds"] for row in rows)
     tokens = rows[-1]["tokens"]
     console.print(f"{rows[-1]['step']} steps, {tokens:,} tokens, {trained / 60:.1f} min in training steps")
+    if figures := figures_of(rows):
+        of_run = Table(*figures)
+        of_run.add_row(*figures.values())
+        console.print(of_run)
     console.print("\nWhere it lies:", style="bold")
     told: list[tuple[Any, str]] = [
         (run.weights, "final weights, the field's names"),
@@ -83,6 +88,21 @@ def summarise(
     console.print("\nWhat to type next:", style="bold")
     console.print(f"  {_typed('rwkv-train')} generate {run.weights} --prompt 'def '", highlight=False, soft_wrap=True)
     console.print(f"  {_typed('rwkv-train')} train --help", highlight=False, soft_wrap=True)
+
+
+def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Median speed and MFU, goodput, peak memory and left-out updates of a run, for people."""
+    known = [row for row in rows if "goodput" in row]
+    if not known:
+        return {}
+    last = known[-1]
+    figures = {
+        "tokens/s": f"{median(row['tokens_per_second'] for row in known):,.0f}",
+        "MFU": f"{median(row['mfu'] for row in known):.1%}",
+        "goodput": f"{last['goodput']:.1%}",
+        "memory": f"{max(row['memory'] for row in known) / 1e9:.2f} GB",
+    }
+    return figures | ({"updates left out": str(last["skipped"])} if last["skipped"] else {})
 
 
 def _typed(tool: str) -> str:

@@ -22,6 +22,7 @@ from rwkv_train.models.backbone import State
 from rwkv_train.training.strategy import Sharing
 
 SATURATED = math.log(0.98 / 0.02)  # σ of what is farther from 0 lies below 0.02 or above 0.98
+FINITE = torch.finfo(torch.float32).max
 SAMPLE = 4096  # values of each tensor from which the size of an update is estimated
 PLACES = ("time mix's input", "wkv state", "channel mix's input")  # of a block, in the order in which it makes them
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -52,11 +53,12 @@ class Statistics:
         self.skipped_before = 0  # by the processes before this one
         self.limit = math.inf
         self.losses: list[Tensor] = []
-        self._gone = torch.tensor(False)  # whether the gradient of some rank is not finite
-        self.finite: list[Tensor] = []  # of each pass (3, L, B): PLACES of each layer, at the end of each sample
+        self._good: Tensor | None = None  # whether the gradient is finite on all ranks; None: not known before the step
+        self.states: list[State] = []  # of each pass, at the end of its samples
         self._sums: dict[str, Tensor] = {}  # added up over passes and ranks
         self._max_logit: Tensor | None = None
-        self._sample: list[Tensor] | None = None  # of the weights before the step
+        self._sample: Tensor | None = None  # of the weights before the step
+        self._of: tuple[Tensor, Tensor] | None = None  # of each value of it, the block and how many it stands for
         self.listens = hooks
         self._blocks = cast("list[Any]", model.blocks)
         self.names = [name for name, _ in model.named_parameters()]
@@ -70,18 +72,17 @@ class Statistics:
         """Before the first pass of the step that makes `step` of them done."""
         self.due = step % self.every == 0
         self.bad = self.loss = self._max_logit = None
-        self.losses, self.finite, self._sums = [], [], {}
-        self._sample = _sampled(strategy) if self.due else None
+        self.losses, self.states, self._sums = [], [], {}
+        self._sample = self._some_weights(strategy).clone() if self.due else None
         if self.skipped is None:
             self.skipped = torch.full((), float(self.skipped_before), device=strategy.root_device)
 
     def passed(self, loss: Tensor, state: State) -> None:
         """A pass was computed."""
         self.losses.append(loss.detach())
-        with torch.no_grad():
-            parts = (state.att_x, state.wkv.flatten(2), state.ffn_x)
-            self.finite.append(torch.stack([part.detach().sum(-1).isfinite() for part in parts]))
-            if self.due:
+        self.states.append(State(*(part.detach() for part in state)))
+        if self.due:
+            with torch.no_grad():
                 content = self._blocks[0].att.content(state.wkv.detach())  # (L, B, …)
                 self._add("state", content.float().square().flatten(1).mean(1))
 
@@ -149,22 +150,26 @@ class Statistics:
         Args:
             norm: of the gradient of all ranks; None: not known yet, the strategy itself refuses a bad one.
         """
-        loss = torch.stack(self.losses).mean()
-        gone = torch.zeros_like(loss) if norm is None else (~norm.isfinite()).to(loss)
+        loss = self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).mean()
+        good = None if norm is None else norm <= FINITE
         if dist.is_initialized():
-            both = torch.stack([loss, gone])
-            dist.all_reduce(both)
-            loss, gone = (both / torch.tensor([dist.get_world_size(), 1], device=both.device)).unbind()
-        self.loss, self._gone = loss, gone > 0
-        self.bad = ~(loss.isfinite() & (loss <= self.limit)) | self._gone
+            told = torch.stack([loss, torch.ones_like(loss) if good is None else good.to(loss)])
+            dist.all_reduce(told)
+            loss, count = (told / dist.get_world_size()).unbind()
+            good = None if good is None else count == 1
+        self.loss, self._good = loss, good
+        fits = loss <= min(self.limit, FINITE)  # false of what is no number
+        self.bad = ~fits if good is None else ~(fits & good)
         return self.bad
 
     def stepped(self, norm: Tensor) -> Tensor:
         """After the optimiser's step, whose gradient had that norm; it is NaN where it is bad on any rank."""
         assert self.bad is not None
         assert self.skipped is not None
-        norm = torch.where(self._gone, math.nan, norm.to(self._gone.device))
-        self.bad = self.bad | ~norm.isfinite()
+        if self._good is None:
+            self.bad = self.bad | ~(norm.to(self.bad.device) <= FINITE)
+        elif dist.is_initialized():
+            norm = torch.where(self._good, norm, math.nan)
         self.skipped = self.skipped + self.bad
         return norm
 
@@ -209,32 +214,36 @@ class Statistics:
 
     def _update(self, strategy: Sharing) -> tuple[Tensor, Tensor]:
         """Sums of squares of the update and of the weights, of each block and of the rest; this rank's share."""
-        update = torch.zeros(len(self._blocks) + 1, device=strategy.root_device)
-        weight = torch.zeros_like(update)
         assert self._sample is not None
-        for (layer, scale, after), before in zip(_samples(strategy), self._sample, strict=True):
-            update[layer] += (after - before).square().sum() * scale
-            weight[layer] += before.square().sum() * scale
-        return update, weight
+        assert self._of is not None
+        before, after, (layers, stands_for) = self._sample, self._some_weights(strategy), self._of
+        zeros = torch.zeros(len(self._blocks) + 1, device=before.device)
+        update = zeros.index_add(0, layers, (after - before).square() * stands_for)
+        return update, zeros.index_add(0, layers, before.square() * stands_for)
+
+    def _some_weights(self, strategy: Sharing) -> Tensor:
+        """About SAMPLE values of every tensor, of the pieces that this rank owns, (n)."""
+        chosen, layers, stands_for = [torch.zeros(0, device=strategy.root_device)], [], []
+        for piece in strategy.pieces(moments=False):
+            if piece.owned and piece.values.numel():
+                values = piece.values.detach()[:: max(1, math.prod(strategy.shapes[piece.name]) // SAMPLE)]
+                chosen.append(values)
+                if self._of is None:
+                    layers += [_layer_of(piece.name, len(self._blocks))] * len(values)
+                    stands_for += [piece.values.numel() / len(values)] * len(values)
+        flat = torch.cat([values.to(strategy.root_device) for values in chosen])
+        if self._of is None:
+            self._of = torch.tensor(layers, device=flat.device), torch.tensor(stands_for, device=flat.device)
+        return flat
 
 
 def _layer_of(name: str, otherwise: int) -> int:
     return int(name.split(".")[1]) if name.startswith("blocks.") else otherwise
 
 
-def _samples(strategy: Sharing) -> list[tuple[int, float, Tensor]]:
-    """(block, weight of one value, some of its values) of every piece that this rank owns."""
-    found, blocks = [], len(strategy.lightning_module.model.blocks)  # type: ignore[union-attr, arg-type]
-    for piece in strategy.pieces(moments=False):
-        if piece.owned and piece.values.numel():
-            stride = max(1, math.prod(strategy.shapes[piece.name]) // SAMPLE)
-            chosen = piece.values.detach()[::stride]
-            found.append((_layer_of(piece.name, blocks), piece.values.numel() / chosen.numel(), chosen))
-    return found
-
-
-def _sampled(strategy: Sharing) -> list[Tensor]:
-    return [values.clone() for _, _, values in _samples(strategy)]
+def finite_places(state: State) -> Tensor:
+    """(3, L, B) bool: whether PLACES of each layer are finite, at the end of each sample."""
+    return torch.stack([part.flatten(2).sum(-1).isfinite() for part in (state.att_x, state.wkv, state.ffn_x)])
 
 
 class Flight:
@@ -246,7 +255,9 @@ class Flight:
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self.shapes = {key: tuple(value.shape) for key, value in values.items()}
-        flat = torch.cat([value.detach().reshape(-1).float() for value in values.values()])
+        found = [value.detach() for value in values.values()]
+        small = all(value.dim() == 0 and value.dtype == torch.float32 for value in found)
+        flat = torch.stack(found) if small else torch.cat([value.reshape(-1).float() for value in found])
         self._landed: Any = None
         if flat.is_cuda:
             self._host = torch.empty(flat.shape, pin_memory=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -25,6 +26,13 @@ def children(pid: int) -> list[int]:
     return [int(each) for each in found] + [grand for each in found for grand in children(int(each))]
 
 
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.slow
 def test_killed_five_times(tmp_path: Path) -> None:
     """With its trackers every second time, as when a machine goes down; else they write what is left."""
@@ -45,9 +53,10 @@ def test_killed_five_times(tmp_path: Path) -> None:
             assert process.poll() is None, "the run ended before it could be killed"
             others = children(process.pid)
             for pid in [process.pid, *(others if attempt % 2 else [])]:
-                os.kill(pid, signal.SIGKILL)
-            while not attempt % 2 and any(Path(f"/proc/{pid}").exists() for pid in others):
-                time.sleep(0.05)  # the trackers' processes finish what is there, and the run's output ends with them
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            while time.monotonic() < deadline and any(alive(pid) for pid in others):
+                time.sleep(0.05)  # the trackers' processes hand over what is there
     assert train(launcher.load(words_for(tmp_path, "killed", *WORDS, *ALL))) == 0
     assert losses(killed) == losses(whole)
     board = tensorboard_rows(killed)

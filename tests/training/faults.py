@@ -44,9 +44,9 @@ class Fault(Callback):
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.now and self.kind == "gradient" and trainer.global_rank == self.rank:
-            weights = pl_module.model.blocks[1].ffn.key.weight
-            if weights.grad is not None:
-                weights.grad.view(-1)[0] = float("inf")
+            gradient = pl_module.model.blocks[1].ffn.key.weight.grad
+            if gradient is not None:
+                getattr(gradient, "_local_tensor", gradient).view(-1)[0] = float("inf")  # of FSDP2: this rank's slice
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         if self.now and self.kind == "rate":

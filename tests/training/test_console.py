@@ -15,6 +15,7 @@ from rwkv_train import launcher
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.profiling import advice_on, costs_of
 from rwkv_train.training.callbacks.progress import ProgressBar, span
+from rwkv_train.training.outcome import figures_of
 from rwkv_train.training.records import JsonLines
 from rwkv_train.training.run import train
 from tests.runs import words_for
@@ -102,3 +103,11 @@ def test_advice() -> None:
         "10% goes into .item(): a callback asks the device for a number in every step",
     ]
     assert advice_on([("aten::mm", 1.0, 1)], 1.0) == []
+
+
+def test_the_figures_at_the_end() -> None:
+    rows = [row(step, memory=step * 10**9, goodput=0.9, skipped=0) for step in (1, 2, 3)]
+    expected = {"tokens/s": "2,000", "MFU": "40.0%", "goodput": "90.0%", "memory": "3.00 GB"}
+    assert figures_of(rows) == expected
+    assert figures_of([*rows, {**rows[-1], "skipped": 2}]) == {**expected, "updates left out": "2"}
+    assert figures_of([{"step": 1}]) == {}

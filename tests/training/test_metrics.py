@@ -122,7 +122,10 @@ def test_against_plain_arithmetic(tmp_path: Path) -> None:
     assert all(0 < ratio < 2 for ratio in row["layers/contribution"])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_2", "deepspeed_3"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "deepspeed_2", "deepspeed_3"))],
+)
 def test_two_ranks_say_what_one_says(tmp_path: Path, strategy: str) -> None:
     """The same batch in two passes, or on two ranks in one each; whatever a rank holds of the model."""
     steps = ["budget.steps=5", EVERY, "validation.every.steps=5"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rwkv_train import launcher
+from rwkv_train import cli, launcher
 from rwkv_train.errors import UserError
 from rwkv_train.training import watching
 from rwkv_train.training.run import train
@@ -202,7 +202,7 @@ def test_wandb_without_a_key(
     assert {step for _, step in wandb_rows(tmp_path / "runs" / "run")} == set(range(1, 7))
 
 
-def test_push(tmp_path: Path) -> None:
+def test_push(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that had no tracker gets one from its files."""
     assert train(launcher.load(words_for(tmp_path, "run", "budget.steps=8", "statistics.every.steps=4"))) == 0
     run = tmp_path / "runs" / "run"
@@ -212,6 +212,11 @@ def test_push(tmp_path: Path) -> None:
     sent = {step: row for (name, step), row in wandb_rows(run).items() if name == state["id"]}
     truth = {row["step"]: dict(flat(row)) for row in rows(run)}
     assert {s: {k: v for k, v in row.items() if not k.startswith("_")} for s, row in sent.items()} == truth
+    assert cli.main(["report", str(run), "--push", "csv"]) == 0
+    with open(run / "metrics.csv", newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 9))
+    assert f"{run}: 8 steps in csv\n" in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path), "--push", "wandb"]) == 2
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty has no metrics\.jsonl with a row"):
         push(tmp_path / "empty", "wandb", tree)
@@ -237,3 +242,32 @@ def test_tail_of_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tracker", [TensorBoard, CSV])
 def test_a_state_of_its_own(tracker: type[Tracker]) -> None:
     assert tracker().state == {}
+
+
+def test_tensorboard_reads_it_as_we_do(tmp_path: Path) -> None:
+    """A process that is killed behind step 5, one that goes on from step 3, and a rewind to step 4."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = Run(tmp_path, "run")
+    first = TensorBoard()
+    assert first.begin(run, 0) == 0
+    for step in range(1, 6):
+        first.row({"step": step, "time": 1e9 + step, "train/loss": float(step)})
+    first.flush()
+    second = TensorBoard()
+    second.state = dict(first.state)
+    assert second.begin(run, 3) == 3
+    first.end()
+    for step in (4, 5, 6):
+        second.row({"step": step, "time": 1e9 + step, "train/loss": 10.0 + step})
+    second.event({"time": 1e9, "event": "rewound", "step": 4})
+    second.flush()
+    assert second.back(4) == 4
+    second.row({"step": 5, "time": 1e9, "train/loss": 20.0})
+    second.flush()
+    second.end()
+    expected = {1: 1.0, 2: 2.0, 3: 3.0, 4: 14.0, 5: 20.0}
+    assert {step: row["train/loss"] for step, row in tensorboard_rows(tmp_path).items()} == expected
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert {event.step: event.value for event in read.Scalars("train/loss")} == expected

@@ -21,6 +21,7 @@ from torch import Tensor
 from rwkv_train.config import HealthSettings
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
+from rwkv_train.models.backbone import State
 from rwkv_train.training.callbacks.checkpointing import Checkpointing, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics, Row
 from rwkv_train.training.checkpoint.directory import newest, read_meta
@@ -29,9 +30,11 @@ from rwkv_train.training.directory import RunDirectory
 from rwkv_train.training.health import Alerts, Window
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.records import Events, Refusals
-from rwkv_train.training.statistics import PLACES
+from rwkv_train.training.statistics import PLACES, finite_places
 
+RENEWED = 10  # steps between two limits
 SHOWN = 4  # bad samples that are told
+KEPT = 3  # checkpoints for replays; older ones take no more room
 MOST = 64  # of them in the replay file
 TEXT = 120  # characters of each
 
@@ -41,7 +44,7 @@ class _Evidence:
     """What a step leaves for the case that it turns out bad."""
 
     limit: float  # a larger loss is a spike
-    finite: list[Tensor]
+    states: list[State]
     gradient_norms: Tensor | None
 
 
@@ -93,6 +96,7 @@ class Health(Callback):
         self._evidence: dict[int, _Evidence] = {}  # by step
         self._streak = 0  # bad steps in a row
         self._first_bad = 0  # of them
+        self._high = False  # whether the step before was a spike that only alerts
         self._todo: str | None = None  # rewind or stop, before the next step
         self._limit = math.inf
         self._module: RWKVModule | None = None
@@ -110,11 +114,12 @@ class Health(Callback):
             return
         todo, self._todo = self._todo, None
         if todo is not None:
-            reason = self._rewind(trainer, pl_module) if todo == "rewind" else "health says stop"
+            reason = self._rewind(trainer, pl_module) if todo == "rewind" else "a bad step, and the policy is to stop"
             if reason is not None:
                 self.stopped = reason
                 trainer.should_stop = pl_module.rewound = True
-        self._limit = self.window.limit()
+        if trainer.global_step % RENEWED == 0:
+            self._limit = self.window.limit()
         if self.settings.spike != "alert":
             pl_module.statistics.limit = self._limit
 
@@ -124,7 +129,7 @@ class Health(Callback):
         assert isinstance(pl_module, RWKVModule)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             norms = pl_module.strategy.gradient_norms
-            self._evidence[trainer.global_step] = _Evidence(self._limit, pl_module.statistics.finite, norms)
+            self._evidence[trainer.global_step] = _Evidence(self._limit, pl_module.statistics.states, norms)
 
     def _see(self, row: Row) -> None:
         """Judges a step; called on all ranks, which see the same numbers."""
@@ -135,13 +140,15 @@ class Health(Callback):
             self._tell(kind, step, text)
         finite = loss is not None and row["grad_norm"] is not None
         if evidence is None or (finite and loss <= evidence.limit):
-            self._streak = 0
+            self._streak, self._high = 0, False
             return
         policy = self.settings.spike if finite else self.settings.nonfinite
-        bad = self._examine(step - 1, evidence, finite)
         if policy == "alert":
-            self._report(row, bad, "the step counts as any other", None)
+            if not self._high:  # a loss that stays up is told once
+                self._report(row, self._examine(step - 1, evidence, finite), "the step counts as any other", None)
+            self._high = True
             return
+        bad = self._examine(step - 1, evidence, finite)
         self._streak += 1
         if self._streak == 1:
             self._first_bad = step
@@ -156,7 +163,8 @@ class Health(Callback):
         assert self._module is not None
         if finite:
             return _Bad("spike", "the loss", None, self._samples(step, None))
-        bad = [(lay, place, n, row) for n, flags in enumerate(evidence.finite) for place, lay, row in _where(~flags)]
+        flags = [~finite_places(state) for state in evidence.states]
+        bad = [(layer, place, n, row) for n, each in enumerate(flags) for place, layer, row in _where(each)]
         norms = evidence.gradient_norms
         gone = None if norms is None else [index for (index,) in _where(~norms.isfinite())]
         ranks: list[Any] = [(bad, gone)]
@@ -196,6 +204,9 @@ class Health(Callback):
             checkpoint, _ = newest(self.saving.directory, self.saving.storage, content=False, before=step)
             if checkpoint is not None:
                 checkpoint = _kept(checkpoint, folder / checkpoint.name)
+                held = [path for path in folder.iterdir() if path.is_dir()]
+                for old in sorted(held, key=lambda path: path.stat().st_mtime)[:-KEPT]:
+                    shutil.rmtree(old)
             told = {
                 "step": step,
                 "kind": bad.kind,
@@ -279,7 +290,7 @@ class Health(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         streak = {"streak": self._streak, "first_bad": self._first_bad, "todo": self._todo}
-        checkpoint["health"] = {"losses": list(self.window.losses), **streak}
+        checkpoint["health"] = {"losses": list(self.window.losses), "limit": self._limit, **streak}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
@@ -292,7 +303,7 @@ class Health(Callback):
         held = checkpoint.get("health", {})
         self.window = Window(self.settings.window, self.settings.z, held.get("losses"))
         self._streak, self._first_bad = held.get("streak", 0), held.get("first_bad", 0)
-        self._todo = held.get("todo")
+        self._todo, self._limit = held.get("todo"), held.get("limit", math.inf)
 
 
 def read_passed_over(run: RunDirectory) -> dict[str, Any]:

@@ -125,8 +125,8 @@ class Metrics(Callback):
         now, step = time.perf_counter(), trainer.global_step
         row: Row = {"step": step, "tokens": pl_module.tokens_seen, "lr": pl_module.lr}
         row |= {"seconds": round(now - self._began, 6), "time": round(time.time(), 3), "memory": _memory(strategy)}
-        by_source = trainer.datamodule.batches.tokens_by_source(step)  # type: ignore[attr-defined]
-        if len(by_source) > 1:
+        if len(statistics.sources) > 1:
+            by_source = trainer.datamodule.batches.tokens_by_source(step)  # type: ignore[attr-defined]
             row.update({f"tokens/{name}": tokens for name, tokens in by_source.items()})
         row["mfu"] = utilisation(
             pl_module.model.matmul_parameters(),

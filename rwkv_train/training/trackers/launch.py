@@ -11,6 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from rwkv_train.errors import UserError
+from rwkv_train.resources import resource
 from rwkv_train.training.directory import RunDirectory
 from rwkv_train.training.trackers import Run
 from rwkv_train.training.trackers.follow import Follower, make
@@ -77,21 +81,33 @@ def push(path: Path, name: str, tree: Mapping[str, Any], packages: Sequence[str]
         UserError: the run has no rows, or the tracker cannot be made.
         Exception: whatever the tracker raises.
     """
-    import yaml
-
-    from rwkv_train.errors import UserError
-
     run = RunDirectory(str(path.parent), path.name)
     if not run.metrics.exists() or not run.metrics.stat().st_size:
         raise UserError(f"{path} has no metrics.jsonl with a row", "name the directory of a run, such as runs/NAME")
-    config = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run.config.exists() else {}
-    tracker = make(name, tree, packages)
     notes = path / "trackers" / f"pushed-{name}.json"
     notes.unlink(missing_ok=True)
-    told = Run(path, path.name, {"config": config})
-    follower = Follower(tracker, told, 0, notes, run.metrics, run.events)
+    tracker = make(name, tree, packages)
+    follower = Follower(tracker, Run(path, path.name, {"config": _config(run)}), 0, notes, run.metrics, run.events)
     follower.since = 0.0
     while follower.catch_up():
         pass
     follower.end()
     return tracker.state
+
+
+def push_all(runs: Sequence[Path], name: str) -> int:
+    """`rwkv-train report RUN_DIR … --push TRACKER`: exit code 0.
+
+    The tracker is the one of conf/logger; of its arguments those count that a run was started with.
+    """
+    for path in runs:
+        tree = yaml.safe_load((resource("conf") / "logger" / f"{name}.yaml").read_text(encoding="utf-8"))[name]
+        own = (_config(RunDirectory(str(path.parent), path.name)).get("logger") or {}).get(name) or {}
+        state = push(path, name, {**tree, **{key: own[key] for key in tree.keys() & own.keys() if key != "_target_"}})
+        where = f", run {state['id']}" if "id" in state else ""
+        print(f"{path}: {state['sent']} steps in {name}{where}")
+    return 0
+
+
+def _config(run: RunDirectory) -> dict[str, Any]:
+    return yaml.safe_load(run.config.read_text(encoding="utf-8")) or {} if run.config.exists() else {}
