@@ -10,8 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+# Assumed, since they are the site's: what `rwkv-train status` tells of a run's checkpoints is better.
+PROBE = 1.0  # seconds that every checkpoint stops the training: the probe loss, agreement
 COPY = 10e9  # bytes per second of one device's state into the host's memory, while training waits
-STORE = 2e9  # bytes per second of one machine's files, while it goes on
+STORE = 2e9  # bytes per second of one machine's files, while it goes on,
+STORES = 100e9  # and of all machines'
 
 # Failures of one machine and day, as published for clusters of eight GPUs a machine.
 RATES = {
@@ -40,6 +43,20 @@ class Cost:
     restart: float = 300.0
 
 
+def cost(state: float, owners: int, machines: int, background: bool) -> Cost:
+    """What a checkpoint takes.
+
+    Args:
+        state: bytes of all of it.
+        owners: devices among which it is shared out.
+        machines: on which these are.
+        background: whether it is written while the training goes on.
+    """
+    pause = PROBE + state / owners / COPY
+    writing = state / min(STORE * min(owners, machines), STORES)
+    return Cost(pause, writing) if background else Cost(pause + writing)
+
+
 def between_failures(machines: int, rate: float) -> float:
     """Seconds between two failures of a run, on average.
 
@@ -50,17 +67,18 @@ def between_failures(machines: int, rate: float) -> float:
     return 86400 / (machines * rate)
 
 
-def interval(pause: float, mtbf: float) -> float:
-    """Daly's optimum: seconds of training between two checkpoints (his equation 37).
+def interval(cost: Cost, mtbf: float) -> float:
+    """Daly's optimum: seconds of training between two checkpoints (his equation 37), one after the other.
 
     Args:
-        pause: seconds that each stops the training.
+        cost: of each.
         mtbf: seconds between two failures.
     """
-    if pause >= 2 * mtbf:
-        return mtbf
-    part = pause / (2 * mtbf)
-    return max(math.sqrt(2 * pause * mtbf) * (1 + math.sqrt(part) / 3 + part / 9) - pause, pause)
+    if cost.pause >= 2 * mtbf:
+        return max(mtbf, cost.writing)
+    part = cost.pause / (2 * mtbf)
+    best = math.sqrt(2 * cost.pause * mtbf) * (1 + math.sqrt(part) / 3 + part / 9) - cost.pause
+    return max(best, cost.pause, cost.writing)
 
 
 def goodput(every: float, cost: Cost, mtbf: float) -> float:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rwkv_train.config import Config
-from rwkv_train.planning.interval import COPY, RATES, STORE, Cost, between_failures, goodput, interval
+from rwkv_train.planning.interval import RATES, between_failures, cost, goodput, interval
 from rwkv_train.planning.plan import Plan
 
 _CLUSTER = "RSC-1"  # the less reliable of those whose failures are published
@@ -112,15 +112,14 @@ def as_json(plan: Plan, config: Config, change: tuple[str, Plan] | None) -> str:
 
 def _interval(plan: Plan, config: Config) -> tuple[int, float, float]:
     """The best interval between checkpoints in steps and seconds, and the goodput with it."""
-    layout, state = plan.layout, plan.memory.checkpoint
+    layout = plan.layout
     machines = -(-layout.ranks // plan.card.per_machine)
-    shared = layout.ranks if layout.strategy not in ("single", "ddp") else 1
-    copying, writing = state / shared / COPY, state / min(shared, machines) / STORE
-    cost = Cost(copying, writing) if config.checkpoint.background else Cost(copying + writing)
+    owners = layout.ranks if layout.strategy not in ("single", "ddp") else 1
+    each = cost(plan.memory.checkpoint, owners, machines, config.checkpoint.background)
     mtbf = between_failures(machines, RATES[_CLUSTER])
-    steps = max(1, round(interval(cost.pause, mtbf) / plan.speed.seconds))
+    steps = max(1, round(interval(each, mtbf) / plan.speed.seconds))
     every = steps * plan.speed.seconds
-    return steps, every, goodput(every, cost, mtbf)
+    return steps, every, goodput(every, each, mtbf)
 
 
 def _days(plan: Plan, config: Config) -> float | None:

@@ -29,18 +29,19 @@ def simulated(every: float, cost: Cost, mtbf: float, failures: int = 20000) -> f
 )
 def test_goodput_is_that_of_random_failures(pause: float, restart: float, mtbf: float) -> None:
     cost = Cost(pause, 0.0, restart)
-    every = interval(pause, mtbf)
+    every = interval(cost, mtbf)
     assert goodput(every, cost, mtbf) == pytest.approx(simulated(every, cost, mtbf), abs=0.01)
     assert goodput(every, Cost(pause, 20.0, restart), mtbf) < goodput(every, cost, mtbf)
 
 
 @pytest.mark.parametrize(("pause", "mtbf"), [(1.0, 86400.0), (5.0, 30000.0), (60.0, 10000.0), (300.0, 3000.0)])
 def test_the_interval_is_the_best_one(pause: float, mtbf: float) -> None:
-    best = interval(pause, mtbf)
+    best = interval(Cost(pause), mtbf)
     found = max(range(1, 40000), key=lambda every: goodput(float(every), Cost(pause), mtbf))
     assert best == pytest.approx(found, rel=0.02, abs=1.0)
-    assert interval(0.01, mtbf) == pytest.approx(math.sqrt(2 * 0.01 * mtbf), rel=0.01)  # Young's
-    assert interval(3 * mtbf, mtbf) == mtbf
+    assert interval(Cost(0.01), mtbf) == pytest.approx(math.sqrt(2 * 0.01 * mtbf), rel=0.01)  # Young's
+    assert interval(Cost(3 * mtbf), mtbf) == mtbf
+    assert interval(Cost(pause, 2 * best), mtbf) == 2 * best  # one after the other
 
 
 def test_published_failures() -> None:
