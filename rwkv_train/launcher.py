@@ -27,20 +27,21 @@ SPINS = (
 )
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], submitted: bool = False) -> int:
     """Composes and checks what the words ask for, then trains.
 
     Args:
         argv: the command line without the program's name.
+        submitted: whether this is the job that the words of `launcher` have asked for.
 
     Returns:
-        the exit code: 0, 2 for a mistake of the user's, 3 where the disk refused writes, 4 where the run has failed
-        three times at one step, 75 where a signal stopped the run, 130 for a Ctrl-C before it began or a second one.
+        the exit code: 0, 2 for a mistake of the user's, 3 where the disk refused writes, 75 where a signal stopped the
+        run, 130 for a Ctrl-C before it began or a second one; docs/slurm.md has them all.
         The first process also writes it to the file that RWKV_EXIT names: srun's own is the highest of all processes'.
     """
     share_cores()
     try:
-        code = _main(argv)
+        code = _main(argv, submitted)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = INTERRUPTED
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def _main(argv: Sequence[str]) -> int:
+def _main(argv: Sequence[str], submitted: bool) -> int:
     here = place()
     try:
         flags, words = _split(argv)
@@ -64,7 +65,7 @@ def _main(argv: Sequence[str]) -> int:
         _show("---\n".join(map(_as_yaml, configs)))
         return 0
     try:
-        if any(config.launcher for config in configs):
+        if not submitted and any(config.launcher for config in configs):
             return _submit(lines, configs, flags.config_dir)
         if flags.multirun:
             return _run_all(lines, configs, flags.config_dir)
@@ -245,7 +246,7 @@ def _submit(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_di
 
 def run_job(argv: Sequence[str]) -> None:
     """What a job of `launcher=slurm` calls in each of its tasks; its exit code is the run's."""
-    sys.exit(main(argv))
+    sys.exit(main(argv, submitted=True))
 
 
 def _run_all(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_dir: Path | None) -> int:

@@ -48,7 +48,7 @@ def submit(lines: Sequence[Sequence[str]], configs: Sequence[Config], run: Calla
             executor.update_parameters(**parameters)
             with executor.batch():
                 for number in same:
-                    jobs[number] = executor.submit(run, [*lines[number], "launcher=local"])
+                    jobs[number] = executor.submit(run, lines[number])
         except (FailedJobError, RuntimeError, OSError) as error:  # no srun, no sbatch, no such partition
             said = " ".join(str(error).split())
             raise UserError(f"launcher=slurm: {said}", "sbatch and srun must work here; launcher.partition=…") from None

@@ -74,7 +74,9 @@ def fit(parts: Parts) -> int:
         ExitStack() as open_files,
     ):
         _gather(parts)
-        return _fit(parts, watching, callbacks, restarts, open_files)
+        code = _fit(parts, watching, callbacks, restarts, open_files)
+    restarts.requeue()
+    return code
 
 
 def _gather(parts: Parts) -> None:

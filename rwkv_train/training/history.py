@@ -14,7 +14,15 @@ from rwkv_train.training.directory import RunDirectory
 from rwkv_train.training.records import JsonLines
 
 STARTS = ("started", "resumed")
-PLANNED = ("finished", "stopped", "interrupted", "preempted", "requeued", "requeue_failed")  # ends that are no failures
+PLANNED = (  # ends that are no failures
+    "finished",
+    "stopped",
+    "interrupted",
+    "preempted",
+    "requeued",
+    "requeue_failed",
+    "unhealthy",
+)
 TRIES = 3  # failures at one step after which a run stops
 
 Row = Mapping[str, Any]

@@ -16,7 +16,7 @@ from rwkv_train.training.records import Events
 from rwkv_train.training.strategy import Sharing
 
 _PATIENCE = 0.5  # seconds for the last words of another rank
-GIVEN_UP = 5  # exit code: the run has failed several times at one step, and another try would as well
+GIVEN_UP = 6  # exit code: the run has failed several times at one step, and another try would as well
 
 
 class Restarts:
@@ -33,6 +33,7 @@ class Restarts:
     def __init__(self, parts: Parts) -> None:
         self.parts, self.history = parts, History([], [])
         self.signals = Signals(self.seconds_left)
+        self._leaving: tuple[Events, int] | None = None
         place, settings = parts.place, parts.config.cluster
         self.job = None if place.job is None else Job(place.job, settings.requeue)
 
@@ -49,10 +50,7 @@ class Restarts:
         return self.parts.config.cluster.grace if left is None else left
 
     def after_signal(self, events: Events, step: int, name: str, too_late: str | None, next_time: str) -> None:
-        """Tells what has stopped the run, and puts its job back into the queue; the first rank alone does.
-
-        Must come last: SLURM ends the job's processes as soon as it is asked.
-        """
+        """Tells what has stopped the run, and whether `requeue` will put its job back."""
         say = self.parts.console.print
         late = {} if too_late is None else {"no_checkpoint": too_late}
         events.add("interrupted" if name == "SIGINT" else "preempted", step, signal=name, **late)
@@ -66,9 +64,20 @@ class Restarts:
             return
         say(f"job {self.job.number} goes back into the queue")
         events.add("requeued", step, job=self.job.number)
+        self._leaving = events, step
+
+    def requeue(self) -> None:
+        """Puts the job back, where a signal has stopped the run; the first rank alone does, and once.
+
+        Must come last: SLURM ends the job's processes as soon as it is asked.
+        """
+        if self._leaving is None or self.job is None:
+            return
+        (events, step), self._leaving = self._leaving, None
         if (failure := self.job.requeue()) is not None:
-            say(f"[bold red]not put back into the queue[/bold red]: {failure}")
+            self.parts.console.print(f"[bold red]not put back into the queue[/bold red]: {failure}")
             events.add("requeue_failed", step, reason=failure)
+            events.close()
 
     def after_failure(self, error: BaseException, events: Events, strategy: Sharing, reached: int) -> bool:
         """Notes why this start ends, in the words of the rank that failed first, as far as they can be had.

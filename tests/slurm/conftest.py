@@ -59,7 +59,7 @@ class Training:
     def wait(self, holds: Callable[[], Any], what: str) -> None:
         """Until something holds, while the job goes on."""
         wait_until(lambda: holds() or self.over(), f"{what} of {self.run.name}")
-        assert holds(), self.told()
+        assert holds(), f"{self.state()}\n{self.told()}"
 
     def over(self) -> bool:
         return self.state() not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")

@@ -142,7 +142,7 @@ def test_a_run_that_fails_at_the_same_step_each_time_ends(cluster: Cluster, fold
     crash = ["+callbacks.crash._target_=tests.slurm.pace.Crash", "+callbacks.crash.step=9", "+callbacks.crash.rank=1"]
     training = Training(cluster, folder, "crash", *WORDS, "packages=[tests]", *crash, "cluster.preflight=120")
     assert training.end() == "FAILED"
-    assert cluster.job(training.job)["ExitCode"] == "5:0", training.told()
+    assert cluster.job(training.job)["ExitCode"] == "6:0", training.told()
     assert training.story() == ["started", "failed", "started", "failed", "started", "failed", "given_up"]
     reasons = [row["reason"] for row in training.events() if row["event"] in ("failed", "given_up")]
     assert any("RuntimeError: a planted error" in reason for reason in reasons), reasons
