@@ -25,6 +25,7 @@ def test_every_schedule_ends_by_the_right_verdict() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_nine_thousand_schedules() -> None:
     assert list(failures(range(1000, 10_000))) == []
 
