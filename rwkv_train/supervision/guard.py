@@ -31,6 +31,7 @@ from rwkv_train.supervision.heart import Listener
 from rwkv_train.supervision.watch import Coordinator, Limits, Member, Phase, Report, Stragglers, Verdict, limit
 
 TICK = 1.0  # seconds between two looks
+LENIENT = 10  # times the limits, where there is one rank alone
 GAP = 5.0  # seconds by which a look comes too late when this process itself was stopped
 DUMP = 10.0  # seconds that py-spy may take
 PATIENCE = 5.0  # seconds that a rank has for its last word before SIGKILL
@@ -59,7 +60,8 @@ class Line:
         *lines, self._came = self._came.split(b"\n")
         for line in lines:
             with suppress(ValueError):
-                yield json.loads(line)
+                if isinstance(message := json.loads(line), dict):  # a stranger may have found the port
+                    yield message
 
     def write(self, message: dict[str, Any]) -> None:
         """Sends what fits now; the rest goes with the next message."""
@@ -75,9 +77,9 @@ class Line:
 class Rank:
     """The process that is watched, seen from outside."""
 
-    def __init__(self, pid: int, heart: Listener, limits: Limits) -> None:
+    def __init__(self, pid: int, heart: Listener, limits: Limits, alone: bool) -> None:
         self.pid, self.heart, self.limits = pid, heart, limits
-        self.alone = True  # nobody waits for a rank that is alone: it may be stopped, by Ctrl-Z say
+        self.alone = alone  # nobody waits for a rank that is alone: it may be stopped by Ctrl-Z, or in a debugger
         self.number, self.node = 0, ""
         self.ended: str | None = None
         self._stopped: float | None = None
@@ -103,7 +105,7 @@ class Rank:
             beat.index,
             beat.phase,
             still=now - max(beat.since, self._excused),
-            limit=limit(self.limits, beat.phase, beat.paced, beat.pace),
+            limit=limit(self.limits, beat.phase, beat.paced, beat.pace) * (LENIENT if self.alone else 1),
             stopped=0.0 if self._stopped is None else now - self._stopped,
             frozen=now - max(beat.alive, self._excused),
             state=state,
@@ -127,12 +129,12 @@ class Guard:
     """The loop.
 
     Args:
-        settings: pid, memory and listener (file descriptors), limits, stragglers (factor, steps), py_spy (a path).
+        settings: pid, alone, memory and listener (file descriptors), limits, stragglers (factor, steps), py_spy (path).
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.limits = Limits(**settings["limits"])
-        self.rank = Rank(settings["pid"], Listener(settings["memory"]), self.limits)
+        self.rank = Rank(settings["pid"], Listener(settings["memory"]), self.limits, settings["alone"])
         self.settings = settings
         self.words = Line(socket.socket(fileno=settings["words"]))  # with the rank
         self.server = None if settings["listener"] is None else socket.socket(fileno=settings["listener"])
@@ -188,7 +190,7 @@ class Guard:
 
     def _join(self, rank: int, ranks: int, node: str, directory: str, address: list[Any], token: str) -> None:
         now = time.monotonic()
-        self.rank.number, self.rank.node, self.rank.alone = rank, node, ranks == 1
+        self.rank.number, self.rank.node = rank, node
         self.directory, self.address, self.token = Path(directory), (address[0], address[1]), token
         if rank == 0:
             self.coordinator = Coordinator(ranks, self.limits, now)

@@ -8,6 +8,7 @@ import math
 import signal
 import warnings
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -156,7 +157,9 @@ def _fit(
     if not parts.first:
         follow_parent()
     alone = data.split.ranks == 1
-    watchdog = Watchdog(config.watchdog, run.incarnations, parts.first, alone, parts.place.node, events.show)
+    watchdog = Watchdog(
+        config.watchdog, run.incarnations, parts.first, alone, parts.place.node, partial(events.show, anew=True)
+    )
     ours: list[Callback] = [*watching.callbacks(lines, events, saving), ending, signals, watchdog]
     if checkpoint is None and parts.first and not strategy.sharded:
         ours.append(LambdaCallback(on_train_start=lambda *_: _sample(parts, 0, refusals)))

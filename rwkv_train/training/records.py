@@ -160,9 +160,9 @@ class JsonLines:
             self.shown.number = int(path.parent.name)
         self.show()
 
-    def show(self) -> None:
-        """Makes the merge anew where it is not current; what the disk refuses is told by the next row."""
-        if self.enabled and self.shown is not None and (self._unshown or not self.shown.current):
+    def show(self, anew: bool = False) -> None:
+        """Makes the merge anew, in any case or where it is not current; what the disk refuses the next row tells."""
+        if self.enabled and self.shown is not None and (anew or self._unshown or not self.shown.current):
             with contextlib.suppress(OSError):
                 self.shown.renew()
                 self._unshown.clear()
@@ -184,6 +184,11 @@ class Events(JsonLines):
     def add(self, event: str, step: int, **details: Any) -> None:
         tokens = step * self.tokens_per_step
         self.append({"time": round(time.time(), 3), "event": event, "step": step, "tokens": tokens, **details})
+
+    def close(self) -> None:
+        """The watchdog has a file of its own, which nothing follows."""
+        self.show(anew=True)
+        super().close()
 
 
 def append(file: BinaryIO, data: bytes) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,23 +12,22 @@ from rwkv_train.supervision.watch import Coordinator, Member, Report, Stragglers
 from tests.supervision.watching import FAULTS, Schedule, schedule
 
 
-def failures(seeds: range) -> list[str]:
-    found = []
+def failures(seeds: range) -> Iterator[str]:
     for seed in seeds:
         one = schedule(seed)
         one.run()
         if (wrong := one.wrong()) is not None:
-            found.append(f"seed {seed}, {one.ranks} ranks, {one.fault}: {wrong}")
-    return found
+            yield f"seed {seed}, {one.ranks} ranks, {one.fault}: {wrong}"
 
 
 def test_every_schedule_ends_by_the_right_verdict() -> None:
-    assert failures(range(1, 301)) == []
+    assert list(failures(range(1, 301))) == []
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_nine_thousand_schedules() -> None:
-    assert failures(range(1000, 10_000)) == []
+    assert list(failures(range(1000, 10_000))) == []
 
 
 @pytest.mark.parametrize("fault", ["hang", "stop", "kill", "node"])
@@ -68,7 +67,7 @@ BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
 def test_a_broken_rule_is_seen(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     where, name, instead = BROKEN[number]
     monkeypatch.setattr(where, name, instead)
-    assert failures(range(1, 301))
+    assert any(failures(range(1, 301)))
 
 
 @pytest.mark.parametrize("constants", [{"SILENCE": 2.0, "SPREAD": 0.0}, {"SPREAD": 0.0}, {"ALONE": 5.0}])
@@ -76,7 +75,7 @@ def test_too_little_patience_is_seen(constants: dict[str, float], monkeypatch: p
     """Messages are lost: two seconds without one mean nothing."""
     for name, value in constants.items():
         monkeypatch.setattr(watch, name, value)
-    assert failures(range(1, 301))
+    assert any(failures(range(1, 301)))
 
 
 def test_all_faults_are_among_them() -> None:

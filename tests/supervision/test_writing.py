@@ -37,6 +37,7 @@ def test_every_schedule_leaves_a_whole_run(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_thousand_schedules(folder: Path) -> None:
     assert failures(folder, range(1000, 2000)) == []
 

@@ -45,7 +45,7 @@ def ends(words: list[str], run: Path, stop: int | None = None) -> list[int | Non
             process.join()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_rank_is_named_and_the_run_goes_on_as_if_it_had_not_been(tmp_path: Path, rank: int) -> None:
     whole, run = tmp_path / "runs" / "whole", tmp_path / "runs" / "run"
     steps = "budget.steps=60"

@@ -115,6 +115,7 @@ class Watchdog(Callback):
         beside = Path(sys.executable).with_name("py-spy")
         settings = {
             "pid": os.getpid(),
+            "alone": self.alone,
             "memory": self.heart.fd,
             "words": theirs.fileno(),
             "listener": None if self._listener is None else self._listener.fileno(),
