@@ -253,9 +253,21 @@ def _check_callbacks(config: Config) -> Iterator[UserError]:
 
 
 def _check_replay(config: Config) -> Iterator[UserError]:
-    if config.replay is not None and not Path(config.replay).expanduser().is_file():
+    if config.replay is None:
+        return
+    try:
+        told = json.loads(Path(config.replay).expanduser().read_text(encoding="utf-8"))
+        checkpoint = (told["step"], told["config"], told["samples"], told["checkpoint"])[-1]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or "it was not written by a bad step"
         yield UserError(
-            f"replay={config.replay}: there is no such file", "a bad step leaves one: RUN/replay/step_000001234.json"
+            f"replay={config.replay} cannot be read: {reason}", "a file like RUN/replay/step_000001234.json"
+        )
+        return
+    if checkpoint is not None and not Path(checkpoint).exists():
+        yield UserError(
+            f"replay={config.replay} starts from {checkpoint}, which is gone",
+            "an older checkpoint of the run as resume=CHECKPOINT comes to that step as well",
         )
 
 

@@ -188,10 +188,10 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
         LIGHTNING,
         ["logger.wandb: rwkv_train.training.trackers.wandb.Wandb got an unexpected keyword argument 'projekt'"],
     ),
-    "replay of nothing": (["replay=no.json"], CONFIG, ["replay=no.json: there is no such file"]),
+    "replay of nothing": (["replay=no.json"], CONFIG, ["replay=no.json cannot be read: No such file or directory"]),
     "replay of something else": (
         ["replay=zero.json"],
-        TORCH,
+        CONFIG,
         ["replay=zero.json cannot be read: it was not written by"],
     ),
     "weights missing": (["init.weights=no.pth"], CONFIG, ["init.weights=no.pth: there is no such file"]),

@@ -233,7 +233,8 @@ class Statistics:
                     stands_for += [piece.values.numel() / len(values)] * len(values)
         flat = torch.cat([values.to(strategy.root_device) for values in chosen])
         if self._of is None:
-            self._of = torch.tensor(layers, device=flat.device), torch.tensor(stands_for, device=flat.device)
+            places = torch.tensor(layers, dtype=torch.int64, device=flat.device)  # none on a rank that owns nothing
+            self._of = places, torch.tensor(stands_for, dtype=torch.float32, device=flat.device)
         return flat
 
 

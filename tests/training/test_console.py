@@ -79,7 +79,7 @@ def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert any(name.startswith("ProfilerStep#") for name in names)
     assert any("wkv4" in name for name in names)
     said = capsys.readouterr().out
-    table = said[said.index("where 10 steps went") :]
+    table = said[said.index("where 10 steps went") : said.index("the whole of it")]
     lines = [line for line in table.splitlines() if line.startswith("│")]
     assert len(lines) == 10
     shares = [float(line.split("│")[3].strip().rstrip("%")) for line in lines]

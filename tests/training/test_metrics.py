@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -14,10 +15,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from rwkv_train import launcher
+from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.models.rwkv4 import TimeMix
 from rwkv_train.training.callbacks import metrics
+from rwkv_train.training.checkpoint.pieces import WEIGHT, Piece
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
+from rwkv_train.training.statistics import Statistics
 from rwkv_train.training.throughput import Stopwatch
 from tests.runs import ROOT, rows, train_ranks, words_for
 
@@ -217,3 +221,24 @@ def test_the_stopwatch() -> None:
     assert set(spent) == {"data", "forward", ""}
     assert sum(spent.values()) == pytest.approx(marks[-1][1] - marks[0][1])
     assert len(watch.lap()) == 1
+
+
+def test_a_rank_that_owns_nothing() -> None:
+    """Of whole copies the first rank alone owns the weights: the others add zeros to the sums."""
+    model = build_model(ModelConfig("rwkv4", n_layer=2, n_embd=8, vocab_size=16), seed=1)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    def pieces(owned: bool) -> Any:
+        found = [Piece(WEIGHT, name, 0, p.detach().view(-1), owned) for name, p in model.named_parameters()]
+        return SimpleNamespace(pieces=lambda moments: iter(found), shapes=shapes, root_device=torch.device("cpu"))
+
+    for owned in (True, False):
+        statistics = Statistics(model, 1, hooks=False)
+        strategy = pieces(owned)
+        statistics.begin(1, strategy)
+        with torch.no_grad():
+            model.head.weight += 1.0
+        update, weight = statistics._update(strategy)
+        assert update.shape == weight.shape == (3,)
+        assert update.tolist() == pytest.approx([0, 0, 128 if owned else 0])
+        assert bool(weight[:2].sum() > 0) == owned

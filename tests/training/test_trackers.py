@@ -137,6 +137,13 @@ def test_the_file_is_the_queue(tmp_path: Path) -> None:
     add(tmp_path / "m.jsonl", {"step": 5, "x": 3})
     it.catch_up()
     assert set(again.rows) == {5}
+    # one that goes on from step 2 and is killed before anything is safe: the next one sends again from there
+    killed = Memory()
+    killed.flush = lambda: None  # type: ignore[method-assign]
+    follower(tmp_path, killed, step=2).catch_up()
+    last = Memory()
+    follower(tmp_path, last, step=4).catch_up()
+    assert set(last.rows) == {3, 4, 5}
 
 
 def test_a_tracker_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,8 @@ class Follower:
 
     def _go_on(self, behind: int) -> None:
         self._last = behind
+        if "sent" in self.tracker.state:  # what is done again counts, and is there only when it was sent again
+            self.tracker.state["sent"] = min(self.tracker.state["sent"], behind)
         self._note()
 
     def _flush(self) -> None:
