@@ -22,7 +22,7 @@ _LOOK: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.2,
 }
-_ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0.2}
+_ABOVE: dict[str, Any] = {"loc": "outside upper left", "ncols": 2, "fontsize": 7}
 
 
 def draw(data: Mapping[str, Any], folder: Path) -> Iterator[Path]:
@@ -46,13 +46,26 @@ def draw(data: Mapping[str, Any], folder: Path) -> Iterator[Path]:
             figure.savefig(path)
         return path
 
-    for chart in data["charts"]:
-        if any(key in run["curves"] for run in data["runs"] for key in chart["lines"]):
-            yield saved(chart["title"], lambda axes, chart=chart: _curves(axes, chart, data["runs"]))
+    for whole in data["charts"]:
+        for chart in _parts(whole, len(data["runs"])):
+            if any(key in run["curves"] for run in data["runs"] for key in chart["lines"]):
+                yield saved(chart["title"], lambda axes, chart=chart: _curves(axes, chart, data["runs"]))
     for run in data["runs"]:
         if DECAY in run["layers"]:
             prefix = f"{run['name']}_" if len(data["runs"]) > 1 else ""
             yield saved(f"{prefix}time_decay", lambda axes, run=run: _spectrum(axes, run["layers"][DECAY], run["name"]))
+
+
+def _parts(chart: Mapping[str, Any], runs: int) -> list[Mapping[str, Any]]:
+    """The chart, or one for each of its keys: colours are of runs where there are several."""
+    pair = all(key.startswith(("train/", "val/")) for key in chart["lines"])
+    if runs == 1 or pair:
+        return [chart]
+    split = len(chart["lines"]) > 1
+    return [
+        {**chart, "lines": {key: name}, "title": f"{chart['title']}: {name}" if split else chart["title"]}
+        for key, name in chart["lines"].items()
+    ]
 
 
 def _curves(axes: Any, chart: Mapping[str, Any], runs: Any) -> None:
@@ -64,7 +77,7 @@ def _curves(axes: Any, chart: Mapping[str, Any], runs: Any) -> None:
                 continue
             held = key.startswith("val/")
             colour = COLOURS[(number if many else place) % len(COLOURS)]
-            label = (f"{run['name']} {name}" if len(chart["lines"]) > 1 else run["name"]) if many else name
+            label = name if not many else run["name"] if place == 0 else None
             steps, values = np.cumsum(curve["x"]), np.array(curve["y"], float)
             lowest, highest = min(lowest, values.min()), max(highest, values.max())
             trend = None if held else curve.get("trend")
@@ -77,9 +90,11 @@ def _curves(axes: Any, chart: Mapping[str, Any], runs: Any) -> None:
     if chart["log"] and lowest > 0 and highest / lowest > 20:
         axes.set_yscale("log")
     axes.set_xlabel("optimiser steps")
-    axes.set_ylabel(f"{chart['title']} ({chart['unit']})" if chart["unit"] else chart["title"])
+    dashed = ["dashed: validation"] if many and len(chart["lines"]) > 1 else []
+    notes = ", ".join([chart["unit"], *dashed] if chart["unit"] else dashed)
+    axes.set_ylabel(f"{chart['title']} ({notes})" if notes else chart["title"])
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(**_ABOVE)
+        axes.figure.legend(**_ABOVE)
 
 
 def _spectrum(axes: Any, rows: Mapping[str, Any], name: str) -> None:
@@ -94,4 +109,4 @@ def _spectrum(axes: Any, rows: Mapping[str, Any], name: str) -> None:
     axes.set_ylabel("half-life of the time decay (tokens)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(name, fontsize=8, loc="right")
-    axes.legend(**{**_ABOVE, "bbox_to_anchor": (0, 1.1), "ncols": 2})
+    axes.figure.legend(**_ABOVE)
