@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -246,6 +247,7 @@ def _submit(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_di
 
 def run_job(argv: Sequence[str]) -> None:
     """What a job of `launcher=slurm` calls in each of its tasks; its exit code is the run's."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit's handler ends the job; the run sets its own
     sys.exit(main(argv, submitted=True))
 
 

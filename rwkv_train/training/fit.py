@@ -176,7 +176,7 @@ def _fit(
         console.print(f"\na newer start of {run.path} goes on with it; this one ends at step {trainer.global_step}")
         return SUPERSEDED
     except BaseException as error:
-        hopeless = restarts.after_failure(error, events, strategy, int(lines.rows()[-1]["step"]) if lines.rows() else 0)
+        hopeless = restarts.after_failure(error, events, lines, strategy)
         if strategy.launcher is not None:  # the ranks that it has started would wait for this one
             strategy.launcher.kill(signal.SIGKILL)
         if hopeless:

@@ -12,7 +12,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.training.callbacks.signals import Signals
 from rwkv_train.training.history import TRIES, History
 from rwkv_train.training.parts import Parts
-from rwkv_train.training.records import Events
+from rwkv_train.training.records import Events, JsonLines
 from rwkv_train.training.strategy import Sharing
 
 _PATIENCE = 0.5  # seconds for the last words of another rank
@@ -79,7 +79,7 @@ class Restarts:
             events.add("requeue_failed", step, reason=failure)
             events.close()
 
-    def after_failure(self, error: BaseException, events: Events, strategy: Sharing, reached: int) -> bool:
+    def after_failure(self, error: BaseException, events: Events, lines: JsonLines, strategy: Sharing) -> bool:
         """Notes why this start ends, in the words of the rank that failed first, as far as they can be had.
 
         Returns:
@@ -101,9 +101,10 @@ class Restarts:
                 reason = board.get("failed").decode() if board.check(["failed"]) else reason
         if not place.first:
             return False
+        rows = lines.rows()
+        reached = int(rows[-1]["step"]) if rows else 0
         events.add("failed", reached, reason=reason)
-        self.history = History([*self.history.events, *events.rows()], [{"step": reached}])
-        hopeless = self.history.failures() >= TRIES
+        hopeless = History(events.rows(), rows).failures() >= TRIES
         if hopeless:
             self._give_up(events, reached, reason)
         return hopeless

@@ -47,12 +47,12 @@ def one_message(said: str) -> str:
 
 def test_a_sweep_of_two_by_two(cluster: Cluster, tmp_path: Path) -> None:
     """Submits and ends; four directories, each the run that the same words make without SLURM."""
-    sweep = [f"run.root={tmp_path}/runs", "launcher=slurm", "launcher.timeout_min=5", "launcher.cpus_per_task=1"]
+    sweep = [f"run.root={tmp_path}/runs", "launcher=slurm", "launcher.timeout_min=30", "launcher.cpus_per_task=1"]
     said = run(cluster, *train("-m", *sweep, "model=nano,small", "optim.lr=1e-3,2e-3"), code=0)
     jobs = re.findall(r"^job (\S+)  (\S+)  ", said, re.MULTILINE)
     assert len({job for job, _ in jobs}) == len({path for _, path in jobs}) == 4
-    wait_until(lambda: not cluster.run("squeue", "--noheader").strip() or all_done(jobs), "the sweep")
-    outputs = "".join(path.read_text() for path in tmp_path.glob("runs/.submitit/*/*.*"))
+    wait_until(lambda: all_done(jobs), "the sweep")
+    outputs = "".join(path.read_text() for path in tmp_path.glob("runs/.submitit/*/*_log.*"))
     for _, path in jobs:
         assert len(losses(Path(path))) == 3, outputs
         assert (Path(path) / "weights.pth").exists()
@@ -74,10 +74,10 @@ def test_more_nodes_than_sbatch_was_told(cluster: Cluster, tmp_path: Path) -> No
     assert first.end() == "COMPLETED"
     again = re.search(r"trainer.num_nodes=2: submitted again with --nodes=2 as job (\d+)", first.told())
     assert again is not None
-    second = cluster.job(again[1])
-    assert (second["NumNodes"], second["TimeLimit"], second["JobName"]) == ("2", "00:10:00", "more")
     wait_until(lambda: cluster.job(again[1])["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), "the second job")
-    assert cluster.job(again[1])["JobState"] == "COMPLETED", first.told()
+    second = cluster.job(again[1])
+    assert second["JobState"] == "COMPLETED", first.told()
+    assert (second["NumNodes"], second["TimeLimit"], second["JobName"]) == ("2", "00:10:00", "more")
     assert len(losses(tmp_path / "more")) == 3
 
 
@@ -92,10 +92,10 @@ def test_srun_in_a_shell_is_no_interactive_job(cluster: Cluster, tmp_path: Path)
 
 
 def test_nodes_that_the_job_does_not_have(cluster: Cluster, tmp_path: Path) -> None:
-    training = Training(cluster, tmp_path, "wrong", *FEW, "trainer.num_nodes=3")
+    training = Training(cluster, tmp_path, "wrong", *FEW, "trainer.num_nodes=4")
     assert training.end() == "FAILED"
     said = one_message(training.told())
-    assert re.search(r"error: trainer.num_nodes=3, and the job has 2 nodes \(n\d, n\d\)\n", said)
+    assert re.search(r"error: trainer.num_nodes=4, and the job has 2 nodes \(n\d, n\d\)\n", said)
     told = cluster.job(training.job)
     assert (told["ExitCode"], told["Restarts"]) == ("2:0", "0")
 
@@ -108,7 +108,7 @@ def test_nodes_that_the_job_does_not_have(cluster: Cluster, tmp_path: Path) -> N
             ["trainer.num_nodes=2", "trainer.devices=2"],
             "trainer.devices=2, and srun starts 1 processes a",
         ),
-        (["--nodes=2"], ["modle=7b"], "modle=7b: there is no modle"),
+        (["--nodes=2"], ["trainer.num_nodes=2", "modle=7b"], "modle=7b: there is no modle"),
     ],
 )
 def test_mistakes_of_a_step(
