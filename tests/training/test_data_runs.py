@@ -60,7 +60,7 @@ def test_a_run_on_a_store_goes_on_exactly(store: Path, tmp_path: Path) -> None:
 def test_a_stream_goes_on_exactly_from_its_position(store: Path, tmp_path: Path) -> None:
     words = ("data=stream", f"data.path={tmp_path}/a.jsonl", "data.tokenizer=bytes", "data.workers=0")
     stopped_and_resumed(tmp_path, *words, "data.held_out_documents=5")
-    (checkpoint,) = (tmp_path / "runs" / "parts" / "checkpoints").glob("*8")
+    (checkpoint,) = (tmp_path / "runs" / "parts" / "checkpoints").glob("*8-*")
     meta = json.loads((checkpoint / "meta.json").read_text())
     assert meta["position"]["offset"] <= 8 * 128
     assert meta["tokenizer"] == "bytes"
