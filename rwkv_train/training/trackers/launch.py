@@ -34,6 +34,7 @@ class Processes:
     def __init__(self, trees: Mapping[str, Any], packages: Sequence[str], told: Mapping[str, Any]) -> None:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         for name, tree in trees.items():
+            _lower(Path(told["path"]) / "trackers" / f"{name}.json", told["step"])
             process = subprocess.Popen(
                 [sys.executable, "-m", "rwkv_train.training.trackers.follow"],
                 stdin=subprocess.PIPE,
@@ -63,6 +64,15 @@ class Processes:
                 process.wait()
         self._processes = {}
         return late
+
+
+def _lower(notes: Path, step: int) -> None:
+    """Notes that what is behind a step will be done again, before a process can be killed that has not begun."""
+    with contextlib.suppress(OSError, ValueError):  # none yet
+        state = json.loads(notes.read_text())
+        aside = notes.with_name(f".{notes.name}")
+        aside.write_text(json.dumps({**state, "sent": min(state.get("sent", 0), step)}))
+        aside.replace(notes)
 
 
 def push(path: Path, name: str, tree: Mapping[str, Any], packages: Sequence[str] = ()) -> dict[str, Any]:
