@@ -37,7 +37,7 @@ class Job:
         if told.get("BatchFlag") == "0":
             return f"job {self.number} has no batch script: sbatch starts jobs that can come back"
         state = told.get("JobState", "RUNNING")
-        return None if state == "RUNNING" else f"job {self.number} is {state}"
+        return None if state in ("RUNNING", "SIGNALING") else f"job {self.number} is {state}"
 
     def requeue(self) -> str | None:
         """Puts the job back, once; SLURM ends its processes upon that, this one among them.

@@ -39,6 +39,7 @@ def test_time_left(scontrol: Scontrol) -> None:
     ("told", "reason"),
     [
         ("JobState=RUNNING BatchFlag=1", None),
+        ("JobState=SIGNALING BatchFlag=1", None),  # while SLURM sends the signal
         ("", None),  # a controller that does not answer now will be asked all the same
         ("JobState=CANCELLED BatchFlag=1", "job 7 is CANCELLED"),
         ("JobState=PENDING BatchFlag=1", "job 7 is PENDING"),

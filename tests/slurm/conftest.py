@@ -62,7 +62,7 @@ class Training:
         assert holds(), f"{self.state()}\n{self.told()}"
 
     def over(self) -> bool:
-        return self.state() not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+        return self.state() not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SIGNALING")
 
     def end(self, seconds: float = 300) -> str:
         """How the job ended."""
