@@ -139,8 +139,8 @@ def meet(
     began = time.monotonic()
     with _deadline(place, seconds) as phase:
         store = _store(place, seconds)
-        free = shutil.disk_usage(directory).free if directory.exists() else 0
-        sees = _sees(store, place, directory)
+        sees = _sees(store, place, directory)  # by then the first rank has made it
+        free = shutil.disk_usage(directory).free if sees else 0
         own = Report(place.rank, place.node, {**facts, **_machine(gpu)}, free, sees)
         if place.first:
             reports = _gather(store, place, own, began + seconds)

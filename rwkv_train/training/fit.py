@@ -160,6 +160,7 @@ def _fit(
     watchdog = Watchdog(
         config.watchdog, run.incarnations, parts.first, alone, parts.place.node, partial(events.show, anew=True)
     )
+    saving.restoring = watchdog.restoring
     ours: list[Callback] = [*watching.callbacks(lines, events, saving), ending, signals, watchdog]
     if checkpoint is None and parts.first and not strategy.sharded:
         ours.append(LambdaCallback(on_train_start=lambda *_: _sample(parts, 0, refusals)))
@@ -263,6 +264,7 @@ def _strategy(parts: Parts, checkpoint: Path | None, number: int) -> Sharing:
     block = sum(math.prod(shape) for name, shape in parts.shapes.items() if name.startswith("blocks.0."))
     strategy = build_strategy(parts.config, parts.strategy, parts.accelerator, parts.processes, parts.data.split, block)
     strategy.shapes, strategy.source, strategy.resume = parts.shapes, parts.source, checkpoint
+    strategy.threads = torch.get_num_threads()
     strategy.incarnation = number
     return strategy
 

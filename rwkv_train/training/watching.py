@@ -19,7 +19,7 @@ from rwkv_train.planning.plan import make_plan
 from rwkv_train.planning.report import as_json
 from rwkv_train.training.callbacks.checkpointing import Checkpointing
 from rwkv_train.training.callbacks.health import Health, read_passed_over
-from rwkv_train.training.callbacks.metrics import History, Metrics
+from rwkv_train.training.callbacks.metrics import Metrics, Spent
 from rwkv_train.training.callbacks.profiling import Profiling
 from rwkv_train.training.callbacks.progress import ProgressBar
 from rwkv_train.training.instantiate import prepare
@@ -56,8 +56,8 @@ class Watching:
     def callbacks(self, lines: JsonLines, events: Events, saving: Checkpointing) -> list[Callback]:
         """In the order in which they are to be called; the checkpoints' is among them."""
         config, parts, run = self.parts.config, self.parts, self.parts.directory
-        history = History.of(run.incarnations, lines)
-        metrics = Metrics(lines, parts.data.bytes_per_token, config.optim.clip, lambda: saving.paused, history)
+        spent = Spent.of(run.incarnations, lines)
+        metrics = Metrics(lines, parts.data.bytes_per_token, config.optim.clip, lambda: saving.paused, spent)
         self.health = Health(
             config.health, metrics, saving, parts.data, run, parts.tree, events, self.refusals, parts.console
         )

@@ -93,6 +93,9 @@ def one_rank(place: Place, directory: Path, facts: dict[str, str], seconds: floa
         if mistake:
             tell(place, UserError(mistake), seconds)
             sys.exit(2)
+        if place.first:
+            time.sleep(0.5)  # the others are there before it makes the directory
+            directory.mkdir(exist_ok=True)
         meet(place, False, facts, directory, 1000, seconds, Console(quiet=not place.first, soft_wrap=True))
         dist.barrier()
         dist.destroy_process_group()
@@ -106,7 +109,6 @@ def ranks(tmp_path: Path) -> Callable[..., tuple[list[int | None], str]]:
     """Runs the pre-flight in processes; their exit codes, and what all of them have said."""
 
     def run(*changes: dict[str, Any], seconds: float = 60) -> tuple[list[int | None], str]:
-        (tmp_path / "run").mkdir(exist_ok=True)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         place = Place(starter="srun", ranks=len(changes), nodes=("n1", "n2"), machines=2, port=free_port())

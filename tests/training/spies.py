@@ -33,6 +33,7 @@ class Look(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         groups = trainer.optimizers[0].param_groups
+        self.seen["threads"] = torch.get_num_threads()
         self.seen["groups"] = [[g["lr_multiplier"], g["weight_decay"], g["lr"], len(g["params"])] for g in groups]
         if trainer.global_rank == 0:
             self.path.write_text(json.dumps({"dtypes": self.dtypes, **self.seen}))

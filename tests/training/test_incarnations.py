@@ -173,7 +173,9 @@ def test_a_run_that_a_newer_start_has_taken_over_ends_and_deletes_nothing(
             Incarnations(run).claim()
 
     monkeypatch.setattr(RWKVModule, "on_before_optimizer_step", and_another_starts)
-    assert train(launcher.load(words_for(tmp_path, "run", *NINE, "checkpoint.keep=1", "checkpoint.background=false"))) == 4
+    assert (
+        train(launcher.load(words_for(tmp_path, "run", *NINE, "checkpoint.keep=1", "checkpoint.background=false"))) == 4
+    )
     monkeypatch.undo()
     assert f"a newer start of {run} goes on with it; this one ends at step 9" in capsys.readouterr().out
     assert counted(run / "checkpoints")[-1].name == "step_000000006-0001"

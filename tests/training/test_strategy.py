@@ -28,6 +28,11 @@ def look(folder: Path, spy: str, *words: str) -> Any:
     return json.loads(seen.read_text())
 
 
+def test_the_threads_are_the_run_s_own(tmp_path: Path) -> None:
+    """Lightning sets a number of its own where OMP_NUM_THREADS is not set; sums over threads would differ by it."""
+    assert look(tmp_path, "Look", "strategy=ddp", "threads=2")["threads"] == 2
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_2", "deepspeed_3"])
 def test_vectors_are_float32_in_the_forward_pass(tmp_path: Path, strategy: str) -> None:
     words = (f"strategy={strategy}", "trainer.precision=bf16-mixed", "optim.weight_decay=0.1")

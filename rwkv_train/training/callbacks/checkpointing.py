@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,6 +82,7 @@ class Checkpointing(Callback):
         self._probe_at = 0  # the step of the data whose first sample it is
         self._pause = 0.0  # seconds that the last save has stopped the training
         self.paused = 0.0  # the same of all saves
+        self.restoring: Callable[[int], None] = lambda step: None  # told before training waits for a restore
         self._went_back_to: int | None = None  # step of the checkpoint to which the run was rewound last
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -146,6 +148,7 @@ class Checkpointing(Callback):
         Returns:
             which one; None: there is none.
         """
+        self.restoring(trainer.global_step)
         strategy = cast(Sharing, trainer.strategy)
         strategy.settle()
         self._report(strategy)

@@ -27,14 +27,14 @@ CLIPPED_OF = 100  # steps whose clipped ones `clip_share` counts
 
 
 @dataclass
-class History:
+class Spent:
     """What the run's processes before this one have used up, in hours, and how much of it is still worth something."""
 
     hours: float = 0.0
     productive: float = 0.0
 
     @classmethod
-    def of(cls, incarnations: Incarnations, lines: JsonLines) -> History:
+    def of(cls, incarnations: Incarnations, lines: JsonLines) -> Spent:
         """From the last row of each incarnation, and from the last one that still counts."""
         files = [incarnations.directory(number) / "metrics.jsonl" for number in incarnations.numbers()]
         ends = [row for file in files for row in JsonLines(file).rows()[-1:]]
@@ -64,7 +64,7 @@ class Metrics(Callback):
         bytes_per_token: of the held-out text, for bits per byte.
         clip: the norm to which gradients are clipped; None: they are not.
         paused: seconds for which checkpoints have stopped the training so far.
-        history: of the run before this process.
+        spent: of the run before this process.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class Metrics(Callback):
         bytes_per_token: float,
         clip: float | None = None,
         paused: Callable[[], float] = lambda: 0.0,
-        history: History | None = None,
+        spent: Spent | None = None,
     ) -> None:
         self.lines, self.bytes_per_token, self.clip, self.paused = lines, bytes_per_token, clip, paused
-        self.history = history or History()
+        self.spent = spent or Spent()
         self.latest: Row = {}  # the last row that was written
         self.listeners: list[Callable[[Row], None]] = []  # called with each row
         self.rate = math.inf  # of matrix products on this device
@@ -170,7 +170,7 @@ class Metrics(Callback):
     def forget(self, step: int) -> None:
         """The steps behind this one do not count any more."""
         while self._spent and self._spent[-1][0] > step:
-            self.history.productive -= self._spent.pop()[1]
+            self.spent.productive -= self._spent.pop()[1]
         self._began = time.perf_counter()
         self._watch.mark("")
         self._watch.lap()
@@ -181,8 +181,8 @@ class Metrics(Callback):
         spent["forward"] = max(0.0, spent.get("forward", 0.0) - pending.paused)  # it begins where the pause does
         self._clipped.append(self.clip is not None and norm > self.clip)
         self._spent.append((pending.row["step"], pending.row["seconds"] / 3600))
-        self.history.productive += self._spent[-1][1]
-        hours = self.history.hours + (pending.row["time"] - self._born) / 3600
+        self.spent.productive += self._spent[-1][1]
+        hours = self.spent.hours + (pending.row["time"] - self._born) / 3600
         row = {
             "step": pending.row["step"],
             "tokens": pending.row["tokens"],
@@ -196,7 +196,7 @@ class Metrics(Callback):
             **{f"time/{part}": round(spent.get(part, 0.0), 6) for part in PARTS},
             "time/checkpoint": round(pending.paused, 6),
             "hours": round(hours, 7),
-            "goodput": round(min(1.0, self.history.productive / hours), 6) if hours else 1.0,
+            "goodput": round(min(1.0, self.spent.productive / hours), 6) if hours else 1.0,
         }
         heavier = {key: value for key, value in values.items() if key not in row}
         row.update({key: _rounded(value) for key, value in heavier.items() if value == value})

@@ -258,6 +258,11 @@ class Watchdog(Callback):
         self.heart.writing(0.0 if cast(Sharing, trainer.strategy).writer.idle else self._saving_since)
         self.heart.beat(Phase.CHECKPOINT, trainer.global_step)
 
+    def restoring(self, step: int) -> None:
+        """The run goes back to a checkpoint, which takes as long as one may take."""
+        self._pause()
+        self.heart.beat(Phase.CHECKPOINT, step)
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause()
         self.heart.beat(Phase.VALIDATION, trainer.global_step)

@@ -35,6 +35,7 @@ class Sharing(Strategy):
         resume: the checkpoint to go on from; None: the run starts anew.
         incarnation: the number of this start of the run; the first rank's counts.
         shapes: of all parameters, by the field's names.
+        threads: CPU threads of this process.
         writer: of checkpoints.
         background: whether a save copies the state and lets the training go on.
     """
@@ -43,6 +44,7 @@ class Sharing(Strategy):
     resume: Path | None = None
     incarnation: int = 0
     shapes: Mapping[str, tuple[int, ...]]
+    threads: int
     writer: Writer
     background: bool = True
     divided = False  # whether all ranks own a part of the state
@@ -61,6 +63,7 @@ class Sharing(Strategy):
 
     def materialise(self, model: RWKV) -> None:
         """Gives this rank's share of a model on the meta device memory, without values."""
+        torch.set_num_threads(self.threads)  # Lightning has just set what it thinks right
         if self.divided:  # before the first large tensor: the holes of what is freed would stay for good
             return_freed_memory()
         self._materialise(model)
