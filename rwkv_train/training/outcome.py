@@ -87,6 +87,7 @@ def summarise(
             console.print(f"  {path}  ({what})", highlight=False, soft_wrap=True)
     console.print("\nWhat to type next:", style="bold")
     console.print(f"  {_typed('rwkv-train')} generate {run.weights} --prompt 'def '", highlight=False, soft_wrap=True)
+    console.print(f"  {_typed('rwkv-train')} report {run.path}", highlight=False, soft_wrap=True)
     console.print(f"  {_typed('rwkv-train')} train --help", highlight=False, soft_wrap=True)
 
 
