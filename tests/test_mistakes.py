@@ -224,7 +224,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
         ["wrapped.pth does not hold a dict of tensors"],
     ),
     "generate from weights that lack one": ([*GENERATE, "lacks.pth"], TORCH, ["blocks.1.ffn.value.weight is missing"]),
-    "generate out of range": ([*GENERATE, "no.pth", "--top-p", "2"], TORCH, ["top-p 2.0, tokens 500: out of range"]),
+    "generate out of range": ([*GENERATE, "no.pth", "--top-p", "2"], TORCH, ["--top-p 2.0 is out of range"]),
 }
 
 
