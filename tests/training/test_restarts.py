@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -16,24 +15,23 @@ from rwkv_train.errors import UserError
 from rwkv_train.training.directory import RunDirectory
 from rwkv_train.training.restarts import GIVEN_UP
 from rwkv_train.training.run import train
-from tests.runs import rows, start_ranks, words_for
-from tests.training.test_signals import number_of, wait_for
+from tests.runs import rows, start, words_for
+from tests.training.test_signals import wait_for
 
 
-def test_time_is_too_short_for_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_time_is_too_short_for_a_checkpoint(tmp_path: Path) -> None:
     """The periodic one stands, and that is said."""
     run = tmp_path / "runs" / "run"
-    (process,) = start_ranks(words_for(tmp_path, "run", "budget.steps=100000", "cluster.grace=1e-6"), 1)
+    process = start(words_for(tmp_path, "run", "budget.steps=100000", "cluster.grace=1e-6"))
     wait_for(run, 15)
-    os.kill(number_of(process), signal.SIGTERM)
-    process.join(60)
-    assert process.exitcode == 75
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
     last = rows(run, "events.jsonl")[-1]
     saved = [row["step"] for row in rows(run, "events.jsonl") if row["event"] == "checkpoint"]
     assert (last["event"], last["signal"]) == ("preempted", "SIGTERM")
     assert last["no_checkpoint"].startswith("0 s are left and a checkpoint takes ")
     assert saved[-1] == last["step"] // 10 * 10 or last["step"] % 10 == 0
-    said = capfd.readouterr().out
     assert f"no checkpoint of step {last['step']}: 0 s are left" in said
     assert f"SIGTERM at step {last['step']}; the same command goes on from the checkpoint of step {saved[-1]}" in said
 
