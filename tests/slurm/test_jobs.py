@@ -79,6 +79,7 @@ def test_more_nodes_than_sbatch_was_told(cluster: Cluster, tmp_path: Path) -> No
     assert second["JobState"] == "COMPLETED", first.told()
     assert (second["NumNodes"], second["TimeLimit"], second["JobName"]) == ("2", "00:10:00", "more")
     assert len(losses(tmp_path / "more")) == 3
+    (ROOT / f"slurm-more-{again[1]}.log").unlink()  # the script's own choice, for the first job's was the test's
 
 
 def test_srun_in_a_shell_is_no_interactive_job(cluster: Cluster, tmp_path: Path) -> None:
