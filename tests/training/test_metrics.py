@@ -242,3 +242,12 @@ def test_a_rank_that_owns_nothing() -> None:
         assert update.shape == weight.shape == (3,)
         assert update.tolist() == pytest.approx([0, 0, 128 if owned else 0])
         assert bool(weight[:2].sum() > 0) == owned
+
+
+def test_every_event_is_in_the_docs() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "rwkv_train").rglob("*.py"))
+    named = set(re.findall(r'(?:events\.add|self\._event)\(\s*"(\w+)"(?: if [^,]* else "(\w+)")?', sources))
+    found = {name for pair in named for name in pair if name}
+    assert {"started", "preempted", "straggler"} <= found
+    text = (ROOT / "docs" / "metrics.md").read_text().split("## Events")[1].split("## ")[0]
+    assert {name for name in found if f"`{name}`" not in text} == set()
