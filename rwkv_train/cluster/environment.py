@@ -10,7 +10,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from rwkv_train.cluster.place import Place
+from rwkv_train.cluster.rank_info import Place
 
 
 class Started(ClusterEnvironment):

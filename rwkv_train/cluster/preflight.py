@@ -28,7 +28,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from rwkv_train.cluster.place import Place
+from rwkv_train.cluster.rank_info import Place
 from rwkv_train.errors import UserError, UserErrors
 
 FAULT = 1  # exit code where a process did not answer in time: worth another try

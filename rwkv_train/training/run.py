@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import sys
 
-from rwkv_train.cluster.place import Place, another_has_ended
+from rwkv_train.checkpoint.storage import Storage
+from rwkv_train.cluster.rank_info import Place, another_has_ended
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError
-from rwkv_train.training.checkpoint.storage import Storage
-from rwkv_train.training.parts import assemble
+from rwkv_train.training.setup import assemble
 
 RANK_LOST = 1  # exit code
 
@@ -29,7 +29,7 @@ def train(config: Config, storage: Storage | None = None, place: Place | None = 
         UserError: what shows only with the data, the devices or the checkpoint at hand. Nothing was written then.
     """
     if config.dry_run:
-        from rwkv_train.training.dry import dry_run
+        from rwkv_train.training.dry_run import dry_run
 
         return dry_run(config)
     if config.replay is not None:
@@ -42,7 +42,7 @@ def train(config: Config, storage: Storage | None = None, place: Place | None = 
 
 def _train(config: Config, storage: Storage | None, place: Place | None) -> int:
     parts = assemble(config, storage, place)
-    from rwkv_train.training.fit import fit  # Lightning takes seconds to import: after the mistakes
+    from rwkv_train.training.loop import fit  # Lightning takes seconds to import: after the mistakes
 
     try:
         return fit(parts)

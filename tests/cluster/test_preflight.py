@@ -15,8 +15,8 @@ import pytest
 import torch.distributed as dist
 from rich.console import Console
 
-from rwkv_train.cluster.place import Place
 from rwkv_train.cluster.preflight import FAULT, Report, compare, meet, tell
+from rwkv_train.cluster.rank_info import Place
 from rwkv_train.errors import UserError
 from tests import PRELOAD
 

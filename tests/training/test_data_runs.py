@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_train import launcher
+from rwkv_train.checkpoint.shards import WEIGHT, Piece, Reader
+from rwkv_train.cli import launcher
 from rwkv_train.data.prepare import Job, prepare
 from rwkv_train.errors import UserError
 from rwkv_train.models import ModelConfig, build_model
-from rwkv_train.training.checkpoint.pieces import WEIGHT, Piece, Reader
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, same_weights, words_for, write_text
 

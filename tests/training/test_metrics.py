@@ -14,11 +14,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from rwkv_train import launcher
+from rwkv_train.checkpoint.shards import WEIGHT, Piece
+from rwkv_train.cli import launcher
 from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.models.rwkv4 import TimeMix
 from rwkv_train.training.callbacks import metrics
-from rwkv_train.training.checkpoint.pieces import WEIGHT, Piece
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
 from rwkv_train.training.statistics import Statistics

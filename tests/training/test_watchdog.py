@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rwkv_train import launcher
+from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, same_weights, start_ranks, train_ranks, words_for
 from tests.training.test_signals import number_of, wait_for

@@ -14,9 +14,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from rwkv_train.training.incarnations import Incarnations
+from rwkv_train.rundir.attempts import Incarnations
+from rwkv_train.rundir.jsonl import JsonLines
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.records import JsonLines
 from rwkv_train.training.statistics import Flight
 from rwkv_train.training.throughput import Stopwatch, matmul_rate, utilisation
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from rwkv_train.training.callbacks.checkpointing import Checkpointing
+from rwkv_train.training.callbacks.checkpoint import Checkpointing
 from rwkv_train.training.callbacks.metrics import Metrics, Row
 
 _PLAIN_SECONDS = 15.0  # between two lines where the output is no terminal

@@ -26,10 +26,10 @@ from lightning.pytorch.callbacks import Callback
 
 import rwkv_train
 from rwkv_train.config import WatchdogSettings
-from rwkv_train.supervision.heart import Heart
-from rwkv_train.supervision.watch import Phase
-from rwkv_train.training.incarnations import Incarnations
+from rwkv_train.rundir.attempts import Incarnations
 from rwkv_train.training.strategy import Sharing
+from rwkv_train.watchdog.heartbeat import Heart
+from rwkv_train.watchdog.verdict import Phase
 
 _PULSE = 0.5  # seconds between two signs of life
 _EVERYTHING = 1 << 20  # an index behind all batches of a validation: the rank waits for the others' sums
@@ -37,7 +37,7 @@ _MAY_TRACE = 0x59616D61  # prctl's PR_SET_PTRACER
 
 
 class Watchdog(Callback):
-    """Starts this rank's guard (supervision/guard.py) and tells it at each turn where the rank is.
+    """Starts this rank's guard (watchdog/monitor.py) and tells it at each turn where the rank is.
 
     A turn costs some microseconds: numbers in memory that the guard reads. Must stand behind the callbacks that
     wait for other ranks, so that their waiting counts for the step that it belongs to.
@@ -124,7 +124,9 @@ class Watchdog(Callback):
             "py_spy": str(beside) if beside.exists() else shutil.which("py-spy"),
         }
         root = str(Path(rwkv_train.__file__).parents[1])
-        door = f"import sys; sys.path.insert(0, {root!r}); from rwkv_train.supervision import guard; guard.main()"
+        door = (
+            f"import sys; sys.path.insert(0, {root!r}); from rwkv_train.watchdog import monitor as guard; guard.main()"
+        )
         command = [sys.executable, "-I", "-S", "-c", door, json.dumps(settings)]
         with theirs:
             guard = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

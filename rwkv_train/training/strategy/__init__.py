@@ -22,11 +22,11 @@ def build_strategy(config: Config, name: str, accelerator: str, devices: int, sp
     """
     backend = "gloo" if accelerator == "cpu" else "nccl"
     if name == "single":
-        from rwkv_train.training.strategy.whole import Single
+        from rwkv_train.training.strategy.replicated import Single
 
         return Single("cpu" if accelerator == "cpu" else "cuda:0")
     if name == "ddp":
-        from rwkv_train.training.strategy.whole import DDP
+        from rwkv_train.training.strategy.replicated import DDP
 
         return DDP(backend)
     if name == "fsdp":

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from rwkv_train.checkpoint.shards import WEIGHT, Piece
 from rwkv_train.models import RWKV
-from rwkv_train.training.checkpoint.pieces import WEIGHT, Piece
 from rwkv_train.training.strategy.shared import Sharing, adam_moments
 
 

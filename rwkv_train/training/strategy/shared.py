@@ -13,10 +13,10 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from rwkv_train.checkpoint.shards import MOMENTS, Piece, Reader, contents, file_names
+from rwkv_train.checkpoint.writer import Board, OwnBoard, Writer
 from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV
-from rwkv_train.training.checkpoint.pieces import MOMENTS, Piece, Reader, contents, file_names
-from rwkv_train.training.checkpoint.writer import Board, OwnBoard, Writer
 from rwkv_train.training.throughput import keep_freed_memory, return_freed_memory
 
 

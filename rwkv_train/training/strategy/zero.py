@@ -18,9 +18,9 @@ from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
+from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, Piece
 from rwkv_train.config import Config
 from rwkv_train.models import RWKV
-from rwkv_train.training.checkpoint.pieces import MOMENTS, WEIGHT, Piece
 from rwkv_train.training.strategy.shared import Sharing, adam_moments
 
 with warnings.catch_warnings():
