@@ -153,7 +153,9 @@ def _train_rank(words: Sequence[str], rank: int, ranks: int, port: int, storage:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     for room in (launcher, setup):  # more ranks than cores: fine for a test, and refused to users
         room.__dict__["cores" if room is launcher else "_cores"] = lambda: max(ranks, os.cpu_count() or 1)
-    sys.exit(launcher.main(list(words)) if storage is None else train(launcher.load(words), storage, launcher.place()))
+    sys.exit(
+        launcher.main(list(words)) if storage is None else train(launcher.load(words), storage, launcher.rank_info())
+    )
 
 
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""When a checkpoint counts: its marker names one incarnation and one step, and comes after every rank's checksums."""
+"""When a checkpoint counts: its marker names one attempt and one step, and comes after every rank's checksums."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Entries = Mapping[str, Any]  # file name → {"bytes", "sha256"}
 class Word:
     """What a rank tells the first one about its files: their checksums, or why there are none."""
 
-    incarnation: int
+    attempt: int
     step: int
     rank: int
     files: Entries
@@ -27,18 +27,18 @@ class Commit:
     """The first rank's side of one save: it hears every rank, and only then there is a marker to write.
 
     Args:
-        incarnation: that saves.
+        attempt: that saves.
         step: of the checkpoint.
         writers: ranks that write files, the first ones.
     """
 
-    def __init__(self, incarnation: int, step: int, writers: int) -> None:
-        self.incarnation, self.step, self.writers = incarnation, step, writers
+    def __init__(self, attempt: int, step: int, writers: int) -> None:
+        self.attempt, self.step, self.writers = attempt, step, writers
         self._heard: dict[int, Word] = {}
 
     def hear(self, word: Word) -> None:
-        """A word of another save or another incarnation is none of ours."""
-        if (word.incarnation, word.step) == (self.incarnation, self.step) and word.rank < self.writers:
+        """A word of another save or another attempt is none of ours."""
+        if (word.attempt, word.step) == (self.attempt, self.step) and word.rank < self.writers:
             self._heard[word.rank] = word
 
     @property
@@ -61,7 +61,7 @@ class Commit:
         if self.missing or self.error is not None:
             raise RuntimeError(self.error or f"no word from the ranks {self.missing}")
         files = {name: entry for word in self._heard.values() for name, entry in word.files.items()}
-        return {"incarnation": self.incarnation, "step": self.step, "files": {**files, **more}}
+        return {"attempt": self.attempt, "step": self.step, "files": {**files, **more}}
 
 
 def stay(counted: Mapping[int, Any], keep: int, permanent: int | None, best: bool) -> set[int]:

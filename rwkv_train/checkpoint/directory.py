@@ -1,6 +1,6 @@
 """The directory of a checkpoint: its name, what must be in it, and which of several is the newest whole one.
 
-`step_000000400-0003` was written by the third start of its run, its incarnation; without a number, by one from before
+`step_000000400-0003` was written by the third start of its run, its attempt; without a number, by one from before
 there were any. Which of them are the run's, rundir/lineage.py says.
 """
 
@@ -16,15 +16,15 @@ from typing import Any, cast
 
 from rwkv_train.checkpoint.storage import MANIFEST, LocalStorage, Storage, sha256
 from rwkv_train.errors import UserError
-from rwkv_train.rundir.attempts import Incarnations
+from rwkv_train.rundir.attempts import Attempts
 
 LATEST = "latest"  # beside the checkpoints, written last of all: the name of the newest one
 _NAME = re.compile(r"step_(\d{9,})(?:-(\d{4,}))?")
 _ASIDE = ".writing-"
 
 
-def directory_name(step: int, incarnation: int) -> str:
-    return f"step_{step:09d}-{incarnation:04d}"
+def directory_name(step: int, attempt: int) -> str:
+    return f"step_{step:09d}-{attempt:04d}"
 
 
 def aside_of(path: Path) -> Path:
@@ -38,7 +38,7 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def incarnation_of(path: Path) -> int:
+def attempt_of(path: Path) -> int:
     """Whose it is by its name, finished or not; 0 where there is no number."""
     match = re.search(r"-(\d{4,})$", path.name)
     return int(match[1]) if match else 0
@@ -61,8 +61,8 @@ def verify(path: Path, content: bool = True) -> Damage | None:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        wrote = (manifest.get("incarnation", 0), manifest.get("step", step_of(path)))
-        if step_of(path) is not None and wrote != (incarnation_of(path), step_of(path)):
+        wrote = (manifest.get("attempt", 0), manifest.get("step", step_of(path)))
+        if step_of(path) is not None and wrote != (attempt_of(path), step_of(path)):
             return Damage(path, f"{MANIFEST} is that of step {wrote[1]} by start {wrote[0]} of the run")
         files = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -88,11 +88,11 @@ def counted(directory: Path, storage: Storage | None = None, head: int | None = 
     Args:
         directory: checkpoints/ of a run.
         storage: the file system.
-        head: the incarnation for which that is asked; None: whoever comes next.
+        head: the attempt for which that is asked; None: whoever comes next.
     """
-    lineage = Incarnations(directory.parent).lineage(head)
+    lineage = Attempts(directory.parent).lineage(head)
     found = [Path(name) for name in (storage or LocalStorage()).names(directory) if _NAME.fullmatch(name)]
-    steps = sorted((step_of(path) or 0, incarnation_of(path), path) for path in found)
+    steps = sorted((step_of(path) or 0, attempt_of(path), path) for path in found)
     return [directory / path for step, number, path in steps if lineage.counts(number, step)]
 
 
@@ -129,10 +129,10 @@ def read_meta(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads((path / "meta.json").read_text()))
 
 
-def remove_unfinished(directory: Path, incarnation: int, storage: Storage | None = None) -> None:
-    """Removes what killed saves of earlier incarnations left behind, unless one that still lives is about to."""
+def remove_unfinished(directory: Path, attempt: int, storage: Storage | None = None) -> None:
+    """Removes what killed saves of earlier attempts left behind, unless one that still lives is about to."""
     storage = storage or LocalStorage()
     for name in storage.names(directory):
-        if name.startswith(_ASIDE) and incarnation_of(Path(name)) < incarnation:
+        if name.startswith(_ASIDE) and attempt_of(Path(name)) < attempt:
             with contextlib.suppress(OSError):  # then the next start removes it
                 storage.delete(directory / name)

@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Piece:
+class StateShard:
     """Elements [start, start + numel) of a flattened tensor, as this rank holds them.
 
     Args:
@@ -61,7 +61,7 @@ def file_names(number: int, of: int) -> tuple[str, str]:
     return f"weights{part}.pth", f"state{part}.pth"
 
 
-def contents(pieces: Iterable[Piece], shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
+def contents(pieces: Iterable[StateShard], shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
     """A rank's owned pieces as the contents of its two files; nothing is copied.
 
     Returns:
@@ -172,7 +172,7 @@ class Reader:
             target[offset : offset + values.numel()].copy_(values)
         _forget_pages(target)
 
-    def fill(self, pieces: Iterable[Piece]) -> None:
+    def fill(self, pieces: Iterable[StateShard]) -> None:
         """Stores into each piece the values of its range."""
         for piece in pieces:
             count = piece.values.numel()

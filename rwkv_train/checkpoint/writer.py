@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from rwkv_train.checkpoint.commit import Commit, Word
-from rwkv_train.checkpoint.directory import LATEST, aside_of, incarnation_of, step_of
+from rwkv_train.checkpoint.directory import LATEST, aside_of, attempt_of, step_of
 from rwkv_train.checkpoint.storage import MANIFEST, Hashing, Storage, dump
 
 PATIENCE = timedelta(minutes=60)  # how long the first rank waits for the files of the others
@@ -118,7 +118,7 @@ class Writer:
 
     def _save(self, final: Path, files: Mapping[str, Any], meta: Mapping[str, Any], key: str) -> None:
         began, aside = time.perf_counter(), aside_of(final)
-        step, number, error = step_of(final) or 0, incarnation_of(final), None
+        step, number, error = step_of(final) or 0, attempt_of(final), None
         try:
             if self.rank < self.writers:
                 word = Word(number, step, self.rank, self._write(aside, files))
@@ -145,7 +145,7 @@ class Writer:
         return entries
 
     def _complete(self, final: Path, aside: Path, meta: Mapping[str, Any], key: str) -> None:
-        commit = Commit(incarnation_of(final), step_of(final) or 0, self.writers)
+        commit = Commit(attempt_of(final), step_of(final) or 0, self.writers)
         keys = [f"{key}/{rank}" for rank in commit.missing]
         self.board.wait(keys, PATIENCE)
         for key in keys:
@@ -157,7 +157,7 @@ class Writer:
             file.write(json.dumps(marker, indent=1).encode())
         self.storage.rename(aside, final)
         latest = final.with_name(LATEST)
-        beside = aside_of(latest.with_name(f"{LATEST}-{commit.incarnation:04d}"))
+        beside = aside_of(latest.with_name(f"{LATEST}-{commit.attempt:04d}"))
         try:
             with self.storage.write(beside) as file:
                 file.write(final.name.encode())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from rwkv_train.cluster.rank_info import Place, mistakes
+from rwkv_train.cluster.rank_info import RankInfo, mistakes
 from rwkv_train.config import Config, DataSettings
 from rwkv_train.config.schema import nearest
 from rwkv_train.data.order import split_batch
@@ -44,13 +44,15 @@ class Machine:
     """What the launcher knows of the place where this process runs."""
 
     cores: int
-    place: Place = field(default_factory=Place)  # only the first reports: the others see what the first has made
+    rank_info: RankInfo = field(
+        default_factory=RankInfo
+    )  # only the first reports: the others see what the first has made
 
 
 def check(config: Config, machine: Machine) -> list[UserError]:
     """Everything that is wrong with a config whose single values are right."""
     return [
-        *(() if config.dry_run else mistakes(machine.place, config.trainer)),
+        *(() if config.dry_run else mistakes(machine.rank_info, config.trainer)),
         *_check_data(config),
         *_check_batch(config, machine),
         *_check_strategy(config),
@@ -277,7 +279,7 @@ def _check_run(config: Config, machine: Machine) -> Iterator[UserError]:
         yield UserError(
             f"run.name={run.name!r} is not valid", "a name without blanks and without any of = , { } [ ] / \\"
         )
-    if resume == "never" and machine.place.first and holds_run(Path(run.root).expanduser() / run.name):
+    if resume == "never" and machine.rank_info.first and holds_run(Path(run.root).expanduser() / run.name):
         yield UserError(
             f"resume=never, but {run.root}/{run.name} holds a run",
             "run.name=NAME for another directory, or resume=auto to go on with it",

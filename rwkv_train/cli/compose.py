@@ -102,12 +102,12 @@ class Composer:
 
     def _placed(self, config: Config) -> TrainerSettings:
         """The trainer's settings with the job's own figures for auto, on which the run's name does not depend."""
-        trainer, place = config.trainer, self.machine.place
-        known = place.ranks > 1 and not config.dry_run
+        trainer, rank_info = config.trainer, self.machine.rank_info
+        known = rank_info.ranks > 1 and not config.dry_run
         return replace(
             trainer,
-            num_nodes=place.machines if trainer.num_nodes == "auto" and known else trainer.num_nodes,
-            devices=place.per_node if trainer.devices == "auto" and known else trainer.devices,
+            num_nodes=rank_info.machines if trainer.num_nodes == "auto" and known else trainer.num_nodes,
+            devices=rank_info.per_node if trainer.devices == "auto" and known else trainer.devices,
         )
 
     def _parse(self, words: Sequence[str]) -> tuple[list[Override], list[UserError]]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_train.cluster.rank_info import Place, place_of
+from rwkv_train.cluster.rank_info import RankInfo, rank_info_of
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.resources import resource
@@ -52,7 +52,7 @@ def main(argv: Sequence[str], submitted: bool = False) -> int:
 
 
 def _main(argv: Sequence[str], submitted: bool) -> int:
-    here = place()
+    here = rank_info()
     try:
         flags, words = _split(argv)
         folders = [resource("conf"), *([flags.config_dir.expanduser().resolve()] if flags.config_dir else [])]
@@ -72,12 +72,12 @@ def _main(argv: Sequence[str], submitted: bool) -> int:
             return _run_all(lines, configs, flags.config_dir)
         from rwkv_train.training.run import train
 
-        return train(configs[0], place=here)
+        return train(configs[0], rank_info=here)
     except UserError as error:
         return _refuse(error, here)
 
 
-def _refuse(error: UserError, here: Place) -> int:
+def _refuse(error: UserError, here: RankInfo) -> int:
     """The first process tells a mistake; what another one alone has found goes to the first one."""
     if here.first:
         report(error)
@@ -141,12 +141,12 @@ def report(error: UserError) -> None:
 
 def rank() -> int:
     """0 for the first process of a run (or its only one), above 0 for the others."""
-    return place().rank
+    return rank_info().rank
 
 
-def place() -> Place:
+def rank_info() -> RankInfo:
     """Where this process stands among those of its run."""
-    return place_of(os.environ)
+    return rank_info_of(os.environ)
 
 
 def share_cores() -> None:
@@ -193,7 +193,7 @@ def _settle(words: Sequence[str], folders: Sequence[Path], multirun: bool) -> tu
     from rwkv_train.cli.checks import Machine
     from rwkv_train.cli.compose import composer
 
-    with composer(folders, Machine(cores(), place())) as conf:
+    with composer(folders, Machine(cores(), rank_info())) as conf:
         lines = conf.combinations(words) if multirun else [list(words)]
         configs: list[Config] = []
         problems: dict[str, UserError] = {}

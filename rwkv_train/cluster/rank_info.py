@@ -16,7 +16,7 @@ _PORTS = range(12000, 32000)  # below those that systems give out by themselves
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """A process of a run.
 
     Attributes:
@@ -64,7 +64,7 @@ class Place:
         return self.nodes[number] if number < len(self.nodes) else "?"
 
 
-def place_of(environment: Mapping[str, str]) -> Place:
+def rank_info_of(environment: Mapping[str, str]) -> RankInfo:
     """The place of the process that has these variables.
 
     torchrun's come first: inside of a SLURM job it is torchrun that has started the process. A step of srun's with one
@@ -81,7 +81,7 @@ def place_of(environment: Mapping[str, str]) -> Place:
     name = f"{array}_{number('SLURM_ARRAY_TASK_ID')}" if array else job
     if "TORCHELASTIC_RUN_ID" in environment:
         ranks = number("WORLD_SIZE", 1)
-        return Place(
+        return RankInfo(
             starter="torchrun",
             rank=number("RANK"),
             local_rank=number("LOCAL_RANK"),
@@ -97,7 +97,7 @@ def place_of(environment: Mapping[str, str]) -> Place:
     if number("SLURM_STEP_NUM_TASKS", 1) > 1 and job is not None:
         nodes = expand_hosts(environment.get("SLURM_STEP_NODELIST", ""))
         key = number("SLURM_JOB_ID") * 31 + restarts * 7919 + number("SLURM_STEP_ID") * 101
-        return Place(
+        return RankInfo(
             starter="srun",
             rank=number("SLURM_PROCID"),
             local_rank=number("SLURM_LOCALID"),
@@ -112,7 +112,7 @@ def place_of(environment: Mapping[str, str]) -> Place:
         )
     tasks, machines = number("SLURM_NTASKS", 1), number("SLURM_JOB_NUM_NODES", 1)
     left_out = "SLURM_STEP_NUM_TASKS" not in environment and job is not None and (tasks > 1 or machines > 1)
-    return Place(
+    return RankInfo(
         rank=max(number(name) for name in _RANKS),
         local_rank=number("LOCAL_RANK"),
         node=node,
@@ -122,28 +122,29 @@ def place_of(environment: Mapping[str, str]) -> Place:
     )
 
 
-def mistakes(place: Place, trainer: TrainerSettings) -> Iterator[UserError]:
+def mistakes(rank_info: RankInfo, trainer: TrainerSettings) -> Iterator[UserError]:
     """Where what the config asks for is not what the job has."""
-    if place.without_srun is not None:
-        tasks, machines = place.without_srun
+    if rank_info.without_srun is not None:
+        tasks, machines = rank_info.without_srun
         yield UserError(
-            f"job {place.job} has {tasks} tasks on {machines} nodes, and this process was started without srun, beside "
-            "them",
+            f"job {rank_info.job} has {tasks} tasks on {machines} nodes, and this process was started without srun, "
+            "beside them",
             "srun python train.py …, as scripts/slurm/train.sbatch does",
         )
-    elif place.ranks > 1:
-        if trainer.num_nodes not in ("auto", place.machines):
-            where = f" ({', '.join(place.nodes)})" if place.nodes else ""
-            option = {"srun": "sbatch --nodes", "torchrun": "torchrun --nnodes"}[place.starter]
+    elif rank_info.ranks > 1:
+        if trainer.num_nodes not in ("auto", rank_info.machines):
+            where = f" ({', '.join(rank_info.nodes)})" if rank_info.nodes else ""
+            option = {"srun": "sbatch --nodes", "torchrun": "torchrun --nnodes"}[rank_info.starter]
             yield UserError(
-                f"trainer.num_nodes={trainer.num_nodes}, and the job has {place.machines} nodes{where}",
+                f"trainer.num_nodes={trainer.num_nodes}, and the job has {rank_info.machines} nodes{where}",
                 f"trainer.num_nodes=auto takes what there is, {option}={trainer.num_nodes} asks for that many",
             )
-        if trainer.devices not in ("auto", place.per_node):
-            option = {"srun": "srun --ntasks-per-node", "torchrun": "torchrun --nproc-per-node"}[place.starter]
+        if trainer.devices not in ("auto", rank_info.per_node):
+            option = {"srun": "srun --ntasks-per-node", "torchrun": "torchrun --nproc-per-node"}[rank_info.starter]
             yield UserError(
-                f"trainer.devices={trainer.devices}, and {place.starter} starts {place.per_node} processes a node",
-                f"trainer.devices={place.per_node}, or {option}={trainer.devices}",
+                f"trainer.devices={trainer.devices}, and {rank_info.starter} starts {rank_info.per_node} processes "
+                "a node",
+                f"trainer.devices={rank_info.per_node}, or {option}={trainer.devices}",
             )
 
 

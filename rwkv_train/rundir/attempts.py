@@ -1,13 +1,13 @@
-"""The starts of a run on the disk: `incarnations/0003/` is the third one's, and nobody else writes in it.
+"""The starts of a run on the disk: `attempts/0003/` is the third one's, and nobody else writes in it.
 
-    incarnations/0003/
+    attempts/0003/
         start.json        what it goes on from, written before its first row
         metrics.jsonl     its rows
         events.jsonl      its events; watchdog.jsonl, its watchdog's
         stacks_rank_0001.txt …
 
 A number is claimed by making its directory, which one process alone can do, on NFS as well. Then, and not before, the
-claimer looks for a checkpoint to go on from: an older incarnation that saves once more either has its checkpoint seen,
+claimer looks for a checkpoint to go on from: an older attempt that saves once more either has its checkpoint seen,
 or sees that a newer one has begun, and deletes nothing.
 """
 
@@ -28,15 +28,15 @@ from typing import Any
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.lineage import Lineage, Start
 
-EVENTS = ("events.jsonl", "watchdog.jsonl")  # of one incarnation: the run's own, the watchdog's
+EVENTS = ("events.jsonl", "watchdog.jsonl")  # of one attempt: the run's own, the watchdog's
 _NOTE = "start.json"
 
 
-class Incarnations:
+class Attempts:
     """All starts of the run in a directory; reading needs none of them to be there."""
 
     def __init__(self, run: Path) -> None:
-        self.run, self.path = run, run / "incarnations"
+        self.run, self.path = run, run / "attempts"
 
     def directory(self, number: int) -> Path:
         return self.path / f"{number:04d}"
@@ -64,7 +64,7 @@ class Incarnations:
             raise UserError(f"{self.path} cannot be written: {error.strerror}", "run.root=DIR elsewhere") from None
 
     def begin(self, number: int, step: int, parent: int | None) -> None:
-        """Notes what an incarnation goes on from; must precede everything else that it writes."""
+        """Notes what an attempt goes on from; must precede everything else that it writes."""
         files = (f"{earlier:04d}/{file}" for earlier in self.numbers() if earlier < number for file in EVENTS)
         seen = {name: len(_lines(self.path / name)) for name in files}
         note = Start(number, step, parent, seen).as_json()
@@ -81,23 +81,23 @@ class Incarnations:
         return found
 
     def lineage(self, head: int | None = None) -> Lineage:
-        """The chain to an incarnation, of those that had begun before it; None: to the newest that has begun."""
+        """The chain to an attempt, of those that had begun before it; None: to the newest that has begun."""
         starts = self.starts()
         return Lineage([start for start in starts if head is None or start.number <= head], head)
 
     def superseded(self, number: int) -> bool:
-        """Whether a newer incarnation has been claimed."""
+        """Whether a newer attempt has been claimed."""
         return max(self.numbers(), default=0) > number
 
     def metrics(self, head: int | None = None) -> Iterator[bytes]:
-        """The run's rows: each step once, by the incarnation whose it is."""
+        """The run's rows: each step once, by the attempt whose it is."""
         for span in self.lineage(head).spans:
             for line in _lines(self.directory(span.number) / "metrics.jsonl"):
                 if span.holds(json.loads(line)["step"]):
                     yield line
 
     def events(self, head: int | None = None) -> Iterator[bytes]:
-        """What happened to the run, incarnation by incarnation, each in the order of time."""
+        """What happened to the run, attempt by attempt, each in the order of time."""
         lineage = self.lineage(head)
         for number in self.numbers():
             if head is not None and number > head:
@@ -109,7 +109,7 @@ class Incarnations:
             yield from sorted(lines, key=_time)
 
     def _adopt(self) -> None:
-        """Notes an incarnation for a run whose directory is from before there were notes, or came without them."""
+        """Notes an attempt for a run whose directory is from before there were notes, or came without them."""
         old = [self.run / name for name in ("metrics.jsonl", "events.jsonl") if (self.run / name).exists()]
         names = (re.fullmatch(r"step_(\d+)(?:-(\d+))?", path.name) for path in self.run.glob("checkpoints/step_*"))
         saved = [(int(name[1]), int(name[2] or 0)) for name in names if name]

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TextIO
 
 from rwkv_train.errors import UserError
-from rwkv_train.rundir.attempts import Incarnations
+from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import Events, JsonLines, Shown
 
 
 class RunDirectory:
     """`<root>/<name>/`: config.yaml, metrics.jsonl, events.jsonl, checkpoints/, loss.png, samples.txt, weights.pth.
 
-    metrics.jsonl and events.jsonl are the merge of what stands in incarnations/, a folder for each start of the run.
+    metrics.jsonl and events.jsonl are the merge of what stands in attempts/, a folder for each start of the run.
     """
 
     def __init__(self, root: str, name: str) -> None:
@@ -32,13 +32,13 @@ class RunDirectory:
         self.weights = self.path / "weights.pth"
         self.passed_over = self.path / "passed_over.json"  # data that the run has rewound behind
         self.logs = self.path / "logs"
-        self.incarnations = Incarnations(self.path)
+        self.attempts = Attempts(self.path)
         self.number = 0  # of this start, once it has one
 
     @contextmanager
-    def made(self, path: Path) -> Iterator[Path]:
+    def atomic_write(self, path: Path) -> Iterator[Path]:
         """Where the block writes a file of the run, among this start's own; behind the block it gets its name."""
-        own = self.incarnations.directory(self.number) / path.name
+        own = self.attempts.directory(self.number) / path.name
         try:
             yield own
             own.replace(path)
@@ -47,8 +47,8 @@ class RunDirectory:
 
     @contextmanager
     def records(self, number: int, enabled: bool) -> Iterator[tuple[Events, JsonLines]]:
-        """Events and metrics of one incarnation; their merges with those before it are made anew, and follow."""
-        starts, own = self.incarnations, self.incarnations.directory(number)
+        """Events and metrics of one attempt; their merges with those before it are made anew, and follow."""
+        starts, own = self.attempts, self.attempts.directory(number)
         events = Shown(self.events, number, starts, starts.events)
         metrics = Shown(self.metrics, number, starts, starts.metrics)
         found = (Events(own / "events.jsonl", enabled, events), JsonLines(own / "metrics.jsonl", enabled, metrics))
@@ -78,7 +78,7 @@ class RunDirectory:
         Args:
             first: whether this is the run's first process; the others use what it has claimed.
             job: SLURM's number; an earlier start of the same job, which a dead node has left behind, is no hindrance:
-                what it still writes does not count (incarnations.py).
+                what it still writes does not count (attempts.py).
 
         Raises:
             UserError: another process has it, or it cannot be written.

@@ -95,8 +95,8 @@ class History:
         """Of a run directory, which need not exist; what a watchdog wrote last is not yet in the merge, and counts."""
         files = [path for path in (run.events, run.metrics) if path.exists()]
         alive = max((path.stat().st_mtime for path in files), default=0.0)
-        starts = run.incarnations
-        if not starts.numbers():  # from before there were incarnations
+        starts = run.attempts
+        if not starts.numbers():  # from before there were attempts
             return cls(JsonLines(run.events).rows(), JsonLines(run.metrics).rows(), alive)
         return cls(list(map(json.loads, starts.events())), list(map(json.loads, starts.metrics())), alive)
 

@@ -1,4 +1,4 @@
-"""The run's own records: JSON lines, a file for each incarnation, and their merge; and what the disk refused."""
+"""The run's own records: JSON lines, a file for each attempt, and their merge; and what the disk refused."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rwkv_train.rundir.attempts import Incarnations
+from rwkv_train.rundir.attempts import Attempts
 
 
-class Refusals:
+class WriteErrors:
     """Writes that the disk refused: each is told at once, loudly, and costs no more than what it would have written."""
 
     def __init__(self) -> None:
         self.count = 0
 
     @contextmanager
-    def outlived(self, path: Path) -> Iterator[None]:
+    def tolerate(self, path: Path) -> Iterator[None]:
         """Tells an OSError of the block, counts it, and goes on behind the block."""
         try:
             yield
@@ -36,23 +36,21 @@ class Refusals:
 
 
 class Shown:
-    """metrics.jsonl or events.jsonl: the merge of what all incarnations have written, for people and tools.
+    """metrics.jsonl or events.jsonl: the merge of what all attempts have written, for people and tools.
 
     It is made anew beside its place and renamed, and then followed through the open file, by its inode and not by its
-    name: an older incarnation that is still alive goes on writing into the file that it once put there, which has no
-    name any more. The truth are the incarnations' own files; this one can be made again at any time.
+    name: an older attempt that is still alive goes on writing into the file that it once put there, which has no
+    name any more. The truth are the attempts' own files; this one can be made again at any time.
 
     Args:
         path: of the merge.
-        number: of this incarnation.
-        incarnations: of the run.
-        merged: the lines, up to this incarnation's.
+        number: of this attempt.
+        attempts: of the run.
+        merged: the lines, up to this attempt's.
     """
 
-    def __init__(
-        self, path: Path, number: int, incarnations: Incarnations, merged: Callable[[int], Iterable[bytes]]
-    ) -> None:
-        self.path, self.number, self._incarnations = path, number, incarnations
+    def __init__(self, path: Path, number: int, attempts: Attempts, merged: Callable[[int], Iterable[bytes]]) -> None:
+        self.path, self.number, self._attempts = path, number, attempts
         self._merged = merged
         self._file: BinaryIO | None = None
 
@@ -61,12 +59,12 @@ class Shown:
         return self._merged(self.number)
 
     def renew(self) -> None:
-        """Makes the merge anew, unless a newer incarnation shows its own.
+        """Makes the merge anew, unless a newer attempt shows its own.
 
         Raises:
             OSError: the disk refused; what was there stays.
         """
-        if self._incarnations.superseded(self.number):
+        if self._attempts.superseded(self.number):
             return
         aside = self.path.with_name(f".{self.path.name}.{self.number:04d}")
         file = open(aside, "w+b", buffering=0)  # noqa: SIM115  kept open
@@ -82,11 +80,11 @@ class Shown:
 
     @property
     def current(self) -> bool:
-        """Whether what this incarnation follows is what stands at the path."""
+        """Whether what this attempt follows is what stands at the path."""
         return self._file is not None and _same(self._file, self.path)
 
     def follow(self, lines: bytes) -> None:
-        """Adds what the incarnation's own file has just got.
+        """Adds what the attempt's own file has just got.
 
         Raises:
             OSError: the disk refused.
@@ -153,7 +151,7 @@ class JsonLines:
         return [json.loads(line) for line in [*lines, *self._waiting]]
 
     def go_on(self, path: Path) -> None:
-        """The rows go into another incarnation's file from now on, that of a run which went back."""
+        """The rows go into another attempt's file from now on, that of a run which went back."""
         self.path = path
         if self.shown is not None:
             self.shown.close()

@@ -1,8 +1,8 @@
 """Which of a run's starts its records and checkpoints come from.
 
-Each start of a run takes the next number, its incarnation, and writes under names that carry it and nowhere else. An
+Each start of a run takes the next number, its attempt, and writes under names that carry it and nowhere else. An
 old one may still be alive: stopped before a write, or left behind on a node that the cluster has given up. Nobody can
-hinder it from writing, so what it writes is made not to count: each incarnation notes, before its first row, which
+hinder it from writing, so what it writes is made not to count: each attempt notes, before its first row, which
 checkpoint it goes on from. The chain of these notes, from the newest backwards, says whose steps are the run's. No
 clock is asked.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Start:
-    """What an incarnation notes when it begins.
+    """What an attempt notes when it begins.
 
     Args:
         number: its own, from 1 on; 0 stands for a run directory from before there were numbers.
@@ -31,16 +31,16 @@ class Start:
     seen: Mapping[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        return {"incarnation": self.number, "step": self.step, "parent": self.parent, "seen": dict(self.seen)}
+        return {"attempt": self.number, "step": self.step, "parent": self.parent, "seen": dict(self.seen)}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Start:
-        return cls(found["incarnation"], found["step"], found["parent"], found["seen"])
+        return cls(found["attempt"], found["step"], found["parent"], found["seen"])
 
 
 @dataclass(frozen=True)
 class Span:
-    """The steps (after, upto] of one incarnation; upto None: all that it has written and will write."""
+    """The steps (after, upto] of one attempt; upto None: all that it has written and will write."""
 
     number: int
     after: int
@@ -51,10 +51,10 @@ class Span:
 
 
 class Lineage:
-    """The chain that leads to one incarnation.
+    """The chain that leads to one attempt.
 
     Args:
-        starts: of all incarnations that have begun.
+        starts: of all attempts that have begun.
         head: where the chain ends; None: at the newest.
     """
 
@@ -70,9 +70,9 @@ class Lineage:
             number = start.parent if start.parent is None or start.parent < number else None
 
     def counts(self, number: int, step: int) -> bool:
-        """Whether what that incarnation wrote of that step is the run's; always, where nothing was noted."""
+        """Whether what that attempt wrote of that step is the run's; always, where nothing was noted."""
         return not self._starts or any(span.number == number and span.holds(step) for span in self.spans)
 
     def lines(self, file: str) -> int | None:
-        """How many lines of an event file count; None: all, since nobody has begun after its incarnation."""
+        """How many lines of an event file count; None: all, since nobody has begun after its attempt."""
         return min((start.seen[file] for start in self._starts.values() if file in start.seen), default=None)

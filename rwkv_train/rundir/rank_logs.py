@@ -10,29 +10,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from rwkv_train.cluster.rank_info import Place
+from rwkv_train.cluster.rank_info import RankInfo
 
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\r")  # colours, and movements of the cursor
 
 
-def keep_log(directory: Path, place: Place) -> None:
+def keep_log(directory: Path, rank_info: RankInfo) -> None:
     """From now on what this rank prints goes to `directory/rank_0003_NODE.log`, the first rank's to its console too.
 
     Of the others it is the file descriptors that are turned around, so that what C++ and a dying interpreter say stands
     there as well. A disk that refuses leaves all as it was.
     """
-    path = directory / f"rank_{place.rank:04d}_{re.sub(r'[^A-Za-z0-9._-]', '_', place.node) or 'node'}.log"
+    path = directory / f"rank_{rank_info.rank:04d}_{re.sub(r'[^A-Za-z0-9._-]', '_', rank_info.node) or 'node'}.log"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = open(path, "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115  open to the end
-        job = f", job {place.job}" if place.job else ""
-        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()} on {place.node}{job}\n")
+        job = f", job {rank_info.job}" if rank_info.job else ""
+        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()} on {rank_info.node}{job}\n")
     except OSError as error:
         print(f"WARNING: {path} could not be written: {error.strerror}; the run goes on", file=sys.stderr)
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    if place.first:
+    if rank_info.first:
         sys.stdout, sys.stderr = _Both(sys.stdout, file), _Both(sys.stderr, file)
     else:
         os.dup2(file.fileno(), 1)

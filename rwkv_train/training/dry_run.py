@@ -38,29 +38,29 @@ def dry_run(config: Config) -> int:
     Raises:
         UserError: what would keep the run from starting.
     """
-    parts = assemble(config)
-    config = parts.config
-    say, data, split = parts.console.print, parts.data, parts.data.split
+    setup = assemble(config)
+    config = setup.config
+    say, data, split = setup.console.print, setup.data, setup.data.split
     found, change, told = _plan(config)
     say(f"device  {told}")
     say(f"data    {data.description}")
     for line in describe_groups(
-        parameter_groups(parts.model, parts.recipe, config.optim.weight_decay, config.optim.rules)
+        parameter_groups(setup.model, setup.recipe, config.optim.weight_decay, config.optim.rules)
     ):
         say(f"group   {line}")
-    show(found, config, change, parts.console)
-    parts.directory.refuse_unusable()
+    show(found, config, change, setup.console)
+    setup.directory.refuse_unusable()
     if not found.fits:
         raise UserError(f"model={config.model.size} does not fit", advice(change))
     checkpoint = None
     if config.resume == "auto":
-        checkpoint, _ = newest(parts.directory.checkpoints, content=False)
+        checkpoint, _ = newest(setup.directory.checkpoints, content=False)
         if checkpoint is not None:
-            check_checkpoint(checkpoint, parts)
+            check_checkpoint(checkpoint, setup)
     elif config.resume != "never":
         checkpoint = Path(config.resume)
     where = "at step 0" if checkpoint is None else f"from {checkpoint}"
-    say(f"would start {where} in {parts.directory.path}, {split.ranks} processes, strategy={parts.strategy}")
+    say(f"would start {where} in {setup.directory.path}, {split.ranks} processes, strategy={setup.strategy}")
     return 0
 
 

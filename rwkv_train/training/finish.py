@@ -34,7 +34,7 @@ def write_sample(
     text = codecs.decode(tokenizer.decode(list(tokens)), "utf-8", "replace")
     model.train(training)
     before = run.samples.read_text(encoding="utf-8") if run.samples.exists() else ""
-    with run.made(run.samples) as path:
+    with run.atomic_write(run.samples) as path:
         path.write_text(f"{before}===== after {step} steps =====\n{settings.prompt}{text}\n\n", encoding="utf-8")
 
 

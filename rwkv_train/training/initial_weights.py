@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rwkv_train.checkpoint.shards import Piece
+from rwkv_train.checkpoint.shards import StateShard
 from rwkv_train.models import Row
 from rwkv_train.models.recipe import Orthogonal, initial_value
 
@@ -29,9 +29,9 @@ class Recipe:
         self.rows, self.n_layer, self.seed = rows, n_layer, seed
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
 
-    def fill(self, pieces: Sequence[Piece]) -> None:
+    def fill(self, pieces: Sequence[StateShard]) -> None:
         """Stores into each piece the values of its range; called by all ranks at once, each with its own pieces."""
-        wanted: dict[str, list[Piece]] = {name: [] for name in self.shapes}
+        wanted: dict[str, list[StateShard]] = {name: [] for name in self.shapes}
         for piece in pieces:
             wanted[piece.name].append(piece)
         shared = dist.is_initialized() and dist.get_world_size() > 1
@@ -42,7 +42,7 @@ class Recipe:
         if shared:
             self._fill_shared(costly, wanted)
 
-    def _fill_shared(self, costly: list[str], wanted: Mapping[str, list[Piece]]) -> None:
+    def _fill_shared(self, costly: list[str], wanted: Mapping[str, list[StateShard]]) -> None:
         """Every rank makes its own costly matrices, one at a time, and sends the others their ranges."""
         group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -81,7 +81,7 @@ def _deliver(
     owner: int,
     value: Tensor | None,
     needs: Sequence[Range],
-    pieces: Sequence[Piece],
+    pieces: Sequence[StateShard],
     rank: int,
     group: object,
 ) -> None:
@@ -108,13 +108,13 @@ def _deliver(
         _store(pieces, values, start)
 
 
-def _span(pieces: Sequence[Piece]) -> Range:
+def _span(pieces: Sequence[StateShard]) -> Range:
     """The smallest range with all pieces in it."""
     ranges = [(piece.start, piece.start + piece.values.numel()) for piece in pieces if piece.values.numel()]
     return (min(start for start, _ in ranges), max(stop for _, stop in ranges)) if ranges else (0, 0)
 
 
-def _store(pieces: Sequence[Piece], values: Tensor, start: int) -> None:
+def _store(pieces: Sequence[StateShard], values: Tensor, start: int) -> None:
     """Stores the pieces' ranges of `values`, whose first element is element `start` of the tensor."""
     for piece in pieces:
         first = piece.start - start

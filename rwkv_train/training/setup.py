@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 
 from rwkv_train.checkpoint.directory import read_meta, refuse_damage
-from rwkv_train.checkpoint.shards import WEIGHT, Piece, Reader
+from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
 from rwkv_train.checkpoint.storage import Storage
-from rwkv_train.cluster.rank_info import Place
+from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Config
 from rwkv_train.config.schema import PLACEMENT, as_tree, differences
 from rwkv_train.data.batches import Batches
@@ -37,12 +37,12 @@ _SMALL = 0.05  # a model whose state takes less of the memory fits without a pla
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunSetup:
     """What a run is made of. Making them finds every mistake, and writes nothing."""
 
     config: Config
     tree: dict[str, Any]  # the config as config.yaml and checkpoints hold it
-    place: Place  # of this process
+    rank_info: RankInfo  # of this process
     console: Console
     accelerator: str
     processes: int  # on this node
@@ -58,7 +58,7 @@ class Parts:
     @property
     def first(self) -> bool:
         """Whether this process is the one that speaks and writes."""
-        return self.place.first
+        return self.rank_info.first
 
     @property
     def parameters(self) -> int:
@@ -70,13 +70,13 @@ class Parts:
         return None if budget is None else budget.in_steps(self.config.batch.tokens)
 
 
-def assemble(config: Config, storage: Storage | None = None, place: Place | None = None) -> Parts:
+def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo | None = None) -> RunSetup:
     """Makes the parts of a run; with dry_run=true, of one on devices that need not be here, without any weights.
 
     Raises:
         UserError: what `train` raises before it writes anything.
     """
-    place = place or Place()
+    rank_info = rank_info or RankInfo()
     accelerator, processes = _simulated_devices(config) if config.dry_run else _devices(config)
     bfloat16 = accelerator == "gpu" and (config.dry_run or torch.cuda.is_bf16_supported(including_emulation=False))
     config = with_precision(config, bfloat16)
@@ -94,14 +94,14 @@ def assemble(config: Config, storage: Storage | None = None, place: Place | None
     data.refuse_budget(None if budget is None else budget.in_steps(config.batch.tokens))
     data.vocabulary = config.model.vocab_size or data.vocab_size
     refuse_large(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
-    console = Console(quiet=not place.first, highlight=False, soft_wrap=True)
+    console = Console(quiet=not rank_info.first, highlight=False, soft_wrap=True)
     strategy, micro = _strategy(config, accelerator, processes, data, console)
     data.share_out(micro)
     model, source = _build(config, data.vocabulary, strategy == "single" and not config.dry_run)
-    parts = Parts(
+    setup = RunSetup(
         config=config,
         tree=as_tree(config),
-        place=place,
+        rank_info=rank_info,
         console=console,
         accelerator=accelerator,
         processes=processes,
@@ -116,9 +116,9 @@ def assemble(config: Config, storage: Storage | None = None, place: Place | None
     )
     if config.resume not in ("auto", "never"):
         path = Path(config.resume).expanduser()
-        refuse_damage(path, content=place.first)
-        check_checkpoint(path, parts)
-    return parts
+        refuse_damage(path, content=rank_info.first)
+        check_checkpoint(path, setup)
+    return setup
 
 
 def _strategy(config: Config, accelerator: str, processes: int, data: Batches, console: Console) -> tuple[str, int]:
@@ -199,27 +199,27 @@ def _build(config: Config, vocab_size: int, valued: bool) -> tuple[RWKV, Recipe 
         refuse_mismatches(f"init.weights={config.init_weights}", source.shapes, model)
         if valued:
             model = model.to_empty(device="cpu")
-            source.fill(Piece(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in model.named_parameters())
+            source.fill(StateShard(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in model.named_parameters())
     model.activation_checkpointing = int(config.activation_checkpointing)
     return model, None if valued else source
 
 
-def check_checkpoint(path: Path, parts: Parts) -> None:
+def check_checkpoint(path: Path, setup: RunSetup) -> None:
     """Refuses to go on from a checkpoint of another model, other data or another config."""
     meta = read_meta(path)
-    refuse_mismatches(f"the checkpoint {path}", meta["shapes"], parts.model)
-    changed = differences(meta["config"], parts.tree)
+    refuse_mismatches(f"the checkpoint {path}", meta["shapes"], setup.model)
+    changed = differences(meta["config"], setup.tree)
     placed = [change for change in changed if change.split(":")[0] in PLACEMENT]
     changed = [change for change in changed if change not in placed]
-    if meta["data"] != parts.data.digest:
-        changed.append(f"the data itself: content hash {meta['data']} → {parts.data.digest}")
-    tokenizer = parts.data.tokenizer.identity
+    if meta["data"] != setup.data.digest:
+        changed.append(f"the data itself: content hash {meta['data']} → {setup.data.digest}")
+    tokenizer = setup.data.tokenizer.identity
     if meta.get("tokenizer", tokenizer) != tokenizer:
         changed.append(f"the tokenizer: {meta['tokenizer']} → {tokenizer}")
-    if changed and not parts.config.run.allow_changes:
+    if changed and not setup.config.run.allow_changes:
         raise UserError(
             f"the checkpoint {path} was made with another config: {'; '.join(changed)}",
             "go on all the same: run.allow_changes=true; a new run: run.name=NEW",
         )
     if placed or changed:
-        parts.console.print(f"resumed with {'; '.join([*placed, *changed])}")
+        setup.console.print(f"resumed with {'; '.join([*placed, *changed])}")

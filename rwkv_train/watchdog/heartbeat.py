@@ -47,7 +47,7 @@ class Beat:
     alive: float = 0.0
 
 
-class Heart:
+class Heartbeat:
     """The rank's side; `alive` may be called by another thread.
 
     Attributes:

@@ -125,7 +125,7 @@ class Rank:
         return "D" if "D" in states and "T" not in states else max(states, key="SRTt".find, default="S")
 
 
-class Guard:
+class Monitor:
     """The loop.
 
     Args:
@@ -351,7 +351,7 @@ def main() -> None:
     """Watches the process that has started this one."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are for the rank
-    Guard(json.loads(sys.argv[1])).run()
+    Monitor(json.loads(sys.argv[1])).run()
 
 
 if __name__ == "__main__":

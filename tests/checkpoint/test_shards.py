@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.checkpoint.directory import newest, verify
-from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, Piece, Reader, contents, file_names
+from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, Reader, StateShard, contents, file_names
 from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.checkpoint.writer import OwnBoard, Writer
 from rwkv_train.errors import UserError
@@ -42,10 +42,10 @@ def write(path: Path, ranks: int, seed: int = 0) -> dict[tuple[str, str], Tensor
     cuts = {name: split(state[WEIGHT, name], ranks, draw) for name in SHAPES}
     for rank in reversed(range(ranks)):  # the first one waits for the others' words on the board
 
-        def pieces(rank: int = rank) -> Iterator[Piece]:
+        def pieces(rank: int = rank) -> Iterator[StateShard]:
             for (kind, name), values in state.items():
                 start, part = cuts[name][rank]
-                yield Piece(kind, name, start, values.flatten()[start : start + part.numel()], True)
+                yield StateShard(kind, name, start, values.flatten()[start : start + part.numel()], True)
 
         files = dict(zip(file_names(rank, ranks), contents(pieces(), SHAPES), strict=True))
         writer = Writer(LocalStorage(), rank, ranks, board)
@@ -69,10 +69,10 @@ def test_any_ranges_are_read_from_any(tmp_path: Path, ranks: int) -> None:
         for (kind, name), values in state.items():
             for start, part in split(values, others, draw):
                 got = torch.full((part.numel(),), torch.nan)
-                reader.fill([Piece(kind, name, start, got, False)])
+                reader.fill([StateShard(kind, name, start, got, False)])
                 assert torch.equal(got, part)
                 stored: list[Tensor] = []
-                reader.fill([Piece(kind, name, start, got, False, stored.append)])
+                reader.fill([StateShard(kind, name, start, got, False, stored.append)])
                 assert torch.equal(stored[0], part)
 
 
@@ -83,7 +83,7 @@ def test_a_file_with_weights_is_read_as_well(tmp_path: Path) -> None:
     reader = Reader(tmp_path / "some.pth")
     for _ in range(2):
         got = torch.empty(5)
-        reader.fill([Piece(WEIGHT, "a", 7, got, False)])
+        reader.fill([StateShard(WEIGHT, "a", 7, got, False)])
         assert torch.equal(got, weights["a"].flatten()[7:12])
 
 
@@ -109,7 +109,7 @@ def test_elements_that_nobody_wrote_are_missed(tmp_path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert meta["writers"] == 3
     with pytest.raises(UserError, match=r"lacks \d+ of 55 elements of head\.weight \(weight\)"):
-        Reader(path).fill([Piece(WEIGHT, "head.weight", 0, torch.empty(55), False)])
+        Reader(path).fill([StateShard(WEIGHT, "head.weight", 0, torch.empty(55), False)])
 
 
 @pytest.mark.parametrize("name", ["weights_0001_of_0002.pth", "state_0000_of_0002.pth"])

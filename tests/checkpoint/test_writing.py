@@ -1,4 +1,4 @@
-"""Incarnations alive at once, stopped and killed anywhere: no half checkpoint, no file of two, nothing lost."""
+"""Attempts alive at once, stopped and killed anywhere: no half checkpoint, no file of two, nothing lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rwkv_train.checkpoint import commit, writer
-from rwkv_train.rundir.attempts import Incarnations
+from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import Shown
 from rwkv_train.rundir.lineage import Lineage
 from tests.checkpoint.writing import play
@@ -48,10 +48,10 @@ def everything_counts(self: Lineage, number: int, step: int) -> bool:
 def the_marker_is_not_waited_for(self: commit.Commit, more: Any) -> dict[str, Any]:
     """Written with what is known already."""
     files = {name: entry for word in self._heard.values() for name, entry in word.files.items()}
-    return {"incarnation": self.incarnation, "step": self.step, "files": {**files, **more}}
+    return {"attempt": self.attempt, "step": self.step, "files": {**files, **more}}
 
 
-def a_number_is_looked_up(self: Incarnations) -> int:
+def a_number_is_looked_up(self: Attempts) -> int:
     """A check, then a write: two may have looked at the same time."""
     number = max(self.numbers(), default=0) + 1
     self.directory(number).mkdir(parents=True, exist_ok=True)
@@ -70,9 +70,9 @@ def without_a_number(path: Path) -> Path:
 BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
     (Lineage, "counts", everything_counts),
     (commit.Commit, "marker", the_marker_is_not_waited_for),
-    (Incarnations, "claim", a_number_is_looked_up),
-    (Incarnations, "superseded", lambda self, number: False),
-    (Incarnations, "lineage", lambda self, head=None: Lineage([])),
+    (Attempts, "claim", a_number_is_looked_up),
+    (Attempts, "superseded", lambda self, number: False),
+    (Attempts, "lineage", lambda self, head=None: Lineage([])),
     (Shown, "follow", the_merge_is_followed_by_its_name),
     (writer, "aside_of", without_a_number),
 ]

@@ -1,10 +1,10 @@
-"""Incarnations of one run that live at the same time, on a real directory, interleaved at every call to the file
+"""Attempts of one run that live at the same time, on a real directory, interleaved at every call to the file
 system.
 
-Each rank of each incarnation is a thread that runs the real code: the claim, the note, the records, the writer, the
+Each rank of each attempt is a thread that runs the real code: the claim, the note, the records, the writer, the
 deletion of old checkpoints. One thread runs at a time. Python's audit hook stops it before every operation on a file,
 and a seeded draw says who goes on: so that a process can be stopped between any check and any write, for any time, be
-killed there, or wake up long after another incarnation has taken over.
+killed there, or wake up long after another attempt has taken over.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_train.checkpoint.directory import (
+    attempt_of,
     counted,
     directory_name,
-    incarnation_of,
     newest,
     remove_unfinished,
     step_of,
@@ -33,7 +33,7 @@ from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.checkpoint.writer import Writer
 from rwkv_train.config import CheckpointSettings, Duration
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.training.callbacks.checkpoint import Checkpointing
+from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 
 EVERY, STEPS = 3, 12
 OPERATIONS = {"open", "os.listdir", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.truncate"}
@@ -92,7 +92,7 @@ _hooked = False
 
 
 class Board:
-    """The ranks' key-value store of one incarnation."""
+    """The ranks' key-value store of one attempt."""
 
     def __init__(self) -> None:
         self.words: dict[str, bytes] = {}
@@ -126,16 +126,16 @@ class World:
     Args:
         folder: an empty directory.
         seed: of who goes on when, who sleeps, who is killed.
-        ranks: of each incarnation.
-        incarnations: how many there are; a new one begins while the ones before may still live.
+        ranks: of each attempt.
+        attempts: how many there are; a new one begins while the ones before may still live.
     """
 
-    def __init__(self, folder: Path, seed: int, ranks: int = 2, incarnations: int = 3) -> None:
+    def __init__(self, folder: Path, seed: int, ranks: int = 2, attempts: int = 3) -> None:
         global _hooked
         if not _hooked:
             sys.addaudithook(_audit)
             _hooked = True
-        self.folder, self.draw, self.ranks, self.left = folder, random.Random(seed), ranks, incarnations
+        self.folder, self.draw, self.ranks, self.left = folder, random.Random(seed), ranks, attempts
         self.run = RunDirectory(str(folder), "run")
         self.run.checkpoints.mkdir(parents=True)
         self.back = threading.Semaphore(0)
@@ -187,7 +187,7 @@ class World:
     def save(self, number: int, step: int, rank: int, board: Board) -> str | None:
         """A rank's part of a save, by the real writer, and the real deletion behind it; why it failed."""
         settings = CheckpointSettings(Duration(steps=EVERY), 1, None, False, True)
-        policy = Checkpointing(self.run.checkpoints, settings, 1, {}, None, Disk())  # type: ignore[arg-type]
+        policy = CheckpointCallback(self.run.checkpoints, settings, 1, {}, None, Disk())  # type: ignore[arg-type]
         policy._number = number
         writer = Writer(Disk(), rank, self.ranks, board, policy._retain)
         part = {f"part_{rank}.json": [number, step, rank]}
@@ -197,10 +197,10 @@ class World:
     def first(self, shared: dict[str, int], board: Board) -> None:
         """Rank 0, in the order of training/loop.py."""
         run = self.run
-        number = run.incarnations.claim()
+        number = run.attempts.claim()
         base, _ = newest(run.checkpoints)
         begin = 0 if base is None else step_of(base) or 0
-        run.incarnations.begin(number, begin, None if base is None else incarnation_of(base))
+        run.attempts.begin(number, begin, None if base is None else attempt_of(base))
         remove_unfinished(run.checkpoints, number, Disk())
         with run.records(number, True) as (events, lines):
             events.add("resumed" if begin else "started", begin)
@@ -208,7 +208,7 @@ class World:
             for step in range(begin + 1, STEPS + 1):
                 lines.append({"step": step, "by": number})
                 if step % EVERY == 0:
-                    if run.incarnations.superseded(number):
+                    if run.attempts.superseded(number):
                         return
                     error = self.save(number, step, 0, board)
                     events.add("checkpoint" if error is None else "checkpoint_failed", step)
@@ -238,17 +238,17 @@ class World:
             for rank in range(self.ranks):
                 part = path / f"part_{rank}.json"
                 whose = json.loads(part.read_text()) if part.exists() else None
-                if whose != [incarnation_of(path), step_of(path), rank]:
+                if whose != [attempt_of(path), step_of(path), rank]:
                     return f"{path.name} has for rank {rank} the part of {whose}"
-        starts = run.incarnations.starts()
+        starts = run.attempts.starts()
         base = starts[-1].step if starts else 0
         found, _ = newest(run.checkpoints)
         if base and (found is None or (step_of(found) or 0) < base):
             return f"the checkpoint of step {base}, from which the newest start went on, is gone"
-        number = run.incarnations.claim()
+        number = run.attempts.claim()
         step = 0 if found is None else step_of(found) or 0
-        run.incarnations.begin(number, step, None if found is None else incarnation_of(found))
-        rows = [json.loads(line) for line in run.incarnations.metrics()]
+        run.attempts.begin(number, step, None if found is None else attempt_of(found))
+        rows = [json.loads(line) for line in run.attempts.metrics()]
         if [row["step"] for row in rows] != list(range(1, step + 1)):
             return f"the rows before step {step} are {[row['step'] for row in rows]}"
         with run.records(number, True):
@@ -259,7 +259,7 @@ class World:
 def play(folder: Path, seed: int) -> str | None:
     """A schedule of its own in a directory that is removed again; what was wrong."""
     shutil.rmtree(folder, ignore_errors=True)
-    world = World(folder, seed, ranks=1 + seed % 3, incarnations=2 + seed % 2)
+    world = World(folder, seed, ranks=1 + seed % 3, attempts=2 + seed % 2)
     world.schedule()
     wrong = world.wrong()
     world.processes.clear()  # they hold the world, and with it open files

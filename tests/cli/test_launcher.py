@@ -16,7 +16,7 @@ import yaml
 
 from rwkv_train.cli import launcher
 from rwkv_train.cli.help import groups, menu
-from rwkv_train.cluster.rank_info import Place
+from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Config
 from rwkv_train.config.schema import as_tree, schema
 from rwkv_train.errors import UserError
@@ -33,17 +33,17 @@ def trained(monkeypatch: pytest.MonkeyPatch, outcome: Callable[..., int]) -> Non
     monkeypatch.setitem(sys.modules, "rwkv_train.training.run", room)
 
 
-def refuse(config: Config, place: Place) -> int:
+def refuse(config: Config, rank_info: RankInfo) -> int:
     raise UserError("the data is shorter than one context", "give more of it")
 
 
-def interrupt(config: Config, place: Place) -> int:
+def interrupt(config: Config, rank_info: RankInfo) -> int:
     raise KeyboardInterrupt
 
 
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[Config] = []
-    trained(monkeypatch, lambda config, place: seen.append(config) or 3)
+    trained(monkeypatch, lambda config, rank_info: seen.append(config) or 3)
     assert launcher.main(["seed=5"]) == 3
     assert seen[0].seed == 5
     trained(monkeypatch, refuse)
@@ -185,7 +185,7 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_examples_of_the_menu(example: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    trained(monkeypatch, lambda config, place: 0)
+    trained(monkeypatch, lambda config, rank_info: 0)
     monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 0))
     save_weights(tmp_path / "model.pth", n_layer=2, n_embd=8)
     for folder in ("corpus", "books"):

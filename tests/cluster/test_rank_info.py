@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from rwkv_train.cli import launcher
-from rwkv_train.cluster.rank_info import Place, expand_hosts, mistakes, place_of
+from rwkv_train.cluster.rank_info import RankInfo, expand_hosts, mistakes, rank_info_of
 from rwkv_train.config import TrainerSettings
 
 STEP = {  # of srun -N2 --ntasks-per-node=2, as its last task sees it
@@ -24,41 +24,52 @@ STEP = {  # of srun -N2 --ntasks-per-node=2, as its last task sees it
 
 
 def test_a_task_of_srun() -> None:
-    place = place_of(STEP)
-    assert (place.starter, place.rank, place.local_rank, place.ranks) == ("srun", 3, 1, 4)
-    assert (place.machines, place.per_node, place.node, place.nodes) == (2, 2, "gpu08", ("gpu07", "gpu08"))
-    assert (place.address, place.job, place.restarts) == ("gpu07", "4711", 0)
-    assert [place.node_of(rank) for rank in range(5)] == ["gpu07", "gpu07", "gpu08", "gpu08", "?"]
+    rank_info = rank_info_of(STEP)
+    assert (rank_info.starter, rank_info.rank, rank_info.local_rank, rank_info.ranks) == ("srun", 3, 1, 4)
+    assert (rank_info.machines, rank_info.per_node, rank_info.node, rank_info.nodes) == (
+        2,
+        2,
+        "gpu08",
+        ("gpu07", "gpu08"),
+    )
+    assert (rank_info.address, rank_info.job, rank_info.restarts) == ("gpu07", "4711", 0)
+    assert [rank_info.node_of(rank) for rank in range(5)] == ["gpu07", "gpu07", "gpu08", "gpu08", "?"]
 
 
 def test_all_tasks_have_one_port_and_the_next_start_another() -> None:
-    ports = {place_of({**STEP, "SLURM_PROCID": str(rank)}).port for rank in range(4)}
+    ports = {rank_info_of({**STEP, "SLURM_PROCID": str(rank)}).port for rank in range(4)}
     assert len(ports) == 1
-    again = place_of({**STEP, "SLURM_RESTART_COUNT": "1"})
+    again = rank_info_of({**STEP, "SLURM_RESTART_COUNT": "1"})
     assert again.restarts == 1
     assert ports.isdisjoint({again.port})
-    found = [place_of({**STEP, "SLURM_JOB_ID": str(job)}).port for job in range(1, 2000)]
+    found = [rank_info_of({**STEP, "SLURM_JOB_ID": str(job)}).port for job in range(1, 2000)]
     assert min(found) >= 12000
     assert max(found) < 32000
     assert len(set(found)) == len(found)  # neighbours in the queue may share a node
 
 
 def test_what_the_user_has_set_holds() -> None:
-    place = place_of({**STEP, "MASTER_ADDR": "ib07", "MASTER_PORT": "4000"})
-    assert (place.address, place.port) == ("ib07", 4000)
+    rank_info = rank_info_of({**STEP, "MASTER_ADDR": "ib07", "MASTER_PORT": "4000"})
+    assert (rank_info.address, rank_info.port) == ("ib07", 4000)
 
 
 def test_a_task_of_an_array_is_named_by_both_numbers() -> None:
     """One of an array's tasks has the array's number as its own: scontrol would take that for all of them."""
-    assert place_of({**STEP, "SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "2"}).job == "4711_2"
+    assert rank_info_of({**STEP, "SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "2"}).job == "4711_2"
 
 
 def test_torchrun_inside_of_a_job() -> None:
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
     more = {"MASTER_ADDR": "h", "MASTER_PORT": "29400", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    place = place_of({**STEP, **torchrun, **more})
-    assert (place.starter, place.rank, place.local_rank, place.ranks, place.machines) == ("torchrun", 5, 1, 8, 2)
-    assert (place.address, place.port, place.agent_store, place.job) == ("h", 29400, True, "4711")
+    rank_info = rank_info_of({**STEP, **torchrun, **more})
+    assert (rank_info.starter, rank_info.rank, rank_info.local_rank, rank_info.ranks, rank_info.machines) == (
+        "torchrun",
+        5,
+        1,
+        8,
+        2,
+    )
+    assert (rank_info.address, rank_info.port, rank_info.agent_store, rank_info.job) == ("h", 29400, True, "4711")
 
 
 @pytest.mark.parametrize(
@@ -66,28 +77,28 @@ def test_torchrun_inside_of_a_job() -> None:
     [({}, 0), ({"LOCAL_RANK": "1"}, 1), ({"NODE_RANK": "2", "LOCAL_RANK": "0"}, 2), ({"RANK": "x"}, 0)],
 )
 def test_processes_that_the_run_starts_itself(environment: dict[str, str], rank: int) -> None:
-    place = place_of(environment)
-    assert (place.starter, place.rank, place.ranks, place.job) == ("plain", rank, 1, None)
+    rank_info = rank_info_of(environment)
+    assert (rank_info.starter, rank_info.rank, rank_info.ranks, rank_info.job) == ("plain", rank, 1, None)
 
 
 def test_a_step_of_one_task_is_a_shell() -> None:
     """srun --pty bash, and what is started in it."""
     shell = {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "0"}
-    place = place_of(shell)
-    assert (place.starter, place.rank, place.job) == ("plain", 0, "4711")
-    assert place_of({**shell, "LOCAL_RANK": "1"}).rank == 1
-    assert place.without_srun is None
+    rank_info = rank_info_of(shell)
+    assert (rank_info.starter, rank_info.rank, rank_info.job) == ("plain", 0, "4711")
+    assert rank_info_of({**shell, "LOCAL_RANK": "1"}).rank == 1
+    assert rank_info.without_srun is None
 
 
 TRAINER = TrainerSettings("auto", "auto", 1, "32-true")
 
 
-def told(place: Place, **trainer: object) -> str:
-    return "\n".join(map(str, mistakes(place, dataclasses.replace(TRAINER, **trainer))))  # type: ignore[arg-type]
+def told(rank_info: RankInfo, **trainer: object) -> str:
+    return "\n".join(map(str, mistakes(rank_info, dataclasses.replace(TRAINER, **trainer))))  # type: ignore[arg-type]
 
 
 def test_mistakes() -> None:
-    step = place_of(STEP)
+    step = rank_info_of(STEP)
     assert told(step, num_nodes=2, devices=2) == told(step, num_nodes="auto") == ""
     assert "trainer.num_nodes=4, and the job has 2 nodes (gpu07, gpu08)" in told(step, num_nodes=4)
     assert "sbatch --nodes=4" in told(step, num_nodes=4)
@@ -105,7 +116,7 @@ def test_mistakes() -> None:
     ],
 )
 def test_srun_left_out(variables: dict[str, str], missing: str) -> None:
-    found = told(place_of({"SLURM_JOB_ID": "12", **variables}), num_nodes="auto")
+    found = told(rank_info_of({"SLURM_JOB_ID": "12", **variables}), num_nodes="auto")
     assert missing in found
     assert ("job 12 has" in found and "srun python train.py" in found) == bool(missing)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rwkv_train.cli.checks import Machine
 from rwkv_train.cli.compose import Composer, composer
 from rwkv_train.cli.help import groups
-from rwkv_train.cluster.rank_info import Place
+from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Duration
 from rwkv_train.config.schema import as_tree, differences, from_tree, nearest, parse_count, schema
 from rwkv_train.errors import UserError, UserErrors
@@ -287,7 +287,7 @@ def test_never_asks_for_a_fresh_directory(conf: Composer, tmp_path: Path) -> Non
     with pytest.raises(UserErrors, match=r"resume=never, but .*mine holds a run"):
         conf.settle(words)
     conf.machine = Machine(
-        cores=2, place=Place(rank=1)
+        cores=2, rank_info=RankInfo(rank=1)
     )  # the second process starts when the first has made the directory
     assert conf.settle(words).resume == "never"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, Piece, contents, file_names
+from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, StateShard, contents, file_names
 from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.checkpoint.writer import OwnBoard, Writer
 from rwkv_train.cli.main import main as cli
@@ -38,7 +38,7 @@ def checkpoint_of(model: RWKV, folder: Path, writers: int) -> Path:
             numel = parameter.numel()
             first, last = rank * numel // writers, (rank + 1) * numel // writers
             values = parameter.detach().flatten()[first:last]
-            pieces += [Piece(kind, name, first, values, True) for kind in (WEIGHT, *MOMENTS)]
+            pieces += [StateShard(kind, name, first, values, True) for kind in (WEIGHT, *MOMENTS)]
         files = dict(zip(file_names(rank, writers), contents(pieces, shapes), strict=True))
         meta = {"step": 1, "shapes": {name: list(shape) for name, shape in shapes.items()}, "writers": writers}
         writer = Writer(LocalStorage(), rank, writers, board)

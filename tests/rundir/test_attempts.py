@@ -12,7 +12,7 @@ import torch
 
 from rwkv_train.checkpoint.directory import counted, newest, remove_unfinished
 from rwkv_train.cli import launcher
-from rwkv_train.rundir.attempts import Incarnations
+from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
@@ -22,8 +22,8 @@ NINE = ("budget.steps=9", "checkpoint.every.steps=3", "validation.every.steps=10
 
 
 def begun(run: RunDirectory, step: int = 0, parent: int | None = None) -> int:
-    number = run.incarnations.claim()
-    run.incarnations.begin(number, step, parent)
+    number = run.attempts.claim()
+    run.attempts.begin(number, step, parent)
     return number
 
 
@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def test_nobody_gets_a_number_twice(run: RunDirectory) -> None:
     with ThreadPoolExecutor(16) as pool:
-        numbers = list(pool.map(lambda _: Incarnations(run.path).claim(), range(64)))
+        numbers = list(pool.map(lambda _: Attempts(run.path).claim(), range(64)))
     assert sorted(numbers) == list(range(1, 65))
 
 
@@ -57,7 +57,7 @@ def test_rows_are_shown_while_they_come_and_each_step_once(run: RunDirectory) ->
         assert steps(run) == [(1, "first"), (2, "first"), (3, "second")]
 
 
-def test_an_old_incarnation_that_wakes_up_changes_nothing(run: RunDirectory) -> None:
+def test_an_old_attempt_that_wakes_up_changes_nothing(run: RunDirectory) -> None:
     """It goes on with everything that a run does: rows, events, its end; and the new one does not even notice."""
     with run.records(begun(run), True) as (old_events, old_lines):
         old_events.add("started", 0)
@@ -78,7 +78,7 @@ def test_an_old_incarnation_that_wakes_up_changes_nothing(run: RunDirectory) -> 
             assert rows(run.path) == lines.rows()
 
 
-def test_a_merge_that_an_old_incarnation_puts_there_late_is_mended(run: RunDirectory) -> None:
+def test_a_merge_that_an_old_attempt_puts_there_late_is_mended(run: RunDirectory) -> None:
     """It was stopped between its check and the renaming."""
     with run.records(begun(run), True) as (_, old):
         old.append({"step": 1, "by": "old"})
@@ -91,7 +91,7 @@ def test_a_merge_that_an_old_incarnation_puts_there_late_is_mended(run: RunDirec
 
 
 def test_one_that_has_noted_nothing_counts_for_nothing(run: RunDirectory) -> None:
-    first, silent = begun(run), run.incarnations.claim()
+    first, silent = begun(run), run.attempts.claim()
     for number, step in ((first, 3), (silent, 6)):
         (run.checkpoints / f"step_{step:09d}-{number:04d}").mkdir()
     third = begun(run, 3, first)
@@ -110,8 +110,8 @@ def test_what_a_newer_one_is_writing_is_not_removed(run: RunDirectory) -> None:
 
 
 def as_it_was(run: Path) -> None:
-    """Makes a run directory of it as it was before there were incarnations."""
-    shutil.rmtree(run / "incarnations")
+    """Makes a run directory of it as it was before there were attempts."""
+    shutil.rmtree(run / "attempts")
     for path in (run / "checkpoints").glob("step_*"):
         manifest = json.loads((path / "manifest.json").read_text())
         (path / "manifest.json").write_text(json.dumps({"files": manifest["files"]}))
@@ -125,7 +125,7 @@ def test_runs_from_before_go_on(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     as_it_was(run)
     assert train(launcher.load(words)) == 0  # finished
-    assert not (run / "incarnations").exists()
+    assert not (run / "attempts").exists()
     assert train(launcher.load([*words, "budget.steps=15", "optim.schedule.shape=constant"])) == 0
     assert len(losses(run)) == 15
     assert [row["event"] for row in rows(run, "events.jsonl") if row["event"] != "checkpoint"] == [
@@ -144,7 +144,7 @@ def test_a_run_whose_notes_are_gone_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     shutil.copytree(run, tmp_path / "runs" / "whole")
     shutil.rmtree(run / "checkpoints" / "step_000000009-0001")
-    shutil.rmtree(run / "incarnations")
+    shutil.rmtree(run / "attempts")
     assert train(launcher.load(words)) == 0
     assert losses(run) == losses(tmp_path / "runs" / "whole")
     assert same_weights(run, tmp_path / "runs" / "whole")
@@ -170,7 +170,7 @@ def test_a_run_that_a_newer_start_has_taken_over_ends_and_deletes_nothing(
     def and_another_starts(self: RWKVModule, optimizer: torch.optim.Optimizer) -> None:
         before(self, optimizer)
         if self.trainer.global_step == 7:
-            Incarnations(run).claim()
+            Attempts(run).claim()
 
     monkeypatch.setattr(RWKVModule, "on_before_optimizer_step", and_another_starts)
     assert (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_train.checkpoint.shards import WEIGHT, Piece
+from rwkv_train.checkpoint.shards import WEIGHT, StateShard
 from rwkv_train.models import ModelConfig, build_model, recipe_of
 from rwkv_train.models.weights import shapes_of
 from rwkv_train.training.initial_weights import Recipe, rounds
@@ -33,8 +33,8 @@ def fill(rank: int, ranks: int, whole: bool) -> Held:
         values = torch.full((stop - start,), torch.nan)
         held[name] = (start, values)
         middle = len(values) // 2
-        pieces.append(Piece(WEIGHT, name, start, values[:middle], True))
-        pieces.append(Piece(WEIGHT, name, start + middle, values[middle:], True))
+        pieces.append(StateShard(WEIGHT, name, start, values[:middle], True))
+        pieces.append(StateShard(WEIGHT, name, start + middle, values[middle:], True))
     torch.set_num_threads(1 + rank)
     Recipe(recipe_of(model), shapes, SHAPE.n_layer, seed=3).fill(pieces)
     return {name: (start, values.numpy()) for name, (start, values) in held.items()}

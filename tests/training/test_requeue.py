@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_train.cli import launcher
-from rwkv_train.cluster.rank_info import Place
+from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.requeue import GIVEN_UP
@@ -58,10 +58,10 @@ def test_each_rank_has_a_log(tmp_path: Path) -> None:
     """The first one's is its console's; the others' has what C++ says as well."""
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from rwkv_train.cluster.rank_info import Place\n"
+        "from rwkv_train.cluster.rank_info import RankInfo\n"
         "from rwkv_train.rundir.rank_logs import keep_log\n"
         "rank = int(sys.argv[2])\n"
-        "keep_log(Path(sys.argv[1]), Place(rank=rank, node=f'gpu{rank}', job='17'))\n"
+        "keep_log(Path(sys.argv[1]), RankInfo(rank=rank, node=f'gpu{rank}', job='17'))\n"
         "print('\\x1b[1mbold\\x1b[0m words'); os.write(2, b'from below\\n')"
     )
     said = []
@@ -92,7 +92,7 @@ def test_the_first_process_leaves_its_exit_code(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("RWKV_EXIT", str(tmp_path / "code"))
     assert launcher.main(["seed=x"]) == 2
     assert (tmp_path / "code").read_text() == "2\n"
-    monkeypatch.setattr(launcher, "place", lambda: Place(rank=1))
+    monkeypatch.setattr(launcher, "rank_info", lambda: RankInfo(rank=1))
     (tmp_path / "code").unlink()
     assert launcher.main(["seed=x"]) == 2
     assert not (tmp_path / "code").exists()

@@ -25,9 +25,9 @@ from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 from rwkv_train.models.backbone import State
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.rundir.jsonl import Events, Refusals
+from rwkv_train.rundir.jsonl import Events, WriteErrors
 from rwkv_train.training.alerts import Alerts, Window
-from rwkv_train.training.callbacks.checkpoint import Checkpointing, between_steps
+from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics, Row
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.statistics import PLACES, finite_places
@@ -58,7 +58,7 @@ class _Bad:
     samples: list[dict[str, Any]]  # Batches.sample of each
 
 
-class Health(Callback):
+class BadSteps(Callback):
     """Judges each row when it is written, at the same step on all ranks, and acts before the next step begins.
 
     The update of a bad step is left out on the device itself (see Statistics.judge): nobody waits for a verdict. What
@@ -71,7 +71,7 @@ class Health(Callback):
         data: of the run.
         run: where replay files and skipped data are kept.
         tree: the settled config, for replay files.
-        events, refusals: the run's.
+        events, write_errors: the run's.
         console: where alerts are told.
     """
 
@@ -79,16 +79,16 @@ class Health(Callback):
         self,
         settings: HealthSettings,
         metrics: Metrics,
-        saving: Checkpointing,
+        saving: CheckpointCallback,
         data: Batches,
         run: RunDirectory,
         tree: dict[str, Any],
         events: Events,
-        refusals: Refusals,
+        write_errors: WriteErrors,
         console: Console,
     ) -> None:
         self.settings, self.metrics, self.saving, self.data, self.run = settings, metrics, saving, data, run
-        self.tree, self.events, self.refusals, self.console = tree, events, refusals, console
+        self.tree, self.events, self.write_errors, self.console = tree, events, write_errors, console
         self.stopped: str | None = None  # why the run was ended
         self.rewinds = 0
         self.window = Window(settings.window, settings.z)
@@ -199,7 +199,7 @@ class Health(Callback):
             return None
         folder = self.run.path / "replay"
         file = folder / f"step_{step:09d}.json"
-        with self.refusals.outlived(file):
+        with self.write_errors.tolerate(file):
             folder.mkdir(exist_ok=True)
             checkpoint, _ = newest(self.saving.directory, self.saving.storage, content=False, before=step)
             if checkpoint is not None:
@@ -265,7 +265,7 @@ class Health(Callback):
         self.rewinds += 1
         self.data.begin(step, meta.get("position"))
         for record in (self.metrics.lines, self.events):
-            record.go_on(self.run.incarnations.directory(module.strategy.incarnation) / record.path.name)
+            record.go_on(self.run.attempts.directory(module.strategy.attempt) / record.path.name)
         self.metrics.forget(step)
         _count_from(trainer, step)
         self._restore(Reader(checkpoint).state(0)["lightning"])
@@ -274,7 +274,7 @@ class Health(Callback):
         module.statistics.skipped.fill_(step - meta.get("updates", step))
         module.rewound = True
         if self.events.enabled:
-            with self.refusals.outlived(self.run.passed_over):
+            with self.write_errors.tolerate(self.run.passed_over):
                 self.run.passed_over.write_text(json.dumps({"rewinds": self.rewinds, "skips": self.data.skips}))
             self.events.add("rewound", step, reached=reached, passed_over=self.data.skips[-1][1])
             self._say(

@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import Callback
 from rwkv_train.checkpoint.commit import stay
 from rwkv_train.checkpoint.directory import (
     aside_of,
+    attempt_of,
     counted,
     directory_name,
-    incarnation_of,
     newest,
     read_meta,
     step_of,
@@ -27,10 +27,10 @@ from rwkv_train.checkpoint.writer import Writer
 from rwkv_train.config import CheckpointSettings
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
-from rwkv_train.rundir.attempts import Incarnations
+from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import Events
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.strategy import Sharing
+from rwkv_train.training.strategy import ShardedStrategy
 
 _PROBE_TOLERANCE = {"32-true": 2e-6, "bf16-mixed": 1e-2}  # relative
 
@@ -39,7 +39,7 @@ class Superseded(Exception):
     """A newer start of this run has begun: what this one writes from now on would not count."""
 
 
-class Checkpointing(Callback):
+class CheckpointCallback(Callback):
     """Saves between two steps: when a step is due, its validation done and the next one not yet begun.
 
     Args:
@@ -71,8 +71,8 @@ class Checkpointing(Callback):
         self.permanent = None if settings.permanent is None else settings.permanent.in_steps(tokens_per_step)
         self.background = settings.background
         self.storage: Storage = storage or LocalStorage()
-        self.incarnations = Incarnations(directory.parent)
-        self._number = 0  # this incarnation's
+        self.attempts = Attempts(directory.parent)
+        self._number = 0  # this attempt's
         self.failures = 0  # saves that the disk refused
         self.last: int | None = None  # step of the newest checkpoint
         self.takes: float | None = None  # seconds that the last one took
@@ -86,9 +86,9 @@ class Checkpointing(Callback):
         self._went_back_to: int | None = None  # step of the checkpoint to which the run was rewound last
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        strategy = cast(Sharing, trainer.strategy)
+        strategy = cast(ShardedStrategy, trainer.strategy)
         strategy.background = self.background
-        self._number = strategy.incarnation
+        self._number = strategy.attempt
         writers = strategy.world_size if strategy.divided else 1
         strategy.writer = Writer(self.storage, strategy.global_rank, writers, strategy.board(), self._retain)
 
@@ -111,14 +111,14 @@ class Checkpointing(Callback):
         step = trainer.global_step
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        self._report(cast(Sharing, trainer.strategy))
+        self._report(cast(ShardedStrategy, trainer.strategy))
         if step and step % self.every == 0:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.at_end:
             self.save(trainer)
-        strategy = cast(Sharing, trainer.strategy)
+        strategy = cast(ShardedStrategy, trainer.strategy)
         strategy.settle()
         self._report(strategy)
 
@@ -132,7 +132,7 @@ class Checkpointing(Callback):
         if step == self._begun:
             return
         began, self._begun = time.perf_counter(), step
-        if trainer.strategy.broadcast(trainer.is_global_zero and self.incarnations.superseded(self._number)):
+        if trainer.strategy.broadcast(trainer.is_global_zero and self.attempts.superseded(self._number)):
             raise Superseded
         self._probe_at = trainer.datamodule.batches.data_step(step)  # type: ignore[attr-defined]
         self._probe = self._measure_probe(trainer, self._probe_at)
@@ -141,7 +141,7 @@ class Checkpointing(Callback):
         self.paused += self._pause
 
     def go_back(self, trainer: L.Trainer, before: int) -> Path | None:
-        """Restores the newest whole checkpoint before a step, and goes on as a new incarnation. All ranks call it.
+        """Restores the newest whole checkpoint before a step, and goes on as a new attempt. All ranks call it.
 
         The one that was restored last is passed over where there is an older one.
 
@@ -149,7 +149,7 @@ class Checkpointing(Callback):
             which one; None: there is none.
         """
         self.restoring(trainer.global_step)
-        strategy = cast(Sharing, trainer.strategy)
+        strategy = cast(ShardedStrategy, trainer.strategy)
         strategy.settle()
         self._report(strategy)
         path: Path | None = None
@@ -163,14 +163,14 @@ class Checkpointing(Callback):
             return None
         number = 0
         if strategy.global_rank == 0:
-            number = self.incarnations.claim()
-            self.incarnations.begin(number, step_of(path) or 0, incarnation_of(path))
-        self._number = strategy.incarnation = strategy.broadcast(number)
+            number = self.attempts.claim()
+            self.attempts.begin(number, step_of(path) or 0, attempt_of(path))
+        self._number = strategy.attempt = strategy.broadcast(number)
         strategy.restore(path)
         self.last = self._begun = self._went_back_to = step_of(path)
         return path
 
-    def _report(self, strategy: Sharing) -> None:
+    def _report(self, strategy: ShardedStrategy) -> None:
         """Tells how the saves ended that were under way."""
         for outcome in strategy.writer.finished():
             if outcome.error is not None:
@@ -198,17 +198,17 @@ class Checkpointing(Callback):
     def _retain(self) -> None:
         """Deletes the checkpoints that need not stay; called in the writer's thread, behind a commit.
 
-        Nothing, where a newer incarnation has begun: it may have begun from one of them. One that begins only now finds
+        Nothing, where a newer attempt has begun: it may have begun from one of them. One that begins only now finds
         the checkpoint that was just committed.
         """
-        if self.incarnations.superseded(self._number):
+        if self.attempts.superseded(self._number):
             return
         paths = {step_of(path) or 0: path for path in counted(self.directory, self.storage, self._number)}
         losses = {step: read_meta(path).get("val_loss") if self.best else None for step, path in paths.items()}
         for step in paths.keys() - stay(losses, self.keep, self.permanent, self.best):
             try:
                 self.storage.delete(paths[step])
-            except FileNotFoundError:  # an older incarnation was about to delete the same one
+            except FileNotFoundError:  # an older attempt was about to delete the same one
                 pass
             except OSError as error:
                 print(f"warning: {paths[step]} cannot be deleted: {error.strerror}", file=sys.stderr)
@@ -216,7 +216,7 @@ class Checkpointing(Callback):
     def _measure_probe(self, trainer: L.Trainer, data_step: int) -> float:
         """The loss of the first sample of a step of the data, the same one for any number of ranks; no update."""
         batches: Batches = trainer.datamodule.batches  # type: ignore[attr-defined]
-        strategy = cast(Sharing, trainer.strategy)
+        strategy = cast(ShardedStrategy, trainer.strategy)
         batch = strategy.batch_to_device(batches.first_sample(data_step))
         with trainer.precision_plugin.forward_context():
             loss = strategy.probe(batch)

@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from rwkv_train.training.callbacks.checkpoint import Checkpointing
+from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 
 # of preemption and time limits: scancel's and Kubernetes', SLURM's by --signal, submitit's
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 INTERRUPTED = 130  # exit code of a second Ctrl-C
 
 
-class Signals(Callback):
-    """Asks Lightning to stop behind the step in which any rank got a signal; what then saves is Checkpointing.
+class StopOnSignal(Callback):
+    """Asks Lightning to stop behind the step in which any rank got a signal; what then saves is CheckpointCallback.
 
     A handler only sets a flag. The ranks exchange their flags while the next step computes and read them behind it, so
     that nobody waits for anybody and all stop at the same step. A second SIGINT leaves at once, without a word to
@@ -99,7 +99,7 @@ class Signals(Callback):
     def _reckon(self, trainer: L.Trainer) -> None:
         """Leaves the last checkpoint out where it would take longer than there is time: a half one helps nobody."""
         left = self.seconds_left() if trainer.is_global_zero and self.stopped != "SIGINT" else None
-        saving = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpointing))  # type: ignore[attr-defined]
+        saving = next(callback for callback in trainer.callbacks if isinstance(callback, CheckpointCallback))  # type: ignore[attr-defined]
         takes = saving.takes
         short = left is not None and takes is not None and left < takes
         if trainer.strategy.broadcast(short):

@@ -1,15 +1,17 @@
-"""How a run is spread over its devices: one file per family, behind Lightning's Strategy and our `Sharing`."""
+"""How a run is spread over its devices: one file per family, behind Lightning's Strategy and our `ShardedStrategy`."""
 
 from __future__ import annotations
 
 from rwkv_train.config import Config
 from rwkv_train.data.order import Split
-from rwkv_train.training.strategy.shared import Sharing
+from rwkv_train.training.strategy.shared import ShardedStrategy
 
-__all__ = ["Sharing", "build_strategy"]
+__all__ = ["ShardedStrategy", "build_strategy"]
 
 
-def build_strategy(config: Config, name: str, accelerator: str, devices: int, split: Split, block: int) -> Sharing:
+def build_strategy(
+    config: Config, name: str, accelerator: str, devices: int, split: Split, block: int
+) -> ShardedStrategy:
     """The strategy of a run.
 
     Args:

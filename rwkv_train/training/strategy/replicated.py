@@ -7,19 +7,19 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from rwkv_train.checkpoint.shards import WEIGHT, Piece
+from rwkv_train.checkpoint.shards import WEIGHT, StateShard
 from rwkv_train.models import RWKV
-from rwkv_train.training.strategy.shared import Sharing, adam_moments
+from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
 
-class _Whole(Sharing):
-    def pieces(self, moments: bool) -> Iterator[Piece]:
+class _Whole(ShardedStrategy):
+    def pieces(self, moments: bool) -> Iterator[StateShard]:
         owned = self.global_rank == 0
         for name, parameter in self.named_weights():
-            yield Piece(WEIGHT, name, 0, parameter.detach().view(-1), owned)
+            yield StateShard(WEIGHT, name, 0, parameter.detach().view(-1), owned)
             if moments:
                 for moment, values in adam_moments(self.optimizers[0].state[parameter], parameter.detach()):
-                    yield Piece(moment, name, 0, values.view(-1), owned)
+                    yield StateShard(moment, name, 0, values.view(-1), owned)
 
     def states(self) -> Iterator[dict[str, Any]]:
         yield from self.optimizers[0].state.values()
