@@ -6,16 +6,16 @@ class UserError(Exception):
 
     Args:
         what: one sentence that names the thing and its value.
-        way_out: what to type or change instead, shown on a line of its own.
+        remedy: what to type or change instead, shown on a line of its own.
     """
 
-    def __init__(self, what: str, way_out: str = "") -> None:
+    def __init__(self, what: str, remedy: str = "") -> None:
         super().__init__(what)
         self.what = what
-        self.way_out = way_out
+        self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.what}\n  {self.way_out}" if self.way_out else self.what
+        return f"{self.what}\n  {self.remedy}" if self.remedy else self.what
 
 
 class UserErrors(UserError):

@@ -68,8 +68,8 @@ def _bind(
     except TypeError as error:
         known = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         near = [close for word in arguments if word not in known for close in difflib.get_close_matches(word, known, 1)]
-        way_out = (f"nearest: {', '.join(near)}; " if near else "") + f"valid: {', '.join(known) or 'none'}"
-        raise UserError(f"{where}: {tree['_target_']} {error}", way_out) from None
+        remedy = (f"nearest: {', '.join(near)}; " if near else "") + f"valid: {', '.join(known) or 'none'}"
+        raise UserError(f"{where}: {tree['_target_']} {error}", remedy) from None
     return partial(_make, target, arguments)
 
 

@@ -22,7 +22,7 @@ class Finding:
 
     verdict: Literal["ok", "note", "BAD"]
     what: str
-    way_out: str = ""
+    remedy: str = ""
 
 
 def examine(cores: int) -> int:
@@ -44,8 +44,8 @@ def examine(cores: int) -> int:
         for finding in findings():
             bad += finding.verdict == "BAD"
             print(f"  {finding.verdict:4}  {finding.what}", flush=True)
-            if finding.way_out:
-                print(f"        {finding.way_out}")
+            if finding.remedy:
+                print(f"        {finding.remedy}")
     print(f"\n{bad} of these need you." if bad else "\nNothing needs you.")
     return 1 if bad else 0
 
@@ -109,7 +109,7 @@ def engines() -> Iterator[Finding]:
             error = "" if engine.name == "reference" else f", error {engine.error_ratio:.2f} × the definition's"
             yield Finding("ok", f"{engine.name}: {engine.where} ({engine.seconds:.1f} s{error})")
         else:
-            yield Finding("BAD", f"{engine.name}: {engine.problem}", engine.way_out or "")
+            yield Finding("BAD", f"{engine.name}: {engine.problem}", engine.remedy or "")
 
 
 def devices(cores: int) -> Iterator[Finding]:

@@ -69,7 +69,7 @@ def test_the_doctor_reads_the_tested_ranges(monkeypatch: pytest.MonkeyPatch) -> 
     python, good, missing, old = list(doctor.versions())  # pytest is an extra's
     assert (python.verdict, good.verdict) == ("ok", "ok")
     assert torch.__version__ in good.what
-    assert (missing.verdict, missing.way_out) == ("BAD", "pip install 'nothing-like-this>=1'")
+    assert (missing.verdict, missing.remedy) == ("BAD", "pip install 'nothing-like-this>=1'")
     assert old.verdict == "BAD"
     assert "is outside the tested <1" in old.what
     monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": "<3"}))

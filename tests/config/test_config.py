@@ -129,7 +129,7 @@ def test_a_mistake_is_told(case: str, conf: Composer) -> None:
     for message, pattern in zip(told, expected, strict=True):
         assert re.search(pattern, message, re.DOTALL), message
         assert len(message.splitlines()) <= 2
-    assert all(problem.what.strip() and problem.way_out.strip() for problem in problems) or case == "interpolation"
+    assert all(problem.what.strip() and problem.remedy.strip() for problem in problems) or case == "interpolation"
 
 
 def test_the_default_run(conf: Composer) -> None:
@@ -200,7 +200,7 @@ def test_a_pair_that_nobody_published(tmp_path: Path) -> None:
         assert "model=mine arch=rwkv4: nobody published this pair" in problem.what
         assert "7b: rwkv4" in problem.what
         assert "mine: rwkv9" in problem.what
-        assert problem.way_out == "by hand: model.n_embd=… optim.lr=… optim.final_lr=…"
+        assert problem.remedy == "by hand: model.n_embd=… optim.lr=… optim.final_lr=…"
         words = ["model.n_layer=3", "model.n_embd=32", "optim.lr=1e-3", "optim.final_lr=1e-4"]
         assert conf.settle(["model=mine", *words]).model.n_embd == 32
 
@@ -215,7 +215,7 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
         own.write_text("# @package _global_\nbudget: {stepps: 3}\n")
         (problem,) = mistakes(conf, "experiment=own")
         assert "there is no budget.stepps" in problem.what
-        assert "budget.steps" in problem.way_out
+        assert "budget.steps" in problem.remedy
         own.write_text("# @package _global_\nbudget: {tokens: 3, steps: 4}\n")
         (problem,) = mistakes(conf, "experiment=own")
         assert "exclude each other" in problem.what
