@@ -27,7 +27,7 @@ from rwkv_train.evaluation.prefixes import Begun, share
 from rwkv_train.evaluation.scoring import score
 from rwkv_train.inference.continuation import begin, continue_texts, starts_at
 from rwkv_train.inference.sampling import Sampling
-from rwkv_train.models import RWKV, State
+from rwkv_train.models import LanguageModel, State
 
 _AT_ONCE = 1024  # tokens of each row that are read in one pass
 _SHOTS_SEED = 1234  # of the choice of examples, lm-eval's own
@@ -49,7 +49,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def __init__(
         self,
-        model: RWKV,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         batch: int,
         max_length: int | None = None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.inference.sampling import Sampling, sample
-from rwkv_train.models import RWKV, State
+from rwkv_train.models import LanguageModel, State
 
 _AT_ONCE = 1024  # tokens of a prompt that are read in one pass: the memory for a long one does not grow with it
 
@@ -23,7 +23,7 @@ Prompt = tuple[Sequence[int], State | None]  # tokens, at least one, and the mem
 
 
 @torch.inference_mode()
-def read(model: RWKV, prompts: Sequence[Prompt]) -> tuple[Tensor, State]:
+def read(model: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Tensor, State]:
     """Reads prompts in the time-parallel mode.
 
     Returns:
@@ -75,7 +75,7 @@ def starts_at(fresh: Tensor | None, length: int) -> Tensor | None:
 
 
 def streams(
-    model: RWKV, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int | None], ended: set[int]
+    model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int | None], ended: set[int]
 ) -> Iterator[dict[int, int]]:
     """Yields, again and again, the next token of each text that has not ended, by the text's number.
 
@@ -129,7 +129,7 @@ class Continuation:
 
 
 def continue_texts(
-    model: RWKV,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     tokens: int,

@@ -13,13 +13,13 @@ from rwkv_train.config.schema import from_tree
 from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_train.errors import UserError
-from rwkv_train.models import RWKV, build_model
+from rwkv_train.models import LanguageModel, build_model
 from rwkv_train.models.weights import infer_config, load_weights, refuse_mismatches, shapes_of
 
 _NAMED = "--tokenizer names the one that it was trained with: bytes, world, or the path of a tokenizer.json"
 
 
-def load_model(checkpoint: Path, device: str = "cpu") -> RWKV:
+def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
     """The model of a checkpoint directory or a .pth file under the field's names; the tensors tell its shape.
 
     Args:

@@ -9,15 +9,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from rwkv_train.models import rwkv4
-from rwkv_train.models.backbone import RWKV, Generation, LayerState, ModelConfig, State
-from rwkv_train.models.recipe import Row, claim, initialise
+from rwkv_train.models.backbone import Generation, LanguageModel, LayerState, ModelConfig, State
+from rwkv_train.models.recipe import RecipeRow, claim, initialise
 
 __all__ = [
     "ARCHITECTURES",
-    "RWKV",
+    "LanguageModel",
     "LayerState",
     "ModelConfig",
-    "Row",
+    "RecipeRow",
     "State",
     "build_model",
     "recipe_of",
@@ -32,7 +32,7 @@ def _generation(config: ModelConfig) -> Generation:
     return cast(Generation, ARCHITECTURES[config.arch])
 
 
-def build_model(config: ModelConfig, seed: int = 0, device: str | torch.device = "cpu") -> RWKV:
+def build_model(config: ModelConfig, seed: int = 0, device: str | torch.device = "cpu") -> LanguageModel:
     """Builds a model in float32 with the generation's initial weights.
 
     Args:
@@ -49,7 +49,7 @@ def build_model(config: ModelConfig, seed: int = 0, device: str | torch.device =
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     with torch.device("meta"), _NoValues():
-        model = RWKV(generation, config)
+        model = LanguageModel(generation, config)
     if torch.device(device).type != "meta":
         model = model.to_empty(device=device)
         initialise(model, generation.RECIPE, config.n_layer, seed)
@@ -68,6 +68,6 @@ class _NoValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def recipe_of(model: RWKV) -> dict[str, Row]:
+def recipe_of(model: LanguageModel) -> dict[str, RecipeRow]:
     """Each parameter's row of the recipe (initialisation, learning-rate multiplier, weight decay), by name."""
     return claim((name for name, _ in model.named_parameters()), _generation(model.config).RECIPE)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_train.models.recipe import Row
+from rwkv_train.models.recipe import RecipeRow
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class State(NamedTuple):
 class Generation(Protocol):
     """What a generation's module offers to the backbone."""
 
-    RECIPE: tuple[Row, ...]
+    RECIPE: tuple[RecipeRow, ...]
 
     @staticmethod
     def TimeMix(config: ModelConfig, layer: int) -> nn.Module: ...
@@ -112,7 +112,7 @@ class Head(nn.Linear):
         return super().forward(x) if readout is None else readout(x, self.weight)
 
 
-class RWKV(nn.Module):
+class LanguageModel(nn.Module):
     """An RWKV language model; parameter names are those of the published checkpoints.
 
     `model(tokens, state=None)` takes tokens (B, T) int64 and returns logits (B, T, V) and the state after the last

@@ -1,6 +1,6 @@
 """A generation's recipe: for each parameter its initial value, learning-rate multiplier and weight decay.
 
-Every models/rwkvN.py ends in one table of `Row`s. `claim` gives each parameter of a model exactly one row; `initialise`
+Every models/rwkvN.py ends in one table of `RecipeRow`s. `claim` gives each parameter of a model exactly one row; `initialise`
 fills the model from it. An initial value is a function of (seed, parameter name, shape, layer) and of nothing else: not
 of the construction order, the number of threads or of other parameters.
 """
@@ -39,7 +39,7 @@ Initialiser = Callable[[torch.Size, Site, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
-class Row:
+class RecipeRow:
     """One line of a recipe.
 
     Args:
@@ -95,14 +95,14 @@ class Orthogonal:
         return shape.numel() * min(shape)
 
 
-def claim(names: Iterable[str], recipe: Sequence[Row]) -> dict[str, Row]:
+def claim(names: Iterable[str], recipe: Sequence[RecipeRow]) -> dict[str, RecipeRow]:
     """Gives each parameter name its row.
 
     Raises:
         ValueError: a name that no row or more than one row matches, or a row that matches nothing.
     """
     patterns = [re.compile(row.names) for row in recipe]
-    claimed: dict[str, Row] = {}
+    claimed: dict[str, RecipeRow] = {}
     used: set[int] = set()
     for name in names:
         found = [i for i, pattern in enumerate(patterns) if pattern.fullmatch(name)]
@@ -118,7 +118,7 @@ def claim(names: Iterable[str], recipe: Sequence[Row]) -> dict[str, Row]:
     return claimed
 
 
-def initial_value(name: str, shape: torch.Size, row: Row, n_layer: int, seed: int) -> Tensor:
+def initial_value(name: str, shape: torch.Size, row: RecipeRow, n_layer: int, seed: int) -> Tensor:
     """The initial value of one parameter, float32 on the CPU: a pure function of its arguments.
 
     It is made by one thread, since the orthogonalisation's last bits depend on how many share the work.
@@ -135,7 +135,7 @@ def initial_value(name: str, shape: torch.Size, row: Row, n_layer: int, seed: in
         torch.set_num_threads(threads)
 
 
-def initialise(model: nn.Module, recipe: Sequence[Row], n_layer: int, seed: int) -> None:
+def initialise(model: nn.Module, recipe: Sequence[RecipeRow], n_layer: int, seed: int) -> None:
     """Fills every parameter of the model in place with its initial value."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():

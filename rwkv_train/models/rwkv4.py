@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rwkv_train import ops
 from rwkv_train.models.backbone import ModelConfig
-from rwkv_train.models.recipe import Orthogonal, Row, Site, constant, curve, uniform
+from rwkv_train.models.recipe import Orthogonal, RecipeRow, Site, constant, curve, uniform
 
 
 def _mix(channels: int) -> nn.Parameter:
@@ -86,18 +86,18 @@ def _time_first(c: Tensor, C: int, site: Site) -> Tensor:
 
 
 RECIPE = (
-    Row(r"emb\.weight", uniform(1e-4), decay=True),
-    Row(r"head\.weight", Orthogonal(0.5), decay=True),
-    Row(r".*\bln\w+\.weight", constant(1.0)),
-    Row(r".*\bln\w+\.bias", constant(0.0)),
-    Row(r"blocks\.\d+\.att\.time_decay", curve(_time_decay), lr=2.0),
-    Row(r"blocks\.\d+\.att\.time_first", curve(_time_first), lr=3.0),
-    Row(r"blocks\.\d+\.(att|ffn)\.time_mix_k", curve(lambda c, C, site: (c / C) ** site.rho1)),
-    Row(r"blocks\.\d+\.att\.time_mix_v", curve(lambda c, C, site: (c / C) ** site.rho1 + 0.3 * site.rho0)),
-    Row(r"blocks\.\d+\.att\.time_mix_r", curve(lambda c, C, site: (c / C) ** (0.5 * site.rho1))),
-    Row(r"blocks\.\d+\.ffn\.time_mix_r", curve(lambda c, C, site: (c / C) ** site.rho1)),
-    Row(r"blocks\.\d+\.att\.value\.weight", Orthogonal(1.0), decay=True),
-    Row(r"blocks\.\d+\.att\.(key|receptance|output)\.weight", constant(0.0), decay=True),
-    Row(r"blocks\.\d+\.ffn\.key\.weight", Orthogonal(1.0), decay=True),
-    Row(r"blocks\.\d+\.ffn\.(receptance|value)\.weight", constant(0.0), decay=True),
+    RecipeRow(r"emb\.weight", uniform(1e-4), decay=True),
+    RecipeRow(r"head\.weight", Orthogonal(0.5), decay=True),
+    RecipeRow(r".*\bln\w+\.weight", constant(1.0)),
+    RecipeRow(r".*\bln\w+\.bias", constant(0.0)),
+    RecipeRow(r"blocks\.\d+\.att\.time_decay", curve(_time_decay), lr=2.0),
+    RecipeRow(r"blocks\.\d+\.att\.time_first", curve(_time_first), lr=3.0),
+    RecipeRow(r"blocks\.\d+\.(att|ffn)\.time_mix_k", curve(lambda c, C, site: (c / C) ** site.rho1)),
+    RecipeRow(r"blocks\.\d+\.att\.time_mix_v", curve(lambda c, C, site: (c / C) ** site.rho1 + 0.3 * site.rho0)),
+    RecipeRow(r"blocks\.\d+\.att\.time_mix_r", curve(lambda c, C, site: (c / C) ** (0.5 * site.rho1))),
+    RecipeRow(r"blocks\.\d+\.ffn\.time_mix_r", curve(lambda c, C, site: (c / C) ** site.rho1)),
+    RecipeRow(r"blocks\.\d+\.att\.value\.weight", Orthogonal(1.0), decay=True),
+    RecipeRow(r"blocks\.\d+\.att\.(key|receptance|output)\.weight", constant(0.0), decay=True),
+    RecipeRow(r"blocks\.\d+\.ffn\.key\.weight", Orthogonal(1.0), decay=True),
+    RecipeRow(r"blocks\.\d+\.ffn\.(receptance|value)\.weight", constant(0.0), decay=True),
 )

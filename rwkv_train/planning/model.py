@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rwkv_train.models import RWKV, ModelConfig, build_model
+from rwkv_train.models import LanguageModel, ModelConfig, build_model
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _saved(shape: ModelConfig, precision: str, length: int) -> int:
     """Bytes that autograd keeps of a sample for the backward pass, without head, parameters left out."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import: only where there is a plan
 
-    model: RWKV = build_model(shape, device="meta")
+    model: LanguageModel = build_model(shape, device="meta")
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):

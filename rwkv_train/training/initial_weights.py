@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rwkv_train.checkpoint.shards import StateShard
-from rwkv_train.models import Row
+from rwkv_train.models import RecipeRow
 from rwkv_train.models.recipe import Orthogonal, initial_value
 
 Range = tuple[int, int]  # of a flattened tensor
@@ -25,7 +25,9 @@ class Recipe:
         seed: of the values.
     """
 
-    def __init__(self, rows: Mapping[str, Row], shapes: Mapping[str, tuple[int, ...]], n_layer: int, seed: int) -> None:
+    def __init__(
+        self, rows: Mapping[str, RecipeRow], shapes: Mapping[str, tuple[int, ...]], n_layer: int, seed: int
+    ) -> None:
         self.rows, self.n_layer, self.seed = rows, n_layer, seed
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
 

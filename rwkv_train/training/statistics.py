@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rwkv_train.config import LOGITS_AT_ONCE
 from rwkv_train.data.rows import IGNORED
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 from rwkv_train.models.backbone import State
 from rwkv_train.training.strategy import ShardedStrategy
 
@@ -44,7 +44,7 @@ class Statistics:
         limit: a loss above it is bad.
     """
 
-    def __init__(self, model: RWKV, every: int, sources: Sequence[str] = ("",), hooks: bool = True) -> None:
+    def __init__(self, model: LanguageModel, every: int, sources: Sequence[str] = ("",), hooks: bool = True) -> None:
         self.model, self.every, self.sources = model, every, sources
         self.due = False
         self.bad: Tensor | None = None

@@ -8,7 +8,7 @@ import torch
 from rwkv_train.config import GroupRule
 from rwkv_train.errors import UserError
 from rwkv_train.models import ModelConfig, build_model, recipe_of
-from rwkv_train.models.recipe import Orthogonal, Row, Site, claim, constant, initial_value
+from rwkv_train.models.recipe import Orthogonal, RecipeRow, Site, claim, constant, initial_value
 from rwkv_train.training.optim import parameter_groups
 
 L, C, V = 3, 24, 60
@@ -108,13 +108,13 @@ def test_a_value_depends_on_seed_name_and_shape_only(weights: dict[str, torch.Te
 
 
 def test_each_parameter_is_claimed_once() -> None:
-    row = Row("a", constant(0))
+    row = RecipeRow("a", constant(0))
     with pytest.raises(ValueError, match=r"parameter b must be claimed by exactly one row.*none"):
         claim(["a", "b"], [row])
     with pytest.raises(ValueError, match=r"parameter a must be claimed"):
-        claim(["a"], [row, Row(".*", constant(0))])
+        claim(["a"], [row, RecipeRow(".*", constant(0))])
     with pytest.raises(ValueError, match="match no parameter: idle"):
-        claim(["a"], [row, Row("idle", constant(0))])
+        claim(["a"], [row, RecipeRow("idle", constant(0))])
 
 
 def expected_group(name: str, weight_decay: float) -> tuple[float, float]:

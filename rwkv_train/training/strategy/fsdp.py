@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rwkv_train.checkpoint.shards import WEIGHT, StateShard
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
 
@@ -28,7 +28,7 @@ class FSDP(ShardedStrategy, ModelParallelStrategy):
     def __init__(self, backend: str, num_nodes: int, devices: int) -> None:
         super().__init__(num_nodes * devices, 1, process_group_backend=backend)
 
-    def _materialise(self, model: RWKV) -> None:
+    def _materialise(self, model: LanguageModel) -> None:
         mesh = self.device_mesh["data_parallel"]
         products = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
         matrices = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=torch.float32, cast_forward_inputs=False)
