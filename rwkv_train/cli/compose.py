@@ -30,10 +30,12 @@ from rwkv_train.cli.help import groups
 from rwkv_train.config import Config, TrainerSettings
 from rwkv_train.config.schema import DURATIONS, OPEN, Words, as_tree, flatten, identity, nearest, read, schema, show
 from rwkv_train.errors import UserError, UserErrors
-from rwkv_train.weights_header import Shape, read_shape
+from rwkv_train.models.config import ModelConfig
+from rwkv_train.models.detect import detect_file
 
 ROW = {"n_layer": "model.n_layer", "n_embd": "model.n_embd", "lr": "optim.lr", "final_lr": "optim.final_lr"}
 BATCH = {"tokens": ("batch.tokens", 1024), "context": ("batch.context", 256)}  # for sizes whose row has no batch
+SHAPE = ("n_layer", "n_embd", "dim_ffn", "vocab_size")  # that weights to start from have
 LAYERED = ("experiment", "debug", "local")  # the groups that change the others' settings, in the order they are applied
 
 
@@ -232,14 +234,14 @@ class Composer:
         row, shape = published.get(arch, {}), None
         problems: list[UserError] = []
         if settings.get("init.weights") is not None:
-            shape = read_shape(Path(str(settings["init.weights"])).expanduser())
+            shape = detect_file(Path(str(settings["init.weights"])).expanduser())
         if shape is not None:
             problems = _contradictions(settings, shape, row if "model" in stated else {})
             if "model" not in stated:
                 size, row = self._size_of(arch, shape)
                 settings["model.size"] = size
-            extended = shape._replace(vocab_size=shape.vocab_size + len(settings.get("vocab.extend") or ()))
-            settings.update({f"model.{name}": value for name, value in extended._asdict().items()})
+            settings.update({f"model.{name}": getattr(shape, name) for name in SHAPE})
+            settings["model.vocab_size"] += len(settings.get("vocab.extend") or ())
         for name, word in ROW.items():
             if settings.get(word) is None and name in row:
                 settings[word] = row[name]
@@ -272,7 +274,7 @@ class Composer:
                     rows.setdefault(size, {}).setdefault(arch, {})[name] = value
         return rows
 
-    def _size_of(self, arch: str, shape: Shape) -> tuple[str, dict[str, Any]]:
+    def _size_of(self, arch: str, shape: ModelConfig) -> tuple[str, dict[str, Any]]:
         for size, rows in self._published().items():
             row = rows.get(arch, {})
             if (row.get("n_layer"), row.get("n_embd")) == (shape.n_layer, shape.n_embd):
@@ -305,10 +307,11 @@ def _resolve(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
-def _contradictions(settings: Words, shape: Shape, row: dict[str, Any]) -> list[UserError]:
+def _contradictions(settings: Words, shape: ModelConfig, row: dict[str, Any]) -> list[UserError]:
     """Where what was typed says another shape than the weights have."""
     problems = []
-    for name, value in shape._asdict().items():
+    for name in SHAPE:
+        value = getattr(shape, name)
         said = settings.get(f"model.{name}")
         said = row.get(name) if said is None else said
         if said is not None and value is not None and str(said) != str(value):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 LOGITS_AT_ONCE = 2**24  # the head and the loss go over at most so many logits at a time (64 MiB in float32)
+EVIDENCE_BYTES = 2**28  # most bytes of recurrent state that statistics copy at a time
 
 
 @dataclass(frozen=True)
