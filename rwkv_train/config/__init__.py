@@ -1,4 +1,4 @@
-"""The configuration: typed settings (settings.py) and their form as text (schema.py). Imports no torch."""
+"""The configuration: typed settings (settings.py), read from and written as plain values (schema.py). No torch."""
 
 from rwkv_train.config.settings import (
     EVIDENCE_BYTES,

@@ -42,7 +42,7 @@ def test_the_shape_comes_from_the_weights(conf: Composer, tmp_path: Path) -> Non
     config = conf.settle([f"init.weights={odd}", "optim.lr=1e-3", "optim.final_lr=1e-4"])
     assert (config.model.size, config.model.n_layer) == ("L3C40", 3)
     (problem,) = mistakes(conf, f"init.weights={odd}")
-    assert "optim.lr=… optim.final_lr=…" in problem.way_out
+    assert "optim.lr=… optim.final_lr=…" in problem.remedy
 
 
 class Shell:
