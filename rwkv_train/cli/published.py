@@ -11,7 +11,7 @@ from rwkv_train.config.schema import FlatSettings, schema
 from rwkv_train.config.suggestions import suggestion
 from rwkv_train.config.values import convert
 from rwkv_train.errors import UserError, UserErrors
-from rwkv_train.weights_header import read_shape
+from rwkv_train.models.detect import detect_file
 
 SECTIONS = ("model", "optim", "batch")  # a row of conf/model may hold any setting of these, without the section's name
 SHAPE = ("n_layer", "n_embd", "dim_ffn", "vocab_size")  # what is read from weights
@@ -72,7 +72,7 @@ def _with_sections(where: str, row: Mapping[str, Any]) -> FlatSettings:
 def _shape_of_weights(settings: FlatSettings) -> dict[str, int] | None:
     """The values of SHAPE in init.weights; None: not set, or no such file (checks.py reports that)."""
     path = settings.get("init.weights")
-    found = None if path is None else read_shape(Path(str(path)).expanduser())
+    found = None if path is None else detect_file(Path(str(path)).expanduser())
     return None if found is None else {key: getattr(found, key) for key in SHAPE}
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 LOGITS_AT_ONCE = 2**24  # logits that the head and the loss process at a time at most (64 MiB in float32)
+EVIDENCE_BYTES = 2**28  # bytes of recurrent state that statistics copy at a time at most
 
 # Roles of a setting, as metadata of its field; a field of a settings class gives its role to all fields inside.
 # Without a role, a setting defines the run: with another value it is another run, under another name.

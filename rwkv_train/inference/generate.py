@@ -14,11 +14,11 @@ from rwkv_train.errors import UserError
 from rwkv_train.inference.continuation import continue_texts, streams
 from rwkv_train.inference.loading import load_model, tokenizer_of
 from rwkv_train.inference.sampling import Sampling
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 
 
 def generate(
-    model: RWKV,
+    model: LanguageModel,
     prompt: Sequence[int],
     tokens: int,
     temperature: float = 1.0,

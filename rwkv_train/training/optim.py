@@ -12,11 +12,11 @@ from torch import nn
 
 from rwkv_train.config import GroupRule, OptimSettings
 from rwkv_train.errors import UserError
-from rwkv_train.models import Row
+from rwkv_train.models import RecipeRow
 
 
 def parameter_groups(
-    model: nn.Module, recipe: Mapping[str, Row], weight_decay: float, rules: Sequence[GroupRule] = ()
+    model: nn.Module, recipe: Mapping[str, RecipeRow], weight_decay: float, rules: Sequence[GroupRule] = ()
 ) -> list[dict[str, Any]]:
     """Groups the parameters by (learning-rate multiplier, weight decay), every parameter in exactly one.
 

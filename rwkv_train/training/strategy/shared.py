@@ -16,7 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from rwkv_train.checkpoint.shards import MOMENTS, Reader, StateShard, contents, file_names
 from rwkv_train.checkpoint.writer import Board, OwnBoard, Writer
 from rwkv_train.errors import UserError
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 from rwkv_train.training.throughput import keep_freed_memory, return_freed_memory
 
 
@@ -61,7 +61,7 @@ class ShardedStrategy(Strategy):
         @property
         def world_size(self) -> int: ...
 
-    def materialise(self, model: RWKV) -> None:
+    def materialise(self, model: LanguageModel) -> None:
         """Gives this rank's share of a model on the meta device memory, without values."""
         torch.set_num_threads(self.threads)  # Lightning has just set what it thinks right
         if self.divided:  # before the first large tensor: the holes of what is freed would stay for good
@@ -69,7 +69,7 @@ class ShardedStrategy(Strategy):
         self._materialise(model)
 
     @abstractmethod
-    def _materialise(self, model: RWKV) -> None:
+    def _materialise(self, model: LanguageModel) -> None:
         """The same, for this strategy alone."""
 
     @abstractmethod

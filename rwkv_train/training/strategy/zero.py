@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, StateShard
 from rwkv_train.config import Config
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
 with warnings.catch_warnings():
@@ -144,7 +144,7 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
     def model_sharded_context(self) -> Generator[None, None, None]:
         yield  # `materialise` cuts the parameters
 
-    def _materialise(self, model: RWKV) -> None:
+    def _materialise(self, model: LanguageModel) -> None:
         """In stage 3 one parameter after the other, each cut to this rank's part at once."""
         self._init_config_if_needed()
         device = torch.device("cpu") if self.root_device.type == "cpu" else self.root_device
