@@ -50,6 +50,9 @@ def build_model(config: ModelConfig, seed: int = 0, device: str | torch.device =
             raise ValueError(f"{name} is {value}; it must be at least 1")
     with torch.device("meta"), _NoValues():
         model = LanguageModel(generation, config)
+    rows = recipe_of(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(rows[name].trained)
     if torch.device(device).type != "meta":
         model = model.to_empty(device=device)
         initialise(model, generation.RECIPE, config.n_layer, seed)

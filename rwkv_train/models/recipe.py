@@ -47,12 +47,15 @@ class RecipeRow:
         init: (shape, site, generator) → the initial value, float32 or float64, on the CPU.
         lr: multiplier of the learning rate.
         decay: whether weight decay, where it is asked for, applies.
+        trained: whether the optimiser changes it. A tensor that published files hold and the forward pass does not use
+            (no gradient reaches it) is not trained: it is stored as it was initialised or loaded.
     """
 
     names: str
     init: Initialiser
     lr: float = 1.0
     decay: bool = False
+    trained: bool = True
 
 
 def constant(value: float) -> Initialiser:
