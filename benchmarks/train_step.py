@@ -119,12 +119,12 @@ def main() -> None:
         speed = found["speed"]
         assert isinstance(ours, LanguageModel)
         result[name] = {
-            "matmul_fraction": round(6 * ours.matmul_parameters() * speed["ours"] / found["rate"], 3),
+            "matmul_fraction": round(ours.flops_per_token(T) * speed["ours"] / found["rate"], 3),
             "vs_hf_rwkv": round(speed["ours"] / speed["hf_rwkv"], 3),
             "vs_hf_llama": round(speed["ours"] / speed["hf_llama"], 3),
             "tokens_per_s": round(speed["ours"]),
         }
-        llama_fraction = 6 * ours.matmul_parameters() * speed["hf_llama"] / found["rate"]
+        llama_fraction = ours.flops_per_token(T) * speed["hf_llama"] / found["rate"]
         rows.append(
             [
                 name.replace("_", " "),

@@ -67,7 +67,7 @@ def count(shape: ModelConfig, precision: str) -> Counts:
     in_block = {name: size for name, size in sizes.items() if name.startswith("blocks.1.")} or {
         name: size for name, size in sizes.items() if name.startswith("blocks.0.") and ".ln0." not in name
     }
-    matrices = {name for name, p in model.named_parameters() if p.squeeze().dim() > 1}
+    matrices = model.products
     small = ModelConfig(shape.arch, 2, shape.n_embd, min(shape.vocab_size, 256), shape.dim_ffn)
     one = ModelConfig(shape.arch, 1, shape.n_embd, min(shape.vocab_size, 256), shape.dim_ffn)
     short, long = 64, 128
@@ -75,7 +75,7 @@ def count(shape: ModelConfig, precision: str) -> Counts:
     two_long, one_long = _saved(small, precision, long), _saved(one, precision, long)
     block_saved = ((two_long - one_long) - (two_short - one_short)) / (long - short)
     mixed = precision == "bf16-mixed"
-    width = shape.dim_ffn or 4 * shape.n_embd
+    width = model.config.dim_ffn or 0
     return Counts(
         parameters=sum(sizes.values()),
         matmul=model.matmul_parameters(),

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from rwkv_train.config import OptimSettings
 from rwkv_train.data.rows import IGNORED
-from rwkv_train.models import LanguageModel, RecipeRow
-from rwkv_train.models.backbone import State
+from rwkv_train.models import LanguageModel, RecipeRow, State
 from rwkv_train.training.loss import head_loss, head_nats, language_model_loss, summed_nats, too_many_logits
 from rwkv_train.training.optim import build_optimizer, learning_rate, parameter_groups
 from rwkv_train.training.statistics import Statistics

@@ -192,7 +192,7 @@ def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel
     if config.init_weights is None:
         if valued:
             model = build_model(shape, config.seed)
-        source = Recipe(recipe_of(model), shapes_of(dict(model.named_parameters())), shape.n_layer, config.seed)
+        source = Recipe(recipe_of(model), shapes_of(dict(model.named_parameters())), model.config, config.seed)
     else:
         source = Reader(Path(config.init_weights).expanduser())
         source.grow_vocabulary(len(config.vocab.extend))

@@ -294,7 +294,7 @@ def test_verify_of_a_foreign_store_finds_tokens_that_do_not_exist(tmp_path: Path
     faults = list(verify(tmp_path / "x", "bytes"))
     assert "x.bin, document 1: token 4 is 300, the vocabulary of bytes has 256" in faults[0].what
     assert "has no manifest" in faults[1].what
-    assert not faults[1].way_out
+    assert not faults[1].remedy
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

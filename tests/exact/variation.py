@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_train.models import rwkv4
-from rwkv_train.models.backbone import ModelConfig
+from rwkv_train.models import ModelConfig, rwkv4
 from rwkv_train.models.recipe import RecipeRow, constant
 
 UNUSED = "blocks.0.att.v0"
@@ -17,31 +16,28 @@ FROZEN = ("emb.weight", "blocks.0.att.time_decay", "blocks.1.att.time_decay")
 NOT_TRAINED = {UNUSED, *FROZEN}
 
 
-class TimeMix(rwkv4.TimeMix):
-    """With a vector that nothing reads, as RWKV-7 has it in its first block."""
+class Variation(rwkv4.RWKV4):
+    """With a vector that nothing reads, as RWKV-7 has it in its first block.
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer)
+    Args:
+        declared: whether the recipe says that the vector is not trained.
+    """
+
+    def __init__(self, declared: bool) -> None:
+        frozen = (r"emb\.weight", r"blocks\.\d+\.att\.time_decay")
+        rows = (replace(row, trained=row.names not in frozen) for row in rwkv4.RWKV4.recipe)
+        self.recipe = (*rows, RecipeRow(r"blocks\.0\.att\.v0", constant(0.5), decay=True, trained=not declared))
+
+    def block(self, config: ModelConfig, layer: int) -> nn.Module:
+        block = super().block(config, layer)
         if layer == 0:
-            self.v0 = nn.Parameter(torch.empty(config.n_embd))
-
-
-def _rows(declared: bool) -> tuple[RecipeRow, ...]:
-    frozen = (r"emb\.weight", r"blocks\.\d+\.att\.time_decay")
-    rows = (replace(row, trained=row.names not in frozen) for row in rwkv4.RECIPE)
-    return *rows, RecipeRow(r"blocks\.0\.att\.v0", constant(0.5), decay=True, trained=not declared)
+            block.get_submodule("att").register_parameter("v0", nn.Parameter(torch.empty(config.n_embd)))
+        return block
 
 
 def install(patch: pytest.MonkeyPatch | None = None, declared: bool = True) -> None:
-    """Puts the variation in the place of RWKV-4; without a patch for the rest of this process.
-
-    Args:
-        patch: takes it back.
-        declared: whether the recipe says that the vector is not trained.
-    """
-    patch = patch or pytest.MonkeyPatch()
-    patch.setattr(rwkv4, "RECIPE", _rows(declared))
-    patch.setattr(rwkv4, "TimeMix", TimeMix)
+    """Puts the variation in the place of RWKV-4; without a patch for the rest of this process."""
+    (patch or pytest.MonkeyPatch()).setattr(rwkv4, "ARCHITECTURE", Variation(declared))
 
 
 def install_undeclared() -> None:

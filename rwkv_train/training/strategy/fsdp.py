@@ -35,7 +35,7 @@ class FSDP(ShardedStrategy, ModelParallelStrategy):
         rest = MixedPrecisionPolicy(cast_forward_inputs=False)
         for block in cast("list[nn.Module]", model.blocks):
             if products is not None:
-                fully_shard([m for m in block.modules() if isinstance(m, nn.Linear)], mesh=mesh, mp_policy=matrices)
+                fully_shard(_products(model, block), mesh=mesh, mp_policy=matrices)
             if hasattr(block, "ln0"):
                 fully_shard(cast(nn.Module, block.ln0), mesh=mesh, mp_policy=rest)  # runs before the block does
             fully_shard(block, mesh=mesh, mp_policy=rest)
@@ -66,6 +66,13 @@ class FSDP(ShardedStrategy, ModelParallelStrategy):
         rows = parameter.shape[0]
         first = min(-(-rows // self.world_size) * self.global_rank, rows)
         return first * (parameter.numel() // rows)
+
+
+def _products(model: LanguageModel, block: nn.Module) -> list[nn.Module]:
+    """The block's modules all of whose own parameters are matrices of products with every token."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    own = {module: [names[parameter] for parameter in module.parameters(recurse=False)] for module in block.modules()}
+    return [module for module, held in own.items() if held and model.products.issuperset(held)]
 
 
 def _local(values: Tensor) -> Tensor:
