@@ -44,7 +44,7 @@ from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.finish import summarise, write_sample, write_weights
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.observers import HURRY, Observers
-from rwkv_train.training.optim import describe_groups, parameter_groups
+from rwkv_train.training.optim import describe_frozen, describe_groups, parameter_groups
 from rwkv_train.training.replay import HEALTHY
 from rwkv_train.training.requeue import GIVEN_UP, Requeue
 from rwkv_train.training.setup import RunSetup, check_checkpoint
@@ -316,7 +316,7 @@ def _describe(setup: RunSetup, checkpoint: Path | None) -> None:
     sizes = f"L{shape.n_layer} C{shape.n_embd} V{shape.vocab_size}"
     say(f"model   {shape.arch} {config.model.size}: {sizes}, {setup.parameters:,} parameters")
     groups = parameter_groups(setup.model, setup.recipe, config.optim.weight_decay, config.optim.rules)
-    for line in describe_groups(groups):
+    for line in [*describe_groups(groups), *describe_frozen(setup.model)]:
         say(f"group   {line}")
     split = data.split
     say(
