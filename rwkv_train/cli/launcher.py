@@ -17,11 +17,8 @@ from pathlib import Path
 from rwkv_train.cluster.rank_info import RankInfo, rank_info_of
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError, UserErrors
+from rwkv_train.exit_codes import ExitCode
 from rwkv_train.resources import resource
-
-MISTAKE = 2  # exit codes
-STOPPED = 75
-INTERRUPTED = 130
 
 SPINS = (
     2000  # of a waiting OpenMP thread, about 25 µs; alone on its cores a step is as fast as with the default 300,000
@@ -45,7 +42,7 @@ def main(argv: Sequence[str], submitted: bool = False) -> int:
         code = _main(argv, submitted)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        code = INTERRUPTED
+        code = ExitCode.INTERRUPTED
     if os.environ.get("RWKV_EXIT") and rank() == 0:
         Path(os.environ["RWKV_EXIT"]).write_text(f"{code}\n")
     return code
@@ -85,7 +82,7 @@ def _refuse(error: UserError, here: RankInfo) -> int:
         from rwkv_train.cluster.preflight import tell
 
         tell(here, error)
-    return MISTAKE
+    return ExitCode.MISTAKE
 
 
 def plan(argv: Sequence[str]) -> int:
@@ -108,7 +105,7 @@ def plan(argv: Sequence[str]) -> int:
         return show_plan(config, "--json" in argv)
     except UserError as error:
         report(error)
-        return MISTAKE
+        return ExitCode.MISTAKE
 
 
 def load(words: Sequence[str]) -> Config:
@@ -259,7 +256,7 @@ def _run_all(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_d
     for number, (line, config) in enumerate(zip(lines, configs, strict=True), 1):
         print(f"\n[{number}/{len(lines)}] {config.run.name}: {' '.join(line)}", flush=True)
         codes.append(subprocess.run([sys.executable, *door, *extra, *line], check=False).returncode)
-        if codes[-1] in (INTERRUPTED, STOPPED):
+        if codes[-1] in (ExitCode.INTERRUPTED, ExitCode.STOPPED):
             break
     for config, code in zip(configs, codes, strict=False):
         print(f"exit code {code}  {config.run.root}/{config.run.name}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from rwkv_train import __version__
 from rwkv_train.cli import launcher
 from rwkv_train.errors import UserError
+from rwkv_train.exit_codes import ExitCode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _generate(arguments)
     except UserError as error:
         launcher.report(error)
-        return launcher.MISTAKE
+        return ExitCode.MISTAKE
     except BrokenPipeError:  # `… | head` has seen enough
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
         print()
-        return launcher.INTERRUPTED
+        return ExitCode.INTERRUPTED
 
 
 def _prepare(argv: Sequence[str]) -> int:
