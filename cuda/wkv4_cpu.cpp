@@ -22,7 +22,7 @@
 // The backward pass goes chunk by chunk from the end: it recomputes a chunk's states from the saved one into scratch
 // that stays in the second-level cache. The sums over time for dw and du are taken per chunk first, which keeps their
 // rounding error small, and per sequence and channel, so that results do not depend on the number of threads.
-#include "cpu.h"
+#include "wkv4_cpu.h"
 
 #include <algorithm>
 

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return status([Path(run) for run in arguments.runs])
         if arguments.command == "build-ops":
-            from rwkv_train.ops.build_cuda import build_ahead
+            from rwkv_train.ops.families import build_ahead
 
             for library in build_ahead(arguments.arch, arguments.cache):
                 print(library)
