@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -81,8 +82,9 @@ def run(*command: str) -> str:
         raise BuildError(str(error), " ".join(command)) from error
     output = done.stdout + done.stderr
     if done.returncode:
-        lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines() or ["?"]
-        raise BuildError(lines[0].strip()[:300], " ".join(command))
+        lines = output.splitlines() or ["it printed nothing"]
+        errors = [line for line in lines if re.search(r"\berror\b[^:]*: ", line, re.IGNORECASE)]
+        raise BuildError((errors or lines)[0].strip()[:300], " ".join(command))
     return output
 
 

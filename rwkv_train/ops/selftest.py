@@ -125,7 +125,7 @@ def _results(
     leaves = [x.detach().requires_grad_() for x in inputs]
     outputs = operator(starts, *leaves)
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+    weights = [torch.randn(y.shape, generator=generator).bfloat16().to(y) for y in outputs]  # exact in every dtype
     return [x.detach().cpu() for x in (*outputs, *torch.autograd.grad(outputs, leaves, weights))]
 
 

@@ -196,7 +196,7 @@ differentiate("wkv4", _setup, _gradient)
 differentiate("wkv4_in_segments", _segments_setup, _segments_gradient)
 
 
-# The self-test: two chunks, channels that are no multiple of a vector, documents that begin at both sides of the chunk boundary.
+# The self-test: two chunks, channels that are no multiple of a vector, documents that begin around the chunk boundary.
 
 _B, _T, _C = 2, 70, 40
 
