@@ -44,7 +44,7 @@ inline float exp_negative(float x) {
   p = p * r + 4.1668456e-2f;
   p = p * r + 1.6666515e-1f;
   p = p * r + 4.9999994e-1f;
-  p = r * r * p + r + 1.0f;  // the small terms first: their roundings count little
+  p = r * r * p + r + 1.0f;  // the small terms first: their rounding errors hardly matter
   const float scale = float_of((bits_of(shifted) << 23) + 0x3f800000u);  // 2^n
   return x < lowest ? 0.0f : p * scale;
 }

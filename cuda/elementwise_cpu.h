@@ -18,7 +18,7 @@ template <class S> struct ShiftMix {
   const S *grad[MAX_MIXES];       // backward: gradients of the outputs
   S *dx, *dprevious;              // dprevious may be null
   float *dmix;                    // (tasks, count, C), to be summed over the tasks
-  const bool *starts = nullptr;   // (B, T) where a document begins, and zeros are before
+  const bool *starts = nullptr;   // (B, T) where a document begins: the row before it counts as zeros
   bool begins(int64_t b, int64_t t) const { return starts && starts[b * T + t]; }
   int64_t blocks() const { return (T + MIX_ROWS - 1) / MIX_ROWS; }
   int64_t tasks() const { return B * blocks(); }

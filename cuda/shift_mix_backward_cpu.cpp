@@ -4,8 +4,8 @@
 namespace rwkv {
 namespace {
 
-// Gradients of one row. `carry` (C) holds Σ g_i (1 - μ_i) of the next row on entry and of this row on return: what the
-// shift hands to the row before. dmix (COUNT, C) is added to.
+// Gradients of one row. `carry` (C) holds Σ g_i (1 - μ_i) of the next row on entry and of this row on return: the
+// gradient that the shift passes to the row before. dmix (COUNT, C) is added to.
 template <int COUNT, class S>
 void row_backward(const ShiftMix<S> &a, const S *before, int64_t at, float *carry, float *dmix) {
   const S *x = a.x + at;
@@ -24,7 +24,7 @@ void row_backward(const ShiftMix<S> &a, const S *before, int64_t at, float *carr
   }
 }
 
-// What row `at` hands to the row before it, alone.
+// Adds the gradient that row `at` alone passes to the row before it.
 template <class S> void carried_from(const ShiftMix<S> &a, int64_t at, float *carry) {
   for (int64_t i = 0; i < a.count; ++i) {
     const S *g = a.grad[i] + at;
@@ -46,7 +46,7 @@ template <class S> void shift_mix_backward(const ShiftMix<S> &a, float *carry, i
       if (last < a.T && !a.begins(b, last)) carried_from(a, (b * a.T + last) * a.C, carry);
       for (int64_t t = last - 1; t >= first; --t) {
         row_backward<count>(a, row_before(a, b, t), (b * a.T + t) * a.C, carry, dmix);
-        if (a.begins(b, t)) std::fill_n(carry, a.C, 0.0f);  // nothing goes back into the document before
+        if (a.begins(b, t)) std::fill_n(carry, a.C, 0.0f);  // no gradient reaches the document before
       }
       if (first == 0 && a.dprevious)
         for (int64_t c = 0; c < a.C; ++c) store(&a.dprevious[b * a.C + c], carry[c]);

@@ -5,8 +5,9 @@
 
 namespace rwkv {
 
-// wkv4: B sequences of T steps and C channels. A task is one sequence × one range of `width` channels; it goes over time
-// in chunks, and through a chunk in blocks of at most WKV4_LANES channels, whose states fit into the first-level cache.
+// wkv4: B sequences of T steps and C channels. A task is one sequence × one range of `width` channels; it
+// runs through time in chunks, and through a chunk in blocks of at most WKV4_LANES channels, whose states fit into the
+// first-level cache.
 constexpr int64_t WKV4_LANES = 64;
 
 struct Wkv4Shape {
@@ -22,7 +23,7 @@ template <class S> struct Wkv4Forward {
   const float *state;           // (B, 3, C)
   S *y;                         // (B, T, C)
   float *new_state, *saved;     // (B, 3, C), (B, saved(), 3, C)
-  const bool *starts = nullptr; // (B, T) where a document begins, and the state before is the empty one
+  const bool *starts = nullptr; // (B, T) where a document begins: the state before it is the empty one
 };
 
 template <class S> struct Wkv4Backward {
