@@ -22,8 +22,8 @@ setup: $(STAMP) ## .venv with the exact versions of constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3 python3-venv"; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
-	  || { echo "$$($(PYTHON) --version) is not supported, 3.10 to 3.13 are: make PYTHON=python3.11 …"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "$$($(PYTHON) --version) is not supported, 3.11 to 3.13 are: make PYTHON=python3.11 …"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "venv is missing: apt-get install python3-venv"; exit 2; }
 	@command -v $${CXX:-g++} >/dev/null || echo "g++ is missing, training will be slow: apt-get install g++"
 	$(PYTHON) -m venv $(VENV)

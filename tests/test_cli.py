@@ -63,7 +63,7 @@ def healthy() -> list[EngineReport]:
 
 
 def test_the_doctor_reads_the_tested_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": ">=3.10,<3.14"}))
+    monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": ">=3.11,<3.14"}))
     python, good, missing, old = list(doctor.versions())  # pytest is an extra's
     assert (python.verdict, good.verdict) == ("ok", "ok")
     assert torch.__version__ in good.what
