@@ -2,7 +2,7 @@
 
 import sys
 
-from rwkv_train.launcher import main
+from rwkv_train.cli.launcher import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

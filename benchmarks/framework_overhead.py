@@ -23,7 +23,7 @@ from pathlib import Path
 import measure
 import torch
 
-from rwkv_train import launcher
+from rwkv_train.cli import launcher
 from rwkv_train.config import Config
 from rwkv_train.data.batches import Batches
 from rwkv_train.models import ModelConfig, build_model, recipe_of

@@ -21,9 +21,9 @@ from typing import Any
 
 import measure
 
-from rwkv_train import launcher
+from rwkv_train.cli import launcher
 from rwkv_train.training import statistics
-from rwkv_train.training.callbacks.health import Health
+from rwkv_train.training.callbacks.bad_steps import Health
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.progress import ProgressBar
 from rwkv_train.training.module import RWKVModule

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv_train import launcher
+from rwkv_train.cli import launcher
 
 launcher.share_cores()
 import torch  # noqa: E402

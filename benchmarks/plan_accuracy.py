@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import Callback
 from measure import table
 from torch.utils.flop_counter import FlopCounterMode
 
-from rwkv_train import launcher
+from rwkv_train.cli import launcher
 from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.planning.cards import CARDS, cpu_card
 from rwkv_train.planning.model import count

@@ -51,7 +51,7 @@ def main() -> None:
         runs = [make_run(Path(folder) / f"run_{number}", steps, number) for number in range(RUNS)]
         logged = sum((run / "metrics.jsonl").stat().st_size for run in runs)
         out = Path(folder) / "report.html"
-        command = [sys.executable, "-m", "rwkv_train.cli", "report", *map(str, runs), "--out", str(out)]
+        command = [sys.executable, "-m", "rwkv_train.cli.main", "report", *map(str, runs), "--out", str(out)]
         made = min(seconds(lambda: subprocess.run(command, check=True, cwd=ROOT)) for _ in range(rounds))
         opened = min(opening(out) for _ in range(rounds))
         size = out.stat().st_size / 1e6

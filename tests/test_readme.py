@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_train import cli, launcher
+from rwkv_train.cli import launcher
+from rwkv_train.cli import main as cli
 from rwkv_train.data.indexed import IndexedStore
 from rwkv_train.data.manifest import Manifest, write_manifest
 from rwkv_train.data.tokenizers import load_tokenizer

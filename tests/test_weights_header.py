@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_train.checks import Machine
-from rwkv_train.compose import Composer, composer
+from rwkv_train.cli.checks import Machine
+from rwkv_train.cli.compose import Composer, composer
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.resources import resource
 from tests.runs import save_weights

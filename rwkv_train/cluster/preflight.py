@@ -28,7 +28,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from rwkv_train.cluster.place import Place
+from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.errors import UserError, UserErrors
 
 FAULT = 1  # exit code where a process did not answer in time: worth another try
@@ -118,14 +118,20 @@ def _nodes(reports: Iterator[Report] | Sequence[Report]) -> str:
 
 
 def meet(
-    place: Place, gpu: bool, facts: Mapping[str, str], directory: Path, needed: int, seconds: float, console: Console
+    rank_info: RankInfo,
+    gpu: bool,
+    facts: Mapping[str, str],
+    directory: Path,
+    needed: int,
+    seconds: float,
+    console: Console,
 ) -> None:
     """The whole of it, called by every rank when its data are open and before the model has its values.
 
     Afterwards torch.distributed has the group of all ranks.
 
     Args:
-        place: of this rank.
+        rank_info: of this rank.
         gpu: whether the run's devices are GPUs.
         facts: what must be equal everywhere, beside what is found out here.
         directory: of the run; made by the first rank already.
@@ -137,68 +143,70 @@ def meet(
         UserError: what `compare` finds, by the first rank; the others raise SystemExit with the same exit code.
     """
     began = time.monotonic()
-    with _deadline(place, seconds) as phase:
-        store = _store(place, seconds)
-        sees = _sees(store, place, directory)  # by then the first rank has made it
+    with _deadline(rank_info, seconds) as phase:
+        store = _store(rank_info, seconds)
+        sees = _sees(store, rank_info, directory)  # by then the first rank has made it
         free = shutil.disk_usage(directory).free if sees else 0
-        own = Report(place.rank, place.node, {**facts, **_machine(gpu)}, free, sees)
-        if place.first:
-            reports = _gather(store, place, own, began + seconds)
+        own = Report(rank_info.rank, rank_info.node, {**facts, **_machine(gpu)}, free, sees)
+        if rank_info.first:
+            reports = _gather(store, rank_info, own, began + seconds)
             (directory / _NOTE).unlink(missing_ok=True)
             problems = compare(reports, needed)
             store.set("verdict", "mistakes" if problems else "go")
             if problems:
-                _part(store, place)
+                _part(store, rank_info)
                 raise UserErrors(problems)
         else:
-            store.set(f"report/{place.rank}", json.dumps(asdict(own)))
+            store.set(f"report/{rank_info.rank}", json.dumps(asdict(own)))
             store.get("clock")
-            store.set(f"clock/{place.rank}", str(time.time()))
+            store.set(f"clock/{rank_info.rank}", str(time.time()))
             verdict = store.get("verdict")
             if verdict != b"go":
-                store.set(f"parted/{place.rank}", "")
+                store.set(f"parted/{rank_info.rank}", "")
                 raise SystemExit(2)
         phase.append("the processes do not reach each other (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names a network)")
-        rate, took = _sum_up(store, place, gpu)
+        rate, took = _sum_up(store, rank_info, gpu)
     console.print(
-        f"nodes   {place.machines} nodes, {place.ranks} processes agree; all-reduce of {_TENSOR * 4 >> 20} MiB in "
-        f"{took * 1e3:.0f} ms, {rate / 1e9:.2f} GB/s; {time.monotonic() - began:.1f} s"
+        f"nodes   {rank_info.machines} nodes, {rank_info.ranks} processes agree; all-reduce of {_TENSOR * 4 >> 20} MiB "
+        f"in {took * 1e3:.0f} ms, {rate / 1e9:.2f} GB/s; {time.monotonic() - began:.1f} s"
     )
 
 
-def tell(place: Place, error: UserError, seconds: float = 20.0) -> None:
+def tell(rank_info: RankInfo, error: UserError, seconds: float = 20.0) -> None:
     """Leaves a mistake that another rank than the first has found with the first one, which speaks for all.
 
     It also keeps this process alive until the first one has had time to report the same: srun ends all processes when
     one has ended.
     """
-    if place.first or place.ranks == 1:
+    if rank_info.first or rank_info.ranks == 1:
         return
     end = time.monotonic() + seconds
-    with suppress(Exception), _deadline(place, seconds):  # the first one has ended: with the same mistake
-        store = _store(place, seconds)
-        store.set(f"report/{place.rank}", json.dumps(asdict(Report(place.rank, place.node, mistake=str(error)))))
+    with suppress(Exception), _deadline(rank_info, seconds):  # the first one has ended: with the same mistake
+        store = _store(rank_info, seconds)
+        store.set(
+            f"report/{rank_info.rank}", json.dumps(asdict(Report(rank_info.rank, rank_info.node, mistake=str(error))))
+        )
         store.wait(["verdict"], timedelta(seconds=max(1.0, end - time.monotonic())))
-        store.set(f"parted/{place.rank}", "")
+        store.set(f"parted/{rank_info.rank}", "")
 
 
-def _store(place: Place, seconds: float) -> PrefixStore:
-    server = place.first and not place.agent_store
+def _store(rank_info: RankInfo, seconds: float) -> PrefixStore:
+    server = rank_info.first and not rank_info.agent_store
     patience = timedelta(seconds=seconds + 5)  # the deadline comes first
-    store = TCPStore(place.address, place.port, None, server, patience, wait_for_workers=False)
+    store = TCPStore(rank_info.address, rank_info.port, None, server, patience, wait_for_workers=False)
     store.set_timeout(patience)
-    return PrefixStore(f"preflight/{place.job or ''}/{place.restarts}", store)
+    return PrefixStore(f"preflight/{rank_info.job or ''}/{rank_info.restarts}", store)
 
 
-def _gather(store: PrefixStore, place: Place, own: Report, end: float) -> list[Report]:
+def _gather(store: PrefixStore, rank_info: RankInfo, own: Report, end: float) -> list[Report]:
     """All ranks' reports, with their clocks; who has not answered by then is named, and the run does not begin."""
-    keys = [f"report/{rank}" for rank in range(1, place.ranks)]
+    keys = [f"report/{rank}" for rank in range(1, rank_info.ranks)]
     while missing := [key for key in keys if not store.check([key])]:
         if time.monotonic() > end - 2:  # before the deadline of the others
             ranks = [int(key.split("/")[1]) for key in missing]
-            nodes = ", ".join(dict.fromkeys(place.node_of(rank) for rank in ranks))
+            nodes = ", ".join(dict.fromkeys(rank_info.node_of(rank) for rank in ranks))
             print(
-                f"error: {len(ranks)} of {place.ranks} processes did not answer, on {nodes}: ranks "
+                f"error: {len(ranks)} of {rank_info.ranks} processes did not answer, on {nodes}: ranks "
                 f"{', '.join(map(str, ranks[:8]))}{' …' if len(ranks) > 8 else ''}\n"
                 "  does the job start one process for each device, and do the nodes reach each other?",
                 file=sys.stderr,
@@ -214,16 +222,16 @@ def _gather(store: PrefixStore, place: Place, own: Report, end: float) -> list[R
     return [Report(**{**asdict(report), "behind": clocks.get(report.rank, 0.0)}) for report in told]
 
 
-def _part(store: PrefixStore, place: Place) -> None:
+def _part(store: PrefixStore, rank_info: RankInfo) -> None:
     """Waits until the others have read the verdict: the store ends with this process."""
     with suppress(Exception):
-        store.wait([f"parted/{rank}" for rank in range(1, place.ranks)], timedelta(seconds=5))
+        store.wait([f"parted/{rank}" for rank in range(1, rank_info.ranks)], timedelta(seconds=5))
 
 
-def _sees(store: PrefixStore, place: Place, directory: Path) -> bool:
+def _sees(store: PrefixStore, rank_info: RankInfo, directory: Path) -> bool:
     """Whether this rank sees a file that the first one has just written into the run directory."""
     note = directory / _NOTE
-    if place.first:
+    if rank_info.first:
         word = f"{os.getpid()} {time.time_ns()}"
         note.write_text(word, encoding="utf-8")
         store.set("note", word)
@@ -253,39 +261,39 @@ def _machine(gpu: bool) -> dict[str, str]:
     return facts
 
 
-def _sum_up(store: PrefixStore, place: Place, gpu: bool) -> tuple[float, float]:
+def _sum_up(store: PrefixStore, rank_info: RankInfo, gpu: bool) -> tuple[float, float]:
     """Makes the group and sums up a tensor over it: bytes per second of a link, seconds of one all-reduce."""
-    device = torch.device("cuda", place.local_rank) if gpu else torch.device("cpu")
+    device = torch.device("cuda", rank_info.local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     group = PrefixStore("group", store)
-    dist.init_process_group("nccl" if gpu else "gloo", store=group, rank=place.rank, world_size=place.ranks)
+    dist.init_process_group("nccl" if gpu else "gloo", store=group, rank=rank_info.rank, world_size=rank_info.ranks)
     times = []
     for _ in range(3):  # the first one makes the connections
-        values = torch.arange(1.0, 5.0, device=device).repeat(_TENSOR // 4) * (place.rank + 1)
+        values = torch.arange(1.0, 5.0, device=device).repeat(_TENSOR // 4) * (rank_info.rank + 1)
         began = time.perf_counter()
         dist.all_reduce(values)
         found = values[:4].tolist()  # waits for the device
         times.append(time.perf_counter() - began)
-        wanted = [float(number * place.ranks * (place.ranks + 1) // 2) for number in range(1, 5)]
+        wanted = [float(number * rank_info.ranks * (rank_info.ranks + 1) // 2) for number in range(1, 5)]
         if found != wanted or values[-4:].tolist() != wanted:
             raise UserError(
-                f"an all-reduce over {place.ranks} processes gives {found} on node {place.node}, not {wanted}",
+                f"an all-reduce over {rank_info.ranks} processes gives {found} on node {rank_info.node}, not {wanted}",
                 "the network or a device of that node is broken: sbatch --exclude=NODE",
             )
     took = min(times)
-    return 2 * (place.ranks - 1) / place.ranks * _TENSOR * 4 / took, took
+    return 2 * (rank_info.ranks - 1) / rank_info.ranks * _TENSOR * 4 / took, took
 
 
 @contextmanager
-def _deadline(place: Place, seconds: float) -> Iterator[list[str]]:
+def _deadline(rank_info: RankInfo, seconds: float) -> Iterator[list[str]]:
     """Ends this process where the block takes longer; collectives and connections would wait for many minutes.
 
     Yields:
         what to say then; the last entry counts.
     """
-    phase = [f"rank 0 on {place.node_of(0)} ({place.address}:{place.port}) does not answer"]
-    speaks = place.rank <= 1  # where the first one is not there, the second one says so
+    phase = [f"rank 0 on {rank_info.node_of(0)} ({rank_info.address}:{rank_info.port}) does not answer"]
+    speaks = rank_info.rank <= 1  # where the first one is not there, the second one says so
 
     def give_up() -> None:
         if speaks:

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from rwkv_train.config import DataSettings, SourceSettings
+from rwkv_train.config.schema import from_tree
 from rwkv_train.data.manifest import read_manifest
 from rwkv_train.data.sources import open_sources, stores_of
 from rwkv_train.data.store import Store
@@ -23,7 +24,6 @@ from rwkv_train.errors import UserError
 from rwkv_train.evaluation.perplexity import measure, together
 from rwkv_train.inference.loading import load_model, remembered, tokenizer_of
 from rwkv_train.models import RWKV
-from rwkv_train.words import from_tree
 
 _CONTEXT = 1024  # of weights that do not remember theirs
 

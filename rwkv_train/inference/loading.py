@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from rwkv_train.config.schema import from_tree
 from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV, build_model
 from rwkv_train.models.weights import infer_config, load_weights, refuse_mismatches, shapes_of
-from rwkv_train.words import from_tree
 
 _NAMED = "--tokenizer names the one that it was trained with: bytes, world, or the path of a tokenizer.json"
 

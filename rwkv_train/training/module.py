@@ -18,7 +18,7 @@ from rwkv_train.models.backbone import State
 from rwkv_train.training.loss import head_loss, head_nats, language_model_loss, summed_nats, too_many_logits
 from rwkv_train.training.optim import build_optimizer, learning_rate, parameter_groups
 from rwkv_train.training.statistics import Statistics
-from rwkv_train.training.strategy import Sharing
+from rwkv_train.training.strategy import ShardedStrategy
 
 Batch = Sequence[Any]  # tokens, targets and, of documents, starts and predictions: data/ahead.py
 
@@ -161,8 +161,8 @@ class RWKVModule(L.LightningModule):
         )
 
     @property
-    def strategy(self) -> Sharing:
-        return cast(Sharing, self.trainer.strategy)
+    def strategy(self) -> ShardedStrategy:
+        return cast(ShardedStrategy, self.trainer.strategy)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.lr = learning_rate(self.optim, self.trainer.global_step, self.total_steps, self.tokens_per_step)
@@ -177,7 +177,7 @@ class RWKVModule(L.LightningModule):
         if self._passes:  # DeepSpeed's engine is called for every pass
             return
         norm = self.strategy.clip(math.inf if self.optim.clip is None else self.optim.clip)
-        self.strategy.leave_out(self.statistics.judge(norm))
+        self.strategy.skip_update_if(self.statistics.judge(norm))
         self.grad_norm = self.grad_norm if norm is None else norm
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

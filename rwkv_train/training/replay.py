@@ -23,8 +23,8 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from rwkv_train.config import BudgetSettings, Config, RunSettings
+from rwkv_train.config.schema import from_tree
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.words import from_tree
 
 HEALTHY = 1  # exit code: repeated, the step is not bad
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import re
 import sys
 
-from rwkv_train.cluster.place import Place, another_has_ended
+from rwkv_train.checkpoint.storage import Storage
+from rwkv_train.cluster.rank_info import RankInfo, another_has_ended
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError
-from rwkv_train.training.checkpoint.storage import Storage
-from rwkv_train.training.parts import assemble
+from rwkv_train.training.setup import assemble
 
 RANK_LOST = 1  # exit code
 
 
-def train(config: Config, storage: Storage | None = None, place: Place | None = None) -> int:
+def train(config: Config, storage: Storage | None = None, rank_info: RankInfo | None = None) -> int:
     """Trains as the config says; goes on where a run of that name was left.
 
     Args:
         config: settled and checked.
         storage: of the checkpoints; None: the local file system.
-        place: of this process, None: the only one; only the first one speaks and writes.
+        rank_info: of this process, None: the only one; only the first one speaks and writes.
 
     Returns:
         the exit code: 0, 3 where the disk refused a checkpoint or a record, 75 where a signal stopped it.
@@ -29,23 +29,23 @@ def train(config: Config, storage: Storage | None = None, place: Place | None = 
         UserError: what shows only with the data, the devices or the checkpoint at hand. Nothing was written then.
     """
     if config.dry_run:
-        from rwkv_train.training.dry import dry_run
+        from rwkv_train.training.dry_run import dry_run
 
         return dry_run(config)
     if config.replay is not None:
         from rwkv_train.training.replay import replayed
 
-        with replayed(config, place is None or place.rank == 0) as again:
-            return _train(again, storage, place)
-    return _train(config, storage, place)
+        with replayed(config, rank_info is None or rank_info.rank == 0) as again:
+            return _train(again, storage, rank_info)
+    return _train(config, storage, rank_info)
 
 
-def _train(config: Config, storage: Storage | None, place: Place | None) -> int:
-    parts = assemble(config, storage, place)
-    from rwkv_train.training.fit import fit  # Lightning takes seconds to import: after the mistakes
+def _train(config: Config, storage: Storage | None, rank_info: RankInfo | None) -> int:
+    setup = assemble(config, storage, rank_info)
+    from rwkv_train.training.loop import fit  # Lightning takes seconds to import: after the mistakes
 
     try:
-        return fit(parts)
+        return fit(setup)
     except RuntimeError as error:
         told = str(error)
         if re.search("EADDRINUSE|address already in use", told, re.IGNORECASE):
@@ -53,9 +53,9 @@ def _train(config: Config, storage: Storage | None, place: Place | None) -> int:
                 f"the port over which the processes find each other is in use: {told.splitlines()[0][:200]}",
                 "MASTER_PORT=NUMBER before the command chooses another one",
             ) from None
-        if parts.data.split.ranks > 1 and another_has_ended(error):
+        if setup.data.split.ranks > 1 and another_has_ended(error):
             print(
-                f"rank {parts.place.rank} on {parts.place.node} ends: another rank of the run has ended",
+                f"rank {setup.rank_info.rank} on {setup.rank_info.node} ends: another rank of the run has ended",
                 file=sys.stderr,
             )
             return RANK_LOST

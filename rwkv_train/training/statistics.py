@@ -19,7 +19,7 @@ from rwkv_train.config import LOGITS_AT_ONCE
 from rwkv_train.data.rows import IGNORED
 from rwkv_train.models import RWKV
 from rwkv_train.models.backbone import State
-from rwkv_train.training.strategy import Sharing
+from rwkv_train.training.strategy import ShardedStrategy
 
 SATURATED = math.log(0.98 / 0.02)  # σ of what is farther from 0 lies below 0.02 or above 0.98
 FINITE = torch.finfo(torch.float32).max
@@ -68,7 +68,7 @@ class Statistics:
                 block.att.receptance.register_forward_hook(self._receptance(layer))
                 block.register_forward_hook(self._contribution(layer))
 
-    def begin(self, step: int, strategy: Sharing) -> None:
+    def begin(self, step: int, strategy: ShardedStrategy) -> None:
         """Before the first pass of the step that makes `step` of them done."""
         self.due = step % self.every == 0
         self.bad = self.loss = self._max_logit = None
@@ -114,10 +114,10 @@ class Statistics:
 
     def _by_source(self, nats: Tensor, targets: Tensor, sources: Sequence[int]) -> None:
         """Nats (B,) of samples whose sources have these numbers."""
-        place = torch.as_tensor(list(sources), device=nats.device)
+        rank_info = torch.as_tensor(list(sources), device=nats.device)
         counts = (targets != IGNORED).sum(1).to(nats)
         for key, values in (("nats", nats), ("predictions", counts)):
-            self._add(key, torch.zeros(len(self.sources), device=nats.device).index_add_(0, place, values))
+            self._add(key, torch.zeros(len(self.sources), device=nats.device).index_add_(0, rank_info, values))
 
     def _receptance(self, layer: int) -> Any:
         def listen(module: nn.Module, inputs: Any, r: Tensor) -> None:
@@ -174,7 +174,7 @@ class Statistics:
         return norm
 
     @torch.no_grad()
-    def of_layers(self, strategy: Sharing, gradient_norms: Tensor | None) -> dict[str, Tensor]:
+    def of_layers(self, strategy: ShardedStrategy, gradient_norms: Tensor | None) -> dict[str, Tensor]:
         """The values of an n-th step by their keys; every rank calls it behind the optimiser's step."""
         blocks = len(self._blocks)
         self._sums["update"], self._sums["weight"] = self._update(strategy)
@@ -212,7 +212,7 @@ class Statistics:
             found["decay/half_life"] = torch.quantile(lives, levels, dim=1).t()  # (L, 5)
         return found
 
-    def _update(self, strategy: Sharing) -> tuple[Tensor, Tensor]:
+    def _update(self, strategy: ShardedStrategy) -> tuple[Tensor, Tensor]:
         """Sums of squares of the update and of the weights, of each block and of the rest; this rank's share."""
         assert self._sample is not None
         assert self._of is not None
@@ -221,7 +221,7 @@ class Statistics:
         update = zeros.index_add(0, layers, (after - before).square() * stands_for)
         return update, zeros.index_add(0, layers, before.square() * stands_for)
 
-    def _some_weights(self, strategy: Sharing) -> Tensor:
+    def _some_weights(self, strategy: ShardedStrategy) -> Tensor:
         """About SAMPLE values of every tensor, of the pieces that this rank owns, (n)."""
         chosen, layers, stands_for = [torch.zeros(0, device=strategy.root_device)], [], []
         for piece in strategy.pieces(moments=False):
@@ -247,7 +247,7 @@ def finite_places(state: State) -> Tensor:
     return torch.stack([part.flatten(2).sum(-1).isfinite() for part in (state.att_x, state.wkv, state.ffn_x)])
 
 
-class Flight:
+class AsyncHostCopy:
     """Values on their way from the device to the host; nobody waits before they are read.
 
     Args:

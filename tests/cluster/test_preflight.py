@@ -15,8 +15,8 @@ import pytest
 import torch.distributed as dist
 from rich.console import Console
 
-from rwkv_train.cluster.place import Place
 from rwkv_train.cluster.preflight import FAULT, Report, compare, meet, tell
+from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.errors import UserError
 from tests import PRELOAD
 
@@ -86,17 +86,19 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def one_rank(place: Place, directory: Path, facts: dict[str, str], seconds: float, out: Path, mistake: str) -> None:
+def one_rank(
+    rank_info: RankInfo, directory: Path, facts: dict[str, str], seconds: float, out: Path, mistake: str
+) -> None:
     """Ends with the exit code of a process of a run."""
     sys.stdout = sys.stderr = open(out, "w", buffering=1)  # noqa: SIM115
     try:
         if mistake:
-            tell(place, UserError(mistake), seconds)
+            tell(rank_info, UserError(mistake), seconds)
             sys.exit(2)
-        if place.first:
+        if rank_info.first:
             time.sleep(0.5)  # the others are there before it makes the directory
             directory.mkdir(exist_ok=True)
-        meet(place, False, facts, directory, 1000, seconds, Console(quiet=not place.first, soft_wrap=True))
+        meet(rank_info, False, facts, directory, 1000, seconds, Console(quiet=not rank_info.first, soft_wrap=True))
         dist.barrier()
         dist.destroy_process_group()
     except UserError as error:
@@ -111,10 +113,10 @@ def ranks(tmp_path: Path) -> Callable[..., tuple[list[int | None], str]]:
     def run(*changes: dict[str, Any], seconds: float = 60) -> tuple[list[int | None], str]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        place = Place(starter="srun", ranks=len(changes), nodes=("n1", "n2"), machines=2, port=free_port())
+        rank_info = RankInfo(starter="srun", ranks=len(changes), nodes=("n1", "n2"), machines=2, port=free_port())
         started = []
         for rank, change in enumerate(changes):
-            here = replace(place, rank=rank, node=f"n{rank + 1}", **change.get("place", {}))
+            here = replace(rank_info, rank=rank, node=f"n{rank + 1}", **change.get("place", {}))
             directory = change.get("directory", tmp_path / "run")
             facts = {**FACTS, **change.get("facts", {})}
             arguments = (here, directory, facts, seconds, tmp_path / f"{rank}.out", change.get("mistake", ""))

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from rwkv_train import cli
+from rwkv_train.cli.main import main as cli
 from rwkv_train.data import workers
 from rwkv_train.data.indexed import IndexedStore
 from rwkv_train.data.manifest import Manifest, read_manifest

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_train import cli, launcher
+from rwkv_train.cli import launcher
+from rwkv_train.cli import main as cli
 from rwkv_train.data.indexed import IndexedStore, write_index
 from rwkv_train.data.manifest import Manifest, write_manifest
 from rwkv_train.data.store import MemoryStore

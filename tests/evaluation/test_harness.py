@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from rwkv_train import cli
+from rwkv_train.cli.main import main as cli
 from rwkv_train.data.tokenizers import ByteTokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation import harness, prefixes
 from rwkv_train.evaluation.harness import Harness, find_tasks, run_tasks
+from rwkv_train.inference.export import export
 from rwkv_train.models import RWKV
-from rwkv_train.training.export import export
 from tests.evaluation.tasks import write_tasks
 from tests.oracles.models import lively_model
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rwkv_train import cli, launcher
+from rwkv_train.cli import launcher
+from rwkv_train.cli import main as cli
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.report import command
 from rwkv_train.evaluation.report.charts import KNOWN, LAYERS, charts

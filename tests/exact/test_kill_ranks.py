@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_train.training.checkpoint.directory import newest
+from rwkv_train.checkpoint.directory import newest
 from tests.runs import SlowStorage, losses, same_weights, start_ranks, train_ranks, words_for
 
 WORDS = ("budget.steps=50", "checkpoint.every.steps=5", "validation.every.steps=20", "checkpoint.keep=2")

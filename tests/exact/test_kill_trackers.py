@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_train import launcher
+from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, start, words_for
-from tests.training.readers import tensorboard_rows
-from tests.training.test_trackers import ALL, check_copies
+from tests.trackers.readers import tensorboard_rows
+from tests.trackers.test_trackers import ALL, check_copies
 
 WORDS = ("checkpoint.every.steps=5", "budget.steps=120", "statistics.every.steps=20")
 

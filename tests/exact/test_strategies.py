@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_train import launcher
-from rwkv_train.training.checkpoint.directory import step_of
+from rwkv_train.checkpoint.directory import step_of
+from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, same_weights, train_ranks, words_for
 

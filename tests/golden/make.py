@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from rwkv_train import launcher, ops
+from rwkv_train import ops
+from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
 from tests.runs import losses, words_for
 

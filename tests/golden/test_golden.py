@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_train import launcher, ops
+from rwkv_train import ops
+from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
 from tests.golden.make import GOLDEN
 from tests.runs import losses, same_weights, start, words_for

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rwkv_train import ops
-from rwkv_train.cli import main
+from rwkv_train.cli.main import main
 from rwkv_train.errors import UserError
 from rwkv_train.ops import build, build_cuda
 from rwkv_train.ops.build import BuildError

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from rwkv_train import launcher
+from rwkv_train.cli import launcher
 from rwkv_train.planning.goodput import RATES, RESTART, Saving, between_failures, goodput, interval
 
 

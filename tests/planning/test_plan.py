@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rwkv_train import cli, launcher
+from rwkv_train.cli import launcher
+from rwkv_train.cli import main as cli
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError
 from rwkv_train.models import ModelConfig, build_model

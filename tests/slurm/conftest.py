@@ -83,7 +83,7 @@ class Training:
         for entry in Path("/proc").iterdir():
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if b"rwkv_train.cli" in words and f"run.name={self.run.name}".encode() in words:
+                if b"rwkv_train.cli.main" in words and f"run.name={self.run.name}".encode() in words:
                     variables = (entry / "environ").read_bytes().split(b"\0")
                     named = dict(variable.partition(b"=")[::2] for variable in variables)
                     if b"SLURM_STEP_NUM_TASKS" in named and words[0].endswith(b"python"):

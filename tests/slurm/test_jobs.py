@@ -59,7 +59,7 @@ def test_a_sweep_of_two_by_two(cluster: Cluster, tmp_path: Path) -> None:
     told = re.search(r"rwkv-train status (.+)", said)
     assert told is not None
     assert set(told[1].split()) == {path for _, path in jobs}
-    shown = run(cluster, sys.executable, "-m", "rwkv_train.cli", "status", *told[1].split(), code=0)
+    shown = run(cluster, sys.executable, "-m", "rwkv_train.cli.main", "status", *told[1].split(), code=0)
     assert shown.count("finished") == 4
     assert len([path for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")]) == 4
 

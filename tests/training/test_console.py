@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rwkv_train import launcher
+from rwkv_train.cli import launcher
+from rwkv_train.rundir.jsonl import JsonLines
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.profiling import advice_on, costs_of
 from rwkv_train.training.callbacks.progress import ProgressBar, span
-from rwkv_train.training.outcome import figures_of
-from rwkv_train.training.records import JsonLines
+from rwkv_train.training.finish import figures_of
 from rwkv_train.training.run import train
 from tests.runs import words_for
 

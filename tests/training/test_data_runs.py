@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_train import launcher
+from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
+from rwkv_train.cli import launcher
 from rwkv_train.data.prepare import Job, prepare
 from rwkv_train.errors import UserError
 from rwkv_train.models import ModelConfig, build_model
-from rwkv_train.training.checkpoint.pieces import WEIGHT, Piece, Reader
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, same_weights, words_for, write_text
 
@@ -129,7 +129,7 @@ def test_new_tokens_leave_old_logits(tmp_path: Path) -> None:
     old.load_state_dict(before)
     reader = Reader(weights)
     reader.grow_vocabulary(2)
-    reader.fill(Piece(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in new.named_parameters())
+    reader.fill(StateShard(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in new.named_parameters())
     for name in ("emb.weight", "head.weight"):
         mean = before[name].double().mean(0).float()
         assert torch.equal(new.state_dict()[name][256:], mean.expand(2, -1))

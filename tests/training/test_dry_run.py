@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_train import launcher
+from rwkv_train.cli import launcher
 from rwkv_train.errors import UserError
 from rwkv_train.training.run import train
 from tests.runs import ROOT, words_for

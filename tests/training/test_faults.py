@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_train import launcher
-from rwkv_train.training.checkpoint.directory import newest
+from rwkv_train.checkpoint.directory import newest
+from rwkv_train.cli import launcher
+from rwkv_train.rundir.jsonl import JsonLines
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.records import JsonLines
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, start, train_ranks, words_for, write_text
 

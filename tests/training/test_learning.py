@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_train import launcher
+from rwkv_train.cli import launcher
 from rwkv_train.models import ModelConfig, build_model, recipe_of
 from rwkv_train.training import module
 from rwkv_train.training.loss import language_model_loss

@@ -14,11 +14,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from rwkv_train import launcher
+from rwkv_train.checkpoint.shards import WEIGHT, StateShard
+from rwkv_train.cli import launcher
 from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.models.rwkv4 import TimeMix
 from rwkv_train.training.callbacks import metrics
-from rwkv_train.training.checkpoint.pieces import WEIGHT, Piece
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
 from rwkv_train.training.statistics import Statistics
@@ -172,13 +172,13 @@ def test_nobody_asks_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     asked: Counter[str] = Counter()
     inside = [False]
     landed: set[int] = set()
-    flight = metrics.Flight.__init__
+    flight = metrics.AsyncHostCopy.__init__
 
     def remember(self: Any, values: Any) -> None:
         flight(self, values)
         landed.add(id(self._host))
 
-    monkeypatch.setattr(metrics.Flight, "__init__", remember)
+    monkeypatch.setattr(metrics.AsyncHostCopy, "__init__", remember)
     for name in ASKING:
         plain = getattr(Tensor, name)
 
@@ -229,7 +229,7 @@ def test_a_rank_that_owns_nothing() -> None:
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
 
     def pieces(owned: bool) -> Any:
-        found = [Piece(WEIGHT, name, 0, p.detach().view(-1), owned) for name, p in model.named_parameters()]
+        found = [StateShard(WEIGHT, name, 0, p.detach().view(-1), owned) for name, p in model.named_parameters()]
         return SimpleNamespace(pieces=lambda moments: iter(found), shapes=shapes, root_device=torch.device("cpu"))
 
     for owned in (True, False):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rwkv_train import launcher
+from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, same_weights, start_ranks, train_ranks, words_for
 from tests.training.test_signals import number_of, wait_for
@@ -24,7 +24,7 @@ def trouble(**settings: Any) -> list[str]:
 
 
 def watchdog_rows(run: Path, number: int = 1) -> list[dict[str, Any]]:
-    return rows(run / "incarnations" / f"{number:04d}", "watchdog.jsonl")
+    return rows(run / "attempts" / f"{number:04d}", "watchdog.jsonl")
 
 
 def ends(words: list[str], run: Path, stop: int | None = None) -> list[int | None]:
@@ -57,7 +57,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_as_if_it_had_not_been(tmp_p
     assert f"rank {rank} on " in row["reason"]
     assert "has been stopped for" in row["reason"]
     for number in (0, 1):
-        stacks = (run / "incarnations" / "0001" / f"stacks_rank_{number:04d}.txt").read_text()
+        stacks = (run / "attempts" / "0001" / f"stacks_rank_{number:04d}.txt").read_text()
         assert "in fit" in stacks or " fit (" in stacks or "py-spy: " in stacks
     train_ranks(words_for(tmp_path, "run", *QUICK, steps, "run.allow_changes=true"), 2)
     train_ranks(words_for(tmp_path, "whole", *QUICK, steps), 2)
@@ -75,7 +75,7 @@ def test_a_rank_that_hangs_in_its_own_code_is_named_and_not_the_one_that_waits(t
     (row,) = [row for row in watchdog_rows(run) if row["event"] == "failed"]
     assert row["ranks"] == [1]
     assert "of step 20 for" in row["reason"]
-    assert "on_before_zero_grad" in (run / "incarnations" / "0001" / "stacks_rank_0001.txt").read_text()
+    assert "on_before_zero_grad" in (run / "attempts" / "0001" / "stacks_rank_0001.txt").read_text()
 
 
 @pytest.mark.slow

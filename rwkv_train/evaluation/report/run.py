@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rwkv_train.config.schema import flatten
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.report.metrics import Metrics
-from rwkv_train.words import flatten
 
 _SAMPLE = re.compile(r"^===== after (\d+) steps =====\n", re.MULTILINE)
 

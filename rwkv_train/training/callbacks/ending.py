@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 
-class Ending(Callback):
+class StopAtBudget(Callback):
     """Asks Lightning to stop behind a step; Lightning then validates there, though no validation is due.
 
     Lightning's own Timer is no help: it goes on counting where a resumed run was stopped, which stops it again at once.

@@ -14,10 +14,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from rwkv_train.training.incarnations import Incarnations
+from rwkv_train.rundir.attempts import Attempts
+from rwkv_train.rundir.jsonl import JsonLines
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.records import JsonLines
-from rwkv_train.training.statistics import Flight
+from rwkv_train.training.statistics import AsyncHostCopy
 from rwkv_train.training.throughput import Stopwatch, matmul_rate, utilisation
 
 Row = dict[str, Any]
@@ -34,9 +34,9 @@ class Spent:
     productive: float = 0.0
 
     @classmethod
-    def of(cls, incarnations: Incarnations, lines: JsonLines) -> Spent:
-        """From the last row of each incarnation, and from the last one that still counts."""
-        files = [incarnations.directory(number) / "metrics.jsonl" for number in incarnations.numbers()]
+    def of(cls, attempts: Attempts, lines: JsonLines) -> Spent:
+        """From the last row of each attempt, and from the last one that still counts."""
+        files = [attempts.directory(number) / "metrics.jsonl" for number in attempts.numbers()]
         ends = [row for file in files for row in JsonLines(file).rows()[-1:]]
         kept = [row for row in lines.rows()[-1:] if "hours" in row]
         hours = max((row.get("hours", 0.0) for row in ends), default=0.0)
@@ -48,7 +48,7 @@ class _Pending:
     """A step's row before its values are on the host."""
 
     row: Row
-    flight: Flight
+    flight: AsyncHostCopy
     marks: list[tuple[str, Any]]
     paused: float
 
@@ -136,7 +136,7 @@ class Metrics(Callback):
         )
         row["tokens_per_second"] = pl_module.tokens_per_step / row["seconds"]
         paused, self._paused = self.paused() - self._paused, self.paused()
-        self._pending.append(_Pending(row, Flight(values), self._watch.lap(), paused))
+        self._pending.append(_Pending(row, AsyncHostCopy(values), self._watch.lap(), paused))
         self._began = now
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from rwkv_train.training.callbacks.checkpointing import Checkpointing
+from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 from rwkv_train.training.callbacks.metrics import Metrics, Row
 
 _PLAIN_SECONDS = 15.0  # between two lines where the output is no terminal
@@ -29,7 +29,7 @@ class ProgressBar(Callback):
         console: where to; only the first rank's speaks.
     """
 
-    def __init__(self, metrics: Metrics, saving: Checkpointing, total: int | None, console: Console) -> None:
+    def __init__(self, metrics: Metrics, saving: CheckpointCallback, total: int | None, console: Console) -> None:
         self.saving, self.total, self.console = saving, total, console
         self._bar: Progress | None = None
         self._rows: deque[Row] = deque(maxlen=_WINDOW)

@@ -26,10 +26,10 @@ from lightning.pytorch.callbacks import Callback
 
 import rwkv_train
 from rwkv_train.config import WatchdogSettings
-from rwkv_train.supervision.heart import Heart
-from rwkv_train.supervision.watch import Phase
-from rwkv_train.training.incarnations import Incarnations
-from rwkv_train.training.strategy import Sharing
+from rwkv_train.rundir.attempts import Attempts
+from rwkv_train.training.strategy import ShardedStrategy
+from rwkv_train.watchdog.heartbeat import Heartbeat
+from rwkv_train.watchdog.verdict import Phase
 
 _PULSE = 0.5  # seconds between two signs of life
 _EVERYTHING = 1 << 20  # an index behind all batches of a validation: the rank waits for the others' sums
@@ -37,14 +37,14 @@ _MAY_TRACE = 0x59616D61  # prctl's PR_SET_PTRACER
 
 
 class Watchdog(Callback):
-    """Starts this rank's guard (supervision/guard.py) and tells it at each turn where the rank is.
+    """Starts this rank's guard (watchdog/monitor.py) and tells it at each turn where the rank is.
 
     A turn costs some microseconds: numbers in memory that the guard reads. Must stand behind the callbacks that
     wait for other ranks, so that their waiting counts for the step that it belongs to.
 
     Args:
         settings: limits, and what is a straggler.
-        incarnations: of the run; stacks and events go where this one's records are.
+        attempts: of the run; stacks and events go where this one's records are.
         first: whether this is the run's first process.
         alone: whether it is the only one.
         node: the name of this rank's.
@@ -54,18 +54,18 @@ class Watchdog(Callback):
     def __init__(
         self,
         settings: WatchdogSettings,
-        incarnations: Incarnations,
+        attempts: Attempts,
         first: bool,
         alone: bool,
         node: str,
         last_words: Callable[[], None] = lambda: None,
     ) -> None:
-        self.settings, self.incarnations, self.first, self.alone = settings, incarnations, first, alone
+        self.settings, self.attempts, self.first, self.alone = settings, attempts, first, alone
         self.node, self.last_words = node, last_words
-        self.heart = Heart()
+        self.heart = Heartbeat()
         self._words: socket.socket | None = None
         self._listener: socket.socket | None = None
-        self._number = 0  # the incarnation that the guard knows
+        self._number = 0  # the attempt that the guard knows
         self._micro = 0
         self._began = 0.0  # of the step
         self._apart = 0.0  # seconds of it in validation and checkpoints
@@ -124,7 +124,9 @@ class Watchdog(Callback):
             "py_spy": str(beside) if beside.exists() else shutil.which("py-spy"),
         }
         root = str(Path(rwkv_train.__file__).parents[1])
-        door = f"import sys; sys.path.insert(0, {root!r}); from rwkv_train.supervision import guard; guard.main()"
+        door = (
+            f"import sys; sys.path.insert(0, {root!r}); from rwkv_train.watchdog import monitor as guard; guard.main()"
+        )
         command = [sys.executable, "-I", "-S", "-c", door, json.dumps(settings)]
         with theirs:
             guard = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -162,7 +164,7 @@ class Watchdog(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The ranks know each other now: the guards shall, too."""
-        strategy = cast(Sharing, trainer.strategy)
+        strategy = cast(ShardedStrategy, trainer.strategy)
         host, port, token = "", 0, secrets.token_hex(16)
         if trainer.world_size > 1:
             if trainer.is_global_zero:
@@ -188,12 +190,12 @@ class Watchdog(Callback):
             self._listener.close()
             self._listener = None
 
-    def _directory(self, strategy: Sharing) -> str:
-        self._number = strategy.incarnation
-        return str(self.incarnations.directory(self._number).absolute())
+    def _directory(self, strategy: ShardedStrategy) -> str:
+        self._number = strategy.attempt
+        return str(self.attempts.directory(self._number).absolute())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        strategy = cast(Sharing, trainer.strategy)
+        strategy = cast(ShardedStrategy, trainer.strategy)
         if trainer.world_size > 1 and not strategy.sharded:
             # the embedding's gradient is the last one; behind it a rank only waits for the others
             name, first = next(iter(strategy.named_weights()))
@@ -206,8 +208,8 @@ class Watchdog(Callback):
     ) -> None:
         self._resume()
         self._micro = batch_idx % trainer.accumulate_grad_batches
-        strategy = cast(Sharing, trainer.strategy)
-        if strategy.incarnation != self._number and self._words is not None:  # a run that went back is another one
+        strategy = cast(ShardedStrategy, trainer.strategy)
+        if strategy.attempt != self._number and self._words is not None:  # a run that went back is another one
             self._words.sendall(json.dumps({"directory": self._directory(strategy)}).encode() + b"\n")
         if not self._micro:
             self._work = 0.0
@@ -240,7 +242,7 @@ class Watchdog(Callback):
         now = time.perf_counter()
         step = trainer.global_step
         self.heart.stepped(now - self._began - self._apart, self._device_work() or self._work)
-        self.heart.writing(0.0 if cast(Sharing, trainer.strategy).writer.idle else self._saving_since)
+        self.heart.writing(0.0 if cast(ShardedStrategy, trainer.strategy).writer.idle else self._saving_since)
         self.heart.beat(Phase.DATA, step)
         self._began, self._apart = now, 0.0
 
@@ -255,7 +257,7 @@ class Watchdog(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._pause()
         self._saving_since = time.monotonic()
-        self.heart.writing(0.0 if cast(Sharing, trainer.strategy).writer.idle else self._saving_since)
+        self.heart.writing(0.0 if cast(ShardedStrategy, trainer.strategy).writer.idle else self._saving_since)
         self.heart.beat(Phase.CHECKPOINT, trainer.global_step)
 
     def restoring(self, step: int) -> None:

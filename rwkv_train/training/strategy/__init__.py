@@ -1,15 +1,17 @@
-"""How a run is spread over its devices: one file per family, behind Lightning's Strategy and our `Sharing`."""
+"""How a run is spread over its devices: one file per family, behind Lightning's Strategy and our `ShardedStrategy`."""
 
 from __future__ import annotations
 
 from rwkv_train.config import Config
 from rwkv_train.data.order import Split
-from rwkv_train.training.strategy.shared import Sharing
+from rwkv_train.training.strategy.shared import ShardedStrategy
 
-__all__ = ["Sharing", "build_strategy"]
+__all__ = ["ShardedStrategy", "build_strategy"]
 
 
-def build_strategy(config: Config, name: str, accelerator: str, devices: int, split: Split, block: int) -> Sharing:
+def build_strategy(
+    config: Config, name: str, accelerator: str, devices: int, split: Split, block: int
+) -> ShardedStrategy:
     """The strategy of a run.
 
     Args:
@@ -22,11 +24,11 @@ def build_strategy(config: Config, name: str, accelerator: str, devices: int, sp
     """
     backend = "gloo" if accelerator == "cpu" else "nccl"
     if name == "single":
-        from rwkv_train.training.strategy.whole import Single
+        from rwkv_train.training.strategy.replicated import Single
 
         return Single("cpu" if accelerator == "cpu" else "cuda:0")
     if name == "ddp":
-        from rwkv_train.training.strategy.whole import DDP
+        from rwkv_train.training.strategy.replicated import DDP
 
         return DDP(backend)
     if name == "fsdp":

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from rwkv_train.checkpoint.shards import WEIGHT, StateShard
 from rwkv_train.models import RWKV
-from rwkv_train.training.checkpoint.pieces import WEIGHT, Piece
-from rwkv_train.training.strategy.shared import Sharing, adam_moments
+from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
 
-class FSDP(Sharing, ModelParallelStrategy):
+class FSDP(ShardedStrategy, ModelParallelStrategy):
     """Sharded by rows over all devices, a block at a time.
 
     Matrices are gathered in the products' dtype; decay, bonus, mix and norm parameters, in groups of their own, in
@@ -44,16 +44,16 @@ class FSDP(Sharing, ModelParallelStrategy):
         fully_shard(model, mesh=mesh, mp_policy=rest)
         model.to_empty(device=self.root_device)
 
-    def pieces(self, moments: bool) -> Iterator[Piece]:
+    def pieces(self, moments: bool) -> Iterator[StateShard]:
         for module in self.lightning_module.modules():  # type: ignore[union-attr]
             if isinstance(module, FSDPModule):
                 module.reshard()  # a forward pass without a backward one leaves some gathered
         for name, parameter in self.named_weights():
             start = self._start(parameter.detach())
-            yield Piece(WEIGHT, name, start, _local(parameter.detach()), True)
+            yield StateShard(WEIGHT, name, start, _local(parameter.detach()), True)
             if moments:
                 for moment, values in adam_moments(self.optimizers[0].state[parameter], parameter.detach()):
-                    yield Piece(moment, name, start, _local(values), True)
+                    yield StateShard(moment, name, start, _local(values), True)
 
     def states(self) -> Iterator[dict[str, Any]]:
         yield from self.optimizers[0].state.values()

@@ -13,27 +13,27 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from rwkv_train.checkpoint.shards import MOMENTS, Reader, StateShard, contents, file_names
+from rwkv_train.checkpoint.writer import Board, OwnBoard, Writer
 from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV
-from rwkv_train.training.checkpoint.pieces import MOMENTS, Piece, Reader, contents, file_names
-from rwkv_train.training.checkpoint.writer import Board, OwnBoard, Writer
 from rwkv_train.training.throughput import keep_freed_memory, return_freed_memory
 
 
 class Source(Protocol):
     """Where the first weights come from: the recipe, or a file."""
 
-    def fill(self, pieces: list[Piece]) -> None:
+    def fill(self, pieces: list[StateShard]) -> None:
         """Stores into each piece the values of its range; called by all ranks at once."""
 
 
-class Sharing(Strategy):
+class ShardedStrategy(Strategy):
     """Mixed into Lightning's strategies: one checkpoint interface, whatever a rank holds of the state.
 
     Attributes:
         source: of the first weights; None: the model has them already.
         resume: the checkpoint to go on from; None: the run starts anew.
-        incarnation: the number of this start of the run; the first rank's counts.
+        attempt: the number of this start of the run; the first rank's counts.
         shapes: of all parameters, by the field's names.
         threads: CPU threads of this process.
         writer: of checkpoints.
@@ -42,7 +42,7 @@ class Sharing(Strategy):
 
     source: Source | None = None
     resume: Path | None = None
-    incarnation: int = 0
+    attempt: int = 0
     shapes: Mapping[str, tuple[int, ...]]
     threads: int
     writer: Writer
@@ -73,7 +73,7 @@ class Sharing(Strategy):
         """The same, for this strategy alone."""
 
     @abstractmethod
-    def pieces(self, moments: bool) -> Iterator[Piece]:
+    def pieces(self, moments: bool) -> Iterator[StateShard]:
         """This rank's share of the state.
 
         Args:
@@ -106,12 +106,12 @@ class Sharing(Strategy):
         (return_freed_memory if self.divided else keep_freed_memory)()
 
     def _follow_first(self) -> None:
-        """Takes over the first rank's incarnation, and its checkpoint: it alone has read its whole content.
+        """Takes over the first rank's attempt, and its checkpoint: it alone has read its whole content.
 
         Raises:
             UserError: the one found a checkpoint and the other none.
         """
-        self.incarnation, resume = self.broadcast((self.incarnation, None if self.resume is None else str(self.resume)))
+        self.attempt, resume = self.broadcast((self.attempt, None if self.resume is None else str(self.resume)))
         if (resume is None) != (self.resume is None):
             raise UserError(
                 f"the ranks found different checkpoints to go on from: the first {resume}, this one {self.resume}",
@@ -156,7 +156,7 @@ class Sharing(Strategy):
     def norm_of_step(self) -> Tensor | None:
         return None
 
-    def leave_out(self, bad: Tensor) -> None:
+    def skip_update_if(self, bad: Tensor) -> None:
         """Lets the optimiser's next step change nothing where `bad` () is true, without asking the device."""
         for optimizer in self.optimizers:
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # fused optimisers heed it
@@ -228,7 +228,7 @@ class Sharing(Strategy):
             time.sleep(0.02)
         self.writer.wait()
 
-    def _held(self) -> Iterator[Piece]:
+    def _held(self) -> Iterator[StateShard]:
         """The owned pieces: copies on the CPU in memory that each save uses again, or the state itself."""
         for piece in self.pieces(moments=True):
             if not self.background or not piece.owned:
@@ -237,7 +237,7 @@ class Sharing(Strategy):
             key = (piece.kind, piece.name)
             if key not in self._copies:
                 self._copies[key] = torch.empty(piece.values.numel(), pin_memory=piece.values.is_cuda)
-            yield Piece(piece.kind, piece.name, piece.start, self._copies[key].copy_(piece.values.detach()), True)
+            yield StateShard(piece.kind, piece.name, piece.start, self._copies[key].copy_(piece.values.detach()), True)
 
 
 def adam_moments(state: dict[str, Any], like: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -18,10 +18,10 @@ from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
+from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, StateShard
 from rwkv_train.config import Config
 from rwkv_train.models import RWKV
-from rwkv_train.training.checkpoint.pieces import MOMENTS, WEIGHT, Piece
-from rwkv_train.training.strategy.shared import Sharing, adam_moments
+from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of deepspeed's import, about torch's own deprecations
@@ -98,7 +98,7 @@ class _Precision(DeepSpeedPrecision):
         return module
 
 
-class Zero(Sharing, DeepSpeedStrategy):
+class Zero(ShardedStrategy, DeepSpeedStrategy):
     """DeepSpeed by Lightning, on CPUs as well (over gloo)."""
 
     divided = brings_precision = True
@@ -160,10 +160,10 @@ class Zero(Sharing, DeepSpeedStrategy):
     def engine_optimizer(self) -> Any:
         return self.optimizers[0]
 
-    def pieces(self, moments: bool) -> Iterator[Piece]:
+    def pieces(self, moments: bool) -> Iterator[StateShard]:
         yield from (self._pieces_of_stage_3 if self.stage == 3 else self._pieces_of_stages_1_and_2)(moments)
 
-    def _pieces_of_stage_3(self, moments: bool) -> Iterator[Piece]:
+    def _pieces_of_stage_3(self, moments: bool) -> Iterator[StateShard]:
         if moments:
             self._make_moments()
         for name, parameter in self.named_weights():
@@ -171,13 +171,13 @@ class Zero(Sharing, DeepSpeedStrategy):
             cut = held.ds_tensor  # flat, filled up so that all ranks have as much
             start = min(cut.numel() * self.global_rank, held.ds_numel)
             count = min(cut.numel(), held.ds_numel - start)
-            yield Piece(WEIGHT, name, start, cut.data[:count], False)
+            yield StateShard(WEIGHT, name, start, cut.data[:count], False)
             master = safe_get_local_fp32_param(parameter)
 
             def put(values: Tensor, parameter: Any = parameter, room: int = cut.numel()) -> None:
                 safe_set_local_fp32_param(parameter, _padded(values, room))
 
-            yield Piece(WEIGHT, name, start, master[:count], True, put)
+            yield StateShard(WEIGHT, name, start, master[:count], True, put)
             for moment in MOMENTS if moments else ():
 
                 def put_moment(
@@ -185,26 +185,26 @@ class Zero(Sharing, DeepSpeedStrategy):
                 ) -> None:
                     safe_set_local_optimizer_state(parameter, _padded(values, room), moment)
 
-                yield Piece(
+                yield StateShard(
                     moment, name, start, safe_get_local_optimizer_state(parameter, moment)[:count], True, put_moment
                 )
 
-    def _pieces_of_stages_1_and_2(self, moments: bool) -> Iterator[Piece]:
+    def _pieces_of_stages_1_and_2(self, moments: bool) -> Iterator[StateShard]:
         if moments:
             self._make_moments()
         zero = self.engine_optimizer
         for name, parameter in self.named_weights():
-            yield Piece(WEIGHT, name, 0, parameter.detach().view(-1), False)
+            yield StateShard(WEIGHT, name, 0, parameter.detach().view(-1), False)
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is None:  # none of it is this rank's
                 continue
             start, address = mapping.lp_fragment_address.start, mapping.hp_fragment_address
-            yield Piece(WEIGHT, name, start, mapping.hp_fragment.detach(), True)
+            yield StateShard(WEIGHT, name, start, mapping.hp_fragment.detach(), True)
             if moments:
                 state = zero.optimizer.state[zero.single_partition_of_fp32_groups[mapping.param_group_index]]
                 for moment in MOMENTS:
                     values = state[moment].narrow(0, address.start, address.numel)
-                    yield Piece(moment, name, start, values, True)
+                    yield StateShard(moment, name, start, values, True)
 
     def _make_moments(self) -> None:
         """Adam's state for the flat tensors that stand in for this rank's parameters."""
@@ -235,7 +235,7 @@ class Zero(Sharing, DeepSpeedStrategy):
         norm = self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
 
-    def leave_out(self, bad: Tensor) -> None:
+    def skip_update_if(self, bad: Tensor) -> None:
         self.engine_optimizer.optimizer.found_inf = bad.float()  # what is not finite the engine skips by itself
 
     def whole(self, parameter: Tensor) -> Tensor | None:

@@ -1,0 +1,202 @@
+"""Pieces: what every strategy's share of the state comes down to, and how it is put into files and found there again.
+
+A piece is a contiguous range of one tensor, flattened: the weight of a parameter or one of Adam's two moments. ZeRO,
+FSDP2 and whole copies differ only in which ranges a rank holds. Each rank writes the ranges that it owns without asking
+another one, and reads the ranges that it needs, whoever wrote them: another number of processes or another strategy
+is no case of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_train.checkpoint.directory import read_meta
+from rwkv_train.errors import UserError
+from rwkv_train.models.weights import load_weights
+
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+AT_ONCE = 4096  # rows of an embedding that are read at a time
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class StateShard:
+    """Elements [start, start + numel) of a flattened tensor, as this rank holds them.
+
+    Args:
+        kind: "weight", "exp_avg" or "exp_avg_sq".
+        name: of the parameter.
+        start: the first element.
+        values: (numel), on any device.
+        owned: whether this rank writes it; of all ranks' pieces exactly one owned one has each element.
+        put: stores new values; None: `values` is the memory itself.
+    """
+
+    kind: str
+    name: str
+    start: int
+    values: Tensor
+    owned: bool
+    put: Callable[[Tensor], None] | None = None
+
+    def store(self, values: Tensor) -> None:
+        """Takes over new values (numel)."""
+        if self.put is None:
+            self.values.copy_(values)
+        else:
+            self.put(values)
+
+
+def file_names(number: int, of: int) -> tuple[str, str]:
+    """The files of weights and of optimiser state that writer `number` of so many writes."""
+    part = "" if of == 1 else f"_{number:04d}_of_{of:04d}"
+    return f"weights{part}.pth", f"state{part}.pth"
+
+
+def contents(pieces: Iterable[StateShard], shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A rank's owned pieces as the contents of its two files; nothing is copied.
+
+    Returns:
+        weights, name → tensor; and state: each moment's tensors by name, and `starts` of those that are no whole
+        tensor (they lie there flat).
+    """
+    weights: dict[str, Any] = {}
+    state: dict[str, Any] = {"exp_avg": {}, "exp_avg_sq": {}, "starts": {}}
+    for piece in pieces:
+        if not piece.owned or not piece.values.numel():
+            continue
+        shape, values = torch.Size(shapes[piece.name]), piece.values
+        if values.numel() == shape.numel():
+            values = values.view(shape)
+        else:
+            state["starts"][piece.name] = piece.start
+        (weights if piece.kind == WEIGHT else state[piece.kind])[piece.name] = values
+    return weights, state
+
+
+class Reader:
+    """Reads ranges out of a checkpoint, or of a .pth file with weights, page by page: nothing is loaded whole.
+
+    Args:
+        path: a checkpoint directory, or a .pth file under the field's names.
+
+    Raises:
+        UserError: there is none, or a file of it is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._parts: dict[tuple[str, str], list[tuple[int, Tensor, bool]]] = {}  # start, values, still in the file
+        if path.is_dir():
+            self.meta = read_meta(path)
+            self.shapes: Shapes = {name: tuple(shape) for name, shape in self.meta["shapes"].items()}
+            for number in range(self.meta["writers"]):
+                weights, _ = file_names(number, self.meta["writers"])
+                held = self.state(number)
+                self._add(WEIGHT, _mapped(path / weights), held)
+                for moment in MOMENTS:
+                    self._add(moment, held[moment], held)
+        else:
+            alone = load_weights(path)
+            self.shapes = {name: tuple(value.shape) for name, value in alone.items()}
+            self._add(WEIGHT, alone, {"starts": {}})
+
+    def state(self, number: int) -> dict[str, Any]:
+        """The content of a writer's state file."""
+        found: dict[str, Any] = _mapped(self.path / file_names(number, self.meta["writers"])[1])
+        return found
+
+    def _add(self, kind: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        for name, tensor in tensors.items():
+            part = (state["starts"].get(name, 0), tensor.flatten(), tensor.is_contiguous())
+            self._parts.setdefault((kind, name), []).append(part)
+
+    def grow_vocabulary(self, new: int) -> None:
+        """Adds the weights of `new` tokens behind the others; logits of the old ones stay as they are.
+
+        A new token begins as the mean of the old ones, in the embedding and in the head.
+        """
+        for name in ("emb.weight", "head.weight"):
+            if not new or len(self.shapes.get(name, ())) != 2:
+                continue
+            rows, channels = self.shapes[name]
+            total, dtype = torch.zeros(channels, dtype=torch.float64), self.dtype(name)
+            for row in range(0, rows, AT_ONCE):
+                count = min(AT_ONCE, rows - row)
+                part = torch.empty(count * channels, dtype=dtype)
+                for offset, values in self.read(WEIGHT, name, row * channels, count * channels):
+                    part[offset : offset + values.numel()].copy_(values)
+                total += part.view(count, channels).double().sum(0)
+            mean = (total / rows).to(dtype).expand(new, channels)
+            self._add(WEIGHT, {name: mean.contiguous()}, {"starts": {name: rows * channels}})
+            self.shapes = {**self.shapes, name: (rows + new, channels)}
+
+    def holds(self, kind: str) -> bool:
+        return any(held == kind for held, _ in self._parts)
+
+    def read(self, kind: str, name: str, start: int, count: int) -> Iterator[tuple[int, Tensor]]:
+        """The range [start, start + count) as (offset in it, values) parts; the caller takes over each before the next.
+
+        Raises:
+            UserError: some of its elements are in no file.
+        """
+        found = 0
+        for begins, values, mapped in sorted(self._parts.get((kind, name), ()), key=lambda part: part[0]):
+            first, last = max(start, begins), min(start + count, begins + values.numel())
+            if first < last:
+                part = values[first - begins : last - begins]
+                yield first - start, part
+                found += last - first
+                if mapped:
+                    _forget_pages(part)
+        if found < count:
+            raise UserError(
+                f"the checkpoint {self.path} lacks {count - found} of {count} elements of {name} ({kind})",
+                "use another checkpoint",
+            )
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._parts[(WEIGHT, name)][0][1].dtype
+
+    def copy_to(self, name: str, target: Tensor) -> None:
+        """A whole weight into a flat tensor that is mapped into a file, whose pages are let go again."""
+        for offset, values in self.read(WEIGHT, name, 0, target.numel()):
+            target[offset : offset + values.numel()].copy_(values)
+        _forget_pages(target)
+
+    def fill(self, pieces: Iterable[StateShard]) -> None:
+        """Stores into each piece the values of its range."""
+        for piece in pieces:
+            count = piece.values.numel()
+            if piece.put is None:
+                for offset, values in self.read(piece.kind, piece.name, piece.start, count):
+                    piece.values[offset : offset + values.numel()].copy_(values)
+                continue
+            whole = torch.empty(count)
+            for offset, values in self.read(piece.kind, piece.name, piece.start, count):
+                whole[offset : offset + values.numel()].copy_(values)
+            piece.put(whole)
+
+
+def _mapped(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"the checkpoint {path.parent} lacks {path.name}", "use another checkpoint") from None
+
+
+def _forget_pages(values: Tensor) -> None:
+    """Lets the kernel drop the pages of a mapped file that were read: they would count as this process's memory."""
+    page = mmap.PAGESIZE
+    first = -(-values.data_ptr() // page) * page
+    last = (values.data_ptr() + values.numel() * values.element_size()) // page * page
+    if last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), 4)  # MADV_DONTNEED

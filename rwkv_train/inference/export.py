@@ -1,0 +1,168 @@
+"""`rwkv-train export`: a checkpoint's weights as one file or as a directory for transformers, parameter by parameter.
+
+Files are laid out first and then filled through a memory map: never more than one parameter is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_train.checkpoint.shards import WEIGHT, Reader, Shapes
+from rwkv_train.data.tokenizer_json import tokenizer_files
+from rwkv_train.errors import UserError
+from rwkv_train.inference.loading import tokenizer_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+# The field's names → those of transformers' RwkvForCausalLM, part by part.
+_HF = {
+    "emb": "rwkv.embeddings",
+    "blocks": "rwkv.blocks",
+    "ln_out": "rwkv.ln_out",
+    "ln0": "pre_ln",
+    "att": "attention",
+    "ffn": "feed_forward",
+    "time_mix_k": "time_mix_key",
+    "time_mix_v": "time_mix_value",
+    "time_mix_r": "time_mix_receptance",
+}
+
+
+def export(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
+    """`consolidate`, with every mistake and refusal as a UserError."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is not known", f"valid: {', '.join(DTYPES)}")
+    if not checkpoint.exists():
+        raise UserError(
+            f"there is no checkpoint at {checkpoint}", "give a directory like RUN/checkpoints/step_000001000"
+        )
+    if target.suffix not in ("", ".pth", ".safetensors"):
+        raise UserError(f"{target}: the ending {target.suffix} is not known", "valid: .pth, .safetensors, a directory")
+    try:
+        return consolidate(checkpoint, target, dtype)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}", "give another place") from None
+
+
+def consolidate(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
+    """Writes a checkpoint's weights under the field's names, or under transformers' own into a directory.
+
+    Args:
+        checkpoint: a checkpoint directory, sharded or not, or a .pth file.
+        target: out.pth, out.safetensors, or a directory (made here) that transformers' RwkvForCausalLM loads, with the
+            tokenizer where it knows one of that kind.
+        dtype: float32, bfloat16 or float16; None: as they are.
+
+    Returns:
+        the file that was written; it takes its place when it is whole.
+
+    Raises:
+        UserError: a part of the checkpoint is missing, or transformers has no model of its generation.
+        OSError: the target cannot be written.
+    """
+    reader = Reader(checkpoint)
+    kind = dtype or str(reader.dtype(next(iter(reader.shapes)))).removeprefix("torch.")
+    if target.suffix:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write = _write_pth if target.suffix == ".pth" else _write_safetensors
+        return _written(target, lambda path: write(reader, path, kind, lambda name: name))
+    config = _hf_config(reader.shapes, kind)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name, content in _tokenizer_files(checkpoint, reader.shapes).items():
+        (target / name).write_text(content, encoding="utf-8")
+    return _written(target / "model.safetensors", lambda path: _write_safetensors(reader, path, kind, hf_name))
+
+
+def hf_name(name: str) -> str:
+    """A parameter's name in transformers' RwkvForCausalLM."""
+    return ".".join(_HF.get(part, part) for part in name.split("."))
+
+
+def _written(target: Path, write: Callable[[Path], None]) -> Path:
+    aside = target.with_name(f".writing-{target.name}")
+    try:
+        write(aside)
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+    return target
+
+
+def _write_pth(reader: Reader, path: Path, dtype: str, named: Callable[[str], str]) -> None:
+    """torch.save's own layout with holes, mapped and filled."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
+
+    with FakeTensorMode():
+        empty = {named(name): torch.empty(shape, dtype=DTYPES[dtype]) for name, shape in reader.shapes.items()}
+    path.touch()  # an OSError, where torch.save would make a RuntimeError of it
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(empty, path)
+    with open(path, "r+b") as file:  # a full disk is an OSError now, and not a signal when the map is written
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    before = torch.serialization.get_default_mmap_options()
+    torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)
+    try:
+        mapped: dict[str, Tensor] = torch.load(path, mmap=True, weights_only=True)
+    finally:
+        torch.serialization.set_default_mmap_options(before or mmap.MAP_PRIVATE)
+    for name in reader.shapes:
+        reader.copy_to(name, mapped[named(name)].view(-1))
+
+
+def _write_safetensors(reader: Reader, path: Path, dtype: str, named: Callable[[str], str]) -> None:
+    """Eight bytes with the length of the header, the header as JSON, the tensors one behind the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end, size = 0, DTYPES[dtype].itemsize
+    for name, shape in reader.shapes.items():
+        begin, end = end, end + math.prod(shape) * size
+        header[named(name)] = {"dtype": _SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name, shape in reader.shapes.items():
+            for _, values in reader.read(WEIGHT, name, 0, math.prod(shape)):
+                file.write(values.to(DTYPES[dtype]).view(torch.uint8).numpy().tobytes())
+
+
+def _tokenizer_files(checkpoint: Path, shapes: Shapes) -> dict[str, str]:
+    """The files of the tokenizer that the checkpoint was trained with, where that can be told."""
+    try:
+        return tokenizer_files(tokenizer_of(checkpoint, shapes["emb.weight"][0]))
+    except UserError:
+        return {}
+
+
+def _hf_config(shapes: Shapes, dtype: str) -> Mapping[str, Any]:
+    vocab_size, channels = shapes["emb.weight"]
+    if "blocks.0.att.time_first" not in shapes or len(shapes["blocks.0.att.time_first"]) != 1:
+        raise UserError("transformers has no model of this generation", "export to .pth or .safetensors")
+    return {
+        "architectures": ["RwkvForCausalLM"],
+        "model_type": "rwkv",
+        "vocab_size": vocab_size,
+        "hidden_size": channels,
+        "attention_hidden_size": channels,
+        "intermediate_size": shapes["blocks.0.ffn.key.weight"][0],
+        "num_hidden_layers": sum(name.endswith(".ln1.weight") for name in shapes),
+        "layer_norm_epsilon": 1e-5,
+        "context_length": 1024,
+        "rescale_every": 0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "dtype": dtype,
+    }

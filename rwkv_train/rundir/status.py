@@ -1,0 +1,125 @@
+"""`rwkv-train status RUN_DIR …`: how runs get on, from their records alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from rwkv_train.errors import UserError
+from rwkv_train.rundir.directory import RunDirectory
+from rwkv_train.rundir.history import History, Start
+
+_WIDE = 200  # columns where the output is no terminal
+_SILENT = 600.0  # seconds without a word after which a run that has not ended is told to be silent
+
+
+def status(paths: Sequence[Path]) -> int:
+    """Prints the state of each run; of a single one also its starts and where its time went.
+
+    Returns:
+        the exit code: 1 where a run has given up or failed.
+
+    Raises:
+        UserError: a path at which there is no run.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _WIDE
+    found = {path: _find(path.expanduser()) for path in paths}
+    table = Table("run", "state", "step", "tokens", "loss", "starts", "goodput")
+    for path, history in found.items():
+        last = history.rows[-1] if history.rows else {}
+        loss = f"{last['train/loss']:.4f}" if "train/loss" in last else ""
+        step = f"{history.reached:,}" + (f" of {total:,}" if (total := _total(path.expanduser())) else "")
+        table.add_row(
+            str(path),
+            _state(history),
+            step,
+            f"{last.get('tokens', 0):,}",
+            loss,
+            str(len(history.starts)),
+            f"{history.account().goodput:.0%}",
+        )
+    console.print(table)
+    if len(found) == 1:
+        _tell(next(iter(found.values())), console)
+    return int(any(_state(history).startswith(("given up", "failed")) for history in found.values()))
+
+
+def _find(path: Path) -> History:
+    run = RunDirectory(str(path.parent), path.name)
+    if not run.events.exists():
+        near = sorted(str(child.parent) for child in path.glob("*/events.jsonl"))
+        raise UserError(
+            f"{path}: there is no run" if path.exists() else f"{path}: there is no such directory",
+            f"a run's directory, such as {near[0]}" if near else "a run's directory, such as runs/NAME",
+        )
+    return History.read(run)
+
+
+def _total(path: Path) -> int | None:
+    """Steps of the whole run; None: it has no end, or does not say."""
+    try:
+        tree = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        budget, tokens = tree["budget"], tree["batch"]["tokens"]
+        return budget["steps"] if budget["tokens"] is None else -(-int(budget["tokens"]) // int(tokens))
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+
+
+def _state(history: History) -> str:
+    if not history.starts:
+        return "not started"
+    ended = history.starts[-1].ended
+    if ended == "given_up":
+        return f"given up at step {history.reached}"
+    if ended != "killed":
+        return ended.replace("_", " ")
+    silent = time.time() - history.alive
+    return "running" if silent < _SILENT else f"silent for {_span(silent)}"
+
+
+def _tell(history: History, console: Console) -> None:
+    """A line for each start, and where the time went."""
+    console.print()
+    for number, start in enumerate(history.starts, 1):
+        first = start.events[0]
+        after = history.starts[number] if number < len(history.starts) else None
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(first["time"])))
+        reached = history.reached if after is None else after.reached
+        line = f"{began}  steps {first['step']} to {reached}  {_ended(start, history if after is None else None)}"
+        if after is not None and (lost := after.events[0]).get("steps_lost"):
+            line += f"; {lost['steps_lost']} steps to be done again, {_span(float(lost['seconds_lost']))}"
+        if "seconds_down" in first:
+            line += f"; had been down for {_span(float(first['seconds_down']))}"
+        console.print(line, markup=False)
+    account = history.account()
+    console.print(
+        f"\ngoodput {account.goodput:.1%}: {_span(account.productive)} in steps that count, of {_span(account.wall)}"
+    )
+    for cause, seconds in account.lost.items():
+        if seconds >= 0.05:
+            console.print(f"  {_span(seconds):>10}  {seconds / account.wall:6.1%}  {cause}")
+
+
+def _ended(start: Start, newest: History | None) -> str:
+    if newest is not None and start.ended == "killed":
+        return _state(newest)
+    rows = [row for row in start.events if row["event"] == start.ended or "reason" in row or "signal" in row]
+    why = next((row[key] for row in reversed(rows) for key in ("reason", "signal") if key in row), "")
+    how = start.ended.replace("_", " ")
+    return f"{how} ({why})" if why and start.ended not in ("finished", "stopped") else how
+
+
+def _span(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"

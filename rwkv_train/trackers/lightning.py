@@ -1,0 +1,39 @@
+"""Lightning's own loggers (MLFlowLogger and others): they get the rows of metrics.jsonl under the same keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rwkv_train.trackers import Row, Run, Tracker, flat
+
+
+class OfLightning(Tracker):
+    """Args:
+    logger: one that Lightning's Trainer would take; here nobody waits for it.
+    """
+
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+        self.state: dict[str, Any] = {}
+        self._last = 0
+
+    def begin(self, run: Run, step: int) -> int:
+        self.logger.log_hyperparams(dict(run.info.get("config", {})))
+        return self.back(step)
+
+    def back(self, step: int) -> int:
+        return min(step, int(self.state.get("sent", 0)))
+
+    def row(self, row: Row) -> None:
+        self._last = row["step"]
+        self.logger.log_metrics({key: value for key, value in flat(row) if key != "step"}, step=self._last)
+
+    def event(self, event: Row) -> None:
+        """Lightning's loggers know none."""
+
+    def flush(self) -> None:
+        self.logger.save()
+        self.state["sent"] = self.state["reached"] = self._last
+
+    def end(self) -> None:
+        self.logger.finalize("success")

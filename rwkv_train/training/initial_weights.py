@@ -1,0 +1,121 @@
+"""The first weights, shard by shard: no rank holds the model, and the expensive matrices are made by one rank each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rwkv_train.checkpoint.shards import StateShard
+from rwkv_train.models import Row
+from rwkv_train.models.recipe import Orthogonal, initial_value
+
+Range = tuple[int, int]  # of a flattened tensor
+
+
+class Recipe:
+    """The recipe's initial values: the same ones, to the bit, whatever the number of ranks.
+
+    Args:
+        rows: of all parameters, by name.
+        shapes: the same.
+        n_layer: of the model.
+        seed: of the values.
+    """
+
+    def __init__(self, rows: Mapping[str, Row], shapes: Mapping[str, tuple[int, ...]], n_layer: int, seed: int) -> None:
+        self.rows, self.n_layer, self.seed = rows, n_layer, seed
+        self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+
+    def fill(self, pieces: Sequence[StateShard]) -> None:
+        """Stores into each piece the values of its range; called by all ranks at once, each with its own pieces."""
+        wanted: dict[str, list[StateShard]] = {name: [] for name in self.shapes}
+        for piece in pieces:
+            wanted[piece.name].append(piece)
+        shared = dist.is_initialized() and dist.get_world_size() > 1
+        costly = [name for name in self.shapes if shared and isinstance(self.rows[name].init, Orthogonal)]
+        for name in self.shapes.keys() - set(costly):
+            if wanted[name]:
+                _store(wanted[name], self._value(name).view(-1), 0)
+        if shared:
+            self._fill_shared(costly, wanted)
+
+    def _fill_shared(self, costly: list[str], wanted: Mapping[str, list[StateShard]]) -> None:
+        """Every rank makes its own costly matrices, one at a time, and sends the others their ranges."""
+        group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        needs: list[dict[str, Range]] = [{} for _ in range(ranks)]
+        dist.all_gather_object(needs, {name: _span(wanted[name]) for name in costly}, group=group)
+        for owners in rounds({name: Orthogonal.work(self.shapes[name]) for name in costly}, ranks):
+            mine = owners[rank]
+            value = None if mine is None else self._value(mine).view(-1)
+            for owner, name in enumerate(owners):
+                if name is not None:
+                    _deliver(name, owner, value, [need[name] for need in needs], wanted[name], rank, group)
+
+    def _value(self, name: str) -> Tensor:
+        return initial_value(name, self.shapes[name], self.rows[name], self.n_layer, self.seed)
+
+
+def rounds(work: Mapping[str, int], ranks: int) -> list[list[str | None]]:
+    """Who makes what when: in each round every rank makes at most one, and rounds hold matrices of like work.
+
+    The largest come first, each given to the rank that has least to do by then.
+    """
+    queues: list[list[str]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for name in sorted(work, key=lambda name: (-work[name], name)):
+        rank = load.index(min(load))
+        queues[rank].append(name)
+        load[rank] += work[name]
+    return [
+        [queue[number] if number < len(queue) else None for queue in queues]
+        for number in range(max(map(len, queues), default=0))
+    ]
+
+
+def _deliver(
+    name: str,
+    owner: int,
+    value: Tensor | None,
+    needs: Sequence[Range],
+    pieces: Sequence[StateShard],
+    rank: int,
+    group: object,
+) -> None:
+    """Brings one matrix's ranges from its owner (who has its value) to the ranks that need them."""
+    numel = max(stop for _, stop in needs)
+    everybody = all(need == (0, numel) for need in needs)
+    if rank == owner:
+        assert value is not None
+        if everybody:
+            dist.broadcast(value, owner, group=group)  # type: ignore[arg-type]
+        else:
+            for other, (start, stop) in enumerate(needs):
+                if other != owner and start < stop:
+                    dist.send(value[start:stop], other, group=group)  # type: ignore[arg-type]
+        _store(pieces, value, 0)
+        return
+    start, stop = needs[rank]
+    if start < stop:
+        values = torch.empty(stop - start)
+        if everybody:
+            dist.broadcast(values, owner, group=group)  # type: ignore[arg-type]
+        else:
+            dist.recv(values, owner, group=group)  # type: ignore[arg-type]
+        _store(pieces, values, start)
+
+
+def _span(pieces: Sequence[StateShard]) -> Range:
+    """The smallest range with all pieces in it."""
+    ranges = [(piece.start, piece.start + piece.values.numel()) for piece in pieces if piece.values.numel()]
+    return (min(start for start, _ in ranges), max(stop for _, stop in ranges)) if ranges else (0, 0)
+
+
+def _store(pieces: Sequence[StateShard], values: Tensor, start: int) -> None:
+    """Stores the pieces' ranges of `values`, whose first element is element `start` of the tensor."""
+    for piece in pieces:
+        first = piece.start - start
+        piece.store(values[first : first + piece.values.numel()])

@@ -1,0 +1,48 @@
+"""Strategies with a whole copy of the state on every device: a single device, and DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from rwkv_train.checkpoint.shards import WEIGHT, StateShard
+from rwkv_train.models import RWKV
+from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
+
+
+class _Whole(ShardedStrategy):
+    def pieces(self, moments: bool) -> Iterator[StateShard]:
+        owned = self.global_rank == 0
+        for name, parameter in self.named_weights():
+            yield StateShard(WEIGHT, name, 0, parameter.detach().view(-1), owned)
+            if moments:
+                for moment, values in adam_moments(self.optimizers[0].state[parameter], parameter.detach()):
+                    yield StateShard(moment, name, 0, values.view(-1), owned)
+
+    def states(self) -> Iterator[dict[str, Any]]:
+        yield from self.optimizers[0].state.values()
+
+
+class Single(_Whole, SingleDeviceStrategy):  # type: ignore[override]
+    """One device, whose model has its values before training begins."""
+
+    def _materialise(self, model: RWKV) -> None:
+        """Nothing is to be done."""
+
+
+class DDP(_Whole, DDPStrategy):
+    """A copy on each device, gradients averaged (gloo on CPUs, nccl on GPUs)."""
+
+    def __init__(self, backend: str) -> None:
+        # init_sync: the copies get their values from `setup`, not from the first rank's
+        super().__init__(process_group_backend=backend, gradient_as_bucket_view=True, init_sync=False)
+
+    def _materialise(self, model: RWKV) -> None:
+        model.to_empty(device=self.root_device)
+
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, *args, **kwargs)
+        optimizer.zero_grad()  # the second step makes other buckets; the first ones' memory is free by then
+        return result

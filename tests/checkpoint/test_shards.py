@@ -1,0 +1,140 @@
+"""Pieces: any ranges that together are the state are written, found and put together again."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rwkv_train.checkpoint.directory import newest, verify
+from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, Reader, StateShard, contents, file_names
+from rwkv_train.checkpoint.storage import LocalStorage
+from rwkv_train.checkpoint.writer import OwnBoard, Writer
+from rwkv_train.errors import UserError
+from rwkv_train.models.weights import load_weights
+from rwkv_train.weights_header import Shape, read_shape
+
+SHAPES = {"emb.weight": (7, 5), "ln.weight": (5,), "head.weight": (11, 5)}
+
+
+def state_of(seed: int) -> dict[tuple[str, str], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    kinds = (WEIGHT, *MOMENTS)
+    return {(kind, name): torch.randn(shape, generator=generator) for kind in kinds for name, shape in SHAPES.items()}
+
+
+def split(values: Tensor, ranks: int, draw: random.Random) -> list[tuple[int, Tensor]]:
+    """A flattened tensor in `ranks` ranges, some of them empty."""
+    cuts = sorted([0, values.numel(), *(draw.randrange(values.numel() + 1) for _ in range(ranks - 1))])
+    flat = values.flatten()
+    return [(cuts[rank], flat[cuts[rank] : cuts[rank + 1]]) for rank in range(ranks)]
+
+
+def write(path: Path, ranks: int, seed: int = 0) -> dict[tuple[str, str], Tensor]:
+    """A checkpoint of so many writers, whose shares are drawn by lot; its state."""
+    state, board, draw = state_of(seed), OwnBoard(), random.Random(seed)
+    cuts = {name: split(state[WEIGHT, name], ranks, draw) for name in SHAPES}
+    for rank in reversed(range(ranks)):  # the first one waits for the others' words on the board
+
+        def pieces(rank: int = rank) -> Iterator[StateShard]:
+            for (kind, name), values in state.items():
+                start, part = cuts[name][rank]
+                yield StateShard(kind, name, start, values.flatten()[start : start + part.numel()], True)
+
+        files = dict(zip(file_names(rank, ranks), contents(pieces(), SHAPES), strict=True))
+        writer = Writer(LocalStorage(), rank, ranks, board)
+        meta = {"step": 5, "shapes": {name: list(shape) for name, shape in SHAPES.items()}, "writers": ranks}
+        writer.begin(path, files, meta)
+        writer.wait()
+        assert [outcome.error for outcome in writer.finished()] == [None]
+    return state
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_any_ranges_are_read_from_any(tmp_path: Path, ranks: int) -> None:
+    path = tmp_path / "step_000000005"
+    state = write(path, ranks)
+    assert verify(path) is None
+    assert newest(tmp_path)[0] == path
+    assert (tmp_path / "latest").read_text() == path.name
+    reader, draw = Reader(path), random.Random(1)
+    assert reader.shapes == SHAPES
+    for others in (1, 3, 4):
+        for (kind, name), values in state.items():
+            for start, part in split(values, others, draw):
+                got = torch.full((part.numel(),), torch.nan)
+                reader.fill([StateShard(kind, name, start, got, False)])
+                assert torch.equal(got, part)
+                stored: list[Tensor] = []
+                reader.fill([StateShard(kind, name, start, got, False, stored.append)])
+                assert torch.equal(stored[0], part)
+
+
+def test_a_file_with_weights_is_read_as_well(tmp_path: Path) -> None:
+    """Also one whose tensors do not lie as their shape says, twice."""
+    weights = {"a": torch.randn(6, 4).t(), "b": torch.randn(3)}
+    torch.save(weights, tmp_path / "some.pth")
+    reader = Reader(tmp_path / "some.pth")
+    for _ in range(2):
+        got = torch.empty(5)
+        reader.fill([StateShard(WEIGHT, "a", 7, got, False)])
+        assert torch.equal(got, weights["a"].flatten()[7:12])
+
+
+def test_a_checkpoint_in_several_files_is_started_from_and_not_loaded_whole(tmp_path: Path) -> None:
+    path = tmp_path / "step_000000005"
+    write(path, 2)
+    with pytest.raises(UserError, match=r"lie in several files\n  rwkv-train export .* weights\.pth makes one"):
+        load_weights(path)
+    shapes = {"emb.weight": [9, 4], "blocks.0.ffn.key.weight": [16, 4], "blocks.0.att.time_first": [4]}
+    (path / "meta.json").write_text(json.dumps({"shapes": shapes}))
+    assert read_shape(path) == Shape(1, 4, 16, 9)
+
+
+def test_elements_that_nobody_wrote_are_missed(tmp_path: Path) -> None:
+    path = tmp_path / "step_000000005"
+    write(path, 3, seed=2)
+    meta = json.loads((path / "meta.json").read_text())
+    for name in file_names(1, 3):
+        shutil.copy(path / file_names(0, 3)[name.startswith("state")], path / name)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in file_names(1, 3):
+        manifest["files"][name]["bytes"] = (path / name).stat().st_size
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert meta["writers"] == 3
+    with pytest.raises(UserError, match=r"lacks \d+ of 55 elements of head\.weight \(weight\)"):
+        Reader(path).fill([StateShard(WEIGHT, "head.weight", 0, torch.empty(55), False)])
+
+
+@pytest.mark.parametrize("name", ["weights_0001_of_0002.pth", "state_0000_of_0002.pth"])
+def test_a_missing_shard_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "step_000000005"
+    write(path, 2)
+    (path / name).unlink()
+    damage = verify(path)
+    assert damage is not None
+    assert damage.reason == f"{name} cannot be read (No such file or directory)"
+    with pytest.raises(UserError, match=f"is damaged: {name} cannot be read"):
+        Reader(path)
+
+
+def test_a_rank_that_cannot_write_costs_the_checkpoint_and_says_so(tmp_path: Path) -> None:
+    class Full(LocalStorage):
+        def write(self, path: Path) -> None:
+            raise OSError(28, "No space left on device", str(path))
+
+    board, path = OwnBoard(), tmp_path / "step_000000005"
+    for rank, storage, told in ((1, Full(), "No space left"), (0, LocalStorage(), "rank 1: No space left on device")):
+        writer = Writer(storage, rank, 2, board)
+        writer.begin(path, {file_names(rank, 2)[0]: {}}, {})
+        writer.wait()
+        (outcome,) = writer.finished()
+        assert outcome.error is not None
+        assert told in outcome.error
+    assert not path.exists()

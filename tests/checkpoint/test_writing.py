@@ -1,0 +1,87 @@
+"""Attempts alive at once, stopped and killed anywhere: no half checkpoint, no file of two, nothing lost."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rwkv_train.checkpoint import commit, writer
+from rwkv_train.rundir.attempts import Attempts
+from rwkv_train.rundir.jsonl import Shown
+from rwkv_train.rundir.lineage import Lineage
+from tests.checkpoint.writing import play
+
+# A process that is killed in the middle of closing something cannot say so.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """In memory where there is such a file system: thousands of directories come and go."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as path:
+        yield Path(path) / "world"
+
+
+def failures(folder: Path, seeds: range) -> list[str]:
+    return [f"seed {seed}: {wrong}" for seed in seeds if (wrong := play(folder, seed)) is not None]
+
+
+def test_every_schedule_leaves_a_whole_run(folder: Path) -> None:
+    assert failures(folder, range(150)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_thousand_schedules(folder: Path) -> None:
+    assert failures(folder, range(1000, 2000)) == []
+
+
+def everything_counts(self: Lineage, number: int, step: int) -> bool:
+    return True
+
+
+def the_marker_is_not_waited_for(self: commit.Commit, more: Any) -> dict[str, Any]:
+    """Written with what is known already."""
+    files = {name: entry for word in self._heard.values() for name, entry in word.files.items()}
+    return {"attempt": self.attempt, "step": self.step, "files": {**files, **more}}
+
+
+def a_number_is_looked_up(self: Attempts) -> int:
+    """A check, then a write: two may have looked at the same time."""
+    number = max(self.numbers(), default=0) + 1
+    self.directory(number).mkdir(parents=True, exist_ok=True)
+    return number
+
+
+def the_merge_is_followed_by_its_name(self: Shown, lines: bytes) -> None:
+    with open(self.path, "ab") as file:
+        file.write(lines)
+
+
+def without_a_number(path: Path) -> Path:
+    return path.with_name(".writing-" + path.name.partition("-")[0])
+
+
+BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
+    (Lineage, "counts", everything_counts),
+    (commit.Commit, "marker", the_marker_is_not_waited_for),
+    (Attempts, "claim", a_number_is_looked_up),
+    (Attempts, "superseded", lambda self, number: False),
+    (Attempts, "lineage", lambda self, head=None: Lineage([])),
+    (Shown, "follow", the_merge_is_followed_by_its_name),
+    (writer, "aside_of", without_a_number),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BROKEN)))
+def test_a_broken_rule_is_seen(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, name, instead = BROKEN[number]
+    monkeypatch.setattr(where, name, instead)
+    if instead is the_marker_is_not_waited_for:
+        monkeypatch.setattr(commit.Commit, "missing", property(lambda self: []))
+    assert any(play(folder, seed) is not None for seed in range(400))

@@ -1,0 +1,267 @@
+"""Attempts of one run that live at the same time, on a real directory, interleaved at every call to the file
+system.
+
+Each rank of each attempt is a thread that runs the real code: the claim, the note, the records, the writer, the
+deletion of old checkpoints. One thread runs at a time. Python's audit hook stops it before every operation on a file,
+and a seeded draw says who goes on: so that a process can be stopped between any check and any write, for any time, be
+killed there, or wake up long after another attempt has taken over.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rwkv_train.checkpoint.directory import (
+    attempt_of,
+    counted,
+    directory_name,
+    newest,
+    remove_unfinished,
+    step_of,
+    verify,
+)
+from rwkv_train.checkpoint.storage import LocalStorage
+from rwkv_train.checkpoint.writer import Writer
+from rwkv_train.config import CheckpointSettings, Duration
+from rwkv_train.rundir.directory import RunDirectory
+from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
+
+EVERY, STEPS = 3, 12
+OPERATIONS = {"open", "os.listdir", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.truncate"}
+
+
+class Killed(BaseException):
+    """kill -9, or the end of the schedule."""
+
+
+class Process(threading.Thread):
+    """One rank: runs when it is given the baton, and gives it back before each operation on a file."""
+
+    def __init__(self, world: World, name: str, body: Callable[[], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self.world, self.body = world, body
+        self.baton, self.killed, self.done = threading.Semaphore(0), False, False
+        self.asleep = 0  # turns
+
+    def run(self) -> None:
+        self.baton.acquire()
+        try:
+            if not self.killed:
+                self.body()
+        except Killed:
+            pass
+        except Exception as error:
+            self.world.problems.append(f"{self.name}: {type(error).__name__}: {error}")
+        finally:
+            self.done = True
+            self.world.back.release()
+
+    def point(self) -> None:
+        """Somebody else may go on."""
+        self.world.back.release()
+        self.baton.acquire()
+        if self.killed:
+            raise Killed
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    process = threading.current_thread()
+    if event not in OPERATIONS or not isinstance(process, Process) or process.done:
+        return
+    path = arguments[0]
+    if (
+        isinstance(path, (str, Path))
+        and str(path).startswith("/")
+        and not str(path).startswith(str(process.world.folder))
+    ):
+        return  # Python's own, a module's source say; relative names are those of shutil.rmtree
+    process.world.note(process, event, arguments)
+    process.point()
+
+
+_hooked = False
+
+
+class Board:
+    """The ranks' key-value store of one attempt."""
+
+    def __init__(self) -> None:
+        self.words: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self.words[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self.words[key]
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        for _ in range(300):
+            if all(key in self.words for key in keys):
+                return
+            process = threading.current_thread()
+            assert isinstance(process, Process)
+            process.point()
+        raise TimeoutError("a rank has not been heard")
+
+
+class Disk(LocalStorage):
+    """Without the calls that only wait for a real disk."""
+
+    def rename(self, source: Path, target: Path) -> None:
+        source.rename(target)
+
+
+class World:
+    """One schedule.
+
+    Args:
+        folder: an empty directory.
+        seed: of who goes on when, who sleeps, who is killed.
+        ranks: of each attempt.
+        attempts: how many there are; a new one begins while the ones before may still live.
+    """
+
+    def __init__(self, folder: Path, seed: int, ranks: int = 2, attempts: int = 3) -> None:
+        global _hooked
+        if not _hooked:
+            sys.addaudithook(_audit)
+            _hooked = True
+        self.folder, self.draw, self.ranks, self.left = folder, random.Random(seed), ranks, attempts
+        self.run = RunDirectory(str(folder), "run")
+        self.run.checkpoints.mkdir(parents=True)
+        self.back = threading.Semaphore(0)
+        self.processes: list[Process] = []
+        self.problems: list[str] = []
+        self.writers: dict[str, set[str]] = {}  # file → who has opened it for writing
+
+    def note(self, process: Process, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], (str, Path)) and any(c in str(arguments[1]) for c in "wax+"):
+            self.writers.setdefault(str(arguments[0]), set()).add(process.name.split(".")[0])
+
+    def launch(self) -> None:
+        self.left -= 1
+        board, shared = Board(), dict[str, int]()
+        for rank in range(self.ranks):
+            body = partial(self.other, shared, board, rank) if rank else partial(self.first, shared, board)
+            process = Process(self, f"start{self.left}.{rank}", body)
+            process.start()
+            self.processes.append(process)
+
+    def schedule(self, turns: int = 4000) -> None:
+        """Runs all of it; whoever has not ended by itself then is killed."""
+        self.launch()
+        for _ in range(turns):
+            alive = [process for process in self.processes if not process.done]
+            if self.left and (not alive or self.draw.random() < 0.01):
+                self.launch()
+                continue
+            if not alive:
+                break
+            awake = [process for process in alive if not process.asleep] or alive
+            for process in alive:
+                process.asleep = max(0, process.asleep - 1)
+            process, dice = self.draw.choice(awake), self.draw.random()
+            if dice < 0.003:
+                process.killed = True
+            elif dice < 0.02:
+                process.asleep = self.draw.choice((20, 200, 1000))  # stopped: it wakes in another time
+                continue
+            process.baton.release()
+            self.back.acquire()
+        for process in self.processes:
+            while not process.done:
+                process.killed = True
+                process.baton.release()
+                self.back.acquire()
+            process.join()
+
+    def save(self, number: int, step: int, rank: int, board: Board) -> str | None:
+        """A rank's part of a save, by the real writer, and the real deletion behind it; why it failed."""
+        settings = CheckpointSettings(Duration(steps=EVERY), 1, None, False, True)
+        policy = CheckpointCallback(self.run.checkpoints, settings, 1, {}, None, Disk())  # type: ignore[arg-type]
+        policy._number = number
+        writer = Writer(Disk(), rank, self.ranks, board, policy._retain)
+        part = {f"part_{rank}.json": [number, step, rank]}
+        writer._save(self.run.checkpoints / directory_name(step, number), part, {"step": step}, str(step))
+        return writer.finished()[0].error
+
+    def first(self, shared: dict[str, int], board: Board) -> None:
+        """Rank 0, in the order of training/loop.py."""
+        run = self.run
+        number = run.attempts.claim()
+        base, _ = newest(run.checkpoints)
+        begin = 0 if base is None else step_of(base) or 0
+        run.attempts.begin(number, begin, None if base is None else attempt_of(base))
+        remove_unfinished(run.checkpoints, number, Disk())
+        with run.records(number, True) as (events, lines):
+            events.add("resumed" if begin else "started", begin)
+            shared.update(number=number, step=begin)
+            for step in range(begin + 1, STEPS + 1):
+                lines.append({"step": step, "by": number})
+                if step % EVERY == 0:
+                    if run.attempts.superseded(number):
+                        return
+                    error = self.save(number, step, 0, board)
+                    events.add("checkpoint" if error is None else "checkpoint_failed", step)
+
+    def other(self, shared: dict[str, int], board: Board, rank: int) -> None:
+        """Another rank: its part of every save."""
+        process = threading.current_thread()
+        assert isinstance(process, Process)
+        while not shared:
+            process.point()
+        for step in range(shared["step"] + 1, STEPS + 1):
+            if step % EVERY == 0:
+                self.save(shared["number"], step, rank, board)
+
+    def wrong(self) -> str | None:
+        """What must not be; None: all is as it has to be."""
+        run = self.run
+        if self.problems:
+            return self.problems[0]
+        for path, who in self.writers.items():
+            if len(who) > 1:
+                return f"{path} was written by {sorted(who)}"
+        committed = [path for path in counted(run.checkpoints) if (path / "manifest.json").exists()]
+        for path in committed:  # without a manifest it is one that was being deleted
+            if (damage := verify(path)) is not None:
+                return f"{path.name} counts and is damaged: {damage.reason}"
+            for rank in range(self.ranks):
+                part = path / f"part_{rank}.json"
+                whose = json.loads(part.read_text()) if part.exists() else None
+                if whose != [attempt_of(path), step_of(path), rank]:
+                    return f"{path.name} has for rank {rank} the part of {whose}"
+        starts = run.attempts.starts()
+        base = starts[-1].step if starts else 0
+        found, _ = newest(run.checkpoints)
+        if base and (found is None or (step_of(found) or 0) < base):
+            return f"the checkpoint of step {base}, from which the newest start went on, is gone"
+        number = run.attempts.claim()
+        step = 0 if found is None else step_of(found) or 0
+        run.attempts.begin(number, step, None if found is None else attempt_of(found))
+        rows = [json.loads(line) for line in run.attempts.metrics()]
+        if [row["step"] for row in rows] != list(range(1, step + 1)):
+            return f"the rows before step {step} are {[row['step'] for row in rows]}"
+        with run.records(number, True):
+            shown = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        return None if shown == rows else "metrics.jsonl is not the merge"
+
+
+def play(folder: Path, seed: int) -> str | None:
+    """A schedule of its own in a directory that is removed again; what was wrong."""
+    shutil.rmtree(folder, ignore_errors=True)
+    world = World(folder, seed, ranks=1 + seed % 3, attempts=2 + seed % 2)
+    world.schedule()
+    wrong = world.wrong()
+    world.processes.clear()  # they hold the world, and with it open files
+    shutil.rmtree(folder)
+    return wrong

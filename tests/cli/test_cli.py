@@ -1,0 +1,119 @@
+"""`rwkv-train`: the same front door for an installed wheel, and what the doctor says."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_train import ops
+from rwkv_train.cli import doctor, launcher
+from rwkv_train.cli import main as cli
+from rwkv_train.errors import UserError
+from rwkv_train.inference import generate
+from rwkv_train.inference.sampling import Sampling
+from rwkv_train.ops import EngineReport, build
+
+
+def test_train_is_train_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(launcher, "main", lambda argv: seen.append(list(argv)) or 7)
+    assert cli.main(["train", "--help", "model=7b", "-m"]) == 7
+    assert seen == [["--help", "model=7b", "-m"]]
+
+
+def test_generate_hands_its_words_over(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[tuple[object, ...]] = []
+    monkeypatch.setattr(generate, "run", lambda *words: seen.append(words) or 0)
+    words = ["--prompt", "def ", "--temperature", "0.5", "--top-p", "0.8", "--tokens", "9", "--seed", "3"]
+    words += ["--top-k", "40", "--repetition-penalty", "1.2", "--stop", "\n", "--stop", "x", "--until-end"]
+    words += ["--batch", "4", "--json", "--tokenizer", "world", "--device", "auto"]
+    assert cli.main(["generate", "w.pth", *words]) == 0
+    assert cli.main(["generate", "w.pth"]) == 0
+    asked = ("w.pth", "def ", 9, Sampling(0.5, 0.8, 40, 1.2), 3, "world", ["\n", "x"], True, 4, True, "auto")
+    assert seen == [asked, ("w.pth", "", 500, Sampling(1.0, 0.9), None, None, [], False, 1, False, "cpu")]
+    assert cli.main(["generate", "w.pth", "--top-p", "0"]) == 2
+    assert capsys.readouterr().err == "error: --top-p 0.0 is out of range\n  valid: above 0, up to 1\n"
+
+    def refuse(*words: object) -> int:
+        raise UserError("there is no file w.pth", "give another")
+
+    monkeypatch.setattr(generate, "run", refuse)
+    assert cli.main(["generate", "w.pth"]) == 2
+    assert capsys.readouterr().err == "error: there is no file w.pth\n  give another\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["trian"], ["generate"]])
+def test_unknown_commands(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(argv)
+    assert end.value.code == 2
+    assert "usage: rwkv-train" in capsys.readouterr().err
+
+
+class Installed(dict[str, str]):
+    """Metadata of a package as importlib.metadata shows them."""
+
+    def get_all(self, name: str) -> list[str]:
+        return ["torch>=2,<4", "nothing-like-this>=1", "numpy<1", 'pytest>=9; extra == "test"']
+
+
+def healthy() -> list[EngineReport]:
+    return [EngineReport("reference", True, "reference.py", None, None, 1.0, 0.0)]
+
+
+def test_the_doctor_reads_the_tested_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": ">=3.11,<3.14"}))
+    python, good, missing, old = list(doctor.versions())  # pytest is an extra's
+    assert (python.verdict, good.verdict) == ("ok", "ok")
+    assert torch.__version__ in good.what
+    assert (missing.verdict, missing.way_out) == ("BAD", "pip install 'nothing-like-this>=1'")
+    assert old.verdict == "BAD"
+    assert "is outside the tested <1" in old.what
+    monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": "<3"}))
+    assert next(doctor.versions()).verdict == "BAD"
+
+
+def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "versions", lambda: iter([doctor.Finding("ok", "all")]))
+    monkeypatch.setattr(build, "find_compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(ops, "engines", healthy)
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "Nothing needs you." in shown
+    assert "C++ compiler /usr/bin/g++" in shown
+    assert f"{launcher.cores()} cores for this process" in shown
+
+
+def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def none() -> str:
+        raise build.BuildError("no C++ compiler was found", "sudo apt install g++")
+
+    broken = EngineReport("cpp", False, None, "no C++ compiler was found", "sudo apt install g++", None, 0.1)
+    monkeypatch.setattr(doctor, "versions", lambda: iter([]))
+    monkeypatch.setattr(build, "find_compiler", none)
+    monkeypatch.setattr(ops, "engines", lambda: [*healthy(), broken])
+    assert cli.main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("BAD   ") == 2
+    assert "cpp: no C++ compiler was found\n        sudo apt install g++" in shown
+    assert "2 of these need you." in shown
+
+
+def test_the_doctor_of_this_machine() -> None:
+    assert [finding.verdict for finding in doctor.engines()] == ["ok", "ok"]
+    assert {finding.verdict for finding in doctor.devices(launcher.cores())} <= {"ok", "note"}
+
+
+def test_an_interrupted_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*words: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "run", interrupt)
+    assert cli.main(["generate", "w.pth"]) == 130
+
+
+def test_the_script_of_the_wheel_is_there() -> None:
+    assert 'rwkv-train = "rwkv_train.cli.main:main"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()

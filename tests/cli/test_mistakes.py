@@ -1,0 +1,325 @@
+"""What a user does wrong, as real commands: exit code 2, one or two lines, in time, and nothing is written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_train.cli import launcher
+from rwkv_train.errors import UserError
+from rwkv_train.training import setup
+from rwkv_train.training.run import train
+from rwkv_train.training.setup import assemble
+from tests.runs import ROOT, losses, rows, start, words_for
+
+CONFIG, TORCH, LIGHTNING = 1.5, 4.0, 10.0  # CPU seconds within which a mistake is told, by what it needs to be seen
+
+
+@dataclass
+class Told:
+    code: int
+    out: str
+    err: str
+    cpu: float  # user and system seconds, of the process alone: the machine may be busy with other things
+
+
+def tell(argv: Sequence[str], folder: Path) -> Told:
+    """Runs `python ARGV` in a folder."""
+    with open(folder / "out", "w+") as out, open(folder / "err", "w+") as err:
+        process = subprocess.Popen([sys.executable, *argv], cwd=folder, stdout=out, stderr=err)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        told = Told(process.returncode, out.read(), err.read(), used.ru_utime + used.ru_stime)
+    for name in ("out", "err"):
+        (folder / name).unlink()
+    return told
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file and folder below a folder with its content's hash; .lock says who came last, and is no record."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in folder.rglob("*")
+        if path.name != ".lock"
+    }
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, a finished run of it, and files that are not what they should be."""
+    folder = tmp_path_factory.mktemp("template")
+    assert train(launcher.load([*words_for(folder, "run", "budget.steps=4", "checkpoint.every.steps=2")])) == 0
+    (folder / "nothing").mkdir()
+    (folder / "nothing.txt").touch()
+    (folder / "short.txt").write_text("a few words")
+    (folder / "picture.txt").write_bytes(b"\0\1\2" * 100)
+    weights = torch.load(folder / "runs" / "run" / "weights.pth")
+    torch.save({"transformer.h.0.attn.weight": torch.zeros(4, 4)}, folder / "gpt.pth")
+    torch.save({"state_dict": weights}, folder / "wrapped.pth")
+    torch.save({name: value for name, value in weights.items() if "1.ffn.value" not in name}, folder / "lacks.pth")
+    (folder / "torn.pth").write_bytes((folder / "runs" / "run" / "weights.pth").read_bytes()[:5000])
+    checkpoint = folder / "runs" / "run" / "checkpoints" / "step_000000002-0001"
+    shutil.copytree(checkpoint, folder / "torn")
+    os.truncate(folder / "torn" / "state.pth", 1000)
+    shutil.copytree(checkpoint, folder / "lacking")
+    (folder / "lacking" / "state.pth").unlink()
+    (folder / "zero.json").write_text('{"gradient_clipping": 2, "zero_optimization": {"stage": 1}}')
+    return folder
+
+
+NEWEST = "runs/run/checkpoints/step_000000004-0001"
+GENERATE = ["-m", "rwkv_train.cli.main", "generate"]
+
+# What is typed (behind the words of a tiny run of text.txt, in a folder like `template`), in which time, and what
+# each message says.
+MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
+    "unknown key": (
+        ["model.n_layers=4"],
+        CONFIG,
+        ["model.n_layers=4: there is no model.n_layers\n  nearest: model.n_layer;"],
+    ),
+    "wrong type": (["batch.context=long"], CONFIG, ["batch.context=long is not valid"]),
+    "n_embd": (["model.n_embd=0"], CONFIG, ["model.n_embd=0 is not valid"]),
+    "vocabulary": (["model.vocab_size=100"], CONFIG, ["model.vocab_size=100 is smaller than the 256 tokens"]),
+    "batch": (["batch.tokens=100"], CONFIG, ["batch.tokens=100 is not a multiple of 32"]),
+    "micro-batch": (["batch.micro=3"], CONFIG, ["is not a multiple of 96 (batch.context=32 × batch.micro=3)"]),
+    "two budgets": (["budget.tokens=1M"], CONFIG, ["budget.steps=50 and budget.tokens=1000000 exclude each other"]),
+    "three at once": (
+        ["seed=x", "modle=7b", "model.n_embd=0"],
+        CONFIG,
+        ["seed=x is not valid", "modle=7b: there is no modle", "model.n_embd=0 is not valid"],
+    ),
+    "data missing": (["data.path=no/such"], CONFIG, ["data.path=no/such: there is no such file"]),
+    "data empty": (["data.path=nothing.txt"], CONFIG, ["data.path=nothing.txt is an empty file"]),
+    "folder empty": (["data.path=nothing"], CONFIG, ["data.path=nothing is an empty directory"]),
+    "data binary": (["data.path=picture.txt"], TORCH, ["data.path=picture.txt holds no text (skipped: 1 binary"]),
+    "data short": (  # on two devices: one message, and nobody waits for the other
+        ["data.path=short.txt", "trainer.devices=2"],
+        TORCH,
+        ["has 11 tokens; one sample of batch.context=32 needs 33"],
+    ),
+    "precision": (["trainer.precision=16-mixed"], CONFIG, ["trainer.precision=16-mixed: float16 overflows"]),
+    "devices": (["trainer.devices=900", "batch.tokens=28800"], CONFIG, ["trainer.devices=900: this machine has"]),
+    "devices of any kind": (
+        ["trainer.accelerator=auto", "trainer.devices=900", "batch.tokens=28800"],
+        TORCH,
+        ["trainer.devices=900: "],
+    ),
+    "a model that does not fit": (
+        ["model=14b", "model.n_layer=null", "model.n_embd=null"],
+        LIGHTNING,
+        ["model=14b does not fit 1 × cpu with strategy="],
+    ),
+    "deepspeed's JSON missing": (
+        ["strategy=deepspeed_2", "deepspeed=no.json"],
+        CONFIG,
+        ["deepspeed=no.json cannot be read: No such file"],
+    ),
+    "deepspeed's JSON torn": (
+        ["strategy=deepspeed_2", "deepspeed=short.txt"],
+        CONFIG,
+        ["deepspeed=short.txt is no JSON"],
+    ),
+    "deepspeed's JSON against a setting": (
+        ["strategy=deepspeed_2", "deepspeed=zero.json"],
+        CONFIG,
+        [
+            "deepspeed=zero.json sets gradient_clipping, which is derived\n  say it as optim.clip=",
+            "deepspeed=zero.json sets zero_optimization.stage, which is derived\n  say it as strategy=",
+        ],
+    ),
+    "compile and sharded": (
+        ["strategy=fsdp", "compile=true"],
+        CONFIG,
+        ["compile=true with strategy=fsdp: its parameters are not there as a whole"],
+    ),
+    "device": (["device=h999"], CONFIG, ["device=h999: there is no such card\n  valid: a100-40g"]),
+    "another batch": (
+        ["budget.steps=4", "checkpoint.every.steps=2", "batch.tokens=256"],
+        LIGHTNING,
+        ["batch.tokens: 128 → 256\n  go on all the same: run.allow_changes=true"],
+    ),
+    "resume a missing shard": (
+        ["resume=lacking"],
+        TORCH,
+        ["the checkpoint lacking is damaged: state.pth cannot be read (No such file or directory)"],
+    ),
+    "never": (["resume=never"], CONFIG, ["resume=never, but runs/run holds a run"]),
+    "resume missing": (["resume=no/such"], CONFIG, ["resume=no/such: there is no such checkpoint"]),
+    "resume a file": (["resume=gpt.pth"], CONFIG, ["resume=gpt.pth is a file, and a checkpoint is a directory"]),
+    "resume a run": (["resume=runs/run"], CONFIG, [f"it has no manifest.json\n  resume={NEWEST}"]),
+    "resume torn": (["resume=torn"], TORCH, ["the checkpoint torn is damaged: state.pth has 1000 bytes"]),
+    "resume another shape": (
+        ["model.n_embd=48", f"resume={NEWEST}"],
+        TORCH,
+        [f"the checkpoint {NEWEST} does not fit the model: emb.weight has shape (256, 32), this model (256, 48)"],
+    ),
+    "another config": (
+        ["optim.clip=0.5"],
+        LIGHTNING,
+        ["budget.steps: 4 → 50; optim.clip: 1.0 → 0.5"],
+    ),
+    "an unknown metric": (
+        [
+            "+callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping",
+            "+callbacks.stop.monitor=val/los",
+        ],
+        CONFIG,
+        ["callbacks.stop.monitor=val/los: there is no such metric\n  nearest: val/loss; valid: val/loss"],
+    ),
+    "a health policy": (["health.nonfinite=ignore"], CONFIG, ["health.nonfinite=ignore is not valid"]),
+    "a logger's argument": (
+        ["logger=wandb", "+logger.wandb.projekt=x"],
+        LIGHTNING,
+        ["logger.wandb: rwkv_train.trackers.wandb.Wandb got an unexpected keyword argument 'projekt'"],
+    ),
+    "replay of nothing": (["replay=no.json"], CONFIG, ["replay=no.json cannot be read: No such file or directory"]),
+    "replay of something else": (
+        ["replay=zero.json"],
+        CONFIG,
+        ["replay=zero.json cannot be read: it was not written by"],
+    ),
+    "weights missing": (["init.weights=no.pth"], CONFIG, ["init.weights=no.pth: there is no such file"]),
+    "weights torn": (["init.weights=torn.pth"], CONFIG, ["torn.pth cannot be read as weights: it is cut short"]),
+    "weights of another architecture": (
+        ["init.weights=gpt.pth"],
+        CONFIG,
+        ["gpt.pth does not hold the weights of an RWKV-4 model under the field's names (it holds transformer.h.0"],
+    ),
+    "weights of another shape": (
+        ["init.weights=runs/run/weights.pth", "model.n_embd=48"],
+        CONFIG,
+        ["model.n_embd=48, but init.weights=runs/run/weights.pth has 32"],
+    ),
+    "weights that lack one": (["init.weights=lacks.pth"], TORCH, ["blocks.1.ffn.value.weight is missing"]),
+    "generate from nothing": ([*GENERATE, "no.pth"], TORCH, ["there is no file no.pth"]),
+    "generate from torn weights": (
+        [*GENERATE, "torn.pth"],
+        TORCH,
+        ["torn.pth cannot be read as weights: it is cut short"],
+    ),
+    "generate from another architecture": (
+        [*GENERATE, "gpt.pth"],
+        TORCH,
+        ["gpt.pth does not hold an RWKV model's weights: no matrix emb.weight (it holds transformer.h.0.attn.weight"],
+    ),
+    "generate from a wrapped dict": (
+        [*GENERATE, "wrapped.pth"],
+        TORCH,
+        ["wrapped.pth does not hold a dict of tensors"],
+    ),
+    "generate from weights that lack one": ([*GENERATE, "lacks.pth"], TORCH, ["blocks.1.ffn.value.weight is missing"]),
+    "generate out of range": ([*GENERATE, "no.pth", "--top-p", "2"], TORCH, ["--top-p 2.0 is out of range"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake(mistake: str, template: Path, tmp_path: Path) -> None:
+    words, seconds, expected = MISTAKES[mistake]
+    folder = tmp_path / "here"
+    shutil.copytree(template, folder)
+    if words[0] != "-m":
+        tiny = words_for(folder, "run", "data.path=text.txt", "run.root=runs", *words)
+        if "data=text" in tiny and any(word.startswith("init.weights") for word in words):
+            tiny = [word for word in tiny if word in words or not word.startswith("model.")]
+        words = [str(ROOT / "train.py"), *tiny]
+    before = snapshot(folder)
+    told = tell(words, folder)
+    assert snapshot(folder) == before
+    assert (told.code, told.out) == (2, "")
+    for part in expected:
+        assert part in told.err
+    assert told.err.count("error: ") == len(expected)
+    assert len(told.err.splitlines()) <= 2 * len(expected)
+    assert "Traceback" not in told.err
+    if told.cpu > seconds:  # the caches of a busy machine; a second time in a row it is the program
+        told = tell(words, folder)
+    assert told.cpu <= seconds
+
+
+def test_a_device_without_the_precision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An old GPU, and too few of them; there is none here."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GeForce GTX 1080")
+    words = words_for(tmp_path, "run", "trainer.accelerator=gpu")
+    with pytest.raises(UserError, match=r"trainer\.precision=bf16-mixed: GeForce GTX 1080 has no bfloat16"):
+        assemble(launcher.load([*words, "trainer.precision=bf16-mixed"]))
+    monkeypatch.setattr(setup, "present_card", lambda: None)
+    assert assemble(launcher.load(words)).config.trainer.precision == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert assemble(launcher.load(words)).config.trainer.precision == "bf16-mixed"
+    with pytest.raises(UserError, match=r"trainer\.devices=2: torch can use 1 GPUs here\n  trainer\.devices=1"):
+        assemble(launcher.load([*words[:-1], "trainer.accelerator=gpu", "trainer.devices=2"]))
+
+
+def test_a_strategy_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=r"strategy=deepspeed_2 needs deepspeed, which is not installed\n  pip install"):
+        assemble(launcher.load(words_for(tmp_path, "run", "strategy=deepspeed_2")))
+
+
+@contextmanager
+def running(words: Sequence[str], begun: Callable[[], bool]) -> Iterator[subprocess.Popen[str]]:
+    """`python train.py WORDS` from the moment on at which it has begun; it does not outlive the block."""
+    with start(words) as process:
+        try:
+            while not begun():
+                assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
+
+
+def test_in_use_then_interrupted_then_gone_on_with(tmp_path: Path) -> None:
+    """While a run goes on nobody else gets its directory; Ctrl-C ends it with a line; the same command goes on."""
+    words = words_for(
+        tmp_path, "run", "budget.steps=1000000", "checkpoint.every.steps=20", "validation.every.steps=5000"
+    )
+    run = tmp_path / "runs" / "run"
+    with running(words, lambda: any(run.glob("checkpoints/step_*"))) as process:
+        process.send_signal(signal.SIGSTOP)  # it holds the directory, and what is written now is written by others
+        before = snapshot(tmp_path)
+        told = tell([str(ROOT / "train.py"), *words], tmp_path)
+        assert snapshot(tmp_path) == before
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+    assert (told.code, told.out) == (2, "")
+    assert re.fullmatch(
+        rf"error: the run directory {run} is in use by another process \(pid {process.pid} on .+\)\n"
+        r"  wait for it, stop it, or give this run another name: run\.name=NAME\n",
+        told.err,
+    )
+    assert told.cpu <= LIGHTNING
+    assert process.returncode == 75
+    assert "Traceback" not in said
+    step = len(losses(run))
+    last = re.search(r"\nSIGINT at step (\d+); the same command goes on from the checkpoint of step (\d+)\n$", said)
+    assert last is not None, said
+    assert int(last[1]) == int(last[2]) == step
+
+    with running(words, lambda: len(run.joinpath("metrics.jsonl").read_bytes().splitlines()) > step + 20) as process:
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 75
+    assert f"resumed from {run}/checkpoints/step_{step:09d}-0001" in said
+    assert len(losses(run)) > step
+    happened = [row["event"] for row in rows(run, "events.jsonl") if row["event"] != "checkpoint"]
+    assert happened == ["started", "interrupted", "resumed", "interrupted"]

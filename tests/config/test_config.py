@@ -1,0 +1,376 @@
+"""What a user types becomes a Config, or messages that say what is wrong; all without torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv_train.cli.checks import Machine
+from rwkv_train.cli.compose import Composer, composer
+from rwkv_train.cli.help import groups
+from rwkv_train.cluster.rank_info import RankInfo
+from rwkv_train.config import Duration
+from rwkv_train.config.schema import as_tree, differences, from_tree, nearest, parse_count, schema
+from rwkv_train.errors import UserError, UserErrors
+from rwkv_train.resources import resource
+from tests.data.test_indexed import ours
+from tests.runs import save_weights
+
+CONF = resource("conf")
+RUNS = "run.root=no-such-folder"  # tests look at no run of the checkout's
+
+
+@pytest.fixture
+def conf() -> Iterator[Composer]:
+    with composer([CONF], Machine(cores=2)) as made:
+        yield made
+
+
+def mistakes(conf: Composer, *words: str) -> list[UserError]:
+    with pytest.raises(UserErrors) as caught:
+        conf.settle([RUNS, *words])
+    return caught.value.problems
+
+
+# The words, and what each message says, one message for each string.
+WRONG = {
+    "unknown key": (["model.n_layers=4"], ["model.n_layers=4: there is no model.n_layers.*nearest: model.n_layer;"]),
+    "a key without its group": (["n_layer=4"], ["there is no n_layer.*nearest: model.n_layer;"]),
+    "unknown group": (["modle=7b"], ["there is no modle.*nearest: model;"]),
+    "Lightning's name": (["trainer.max_steps=4"], ["there is no trainer.max_steps.*nearest: budget.steps;"]),
+    "Lightning's checkpoint": (["ckpt_path=x"], ["there is no ckpt_path.*nearest: resume;"]),
+    "unknown size": (["model=70m"], ["model=70m: there is no such model.*valid: nano, small, tiny, 169m"]),
+    "unknown optimiser": (["optim=sgd"], ["optim=sgd: there is no such optim.*valid: adam"]),
+    "no size": (["model=null"], ["model=null: there is no such model"]),
+    "a value for a group of settings": (
+        ["budget=3"],
+        ["budget.steps is missing", "tokens", "hours", "budget=3: budget is"],
+    ),
+    "the size's name": (["model.size=huge"], ["the size is chosen by model="]),
+    "several sizes": (["model=7b,14b"], ["several values.*-m"]),
+    "+ for a word that exists": (["+seed=3"], ["adds words below logger, callbacks and launcher only.*nearest: seed="]),
+    "+ for a typo": (
+        ["+model.n_layers=3"],
+        ["adds words below logger, callbacks and launcher only.*nearest: model.n_layer="],
+    ),
+    "a word taken away": (["~seed"], ["~seed: a word cannot be taken away"]),
+    "Hydra's own": (["hydra.run.dir=x"], ["hydra.run.dir=x: Hydra only composes.*run.root="]),
+    "no word": (["train"], ["'train' is no setting.*word=value"]),
+    "not readable": (["batch.tokens={{"], ["batch.tokens={{ cannot be read.*quote"]),
+    "text for a number": (["seed=abc"], ["seed=abc is not valid.*a whole number at least 0"]),
+    "half a step": (["budget.steps=1.5"], ["budget.steps=1.5 is not valid.*a whole number"]),
+    "a number for a switch": (["compile=1"], ["compile=1 is not valid.*true or false"]),
+    "a switch for a number": (["model.n_embd=true"], ["model.n_embd=true is not valid"]),
+    "nothing for a number": (["seed="], ["seed= is not valid"]),
+    "infinite": (["optim.lr=inf"], ["optim.lr=inf is not valid"]),
+    "n_embd not positive": (["model.n_embd=0"], ["model.n_embd=0 is not valid.*at least 2"]),
+    "n_layer not positive": (["model.n_layer=-1"], ["model.n_layer=-1 is not valid.*at least 1"]),
+    "one of a few": (
+        ["optim.schedule.shape=cosin"],
+        ["cosin is not valid.*constant, exponential, cosine; nearest: cosine"],
+    ),
+    "a list too short": (["optim.betas=[0.9]"], ["optim.betas"]),
+    "a beta of 1": (["optim.betas=[0.9,1]"], ["optim.betas.*from 0 up to, but not, 1"]),
+    "a rule's key": (["optim.rules=[{patern: x}]"], ["optim.rules.*{pattern, lr, weight_decay}"]),
+    "a rule's pattern": (["optim.rules=[{pattern: '('}]"], ["optim.rules: '\\(' is no regular expression"]),
+    "vocabulary": (
+        ["model.vocab_size=100"],
+        ["model.vocab_size=100 is smaller than the 256 tokens of data.tokenizer=bytes"],
+    ),
+    "no path": (["data=text"], ["data.path is not given"]),
+    "path missing": (["data.path=/no/such"], ["data.path=/no/such: there is no such file"]),
+    "path with signs": (["data.path=~/a (b)=é,"], [r"data.path=~/a \(b\)=é,: there is no such file"]),
+    "batch": (["batch.tokens=2000", "trainer.accelerator=cpu"], ["batch.tokens=2000 is not a multiple of 256.*1792"]),
+    "micro-batch": (["batch.micro=3", "trainer.devices=1"], ["1024 is not a multiple of 768.*batch.micro=3.*768"]),
+    "devices": (["trainer.devices=3", "trainer.accelerator=cpu"], ["trainer.devices=3: this machine has 2 CPU cores"]),
+    "no device": (["trainer.devices=0"], ["trainer.devices=0 is not valid.*auto or a whole number at least 1"]),
+    "float16": (["trainer.precision=16-mixed"], ["16-mixed: float16 overflows.*auto, 32-true, bf16-mixed"]),
+    "true bf16": (["trainer.precision=bf16-true"], ["bf16-true: decay, bonus, mix and norm .* float32"]),
+    "64": (["trainer.precision=64-true"], ["64-true: the engines compute in float32"]),
+    "32": (["trainer.precision=32"], ["trainer.precision=32: the full name is asked for.*auto, 32-true"]),
+    "precision of nobody": (["trainer.precision=best"], ["precision=best: it is none of Lightning's"]),
+    "accelerator": (["trainer.accelerator=gpus"], ["gpus is not valid.*nearest: gpu"]),
+    "two lengths": (["budget.steps=10", "budget.tokens=10k"], ["budget.steps=10 and budget.tokens=10000 exclude"]),
+    "no length": (["budget.steps=null"], ["the run has no end", "cosine needs the length"]),
+    "cosine by the clock": (["budget.steps=null", "budget.hours=1"], ["cosine needs the length of the run.*constant"]),
+    "no steps": (["budget.steps=0"], ["budget.steps=0 is not valid.*at least 1"]),
+    "never a checkpoint": (["checkpoint.every.steps=0"], ["checkpoint.every.steps=0"]),
+    "a span of nothing": (["validation.every.steps=null"], ["validation.every is not given"]),
+    "rates the wrong way round": (["optim.lr=1e-5"], ["optim.final_lr=0.0001 is above optim.lr=1e-05"]),
+    "exponential to 0": (["optim.schedule.shape=exponential", "optim.final_lr=0"], ["never gets to 0"]),
+    "name": (["run.name=a=b"], ["run.name='a=b' is not valid.*without any of"]),
+    "name with a blank": (["run.name=a b"], ["run.name='a b' is not valid"]),
+    "name that leads out": (["run.name=.."], [r"run.name='\.\.' is not valid"]),
+    "resume": (["resume=atuo"], ["resume=atuo: there is no such checkpoint.*auto, never"]),
+    "weights": (["init.weights=/no/such"], ["init.weights=/no/such: there is no such file"]),
+    "a logger by another name": (["logger=csv", "logger.cvs.name=x"], ["logger.cvs has no _target_"]),
+    "interpolation": (["seed=${sead}"], ["sead"]),
+    "several mistakes": (
+        ["model.n_layers=4", "data.path=/no/such", "batch.tokens=3", "trainer.devices=1", "optim=x"],
+        ["optim=x: there is no such optim", "there is no model.n_layers", "/no/such", "batch.tokens=3 is not"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_told(case: str, conf: Composer) -> None:
+    words, expected = WRONG[case]
+    problems = mistakes(conf, *words)
+    told = [str(problem) for problem in problems]
+    assert len(told) == len(expected), told
+    for message, pattern in zip(told, expected, strict=True):
+        assert re.search(pattern, message, re.DOTALL), message
+        assert len(message.splitlines()) <= 2
+    assert all(problem.what.strip() and problem.way_out.strip() for problem in problems) or case == "interpolation"
+
+
+def test_the_default_run(conf: Composer) -> None:
+    config = conf.settle([])
+    assert (config.arch, config.model.size, config.data.source) == ("rwkv4", "tiny", "stdlib")
+    assert (config.model.n_layer, config.model.n_embd) == (4, 192)
+    assert (config.batch.context, config.batch.tokens, config.budget.total) == (256, 1024, Duration(steps=4400))
+    assert (config.trainer.precision, config.optim.schedule.shape) == ("auto", "cosine")
+    assert config.optim.betas == (0.9, 0.99)
+    assert not config.resume_typed
+    assert conf.settle(["resume=auto", RUNS]).resume_typed
+
+
+@pytest.mark.parametrize(
+    ("size", "n_layer", "n_embd", "lr", "final_lr"),
+    [  # arXiv 2305.13048, appendix; 14B's last rate and all first ones as in the authors' code
+        ("169m", 12, 768, 6e-4, 1e-5),
+        ("430m", 24, 1024, 4e-4, 1e-5),
+        ("1b5", 24, 2048, 3e-4, 1e-5),
+        ("3b", 32, 2560, 1.5e-4, 1e-5),
+        ("7b", 32, 4096, 1.5e-4, 1e-5),
+        ("14b", 40, 5120, 1e-4, 7e-6),
+    ],
+)
+def test_published_sizes(size: str, n_layer: int, n_embd: int, lr: float, final_lr: float, conf: Composer) -> None:
+    config = conf.settle([f"model={size}"])
+    assert (config.model.n_layer, config.model.n_embd) == (n_layer, n_embd)
+    assert (config.optim.lr, config.optim.final_lr) == (lr, final_lr)
+    by_hand = conf.settle([f"model={size}", "model.n_layer=3", "optim.lr=0.1"])
+    assert (by_hand.model.n_layer, by_hand.model.n_embd, by_hand.optim.lr) == (3, n_embd, 0.1)
+
+
+CHOICES = [(group, name) for group, names in groups([CONF]).items() if group != "local" for name in names]
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_file_of_conf_composes(group: str, name: str, conf: Composer, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text")
+    weights = save_weights(tmp_path / "weights.pth", n_layer=2, n_embd=8)
+    words = [f"{group}={name}", f"run.root={tmp_path}", f"data.path={tmp_path / 'text.txt'}"]
+    if name == "finetune":
+        words.append(f"init.weights={weights}")
+    if name == "store":
+        words += [f"data.path={ours(tmp_path / 'x')}", "data.tokenizer=world"]
+    if name == "mixture":
+        words.append(f"data.sources=[{{name:a,path:{tmp_path / 'text.txt'}}}]")
+    config = conf.settle(words)
+    if group == "model":
+        assert config.model.size == name
+    if group in ("experiment", "debug"):
+        head = (CONF / group / f"{name}.yaml").read_text().splitlines()
+        assert head[0] == "# @package _global_"
+        assert head[1].startswith(f"# python train.py {group}={name}")
+        assert head[2].startswith("# ")
+
+
+def test_tokens_of_ones_own_need_no_quotes(conf: Composer) -> None:
+    for typed in ("[<|user|>,it's]", "['<|user|>',\"it's\"]"):
+        assert conf.settle([f"vocab.extend={typed}"]).vocab.extend == ("<|user|>", "it's")
+    assert conf.settle(["vocab.extend=[a,b]"]).vocab.extend == ("a", "b")
+
+
+def test_a_pair_that_nobody_published(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("size: mine\npublished: {rwkv9: {n_layer: 1}}\n")
+    with composer([CONF, tmp_path], Machine(cores=2)) as conf:
+        (problem,) = mistakes(conf, "model=mine", "model.n_layer=3")
+        assert "model=mine arch=rwkv4: nobody published this pair" in problem.what
+        assert "7b: rwkv4" in problem.what
+        assert "mine: rwkv9" in problem.what
+        assert problem.way_out == "by hand: model.n_embd=… optim.lr=… optim.final_lr=…"
+        words = ["model.n_layer=3", "model.n_embd=32", "optim.lr=1e-3", "optim.final_lr=1e-4"]
+        assert conf.settle(["model=mine", *words]).model.n_embd == 32
+
+
+def test_a_folder_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    own = tmp_path / "experiment" / "own.yaml"
+    own.write_text("# @package _global_\ndefaults: [{override /model: nano}]\nbudget: {tokens: 1M}\n")
+    with composer([CONF, tmp_path], Machine(cores=2)) as conf:
+        config = conf.settle(["experiment=own"])
+        assert (config.model.n_layer, config.budget.total) == (2, Duration(tokens=10**6))
+        own.write_text("# @package _global_\nbudget: {stepps: 3}\n")
+        (problem,) = mistakes(conf, "experiment=own")
+        assert "there is no budget.stepps" in problem.what
+        assert "budget.steps" in problem.way_out
+        own.write_text("# @package _global_\nbudget: {tokens: 3, steps: 4}\n")
+        (problem,) = mistakes(conf, "experiment=own")
+        assert "exclude each other" in problem.what
+        own.write_text("budget: [\n")
+        (problem,) = mistakes(conf, "experiment=own")
+        assert "own.yaml" in problem.what
+
+
+def test_the_duration_that_is_said_last_counts(conf: Composer, tmp_path: Path) -> None:
+    paper = ["experiment=paper_169m", f"data.path={CONF}", RUNS]
+    config = conf.settle(paper)
+    assert config.budget.total == Duration(tokens=332 * 10**9)
+    assert config.checkpoint.every == Duration(tokens=10**9)
+    assert config.optim.schedule.hold == Duration(tokens=149 * 10**8)
+    assert conf.settle([*paper, "budget.steps=7"]).budget.total == Duration(steps=7)
+    assert conf.settle([*paper, "debug=fast"]).budget.total == Duration(steps=3)
+    assert conf.settle(["budget.tokens=10k"]).budget.total == Duration(tokens=10_000)
+    assert conf.settle(["budget={tokens: 10k}"]).budget.total == Duration(tokens=10_000)
+    hold = conf.settle(["optim.schedule.hold.tokens=1.5M", "optim.schedule.warmup.tokens=1e5"]).optim.schedule
+    assert (hold.hold, hold.warmup) == (Duration(tokens=1_500_000), Duration(tokens=100_000))
+    config = conf.settle(["budget.steps=null", "budget.hours=1", "optim.schedule.shape=constant"])
+    assert (config.budget.total, config.budget.hours) == (None, 1.0)
+
+
+def test_the_name_of_a_run(conf: Composer) -> None:
+    name = conf.settle([]).run.name
+    assert re.fullmatch(r"rwkv4-tiny-[0-9a-f]{8}", name)
+    for same in (
+        ["run.root=elsewhere"],
+        ["resume=never", RUNS],
+        ["logger=csv"],
+        ["seed=1"],
+        ["run.allow_changes=true"],
+    ):
+        assert conf.settle(same).run.name == name
+    others = [
+        ["seed=2"],
+        ["model=nano"],
+        ["budget.steps=2001"],
+        ["compile=true"],
+        ["+callbacks.x._target_=lightning.A"],
+    ]
+    names = {conf.settle(words).run.name for words in others}
+    assert len(names | {name}) == len(others) + 1
+    assert conf.settle(["run.name=mine"]).run.name == "mine"
+
+
+def test_a_logger_knows_the_name_of_the_run(conf: Composer) -> None:
+    config = conf.settle(["logger=csv", "run.root=r", "logger.csv.path='${run.root}/${run.name}.csv'"])
+    assert config.logger["csv"]["path"] == f"r/{config.run.name}.csv"
+    assert conf.settle(["logger=wandb", "logger.wandb.project=mine"]).logger["wandb"]["project"] == "mine"
+    assert conf.settle(["logger=csv", "~logger.csv"]).logger == {}
+    assert conf.settle(["+callbacks.a._target_=b.C", "+callbacks.a.x=1"]).callbacks == {
+        "a": {"_target_": "b.C", "x": 1}
+    }
+
+
+def test_text_may_hold_any_sign(conf: Composer) -> None:
+    for text in ("x = {'a': [1, 2]}", "größer (als)", "it's", 'say "hi"', "a\\b", "1e5"):
+        words = [f"samples.prompt={text}"]
+        assert conf.settle(words).samples.prompt in (text, text.replace(" ", " ")), text
+
+
+def test_never_asks_for_a_fresh_directory(conf: Composer, tmp_path: Path) -> None:
+    words = [f"run.root={tmp_path}", "run.name=mine", "resume=never"]
+    assert conf.settle(words).resume == "never"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").touch()
+    with pytest.raises(UserErrors, match=r"resume=never, but .*mine holds a run"):
+        conf.settle(words)
+    conf.machine = Machine(
+        cores=2, rank_info=RankInfo(rank=1)
+    )  # the second process starts when the first has made the directory
+    assert conf.settle(words).resume == "never"
+
+
+def test_data_that_is_there_but_empty(conf: Composer, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.txt").touch()
+    assert "is an empty directory" in mistakes(conf, "data=text", f"data.path={tmp_path / 'folder'}")[0].what
+    assert "is an empty file" in mistakes(conf, "data=text", f"data.path={tmp_path / 'file.txt'}")[0].what
+
+
+def test_there_and_back(conf: Composer) -> None:
+    words = [
+        "optim.rules=[{pattern: .*decay, lr: 2.0}]",
+        "logger=csv",
+        "budget.tokens=1e9",
+        "packages=[mine]",
+        "trainer.devices=2",
+    ]
+    config = conf.settle(words)
+    written = yaml.safe_dump(as_tree(config), sort_keys=False)
+    assert from_tree(yaml.safe_load(written)) == config
+    assert from_tree(json.loads(json.dumps(as_tree(config)))) == config
+    with pytest.raises(UserErrors, match=r"seed is missing"):
+        from_tree({word: value for word, value in as_tree(config).items() if word != "seed"})
+
+
+def test_what_differs(conf: Composer) -> None:
+    config = conf.settle([])
+    other = replace(
+        config,
+        seed=2,
+        budget=replace(config.budget, total=Duration(tokens=5)),
+        run=replace(config.run, name="x"),
+        resume="never",
+        logger={"a": {}},
+    )
+    assert differences(as_tree(config), as_tree(config)) == []
+    assert differences(as_tree(config), as_tree(other)) == [
+        "budget.steps: 4400 → None",
+        "budget.tokens: None → 5",
+        "seed: 1 → 2",
+    ]
+
+
+@given(st.integers(0, 10**6), st.sampled_from([("", 0), ("k", 3), ("M", 6), ("B", 9), ("T", 12)]), st.integers(0, 6))
+def test_counts(number: int, unit: tuple[str, int], shift: int) -> None:
+    letter, power = unit
+    assert parse_count(f"{number}{letter}") == number * 10**power
+    assert parse_count(f"{number}e{shift}") == number * 10**shift
+    if power >= shift:
+        assert parse_count(f"{number // 10**shift}.{number % 10**shift:0{shift or 1}d}{letter}") == number * 10 ** (
+            power - shift
+        )
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True) | st.text(max_size=8))
+def test_what_is_no_count_is_refused(value: float | str) -> None:
+    try:
+        count = parse_count(value)
+    except ValueError:
+        return
+    assert isinstance(count, int)
+    if isinstance(value, float):
+        assert count == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "k", "1.5", "1.0005k", "1e-3", "nan", "inf", "1e999999999", "0x10", "1/2", "1K", "two"]
+)
+def test_no_counts(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_count(text)
+
+
+def test_nearest() -> None:
+    known = list(schema())
+    pairs = {
+        "model.n_layers": "model.n_layer",
+        "lr": "optim.lr",
+        "batch.contxt": "batch.context",
+        "precision": "trainer.precision",
+    }
+    for typed, meant in pairs.items():
+        assert nearest(typed, known) == meant
+    assert nearest("zzzzqqq", known) is None

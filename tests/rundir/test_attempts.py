@@ -1,0 +1,184 @@
+"""Each start of a run writes under its own number; what an older one still writes counts no more, and harms nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_train.checkpoint.directory import counted, newest, remove_unfinished
+from rwkv_train.cli import launcher
+from rwkv_train.rundir.attempts import Attempts
+from rwkv_train.rundir.directory import RunDirectory
+from rwkv_train.training.module import RWKVModule
+from rwkv_train.training.run import train
+from tests.runs import losses, rows, same_weights, words_for
+
+NINE = ("budget.steps=9", "checkpoint.every.steps=3", "validation.every.steps=100")
+
+
+def begun(run: RunDirectory, step: int = 0, parent: int | None = None) -> int:
+    number = run.attempts.claim()
+    run.attempts.begin(number, step, parent)
+    return number
+
+
+def steps(run: RunDirectory) -> list[tuple[int, str]]:
+    return [(row["step"], row["by"]) for row in rows(run.path)]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory(str(tmp_path), "run")
+    run.checkpoints.mkdir(parents=True)
+    return run
+
+
+def test_nobody_gets_a_number_twice(run: RunDirectory) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        numbers = list(pool.map(lambda _: Attempts(run.path).claim(), range(64)))
+    assert sorted(numbers) == list(range(1, 65))
+
+
+def test_rows_are_shown_while_they_come_and_each_step_once(run: RunDirectory) -> None:
+    with run.records(begun(run), True) as (_, lines):
+        for step in (1, 2, 3, 4):
+            lines.append({"step": step, "by": "first"})
+            assert rows(run.path) == lines.rows()
+        before = run.metrics.stat().st_ino
+    assert run.metrics.stat().st_ino == before  # it was current at the end: nothing was to be done
+    with run.records(begun(run, 2, 1), True) as (_, lines):
+        assert steps(run) == [(1, "first"), (2, "first")]
+        lines.append({"step": 3, "by": "second"})
+        assert steps(run) == [(1, "first"), (2, "first"), (3, "second")]
+
+
+def test_an_old_attempt_that_wakes_up_changes_nothing(run: RunDirectory) -> None:
+    """It goes on with everything that a run does: rows, events, its end; and the new one does not even notice."""
+    with run.records(begun(run), True) as (old_events, old_lines):
+        old_events.add("started", 0)
+        old_lines.append({"step": 1, "by": "old"})
+        with run.records(begun(run, 1, 1), True) as (events, lines):
+            events.add("resumed", 1)
+            lines.append({"step": 2, "by": "new"})
+            for step in (2, 3, 4):
+                old_lines.append({"step": step, "by": "old"})
+            old_events.add("finished", 4)
+            shown = run.metrics.read_bytes(), run.events.read_bytes()
+            old_lines.close()
+            old_events.close()
+            assert (run.metrics.read_bytes(), run.events.read_bytes()) == shown
+            lines.append({"step": 3, "by": "new"})
+            assert steps(run) == [(1, "old"), (2, "new"), (3, "new")]
+            assert [row["event"] for row in rows(run.path, "events.jsonl")] == ["started", "resumed"]
+            assert rows(run.path) == lines.rows()
+
+
+def test_a_merge_that_an_old_attempt_puts_there_late_is_mended(run: RunDirectory) -> None:
+    """It was stopped between its check and the renaming."""
+    with run.records(begun(run), True) as (_, old):
+        old.append({"step": 1, "by": "old"})
+        with run.records(begun(run), True) as (_, lines):
+            lines.append({"step": 1, "by": "new"})
+            run.metrics.with_name("late").write_text('{"step": 1, "by": "old"}\n')
+            run.metrics.with_name("late").replace(run.metrics)
+            lines.append({"step": 2, "by": "new"})
+            assert steps(run) == [(1, "new"), (2, "new")]
+
+
+def test_one_that_has_noted_nothing_counts_for_nothing(run: RunDirectory) -> None:
+    first, silent = begun(run), run.attempts.claim()
+    for number, step in ((first, 3), (silent, 6)):
+        (run.checkpoints / f"step_{step:09d}-{number:04d}").mkdir()
+    third = begun(run, 3, first)
+    (run.checkpoints / f"step_{9:09d}-{third:04d}").mkdir()
+    assert [path.name for path in counted(run.checkpoints)] == ["step_000000003-0001", "step_000000009-0003"]
+
+
+def test_what_a_newer_one_is_writing_is_not_removed(run: RunDirectory) -> None:
+    for number in (1, 2, 3):
+        (run.checkpoints / f".writing-step_000000003-{number:04d}").mkdir()
+    remove_unfinished(run.checkpoints, 2)
+    assert [path.name for path in sorted(run.checkpoints.iterdir())] == [
+        ".writing-step_000000003-0002",
+        ".writing-step_000000003-0003",
+    ]
+
+
+def as_it_was(run: Path) -> None:
+    """Makes a run directory of it as it was before there were attempts."""
+    shutil.rmtree(run / "attempts")
+    for path in (run / "checkpoints").glob("step_*"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps({"files": manifest["files"]}))
+        path.rename(path.with_name(path.name.partition("-")[0]))
+
+
+def test_runs_from_before_go_on(tmp_path: Path) -> None:
+    words = words_for(tmp_path, "run", *NINE, "run.allow_changes=true")
+    assert train(launcher.load(words_for(tmp_path, "whole", *NINE, "budget.steps=15"))) == 0
+    assert train(launcher.load(words)) == 0
+    run = tmp_path / "runs" / "run"
+    as_it_was(run)
+    assert train(launcher.load(words)) == 0  # finished
+    assert not (run / "attempts").exists()
+    assert train(launcher.load([*words, "budget.steps=15", "optim.schedule.shape=constant"])) == 0
+    assert len(losses(run)) == 15
+    assert [row["event"] for row in rows(run, "events.jsonl") if row["event"] != "checkpoint"] == [
+        "started",
+        "finished",
+        "resumed",
+        "finished",
+    ]
+    names = [path.name for path in counted(run / "checkpoints")]
+    assert names == ["step_000000009", "step_000000012-0001", "step_000000015-0001"]
+
+
+def test_a_run_whose_notes_are_gone_goes_on(tmp_path: Path) -> None:
+    words = words_for(tmp_path, "run", *NINE)
+    assert train(launcher.load(words)) == 0
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(run, tmp_path / "runs" / "whole")
+    shutil.rmtree(run / "checkpoints" / "step_000000009-0001")
+    shutil.rmtree(run / "attempts")
+    assert train(launcher.load(words)) == 0
+    assert losses(run) == losses(tmp_path / "runs" / "whole")
+    assert same_weights(run, tmp_path / "runs" / "whole")
+
+
+def test_a_manifest_of_another_save_is_damage(tmp_path: Path) -> None:
+    assert train(launcher.load(words_for(tmp_path, "run", *NINE))) == 0
+    checkpoints = tmp_path / "runs" / "run" / "checkpoints"
+    shutil.copy(
+        checkpoints / "step_000000006-0001" / "manifest.json", checkpoints / "step_000000009-0001" / "manifest.json"
+    )
+    found, (damage,) = newest(checkpoints)
+    assert found == checkpoints / "step_000000006-0001"
+    assert damage.reason == "manifest.json is that of step 6 by start 1 of the run"
+
+
+def test_a_run_that_a_newer_start_has_taken_over_ends_and_deletes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "run"
+    before = RWKVModule.on_before_optimizer_step
+
+    def and_another_starts(self: RWKVModule, optimizer: torch.optim.Optimizer) -> None:
+        before(self, optimizer)
+        if self.trainer.global_step == 7:
+            Attempts(run).claim()
+
+    monkeypatch.setattr(RWKVModule, "on_before_optimizer_step", and_another_starts)
+    assert (
+        train(launcher.load(words_for(tmp_path, "run", *NINE, "checkpoint.keep=1", "checkpoint.background=false"))) == 4
+    )
+    monkeypatch.undo()
+    assert f"a newer start of {run} goes on with it; this one ends at step 9" in capsys.readouterr().out
+    assert counted(run / "checkpoints")[-1].name == "step_000000006-0001"
+    assert not (run / "weights.pth").exists()
+    assert train(launcher.load(words_for(tmp_path, "run", *NINE))) == 0
+    assert len(losses(run)) == 9

@@ -1,1 +1,0 @@
-"""The rules of supervision/ over thousands of schedules, without processes: seeded, and the same classes that run."""

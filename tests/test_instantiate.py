@@ -1,0 +1,119 @@
+"""Others' classes: found, allowed and their arguments right before the first object is made."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.loggers import Logger
+
+from rwkv_train.cli import launcher
+from rwkv_train.errors import UserErrors
+from rwkv_train.instantiate import prepare
+from rwkv_train.trackers import Run, Tracker
+from rwkv_train.trackers.csv_table import CSV
+from rwkv_train.trackers.follow import make
+from rwkv_train.trackers.lightning import OfLightning
+from rwkv_train.trackers.tensorboard import TensorBoard
+from rwkv_train.trackers.wandb import Wandb
+from tests.runs import ROOT
+
+STOP = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss", "patience": 2}
+
+
+def test_every_logger_of_conf(tmp_path: Path) -> None:
+    kinds = {"none": [], "csv": [CSV], "tensorboard": [TensorBoard], "wandb": [Wandb]}
+    assert kinds.keys() == {path.stem for path in (ROOT / "conf" / "logger").glob("*.yaml")}
+    for choice, expected in kinds.items():
+        config = launcher.load([f"logger={choice}", f"run.root={tmp_path}"])
+        made = [make() for make in prepare("logger", config.logger, (Tracker, Logger), config.packages)]
+        assert [type(logger) for logger in made] == expected
+
+
+def test_lightnings_own_logger(tmp_path: Path) -> None:
+    tree = {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(tmp_path)}
+    tracker = make("mine", tree, [])
+    assert isinstance(tracker, OfLightning)
+    assert tracker.begin(Run(tmp_path, "run", {"config": {"seed": 1}}), 0) == 0
+    tracker.row({"step": 3, "train/loss": 2.0, "layers/x": [1.0, None]})
+    tracker.flush()
+    tracker.end()
+    (file,) = tmp_path.rglob("metrics.csv")
+    assert file.read_text().splitlines() == ["layers/x/00,step,train/loss", "1.0,3,2.0"]
+    with pytest.raises(UserErrors, match="is no Logger"):
+        make("mine", {"_target_": "lightning.pytorch.callbacks.Callback"}, [])
+
+
+def test_a_callback() -> None:
+    (make,) = prepare("callbacks", {"stop": STOP}, Callback)
+    stop = make()
+    assert isinstance(stop, EarlyStopping)
+    assert (stop.monitor, stop.patience) == ("val/loss", 2)
+
+
+LIGHTNING = "lightning.pytorch.callbacks"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"monitor": "x"}, "callbacks.a has no _target_"),
+        (
+            {"_target_": f"{LIGHTNING}.EarlyStoping"},
+            "has no EarlyStoping.*nearest: lightning.pytorch.callbacks.EarlyStopping",
+        ),
+        ({"_target_": "lightning.pytorch.nowhere.X"}, "cannot be imported"),
+        ({"_target_": "os.system", "command": "x"}, "os is no package that may be named here.*packages=\\[os\\]"),
+        (
+            {"_target_": "lightning.pytorch.trainer.connectors.signal_connector.subprocess.call"},
+            "cannot be imported|allowed",
+        ),
+        ({"_target_": "lightning.pytorch.callbacks.early_stopping.torch"}, "neither a class nor a function"),
+        ({"_target_": "lightning.pytorch.callbacks.early_stopping.Tensor"}, "is defined in torch"),
+        ({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "x"}, "is no Callback"),
+        ({**STOP, "patince": 3}, "unexpected keyword argument 'patince'.*nearest: patience; valid: monitor, "),
+        ({"_target_": STOP["_target_"]}, "missing a required argument: 'monitor'"),
+        ({**STOP, "_partial_": True}, "of Hydra's own keys only _target_ is known here"),
+    ],
+)
+def test_a_tree_that_is_wrong(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserErrors) as caught:
+        prepare("callbacks", {"a": tree, "b": STOP}, Callback)
+    (problem,) = caught.value.problems
+    assert re.search(message, str(problem), re.DOTALL), problem
+    assert len(str(problem).splitlines()) <= 2
+
+
+def test_nothing_is_built_before_all_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    class Mine(Callback):
+        def __init__(self, inner: Callback | None = None) -> None:
+            made.append("mine")
+            self.inner = inner
+
+    room = types.ModuleType("mine")
+    Mine.__module__ = "mine"
+    room.Mine = Mine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mine", room)
+    trees = {
+        "a": {"_target_": "mine.Mine", "inner": STOP},
+        "b": {"_target_": "mine.Mine", "x": 1},
+        "c": {"_target_": "mine.No"},
+    }
+    with pytest.raises(UserErrors) as caught:
+        prepare("callbacks", trees, Callback, ["mine"])
+    assert len(caught.value.problems) == 2
+    assert made == []
+    (make,) = prepare("callbacks", {"a": trees["a"]}, Callback, ["mine"])
+    assert made == []
+    callback = make()
+    assert made == ["mine"]
+    assert isinstance(callback.inner, EarlyStopping)
+    with pytest.raises(UserErrors, match="mine is no package that may be named here"):
+        prepare("callbacks", {"a": trees["a"]}, Callback)

@@ -1,0 +1,132 @@
+"""The rules of the house: which way imports go, how long a file is, who reads the environment."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rwkv_train"
+ROOMS = ("rwkv_train", "tests", "benchmarks", "scripts", "cuda", "conf", "docs", ".ci")
+
+
+def files(*suffixes: str) -> list[Path]:
+    """All files of the project with these endings."""
+    found = [path for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in suffixes]
+    return sorted([*found, *(path for path in ROOT.iterdir() if path.suffix in suffixes)])
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
+    lint = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
+    command = [sys.executable, "-c", lint]
+    return subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True)
+
+
+def test_imports_go_down_only() -> None:
+    result = lint_imports(ROOT)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "planted"),
+    [
+        ("ops/__init__.py", "import rwkv_train.models"),
+        ("models/backbone.py", "import lightning"),
+        ("config/settings.py", "import torch"),
+        ("training/module.py", "import rwkv_train.training.run"),
+    ],
+)
+def test_an_import_upwards_is_found(file: str, planted: str, tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "rwkv_train", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "rwkv_train" / file).open("a") as source:
+        source.write(f"\n{planted}\n")
+    result = lint_imports(tmp_path)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "BROKEN" in result.stdout
+
+
+def test_every_file_is_one_sitting() -> None:
+    """400 lines of Python (train.py 40, a model 250), 450 of C++ and CUDA."""
+    limits = {".py": 400, ".cu": 450, ".cpp": 450, ".h": 450, ".cuh": 450}
+    for path in files(*limits):
+        limit = 250 if path.parent == PACKAGE / "models" else 40 if path == ROOT / "train.py" else limits[path.suffix]
+        lines = len(path.read_text().splitlines())
+        assert lines <= limit, f"{name(path)} has {lines} lines, at most {limit} can be read in one sitting"
+
+
+def test_no_room_without_a_purpose() -> None:
+    nameless = {"utils", "util", "helpers", "misc", "common"}
+    assert [name(path) for path in files(".py", ".h", ".cpp", ".cu") if path.stem in nameless] == []
+
+
+def test_nothing_is_left_to_do() -> None:
+    unfinished = re.compile(r"\b(TODO|FIXME|XXX)\b|raise NotImplementedError\b(?!\()")
+    here = Path(__file__)
+    found = [
+        f"{name(path)}:{number}"
+        for path in files(".py", ".h", ".cpp", ".cu", ".yaml")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if path != here and unfinished.search(line)
+    ]
+    assert found == []
+
+
+def environment_reads(path: Path) -> Iterator[ast.expr]:
+    """What a source does with the process's environment: os.environ, os.getenv, and the like, by any name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in {"environ", "environb", "getenv", "getenvb", "putenv"}:
+            yield node
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            assert not {alias.name for alias in node.names} & {"environ", "environb", "getenv"}, f"{path}: import os"
+
+
+def test_the_environment_is_read_in_the_launcher_only() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        reads = list(environment_reads(path))
+        if path == PACKAGE / "ops" / "__init__.py":
+            lines = path.read_text().splitlines()
+            assert all("RWKV_OPS" in lines[read.lineno - 1] for read in reads), "ops/ reads RWKV_OPS, and nothing else"
+        elif path != PACKAGE / "cli" / "launcher.py":
+            assert not reads, f"{name(path)}:{reads[0].lineno} reads the environment, which the launcher does"
+    assert [name(path) for path in files(".cpp", ".cu", ".h") if "getenv(" in path.read_text()] == []
+
+
+@pytest.mark.parametrize(
+    ("modules", "unwanted"),
+    [
+        ("rwkv_train.config, rwkv_train.errors", "torch lightning deepspeed numpy hydra"),
+        (
+            "rwkv_train.cli.main, rwkv_train.cli.launcher, rwkv_train.data",
+            "torch lightning deepspeed matplotlib wandb datasets",
+        ),
+        ("rwkv_train.models, rwkv_train.ops", "lightning deepspeed hydra wandb datasets matplotlib"),
+        ("rwkv_train.training.run", "deepspeed wandb datasets"),
+    ],
+)
+def test_what_an_import_brings_with_it(modules: str, unwanted: str) -> None:
+    check = f"import sys, {modules}; print(*[name for name in '{unwanted}'.split() if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    broken = [
+        f"{name(path)}: {target}"
+        for path in files(".md")
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
+        if "://" not in target and not target.startswith("mailto:") and not (path.parent / target).exists()
+    ]
+    assert broken == []

@@ -1,0 +1,281 @@
+"""Trackers: whatever happens to the run or to them, in the end they have its rows, and it is not held up."""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rwkv_train.cli import launcher
+from rwkv_train.cli import main as cli
+from rwkv_train.errors import UserError
+from rwkv_train.trackers import Row, Run, Tracker, flat
+from rwkv_train.trackers.csv_table import CSV
+from rwkv_train.trackers.follow import Follower, Tail, follow
+from rwkv_train.trackers.launch import push
+from rwkv_train.trackers.tensorboard import TensorBoard
+from rwkv_train.training import observers
+from rwkv_train.training.run import train
+from tests.runs import rows, words_for
+from tests.trackers.readers import tensorboard_rows, wandb_rows
+
+ALL = [
+    "logger=wandb",
+    "logger.wandb.mode=offline",
+    "+logger.tensorboard._target_=rwkv_train.trackers.tensorboard.TensorBoard",
+    "+logger.csv._target_=rwkv_train.trackers.csv_table.CSV",
+]
+
+
+def narrow(number: float) -> float:
+    """As TensorBoard keeps it: in float32."""
+    return float(struct.unpack("f", struct.pack("f", number))[0])
+
+
+def check_copies(run: Path) -> None:
+    """All three copies have each step once, with the values of metrics.jsonl."""
+    truth = {row["step"]: dict(flat(row)) for row in rows(run)}
+    name = json.loads((run / "trackers" / "wandb.json").read_text())["id"]
+    sent = {step: row for (id_, step), row in wandb_rows(run).items() if id_ == name}
+    assert sent.keys() == truth.keys()
+    for step, row in truth.items():
+        assert {key: value for key, value in sent[step].items() if not key.startswith("_")} == row
+    board = tensorboard_rows(run)
+    assert board.keys() == truth.keys()
+    for step, row in truth.items():
+        assert board[step] == {k: narrow(v) for k, v in row.items() if k not in ("step", "time")}
+    with open(run / "metrics.csv", newline="") as file:
+        table = {int(row["step"]): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
+    assert table == truth
+
+
+def test_all_of_them(tmp_path: Path) -> None:
+    """Two parts of a run: one run of W&B, no gap, no step twice; what W&B is told of the run besides."""
+    words = words_for(tmp_path, "run", *ALL, "statistics.every.steps=5", "run.allow_changes=true")
+    assert train(launcher.load([*words, "budget.steps=12"])) == 0
+    run = tmp_path / "runs" / "run"
+    first = json.loads((run / "trackers" / "wandb.json").read_text())
+    assert first["sent"] == 12
+    check_copies(run)
+    assert train(launcher.load([*words, "budget.steps=20"])) == 0
+    assert json.loads((run / "trackers" / "wandb.json").read_text()) == {**first, "sent": 20, "reached": 20}
+    check_copies(run)
+    assert len(list(run.glob("wandb/offline-run-*"))) == 2
+
+
+class Memory(Tracker):
+    """Keeps what it is told; raises, or takes its time, where it is told to."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.state: dict[str, Any] = {}
+        self.rows: dict[int, Row] = {}
+        self.events: list[Row] = []
+        self.failures, self.ended = failures, False
+
+    def begin(self, run: Run, step: int) -> int:
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError("nobody there")
+        return self.back(step)
+
+    def back(self, step: int) -> int:
+        self.rows = {s: row for s, row in self.rows.items() if s <= step}
+        return min(step, self.state.get("sent", 0))
+
+    def row(self, row: Row) -> None:
+        self.rows[row["step"]] = row
+
+    def event(self, event: Row) -> None:
+        self.events.append(event)
+
+    def flush(self) -> None:
+        self.state["sent"] = max(self.rows, default=0)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def follower(folder: Path, tracker: Tracker, step: int = 0) -> Follower:
+    notes = folder / "trackers" / "it.json"
+    return Follower(tracker, Run(folder, "run"), step, notes, folder / "m.jsonl", folder / "e.jsonl")
+
+
+def add(path: Path, *added: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in added)
+
+
+def test_the_file_is_the_queue(tmp_path: Path) -> None:
+    """Rows come as they are written; a torn one later; those of a rewind replace what they went back behind."""
+    tracker = Memory()
+    it = follower(tmp_path, tracker)
+    assert it.catch_up() == 0
+    add(tmp_path / "m.jsonl", *({"step": s, "x": 1} for s in (1, 2, 3, 4)))
+    with open(tmp_path / "m.jsonl", "a") as file:
+        file.write('{"step": 5, ')
+    assert it.catch_up() == 4
+    with open(tmp_path / "m.jsonl", "a") as file:
+        file.write('"x": 1}\n')
+    assert it.catch_up() == 1
+    # the run goes back to step 2
+    lines = (tmp_path / "m.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "m.jsonl").write_text("".join(lines[:2]))
+    add(tmp_path / "e.jsonl", {"time": time.time(), "event": "rewound", "step": 2})
+    add(tmp_path / "m.jsonl", *({"step": s, "x": 2} for s in (3, 4, 5, 6)))
+    it.catch_up()
+    assert {step: row["x"] for step, row in tracker.rows.items()} == {1: 1, 2: 1, 3: 2, 4: 2, 5: 2, 6: 2}
+    assert [event["event"] for event in tracker.events] == ["rewound"]
+    # the next process goes on from step 4
+    again = Memory()
+    it = follower(tmp_path, again, step=4)
+    lines = (tmp_path / "m.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "m.jsonl").write_text("".join(lines[:4]))
+    add(tmp_path / "m.jsonl", {"step": 5, "x": 3})
+    it.catch_up()
+    assert set(again.rows) == {5}
+    # one that goes on from step 2 and is killed before anything is safe: the next one sends again from there
+    killed = Memory()
+    killed.flush = lambda: None  # type: ignore[method-assign]
+    follower(tmp_path, killed, step=2).catch_up()
+    last = Memory()
+    follower(tmp_path, last, step=4).catch_up()
+    assert set(last.rows) == {3, 4, 5}
+
+
+def test_a_tracker_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told once, tried again, and has everything in the end; one that never works is given up with the run."""
+    add(tmp_path / "m.jsonl", {"step": 1}, {"step": 2})
+    tracker, told, waited = Memory(failures=3), list[str](), list[float]()
+
+    def over(seconds: float) -> bool:
+        waited.append(seconds)
+        return len(waited) > 5
+
+    follow(follower(tmp_path, tracker), over, told.append)
+    assert told == ["ConnectionError: nobody there"]
+    assert set(tracker.rows) == {1, 2}
+    assert tracker.ended
+    assert waited[:3] == [5, 30, 120]
+    hopeless = Memory(failures=10**9)
+    waited.clear()
+    follow(follower(tmp_path, hopeless), over, told.append)
+    assert not hopeless.ended
+
+
+class Hanging(Memory):
+    def row(self, row: Row) -> None:
+        time.sleep(10_000)
+
+
+class Failing(Memory):
+    def row(self, row: Row) -> None:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", ["Hanging", "Failing"])
+def test_a_run_is_not_held_up(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(observers, "PATIENCE", 2.0 if kind == "Hanging" else 90.0)
+    words = [f"+logger.it._target_=tests.trackers.test_trackers.{kind}", "packages=[tests]", "budget.steps=20"]
+    began = time.monotonic()
+    assert train(launcher.load(words_for(tmp_path, "run", *words))) == 0
+    assert len(rows(tmp_path / "runs" / "run")) == 20
+    assert time.monotonic() - began < 60
+    said = capfd.readouterr()
+    if kind == "Hanging":
+        assert "logger=it has not taken all rows within 2 s and was ended" in said.out
+    else:
+        assert said.err.count("logger=it: OSError: [Errno 28] No space left on device; the run goes on") == 1
+
+
+def test_wandb_without_a_key(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is written offline, and says how it gets to W&B later."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    words = words_for(tmp_path, "run", "logger=wandb", "budget.steps=6", "logger.wandb.mode=online")
+    assert train(launcher.load(words)) == 0
+    said = capfd.readouterr().err
+    assert "logger=wandb: No API key" in said
+    assert "the run is written offline" in said
+    assert {step for _, step in wandb_rows(tmp_path / "runs" / "run")} == set(range(1, 7))
+
+
+def test_push(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that had no tracker gets one from its files."""
+    assert train(launcher.load(words_for(tmp_path, "run", "budget.steps=8", "statistics.every.steps=4"))) == 0
+    run = tmp_path / "runs" / "run"
+    tree = {"_target_": "rwkv_train.trackers.wandb.Wandb", "mode": "offline"}
+    state = push(run, "wandb", tree)
+    assert state["sent"] == 8
+    sent = {step: row for (name, step), row in wandb_rows(run).items() if name == state["id"]}
+    truth = {row["step"]: dict(flat(row)) for row in rows(run)}
+    assert {s: {k: v for k, v in row.items() if not k.startswith("_")} for s, row in sent.items()} == truth
+    assert cli.main(["report", str(run), "--push", "csv"]) == 0
+    with open(run / "metrics.csv", newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 9))
+    assert f"{run}: 8 steps in csv\n" in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path), "--push", "wandb"]) == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty has no metrics\.jsonl with a row"):
+        push(tmp_path / "empty", "wandb", tree)
+
+
+def test_flat() -> None:
+    found = dict(flat({"step": 1, "a": [1.0, None], "b": [[1.0, 2.0, 3.0, 4.0, 5.0]], "c": None}))
+    assert found == {
+        "step": 1,
+        "a/00": 1.0,
+        "b/00/minimum": 1.0,
+        "b/00/p10": 2.0,
+        "b/00/median": 3.0,
+        "b/00/p90": 4.0,
+        "b/00/maximum": 5.0,
+    }
+
+
+def test_tail_of_nothing(tmp_path: Path) -> None:
+    assert list(Tail(tmp_path / "no.jsonl").rows()) == []
+
+
+@pytest.mark.parametrize("tracker", [TensorBoard, CSV])
+def test_a_state_of_its_own(tracker: type[Tracker]) -> None:
+    assert tracker().state == {}
+
+
+def test_tensorboard_reads_it_as_we_do(tmp_path: Path) -> None:
+    """A process that is killed behind step 5, one that goes on from step 3, and a rewind to step 4."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = Run(tmp_path, "run")
+    first = TensorBoard()
+    assert first.begin(run, 0) == 0
+    for step in range(1, 6):
+        first.row({"step": step, "time": 1e9 + step, "train/loss": float(step)})
+    first.flush()
+    second = TensorBoard()
+    second.state = dict(first.state)
+    assert second.begin(run, 3) == 3
+    first.end()
+    for step in (4, 5, 6):
+        second.row({"step": step, "time": 1e9 + step, "train/loss": 10.0 + step})
+    second.event({"time": 1e9, "event": "rewound", "step": 4})
+    second.flush()
+    assert second.back(4) == 4
+    second.row({"step": 5, "time": 1e9, "train/loss": 20.0})
+    second.flush()
+    second.end()
+    expected = {1: 1.0, 2: 2.0, 3: 3.0, 4: 14.0, 5: 20.0}
+    assert {step: row["train/loss"] for step, row in tensorboard_rows(tmp_path).items()} == expected
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert {event.step: event.value for event in read.Scalars("train/loss")} == expected
