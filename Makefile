@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser train test test-slow test-long test-kernels test-slurm lint format check golden bench gpu
+.PHONY: help setup browser train test test-slow test-long test-kernels test-slurm test-pythons lint format check golden bench gpu
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -59,6 +59,9 @@ test-kernels: setup ## the CUDA kernels on a CPU: every shape, planted errors, n
 
 test-slurm: setup ## a SLURM of six nodes on this machine, installed where it is not there (root, Debian); at most 7 minutes
 	$(RUN) -m pytest -m slurm $(ARGS)
+
+test-pythons: setup ## install, train, prepare and export on each other Python that we support and this machine has
+	TORCH_INDEX="$(TORCH_INDEX)" $(RUN) scripts/pythons.py $(ARGS)
 
 lint: setup ## format, lint, types, spelling, import layers
 	$(RUN) -m ruff format --check .
