@@ -31,7 +31,7 @@ class EngineReport:
         ready: it is loaded, and the self-test passed.
         where: the library's path, or the definition's file; None when there is none.
         problem: why it is not ready, in one line; None when it is.
-        way_out: what to type against the problem; None when there is none.
+        remedy: what to type against the problem; None when there is none.
         error_ratio: the largest self-test error against the float64 definition, in units of the error that the
             definition has in the same dtypes; None when the self-test did not end.
         seconds: duration of loading (and building, where needed) and of the self-test.
@@ -41,7 +41,7 @@ class EngineReport:
     ready: bool
     where: str | None
     problem: str | None
-    way_out: str | None
+    remedy: str | None
     error_ratio: float | None
     seconds: float
 
@@ -61,19 +61,19 @@ def _examine(engine: Engine) -> EngineReport:
         warnings.simplefilter("ignore", RuntimeWarning)
         with contextlib.suppress(UserError):
             engine.load()
-    ratio, problem, way_out = None, None, None
+    ratio, problem, remedy = None, None, None
     if engine.library is None:
         failure = engine.error or BuildError("it was not built", "rwkv-train doctor")
-        problem, way_out = failure.why, failure.command
+        problem, remedy = failure.why, failure.command
     else:
         ratio, problem = _judge(engine)
         if problem is not None:
-            way_out = (
+            remedy = (
                 "RWKV_OPS=reference trains correctly meanwhile; please report this machine's compiler and processor"
             )
     where = None if engine.library is None else str(engine.library)
     seconds = time.perf_counter() - start
-    return EngineReport(f"{engine.name} {engine.family}", problem is None, where, problem, way_out, ratio, seconds)
+    return EngineReport(f"{engine.name} {engine.family}", problem is None, where, problem, remedy, ratio, seconds)
 
 
 def _judge(engine: Engine) -> tuple[float | None, str | None]:

@@ -131,7 +131,7 @@ def test_an_engine_that_is_missing_or_raises(monkeypatch: pytest.MonkeyPatch) ->
     missing = CppEngine("wkv4", (), error=BuildError("no C++ compiler", "sudo apt install g++"))
     report = selftest._examine(missing)
     assert (report.ready, report.where, report.problem) == (False, None, "no C++ compiler")
-    assert report.way_out == "sudo apt install g++"
+    assert report.remedy == "sudo apt install g++"
 
     def refuse(engine: object) -> tuple[float, str]:
         raise RuntimeError("rwkv_train: k has the wrong dtype\nand a stack of frames")
