@@ -110,5 +110,5 @@ class LanguageModel(nn.Module):
 
     def empty_state(self, batch: int) -> State:
         """The state of `batch` texts of which nothing has been read, on the model's device."""
-        like = cast(Tensor, self.emb.weight)
+        like = self.emb.weight
         return self.architecture.blank(self.config, batch, like.device, like.dtype)

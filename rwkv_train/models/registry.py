@@ -90,9 +90,9 @@ def common_shape(arch: str, shapes: Shapes) -> ModelConfig:
 
 def _rwkv4(shapes: Shapes) -> ModelConfig | None:
     found = common_shape("rwkv4", shapes)
-    # RWKV-5.0 has a time_first too, one number for each head, and a group norm
-    fits = shapes["blocks.0.att.time_first"] == (found.n_embd,) and "blocks.0.att.ln_x.weight" not in shapes
-    return found if fits else None
+    # RWKV-5.0 has a time_first too, with one number for each head, and a group norm
+    vectors = shapes["blocks.0.att.time_first"] == shapes["blocks.0.att.time_decay"] == (found.n_embd,)
+    return found if vectors and "blocks.0.att.ln_x.weight" not in shapes else None
 
 
 STATE_RMS = LayerChart("RMS of the state", "", "root mean square of the state's content at the end of the context")

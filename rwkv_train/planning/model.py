@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rwkv_train.config import Config
 from rwkv_train.models import LanguageModel, ModelConfig, build_model
 
 
@@ -52,6 +53,25 @@ class Counts:
     def flops_per_token(self) -> int:
         """Of the matrix products of forward and backward pass: 6 for each parameter that takes part in one."""
         return 6 * self.matmul
+
+
+def model_config(config: Config, vocab_size: int) -> ModelConfig:
+    """The shape of the model that a config asks for.
+
+    Args:
+        config: the settings.
+        vocab_size: that of the tokenizer; model.vocab_size comes first.
+    """
+    asked = config.model
+    return ModelConfig(
+        config.arch,
+        asked.n_layer,
+        asked.n_embd,
+        asked.vocab_size or vocab_size,
+        asked.dim_ffn,
+        asked.head_size,
+        asked.extra,
+    )
 
 
 @lru_cache(maxsize=8)
