@@ -58,8 +58,8 @@ def compose_settings(conf: ConfFolders, overrides: Overrides) -> Composed:
     settings = flatten(tree)
     sources = [*(conf.read(group, chosen.get(group)) for group in LAYERED), overrides.typed]
     if overrides.chooses("optim") or chosen.get("optim") != conf.default("optim"):
-        optim = {f"optim.{name}": value for name, value in conf.read("optim", chosen.get("optim")).items()}
-        optim = {name: value for name, value in optim.items() if value is not None}
+        held = conf.read("optim", chosen.get("optim"))
+        optim = {f"optim.{n}": value for n, value in held.items() if value is not None and n != "defaults"}
         settings.update({n: value for n, value in optim.items() if not any(n in source for source in sources)})
         sources = [optim, *sources]
     return Composed(settings, open_trees, sources)

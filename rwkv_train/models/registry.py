@@ -27,13 +27,16 @@ class LayerChart:
         title: the chart's title.
         unit: of the value; empty where it has none.
         description: one phrase, as docs/metrics.md has it.
-        quantiles: names of the numbers where a layer's value is a list of several; drawn as a band.
+        quantiles: names of the numbers where a layer's value is a list of several; five of them, from minimum to
+            maximum, are drawn as a band.
+        saturation: of a share: the cause to name for a layer without gradient where the share is close to 1.
     """
 
     title: str
     unit: str
     description: str
     quantiles: tuple[str, ...] = ()
+    saturation: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _rwkv4(shapes: Shapes) -> ModelConfig | None:
 STATE_RMS = LayerChart("RMS of the state", "", "root mean square of the state's content at the end of the context")
 HALF_LIFE = LayerChart(
     "Time decay",
-    "tokens",
+    "half-life (tokens)",
     "half-lives of the channels: [minimum, 10 %, median, 90 %, maximum]",
     ("minimum", "p10", "median", "p90", "maximum"),
 )
@@ -110,7 +113,10 @@ ARCHITECTURES: dict[str, Registration] = {
         charts={
             "layers/state_rms": STATE_RMS,
             "layers/receptance_saturated": LayerChart(
-                "Saturated receptance gates", "share", "gates of the time mix below 0.02 or above 0.98"
+                "Saturated receptance gates",
+                "share",
+                "gates of the time mix below 0.02 or above 0.98",
+                saturation="its receptance is saturated",
             ),
             "decay/half_life": HALF_LIFE,
         },

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,7 +120,9 @@ def test_statistics_are_the_architecture_s(model: LanguageModel) -> None:
     ]
     torch.testing.assert_close(found["layers/state_rms"], torch.stack(squares).sqrt())
     lives = math.log(2) / model.get_parameter("blocks.2.att.decay").detach().exp().flatten()
-    assert found["decay/half_life"][2].tolist() == pytest.approx([float(lives.quantile(q)) for q in (0, 0.1, 0.5, 0.9, 1)])
+    assert found["decay/half_life"][2].tolist() == pytest.approx(
+        [float(lives.quantile(q)) for q in (0, 0.1, 0.5, 0.9, 1)]
+    )
     assert all(flags.shape == (1, 3, 2) and bool(flags.all()) for flags in statistics.finite)
     states[0].layers[1].wkv[1, 0, 5] = math.nan
     assert (~states[0].finite(at_once=1)).nonzero().tolist() == [[0, 1, 1]]
@@ -205,9 +207,9 @@ def test_widths_that_an_arch_does_not_know_are_refused(conf: ConfigBuilder) -> N
         build_model(ModelConfig("rwkv4", 1, 8, 9, head_size=4, extra={"rank": 2}))
 
 
-def test_weights_decide_about_the_arch(conf: ConfigBuilder, model: LanguageModel, tmp_path: Path) -> None:
+def test_weights_decide_about_the_arch(conf: ConfigBuilder, tmp_path: Path) -> None:
     path = tmp_path / "toy.pth"
-    torch.save(model.state_dict(), path)
+    torch.save(build_model(replace(SHAPE, vocab_size=256)).state_dict(), path)
     config = conf.build([f"init.weights={path}"])
     assert (config.arch, config.model.size, config.model.head_size) == ("toy", "mini", 4)
     assert config.optim.eps == 1e-18, "the arch's constants come with it"
