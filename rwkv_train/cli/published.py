@@ -53,7 +53,10 @@ def fill_open_settings(
     problems: list[UserError] = []
     settings, published = composed.settings, _published(conf)
     row = published.get(settings["model.size"], {}).get(settings["arch"], {})
-    if weights is not None:
+    if weights is not None and weights.arch != settings["arch"]:
+        what = f"arch={settings['arch']}, but init.weights={settings['init.weights']} is {weights.arch}"
+        problems.append(UserError(what, "leave the arch out: it is read from the weights"))
+    elif weights is not None:
         problems += _contradictions(settings, weights, row if size_typed else {})
         if not size_typed:
             settings["model.size"], row = _size_of(weights, published)
@@ -111,18 +114,19 @@ def _with_sections(where: str, row: Mapping[str, Any]) -> FlatSettings:
 
 
 def _contradictions(settings: FlatSettings, weights: ModelConfig, row: FlatSettings) -> list[UserError]:
-    """Where an architecture or a shape that was asked for is not that of the weights."""
-    path, remedy = settings["init.weights"], "leave the {} out: it is read from the weights"
-    if settings["arch"] != weights.arch:
-        what = f"arch={settings['arch']}, but init.weights={path} is {weights.arch}"
-        return [UserError(what, remedy.format("arch"))]
+    """Where a shape that was asked for is not that of the weights."""
     problems = []
     for key in SHAPE:
         name, value = f"model.{key}", getattr(weights, key)
         asked = settings.get(name)
         asked = row.get(name) if asked is None else asked
         if asked not in (None, {}) and str(asked) != str(value):
-            problems.append(UserError(f"{name}={asked}, but init.weights={path} has {value}", remedy.format("shape")))
+            problems.append(
+                UserError(
+                    f"{name}={asked}, but init.weights={settings['init.weights']} has {value}",
+                    "leave the shape out: it is read from the weights",
+                )
+            )
     return problems
 
 
