@@ -28,6 +28,9 @@ def build_model(config: ModelConfig, seed: int = 0, device: str | torch.device =
     config = arch.complete(config)
     with torch.device("meta"), _NoValues():
         model = LanguageModel(config)
+    rows = recipe_of(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(rows[name].trained)
     if torch.device(device).type != "meta":
         model = model.to_empty(device=device)
         initialise(model, arch.recipe, config, seed)

@@ -58,6 +58,8 @@ class RecipeRow:
         decay: whether weight decay, where it is asked for, applies.
         product: whether every token is multiplied with it as a matrix. Such parameters count as FLOPs and may be
             gathered in the dtype of products; all others stay float32 in the forward pass.
+        trained: whether the optimiser changes it. A tensor that published files hold and the forward pass does not use
+            (no gradient reaches it) is not trained: it is stored as it was initialised or loaded.
     """
 
     names: str
@@ -65,6 +67,7 @@ class RecipeRow:
     lr: float = 1.0
     decay: bool = False
     product: bool = False
+    trained: bool = True
 
 
 def constant(value: float) -> Initialiser:

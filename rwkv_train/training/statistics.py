@@ -20,6 +20,7 @@ from rwkv_train.data.rows import IGNORED
 from rwkv_train.models import LanguageModel, State
 from rwkv_train.models.architecture import OfOutput, OfParameter, OfState
 from rwkv_train.training.strategy import ShardedStrategy
+from rwkv_train.training.strategy.shared import GradientNorms
 
 FINITE = torch.finfo(torch.float32).max
 SAMPLE = 4096  # values of each tensor from which the size of an update is estimated
@@ -58,8 +59,6 @@ class Statistics:
         self._of: tuple[Tensor, Tensor] | None = None  # of each value of it, the block and how many it stands for
         self.listens = hooks
         self._blocks = cast("list[Any]", model.blocks)
-        self.names = [name for name, _ in model.named_parameters()]
-        self._layers = torch.tensor([_layer_of(name, len(self._blocks)) for name in self.names])
         if hooks:
             for layer, block in enumerate(self._blocks):
                 for key, statistic in model.architecture.statistics.items():
@@ -175,7 +174,7 @@ class Statistics:
         return norm
 
     @torch.no_grad()
-    def of_layers(self, strategy: ShardedStrategy, gradient_norms: Tensor | None) -> dict[str, Tensor]:
+    def of_layers(self, strategy: ShardedStrategy, gradient_norms: GradientNorms | None) -> dict[str, Tensor]:
         """The values of an n-th step by their keys; every rank calls it behind the optimiser's step."""
         blocks = len(self._blocks)
         self._sums["update"], self._sums["weight"] = self._update(strategy)
@@ -195,8 +194,9 @@ class Statistics:
         found["layers/update_ratio"] = ratios[:blocks]
         found["update_ratio"] = (sums["update"].sum() / sums["weight"].sum()).sqrt()
         if gradient_norms is not None:
-            squares = torch.zeros(blocks + 1, device=gradient_norms.device)
-            squares.index_add_(0, self._layers.to(squares.device), gradient_norms.float().square())
+            values = gradient_norms.values.float().square()
+            layers = torch.tensor([_layer_of(name, blocks) for name in gradient_norms.names], device=values.device)
+            squares = torch.zeros(blocks + 1, device=values.device).index_add_(0, layers, values)
             found["layers/grad_norm"] = squares[:blocks].sqrt()
         if self._max_logit is not None:
             if dist.is_initialized():
@@ -231,10 +231,11 @@ class Statistics:
         return update, zeros.index_add(0, layers, before.square() * stands_for)
 
     def _some_weights(self, strategy: ShardedStrategy) -> Tensor:
-        """About SAMPLE values of every tensor, of the pieces that this rank owns, (n)."""
+        """About SAMPLE values of every trainable tensor, of the pieces that this rank owns, (n)."""
+        trainable = {name for name, _ in strategy.trainable_weights()}
         chosen, layers, stands_for = [torch.zeros(0, device=strategy.root_device)], [], []
         for piece in strategy.pieces(moments=False):
-            if piece.owned and piece.values.numel():
+            if piece.owned and piece.name in trainable and piece.values.numel():
                 values = piece.values.detach()[:: max(1, math.prod(strategy.shapes[piece.name]) // SAMPLE)]
                 chosen.append(values)
                 if self._of is None:

@@ -29,6 +29,7 @@ from rwkv_train.training.alerts import Alerts, Window
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics, Row
 from rwkv_train.training.module import RWKVModule
+from rwkv_train.training.strategy.shared import GradientNorms
 
 RENEWED = 10  # steps between two limits
 SHOWN = 4  # bad samples that are told
@@ -43,7 +44,7 @@ class _Evidence:
 
     limit: float  # a larger loss is a spike
     finite: list[Tensor]  # Statistics.finite
-    gradient_norms: Tensor | None
+    gradient_norms: GradientNorms | None
 
 
 @dataclass
@@ -164,7 +165,7 @@ class BadSteps(Callback):
         flags = [~finite for finite in evidence.finite]
         bad = [(layer, place, n, row) for n, each in enumerate(flags) for place, layer, row in _where(each)]
         norms = evidence.gradient_norms
-        gone = None if norms is None else [index for (index,) in _where(~norms.isfinite())]
+        gone = None if norms is None else [index for (index,) in _where(~norms.values.isfinite())]
         ranks: list[Any] = [(bad, gone)]
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
@@ -179,7 +180,8 @@ class BadSteps(Callback):
         if not where:
             what = "the gradient or the loss" if norms is None else "the loss"
             return _Bad("nonfinite", what, None, self._samples(step, None))
-        name = self._module.statistics.names[max(where.values())]
+        assert norms is not None
+        name = norms.names[max(where.values())]
         layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
         some = "" if len(where) == len(ranks) else f" on rank {', '.join(map(str, where))}"
         return _Bad("nonfinite", f"gradient of {name}{some}", layer, self._samples(step, None))

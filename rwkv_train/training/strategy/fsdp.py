@@ -51,7 +51,7 @@ class FSDP(ShardedStrategy, ModelParallelStrategy):
         for name, parameter in self.named_weights():
             start = self._start(parameter.detach())
             yield StateShard(WEIGHT, name, start, _local(parameter.detach()), True)
-            if moments:
+            if moments and parameter.requires_grad:
                 for moment, values in adam_moments(self.optimizers[0].state[parameter], parameter.detach()):
                     yield StateShard(moment, name, start, _local(values), True)
 

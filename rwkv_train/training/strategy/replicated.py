@@ -17,7 +17,7 @@ class _Whole(ShardedStrategy):
         owned = self.global_rank == 0
         for name, parameter in self.named_weights():
             yield StateShard(WEIGHT, name, 0, parameter.detach().view(-1), owned)
-            if moments:
+            if moments and parameter.requires_grad:
                 for moment, values in adam_moments(self.optimizers[0].state[parameter], parameter.detach()):
                     yield StateShard(moment, name, 0, values.view(-1), owned)
 
