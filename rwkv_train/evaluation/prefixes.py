@@ -12,7 +12,7 @@ from rwkv_train.inference.continuation import read
 from rwkv_train.models import LanguageModel, State
 
 WORTH = 32  # tokens that must be saved for a beginning to be read by itself
-_MOST = 2048  # texts that are looked at together: so many memories may be held at once
+STATE_BYTES = 2**31  # bytes of states that are held at once at most; so many texts are looked at together
 
 
 class Begun(NamedTuple):
@@ -34,8 +34,9 @@ def share(
         batch: texts of a batch; those of one have nearly as many tokens left.
     """
     ordered = sorted(range(len(texts)), key=lambda number: list(texts[number]))
-    for first in range(0, len(ordered), _MOST):
-        begun = _share(model, texts, limits, ordered[first : first + _MOST])
+    at_once = max(2, STATE_BYTES // max(1, model.empty_state(1).row_bytes()))
+    for first in range(0, len(ordered), at_once):
+        begun = _share(model, texts, limits, ordered[first : first + at_once])
         begun.sort(key=lambda text: text.read - len(texts[text.number]))  # the longest first
         for place in range(0, len(begun), batch):
             yield begun[place : place + batch]

@@ -25,9 +25,10 @@ from rwkv_train.config.schema import PLACEMENT, as_tree, differences
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.sources import refuse_large
 from rwkv_train.errors import UserError
-from rwkv_train.models import LanguageModel, ModelConfig, RecipeRow, build_model, recipe_of
+from rwkv_train.models import LanguageModel, RecipeRow, build_model, recipe_of
 from rwkv_train.models.weights import refuse_mismatches, shapes_of
 from rwkv_train.planning.cards import card_of, cpu_card, present_card, ranks_of, with_precision
+from rwkv_train.planning.model import model_config, parameters
 from rwkv_train.planning.plan import make_plan, smallest_change, why
 from rwkv_train.planning.report import advice
 from rwkv_train.rundir.directory import RunDirectory
@@ -132,10 +133,10 @@ def _strategy(config: Config, accelerator: str, processes: int, data: Batches, c
     if find_spec(package) is None:
         raise UserError(f"strategy={config.strategy} needs {package}, which is not installed", f"pip install {package}")
     card = card_of(config)[0] if config.dry_run else (present_card() if gpu else None) or cpu_card(processes)
-    state = 16.0 * config.model.n_layer * config.model.n_embd**2 * 13
+    vocab_size = data.vocabulary or data.vocab_size
+    state = 16.0 * parameters(model_config(config, vocab_size))
     if config.strategy == "auto" and state < _SMALL * card.memory:
         return "single" if ranks == 1 else "ddp", data.micro
-    vocab_size = data.vocabulary or data.vocab_size
     plan = make_plan(config, card, ranks, vocab_size, gpu)
     if not plan.fits and not config.dry_run:
         change = smallest_change(config, plan, vocab_size)
@@ -185,8 +186,7 @@ def _devices(config: Config) -> tuple[str, int]:
 
 def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel, Recipe | Reader | None]:
     """The model and where its first values come from: the recipe or init.weights; None where it has them already."""
-    settings = config.model
-    shape = ModelConfig(config.arch, settings.n_layer, settings.n_embd, vocab_size, settings.dim_ffn)
+    shape = model_config(config, vocab_size)
     model = build_model(shape, device="meta")
     source: Recipe | Reader
     if config.init_weights is None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_train.evaluation.report.charts import DECAY
+from rwkv_train.evaluation.report.charts import spectra
+from rwkv_train.models.registry import LayerChart
 
 COLOURS = ("#0f62ae", "#c8500a", "#117a57", "#a62c72", "#866a00", "#5a50c4", "#1c7f96", "#61666e")
 _LOOK: dict[Any, Any] = {
@@ -51,9 +52,14 @@ def draw(data: Mapping[str, Any], folder: Path) -> Iterator[Path]:
             if any(key in run["curves"] for run in data["runs"] for key in chart["lines"]):
                 yield saved(chart["title"], lambda axes, chart=chart: _curves(axes, chart, data["runs"]))
     for run in data["runs"]:
-        if DECAY in run["layers"]:
-            prefix = f"{run['name']}_" if len(data["runs"]) > 1 else ""
-            yield saved(f"{prefix}time_decay", lambda axes, run=run: _spectrum(axes, run["layers"][DECAY], run["name"]))
+        for key, band in spectra().items():
+            if key in run["layers"]:
+                prefix = f"{run['name']}_" if len(data["runs"]) > 1 else ""
+                rows = run["layers"][key]
+                yield saved(
+                    f"{prefix}{band.title}",
+                    lambda axes, rows=rows, band=band, name=run["name"]: _spectrum(axes, rows, band, name),
+                )
 
 
 def _parts(chart: Mapping[str, Any], runs: int) -> list[Mapping[str, Any]]:
@@ -97,7 +103,7 @@ def _curves(axes: Any, chart: Mapping[str, Any], runs: Any) -> None:
         axes.figure.legend(**_ABOVE)
 
 
-def _spectrum(axes: Any, rows: Mapping[str, Any], name: str) -> None:
+def _spectrum(axes: Any, rows: Mapping[str, Any], band: LayerChart, name: str) -> None:
     first, last = (np.array(rows["y"][place], float) for place in (0, -1))  # (L, 5)
     layers = np.arange(len(last))
     axes.fill_between(layers, last[:, 0], last[:, 4], color=COLOURS[0], alpha=0.15, linewidth=0, label="all channels")
@@ -106,7 +112,7 @@ def _spectrum(axes: Any, rows: Mapping[str, Any], name: str) -> None:
     axes.plot(layers, first[:, 2], color=COLOURS[-1], linestyle="--", label=f"median, step {rows['x'][0]:,}")
     axes.set_yscale("log")
     axes.set_xlabel("layer")
-    axes.set_ylabel("half-life of the time decay (tokens)")
+    axes.set_ylabel(f"{band.title}: {band.unit}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(name, fontsize=8, loc="right")
     axes.figure.legend(**_ABOVE)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_train.evaluation.report.charts import CLOCKS, DECAY, LAYERS, charts
+from rwkv_train.evaluation.report.charts import CLOCKS, charts, layer_charts_of, spectra
 from rwkv_train.evaluation.report.metrics import Column
 from rwkv_train.evaluation.report.run import Run
 from rwkv_train.evaluation.report.thin import extremes, trend
@@ -35,6 +35,7 @@ def payload(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "charts": [vars(chart) for chart in shown],
         "layers": [{"key": key, "title": title, "unit": unit} for key, title, unit in _layers(runs)],
+        "spectra": [{"key": key, "title": band.title, "unit": band.unit} for key, band in spectra().items()],
         "runs": [_run(run, columns, buckets) for run, columns in zip(runs, scalars, strict=True)],
         "differences": _differences(runs),
     }
@@ -71,6 +72,7 @@ def _read(name: str) -> str:
 
 
 def _run(run: Run, columns: Mapping[str, Column], buckets: int) -> dict[str, Any]:
+    bands = spectra()
     curves = {key: _curve(column, buckets) for key, column in columns.items() if key not in CLOCKS}
     return {
         "name": run.name,
@@ -81,7 +83,7 @@ def _run(run: Run, columns: Mapping[str, Column], buckets: int) -> dict[str, Any
         "layers": {
             key: _over_time(column)
             for key, column in run.metrics.columns.items()
-            if column.values.ndim == 2 or (key == DECAY and column.values.ndim == 3 and column.values.shape[2] == 5)
+            if column.values.ndim == 2 or (key in bands and column.values.ndim == 3 and column.values.shape[2] == 5)
         },
         "events": [_event(row) for row in run.events[-_EVENTS:]],
         "samples": [{"step": step, "text": text} for step, text in run.samples[-_SAMPLES:]],
@@ -177,10 +179,7 @@ def _summary(run: Run, columns: Mapping[str, Column]) -> dict[str, Any]:
 
 def _layers(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
     keys = {key for run in runs for key, column in run.metrics.columns.items() if column.values.ndim == 2}
-    return [
-        *((key, *LAYERS[key]) for key in LAYERS if key in keys),
-        *((key, key, "") for key in sorted(keys - LAYERS.keys())),
-    ]
+    return [(key, title, unit) for key, (title, unit) in layer_charts_of(keys).items()]
 
 
 def _differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
