@@ -1,4 +1,4 @@
-"""The configuration: typed settings (settings.py) and their form as text (schema.py). Imports no torch."""
+"""The configuration: typed settings (settings.py), their form as text (schema.py), the ranks (mesh.py). No torch."""
 
 from rwkv_train.config.settings import (
     LOGITS_AT_ONCE,
