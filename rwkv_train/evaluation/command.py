@@ -23,7 +23,7 @@ from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.perplexity import measure, together
 from rwkv_train.inference.loading import load_model, remembered, tokenizer_of
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 
 _CONTEXT = 1024  # of weights that do not remember theirs
 
@@ -164,7 +164,7 @@ def _held_out(checkpoint: str, meta: Mapping[str, Any]) -> list[tuple[str, Store
 
 
 def _perplexities(
-    model: RWKV,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     sources: Sequence[tuple[str, Store]],
     wanted: Wanted,

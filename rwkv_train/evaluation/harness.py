@@ -25,9 +25,9 @@ from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.prefixes import Begun, share
 from rwkv_train.evaluation.scoring import score
-from rwkv_train.inference.continuation import begin, continue_texts, starts_at
+from rwkv_train.inference.continuation import begin, continue_texts
 from rwkv_train.inference.sampling import Sampling
-from rwkv_train.models import RWKV, State
+from rwkv_train.models import LanguageModel, State
 
 _AT_ONCE = 1024  # tokens of each row that are read in one pass
 _SHOTS_SEED = 1234  # of the choice of examples, lm-eval's own
@@ -49,7 +49,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def __init__(
         self,
-        model: RWKV,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         batch: int,
         max_length: int | None = None,
@@ -128,12 +128,10 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             tokens[place, : len(rest)] = torch.tensor(rest)
             targets[place, len(rest) - len(scored) : len(rest)] = torch.tensor(scored)
         state: State | None
-        state, fresh = begin([row.state for row in rows], device)
+        state = begin(self.model, [row.state for row in rows])
         nats, greedy = torch.zeros(len(rows), dtype=torch.float64), torch.ones(len(rows), dtype=torch.bool)
         for part, goal in zip(tokens.split(_AT_ONCE, 1), targets.split(_AT_ONCE, 1), strict=True):
-            starts = starts_at(fresh, part.shape[1])
-            found, state = score(self.model, part.to(device), goal.to(device), state, starts)
-            fresh = None
+            found, state = score(self.model, part.to(device), goal.to(device), state)
             nats += found.nats.double().sum(1).cpu()
             greedy &= found.greedy.all(1).cpu()
         return [(-float(nat), bool(best)) for nat, best in zip(nats, greedy, strict=True)]

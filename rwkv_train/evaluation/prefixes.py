@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from rwkv_train.inference.continuation import read
-from rwkv_train.models import RWKV, State
+from rwkv_train.models import LanguageModel, State
 
 WORTH = 32  # tokens that must be saved for a beginning to be read by itself
 _MOST = 2048  # texts that are looked at together: so many memories may be held at once
@@ -23,7 +23,9 @@ class Begun(NamedTuple):
     state: State | None  # after them, of one row; None: none were read
 
 
-def share(model: RWKV, texts: Sequence[Sequence[int]], limits: Sequence[int], batch: int) -> Iterator[list[Begun]]:
+def share(
+    model: LanguageModel, texts: Sequence[Sequence[int]], limits: Sequence[int], batch: int
+) -> Iterator[list[Begun]]:
     """Batches of texts to go on with, each with the memory of what it shares with others.
 
     Args:
@@ -39,7 +41,9 @@ def share(model: RWKV, texts: Sequence[Sequence[int]], limits: Sequence[int], ba
             yield begun[place : place + batch]
 
 
-def _share(model: RWKV, texts: Sequence[Sequence[int]], limits: Sequence[int], ordered: Sequence[int]) -> list[Begun]:
+def _share(
+    model: LanguageModel, texts: Sequence[Sequence[int]], limits: Sequence[int], ordered: Sequence[int]
+) -> list[Begun]:
     """Walks down the tree of beginnings; its leaves are the texts."""
     leaves: list[Begun] = []
     waiting: list[tuple[Sequence[int], int, State | None]] = [(ordered, 0, None)]  # texts that agree so far

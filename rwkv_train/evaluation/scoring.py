@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rwkv_train.config import LOGITS_AT_ONCE
 from rwkv_train.data.rows import IGNORED
-from rwkv_train.models import RWKV, State
+from rwkv_train.models import LanguageModel, State
 
 
 class Scores(NamedTuple):
@@ -22,7 +22,7 @@ class Scores(NamedTuple):
 
 @torch.inference_mode()
 def score(
-    model: RWKV, tokens: Tensor, targets: Tensor, state: State | None = None, starts: Tensor | None = None
+    model: LanguageModel, tokens: Tensor, targets: Tensor, state: State | None = None, starts: Tensor | None = None
 ) -> tuple[Scores, State]:
     """Reads tokens and scores what follows each; logits exist for the targets alone, and not for all of them at once.
 

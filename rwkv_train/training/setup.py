@@ -27,11 +27,11 @@ from rwkv_train.config.schema import PLACEMENT, as_tree, differences
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.sources import refuse_large
 from rwkv_train.errors import UserError
-from rwkv_train.models import RWKV, ModelConfig, Row, build_model, recipe_of
+from rwkv_train.models import LanguageModel, ModelConfig, RecipeRow, build_model, recipe_of
 from rwkv_train.models.weights import refuse_mismatches, shapes_of
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.initial_weights import Recipe
-from rwkv_train.training.optim import describe_groups, parameter_groups
+from rwkv_train.training.optim import describe_frozen, describe_groups, parameter_groups
 from rwkv_train.training.resolved import ResolvedConfig, find_devices, resolve
 
 
@@ -60,8 +60,8 @@ class RunSetup:
     rank_info: RankInfo
     console: Console
     data: Batches
-    model: RWKV
-    recipe: dict[str, Row]
+    model: LanguageModel
+    recipe: dict[str, RecipeRow]
     shapes: dict[str, tuple[int, ...]]
     source: Recipe | Reader | None
     directory: RunDirectory
@@ -142,7 +142,7 @@ def _read_data(config: Config, mesh: Mesh) -> Batches:
     return data
 
 
-def _build(config: Config, vocab_size: int, valued: bool) -> tuple[RWKV, Recipe | Reader | None]:
+def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel, Recipe | Reader | None]:
     """The model and where its first values come from: the recipe or init.weights; None where it has them already."""
     settings = config.model
     shape = ModelConfig(config.arch, settings.n_layer, settings.n_embd, vocab_size, settings.dim_ffn)
@@ -151,7 +151,7 @@ def _build(config: Config, vocab_size: int, valued: bool) -> tuple[RWKV, Recipe 
     if config.init_weights is None:
         if valued:
             model = build_model(shape, config.seed)
-        source = Recipe(recipe_of(model), shapes_of(dict(model.named_parameters())), shape.n_layer, config.seed)
+        source = Recipe(recipe_of(model), shapes_of(dict(model.named_parameters())), model.config, config.seed)
     else:
         source = Reader(Path(config.init_weights).expanduser())
         source.grow_vocabulary(len(config.vocab.extend))
@@ -205,7 +205,7 @@ def describe(setup: RunSetup, checkpoint: Path | None) -> None:
     sizes = f"L{shape.n_layer} C{shape.n_embd} V{shape.vocab_size}"
     say(f"model   {shape.arch} {config.model.size}: {sizes}, {setup.parameters:,} parameters")
     groups = parameter_groups(setup.model, setup.recipe, config.optim.weight_decay, config.optim.rules)
-    for line in describe_groups(groups):
+    for line in [*describe_groups(groups), *describe_frozen(setup.model)]:
         say(f"group   {line}")
     say(
         f"batch   {config.batch.tokens:,} tokens a step: context {config.batch.context} × micro-batch {resolved.micro} "

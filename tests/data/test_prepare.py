@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import zstandard
 
 from rwkv_train.cli.main import main as cli
+from rwkv_train.data import workers
 from rwkv_train.data.indexed import IndexedStore
 from rwkv_train.data.manifest import Manifest, read_manifest
 from rwkv_train.data.prepare import Job, pipeline, prepare, units
@@ -239,6 +241,21 @@ def test_a_killed_prepare_goes_on_and_two_into_one_place_are_refused(tmp_path: P
     assert documents(tmp_path / "s") == TEXTS
 
 
+def test_a_broken_pool_ends_its_busy_workers_at_once() -> None:
+    """A broken executor terminates its other processes and joins them; Python 3.12 and later do nothing else."""
+    broken = workers.pool(2, "bytes", ())
+    busy = broken.submit(time.sleep, 100)
+    while not busy.running():
+        time.sleep(0.01)
+    started = time.monotonic()
+    with pytest.raises(BrokenProcessPool):
+        broken.submit(signal.raise_signal, signal.SIGKILL).result()
+    broken.shutdown()
+    assert time.monotonic() - started < 30
+    with pytest.raises(BrokenProcessPool):
+        busy.result()
+
+
 def test_workers_end_with_a_killed_prepare() -> None:
     code = (
         "import os, time; from rwkv_train.data import workers\n"
@@ -294,7 +311,7 @@ def test_verify_of_a_foreign_store_finds_tokens_that_do_not_exist(tmp_path: Path
     faults = list(verify(tmp_path / "x", "bytes"))
     assert "x.bin, document 1: token 4 is 300, the vocabulary of bytes has 256" in faults[0].what
     assert "has no manifest" in faults[1].what
-    assert not faults[1].way_out
+    assert not faults[1].remedy
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

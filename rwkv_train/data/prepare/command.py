@@ -60,10 +60,10 @@ def _verify(argv: Sequence[str], console: Console) -> int:
     given = _examiner("verify", "reads every byte of a store").parse_args(argv)
     faults = 0
     for fault in verify(given.store, given.tokenizer):
-        faults += bool(fault.way_out)
-        console.print(f"{'BAD' if fault.way_out else 'note'}   {fault.what}", markup=False)
-        if fault.way_out:
-            console.print(f"      {fault.way_out}", markup=False)
+        faults += bool(fault.remedy)
+        console.print(f"{'BAD' if fault.remedy else 'note'}   {fault.what}", markup=False)
+        if fault.remedy:
+            console.print(f"      {fault.remedy}", markup=False)
     console.print(f"{given.store}: " + (f"{faults} faults" if faults else "whole"))
     return 1 if faults else 0
 

@@ -64,7 +64,7 @@ class Fault:
     """What `verify` found."""
 
     what: str
-    way_out: str = "prepare the store anew, or copy it anew from where it is whole"
+    remedy: str = "prepare the store anew, or copy it anew from where it is whole"
 
 
 def verify(path: Path, tokenizer: str | None = None) -> Iterator[Fault]:
