@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.errors import UserError
 
 Ints = npt.NDArray[np.int64]
@@ -172,35 +173,36 @@ def _mix(word: Words) -> Words:
 
 @dataclass(frozen=True)
 class Split:
-    """How a global batch is shared out: `accumulation` passes × `ranks` × `micro` samples."""
+    """How a global batch is shared out: `accumulation` passes × `mesh.data` groups of ranks × `micro` samples."""
 
-    ranks: int
+    mesh: Mesh
     micro: int
     accumulation: int
 
     @property
     def samples(self) -> int:
         """Samples of one global batch."""
-        return self.accumulation * self.ranks * self.micro
+        return self.accumulation * self.mesh.data * self.micro
 
     def share(self, step: int, index: int, rank: int) -> Ints:
-        """The numbers of the samples, (micro,), of pass `index` of `step` on `rank`; every sample is in one share."""
-        first = step * self.samples + (index * self.ranks + rank) * self.micro
+        """The numbers of the samples, (micro,), of pass `index` of `step`, for one data-parallel index."""
+        first = step * self.samples + (index * self.mesh.data + rank) * self.micro
         return np.arange(first, first + self.micro, dtype=np.int64)
 
 
-def split_batch(tokens: int, context: int, micro: int | None, ranks: int) -> Split:
+def split_batch(tokens: int, context: int, micro: int | None, mesh: Mesh) -> Split:
     """Derives micro-batch and accumulation from the global batch.
 
     Args:
         tokens: of the global batch (`batch.tokens`).
         context: tokens of a sample (`batch.context`).
         micro: samples per device and pass (`batch.micro`); None: a device takes its whole share in one pass.
-        ranks: number of devices.
+        mesh: all ranks; those of one data-parallel group have the same samples.
 
     Raises:
         UserError: the parts do not divide the whole; names the nearest `batch.tokens` that does.
     """
+    ranks = mesh.data
     unit = context * ranks * (micro or 1)
     if tokens <= 0 or tokens % unit:
         lower, parts = tokens // unit * unit, [f"batch.context={context}"]
@@ -213,4 +215,4 @@ def split_batch(tokens: int, context: int, micro: int | None, ranks: int) -> Spl
         )
     samples = tokens // context
     micro = micro or samples // ranks
-    return Split(ranks, micro, samples // (ranks * micro))
+    return Split(mesh, micro, samples // (ranks * micro))
