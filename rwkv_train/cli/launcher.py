@@ -127,7 +127,7 @@ def show(words: Sequence[str]) -> int:
     Raises:
         UserError: a mistake in the words, or in the data.
     """
-    from rwkv_train.data.preview import preview
+    from rwkv_train.data.batch_preview import preview
 
     preview(load(words))
     return 0

@@ -44,21 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"wrote {export(Path(arguments.checkpoint), Path(arguments.target), arguments.dtype)}")
             return 0
         if arguments.command == "eval":
-            from rwkv_train.evaluation import command as evaluation
+            from rwkv_train.evaluation import eval_command as evaluation
 
             given = vars(arguments)
             del given["command"]
-            return evaluation.run(evaluation.Wanted(**given))
+            return evaluation.run(evaluation.EvalOptions(**given))
         if arguments.command == "report" and arguments.push is not None:
             from rwkv_train.trackers.launch import push_all
 
             return push_all([Path(run) for run in arguments.runs], arguments.push)
         if arguments.command == "report":
-            from rwkv_train.evaluation.report import command as report
+            from rwkv_train.evaluation.report import report_command as report
 
             given = vars(arguments)
             del given["command"], given["push"]
-            return report.run(report.Wanted(**given))
+            return report.run(report.ReportOptions(**given))
         return _generate(arguments)
     except UserError as error:
         launcher.report(error)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(argv: Sequence[str]) -> int:
     if argv[:1] == ["show"]:
         return launcher.show(argv[1:])
-    from rwkv_train.data.prepare.command import run
+    from rwkv_train.data.prepare.prepare_command import run
 
     return run(argv, launcher.cores())
 

@@ -27,10 +27,10 @@ from rwkv_train.checkpoint.directory import (
 )
 from rwkv_train.cluster.environment import environment
 from rwkv_train.cluster.preflight import meet
+from rwkv_train.data.batch_preview import show_batch
 from rwkv_train.data.datamodule import DataModule
-from rwkv_train.data.show import show_batch
 from rwkv_train.evaluation.baselines import baselines
-from rwkv_train.evaluation.curve import draw_loss_curve
+from rwkv_train.evaluation.report.figures import draw_loss_curve
 from rwkv_train.inference.export import consolidate
 from rwkv_train.instantiate import Makers, prepare
 from rwkv_train.rundir.history import History

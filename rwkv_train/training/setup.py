@@ -23,7 +23,7 @@ from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Config
 from rwkv_train.config.schema import PLACEMENT, as_tree, differences
 from rwkv_train.data.batches import Batches
-from rwkv_train.data.sources import refuse_large
+from rwkv_train.data.sources import check_token_in_vocabulary
 from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV, ModelConfig, Row, build_model, recipe_of
 from rwkv_train.models.weights import refuse_mismatches, shapes_of
@@ -93,7 +93,7 @@ def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo
     budget = config.budget.total
     data.refuse_budget(None if budget is None else budget.in_steps(config.batch.tokens))
     data.vocabulary = config.model.vocab_size or data.vocab_size
-    refuse_large(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
+    check_token_in_vocabulary(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
     console = Console(quiet=not rank_info.first, highlight=False, soft_wrap=True)
     strategy, micro = _strategy(config, accelerator, processes, data, console)
     data.share_out(micro)

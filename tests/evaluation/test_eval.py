@@ -1,4 +1,4 @@
-"""`rwkv-train eval`: its figures against the model's own logits, and what it says of mistakes."""
+"""`rwkv-train eval`: its figures against the model's logits, and its error messages."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import ByteTokenizer, load_tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation import scoring
-from rwkv_train.evaluation.command import Wanted, run
-from rwkv_train.evaluation.perplexity import measure, together
+from rwkv_train.evaluation.eval_command import EvalOptions, run
+from rwkv_train.evaluation.perplexity import combine, measure
 from rwkv_train.models import RWKV, ModelConfig, build_model
 from rwkv_train.training.run import train
 from tests.data.test_indexed import ours
@@ -73,12 +73,12 @@ def test_a_limit_takes_windows_from_the_whole_store(model: RWKV) -> None:
     part = measure(model, BYTES, "x", MemoryStore(text), 10, 4, limit=95)
     assert (part.tokens, part.available) == (90, 999)
     whole = measure(model, BYTES, "y", MemoryStore(text), 10, 4)
-    both = together([part, whole])
+    both = combine([part, whole])
     assert (both.name, both.tokens, both.nats) == ("all", 90 + 999, part.nats + whole.nats)
     assert both.positions.tolist() == (part.positions + whole.positions).tolist()
 
 
-def test_whether_the_context_is_used_shows() -> None:
+def test_the_loss_by_position_shows_whether_the_context_is_used() -> None:
     """A model that cannot mix over time has the same loss at every position; one that does has not."""
     blind = lively_model(vocab_size=256)
     with torch.no_grad():
@@ -152,33 +152,33 @@ def test_text_stores_and_names(trained: Path, tmp_path: Path, capsys: pytest.Cap
     assert batches[0] == pytest.approx(batches[1], rel=1e-6)
 
 
-def refused(words: dict[str, Any]) -> str:
+def refused(options: dict[str, Any]) -> str:
     with pytest.raises(UserError) as error:
-        run(Wanted(**words))
+        run(EvalOptions(**options))
     return str(error.value)
 
 
-def test_mistakes(trained: Path, model: RWKV, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_messages(trained: Path, model: RWKV, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = str(trained / "weights.pth")
     for name, value, valid in (("context", 0, 1), ("batch", 0, 1), ("tokens", 0, 1), ("limit", 0, 1), ("shots", -1, 0)):
         told = refused({"checkpoint": checkpoint, name: value})
         assert told == f"--{name} {value} is out of range\n  valid: {valid} or more"
     assert refused({"checkpoint": checkpoint, "max_length": 1}).startswith("--max-length 1 is out of range")
-    assert "there is neither a store nor text" in refused({"checkpoint": checkpoint, "data": ["nowhere.txt"]})
-    assert "there is no directory for it" in refused({"checkpoint": checkpoint, "out": str(tmp_path / "no" / "x.json")})
+    assert "there is no such store or text" in refused({"checkpoint": checkpoint, "data": ["nowhere.txt"]})
+    assert "its directory does not exist" in refused({"checkpoint": checkpoint, "out": str(tmp_path / "no" / "x.json")})
     (tmp_path / "a.txt").write_text("x" * 9)
     twice = refused({"checkpoint": checkpoint, "data": [str(tmp_path / "a.txt")] * 2})
-    assert "there are two sources called a\n  name them: --data NAME=PATH" in twice
+    assert "there are two sources named a\n  name them: --data NAME=PATH" in twice
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     told = refused({"checkpoint": str(tmp_path / "bare.pth")})
-    assert "does not lead to the data that its run held out\n  --data names what to evaluate on" in told
-    monkeypatch.setattr("rwkv_train.evaluation.command.find_spec", lambda name: None)
+    assert "is not found\n  give the data to evaluate on" in told
+    monkeypatch.setattr("rwkv_train.evaluation.eval_command.find_spec", lambda name: None)
     told = refused({"checkpoint": checkpoint, "tasks": ["x"]})
     assert told == "--tasks needs lm-eval, which is not installed\n  pip install 'rwkv-train[eval]'"
 
 
-def test_another_tokenizer(trained: Path, tmp_path: Path) -> None:
-    """The checkpoint remembers its own; a store's and the one that is typed must be the same."""
+def test_a_mismatched_tokenizer_is_refused(trained: Path, tmp_path: Path) -> None:
+    """The checkpoint records its tokenizer; that of a store and --tokenizer must be the same."""
     checkpoint = str(*trained.glob("checkpoints/step_*"))
     told = refused({"checkpoint": checkpoint, "tokenizer": "world"})
     assert "has a vocabulary of 256 tokens, the tokenizer world 65,536" in told

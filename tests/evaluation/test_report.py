@@ -17,13 +17,12 @@ import pytest
 from rwkv_train.cli import launcher
 from rwkv_train.cli import main as cli
 from rwkv_train.errors import UserError
-from rwkv_train.evaluation.report import command
+from rwkv_train.evaluation.report import report_command
 from rwkv_train.evaluation.report.charts import KNOWN, LAYERS, charts
-from rwkv_train.evaluation.report.live import Server
-from rwkv_train.evaluation.report.metrics import Column, Metrics
+from rwkv_train.evaluation.report.live_server import ReportServer
+from rwkv_train.evaluation.report.metrics_table import MetricColumn, MetricsTable, extremes, trend
 from rwkv_train.evaluation.report.page import payload, render
-from rwkv_train.evaluation.report.run import Run, open_runs
-from rwkv_train.evaluation.report.thin import extremes, trend
+from rwkv_train.evaluation.report.recorded_run import RecordedRun, open_runs
 from tests.evaluation.made_runs import make_run
 
 
@@ -47,7 +46,7 @@ def test_columns_are_what_was_written(tmp_path: Path) -> None:
             row |= {"val/loss": draw.random(), "layers/x": [draw.random(), None, 3]}
         rows.append(row)
     append(tmp_path / "metrics.jsonl", *(json.dumps(row) + "\n" for row in rows))
-    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics = MetricsTable(tmp_path / "metrics.jsonl")
     assert metrics.refresh()
     assert not metrics.refresh()
     assert set(metrics.columns) == {"lr", "n", "val/loss", "layers/x"}
@@ -60,10 +59,10 @@ def test_columns_are_what_was_written(tmp_path: Path) -> None:
     assert np.isnan(layers.values[:, 1]).all()
 
 
-def test_what_is_not_finite_or_not_there_is_a_gap(tmp_path: Path) -> None:
+def test_missing_and_non_finite_values_are_gaps(tmp_path: Path) -> None:
     lines = ['{"step": 1, "a": NaN, "b": 1}\n', '{"step": 2, "a": 2.5, "b": -Infinity}\n', '{"step": 3, "a": null}\n']
     append(tmp_path / "metrics.jsonl", *lines)
-    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics = MetricsTable(tmp_path / "metrics.jsonl")
     metrics.refresh()
     assert [metrics.columns[key].steps.tolist() for key in "ab"] == [[2], [1]]
 
@@ -71,7 +70,7 @@ def test_what_is_not_finite_or_not_there_is_a_gap(tmp_path: Path) -> None:
 def test_half_written_and_broken_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     append(path, '{"step": 1, "a": 1}\n', '{"step": 2, "a"', ': 2}\nnonsense\n[1]\n{"a": 3}\n', '{"step": 3, "a": 3.5')
-    metrics = Metrics(path)
+    metrics = MetricsTable(path)
     metrics.refresh()
     assert metrics.columns["a"].values.tolist() == [1, 2]
     assert metrics.unreadable == 3
@@ -80,10 +79,10 @@ def test_half_written_and_broken_lines(tmp_path: Path) -> None:
     assert metrics.columns["a"].values.tolist() == [1, 2, 3.5]
 
 
-def test_a_file_that_is_cut_back_or_replaced_is_read_anew(tmp_path: Path) -> None:
+def test_a_truncated_or_replaced_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     append(path, *(f'{{"step": {step}, "a": {step}}}\n' for step in range(1, 6)))
-    metrics = Metrics(path)
+    metrics = MetricsTable(path)
     metrics.refresh()
     path.write_text('{"step": 1, "a": 7}\n')
     assert metrics.refresh()
@@ -106,7 +105,7 @@ def test_spikes_survive(count: int) -> None:
     values = np.random.default_rng(count).normal(size=count)
     spikes = np.random.default_rng(1).integers(0, count, 3)
     values[spikes] = [1e3, -1e3, 500][: len(spikes)]
-    column = Column(np.arange(1, count + 1) * 3, values)
+    column = MetricColumn(np.arange(1, count + 1) * 3, values)
     thin = extremes(column, 100)
     assert len(thin.steps) <= 202
     assert (np.diff(thin.steps) > 0).all()
@@ -122,12 +121,12 @@ def test_spikes_survive(count: int) -> None:
 
 def test_the_trend_is_a_centred_mean() -> None:
     steps = np.arange(1, 2001)
-    line = trend(Column(steps, 5.0 - 0.001 * steps))
+    line = trend(MetricColumn(steps, 5.0 - 0.001 * steps))
     assert line is not None
     inside = (line.steps > 20) & (line.steps < 1980)
     assert line.values[inside] == pytest.approx(5.0 - 0.001 * line.steps[inside])
-    assert trend(Column(steps[:200], steps[:200] * 1.0)) is None
-    noisy = trend(Column(steps, np.random.default_rng(0).normal(size=2000)))
+    assert trend(MetricColumn(steps[:200], steps[:200] * 1.0)) is None
+    noisy = trend(MetricColumn(steps, np.random.default_rng(0).normal(size=2000)))
     assert noisy is not None
     assert np.abs(noisy.values).max() < 1.5
 
@@ -150,7 +149,7 @@ def test_the_payload(tmp_path: Path) -> None:
     data = payload(open_runs([run, other]))
     json.dumps(data, allow_nan=False)
     assert [found["name"] for found in data["runs"]] == ["one", "two"]
-    assert {row["word"]: row["values"] for row in data["differences"]} == {
+    assert {row["setting"]: row["values"] for row in data["differences"]} == {
         "optim.lr": ["0.001", "0.002"],
         "seed": ["0", "5"],
     }
@@ -172,14 +171,14 @@ def test_the_payload(tmp_path: Path) -> None:
     assert summary["best_val_loss"] <= summary["val_loss"]
 
 
-def test_many_runs_share_the_room(tmp_path: Path) -> None:
+def test_many_runs_share_the_points_of_the_page(tmp_path: Path) -> None:
     runs = open_runs([make_run(tmp_path / f"run_{number}", steps=2000, seed=number) for number in range(4)])
     one, four = (payload(some)["runs"][0]["curves"] for some in (runs[:1], runs * 10))
     assert len(one["train/loss"]["x"]) == 2000
     assert len(four["train/loss"]["x"]) < 300
 
 
-def test_the_page_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a<b>&{{data}}", steps=50)
     assert cli.main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
@@ -190,7 +189,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
     assert held
     assert json.loads(held[1])["runs"][0]["name"] == "a<b>&{{data}}"
     assert page.count("</script>") == 3, "nothing in the data ends a script"
-    assert "connect-src 'self'" in render(payload([Run(run)]), live=True)
+    assert "connect-src 'self'" in render(payload([RecordedRun(run)]), live=True)
 
 
 def test_where_it_is_written(
@@ -206,22 +205,22 @@ def test_where_it_is_written(
     assert {"loss.png", "gradient_norm.png", "throughput.png", "one_time_decay.png", "two_time_decay.png"} <= pictures
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in Path("pictures").iterdir())
     assert cli.main(["report", *runs, "--out", "no/where.html"]) == 2
-    assert "cannot be written: No such file or directory\n  --out FILE gives another place" in capsys.readouterr().err
+    assert "cannot be written: No such file or directory\n  give another path with --out" in capsys.readouterr().err
 
 
 def refused(path: Path) -> str:
     with pytest.raises(UserError) as error:
-        command.run(command.Wanted([str(path)]))
+        report_command.run(report_command.ReportOptions([str(path)]))
     return str(error.value)
 
 
-def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_messages_and_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "runs" / "one", steps=5)
     make_run(tmp_path / "runs" / "two", steps=5)
     assert refused(tmp_path / "runs" / "tow") == f"there is no directory {tmp_path}/runs/tow\n  runs there: one, two"
     assert refused(tmp_path / "runs" / "one" / "config.yaml").startswith(f"{tmp_path}/runs/one/config.yaml is a file\n")
     assert refused(tmp_path / "runs") == (
-        f"{tmp_path}/runs is no run's directory, it holds 2: one, two\n  {tmp_path}/runs/*"
+        f"{tmp_path}/runs is not a run's directory, it contains 2: one, two\n  give {tmp_path}/runs/*"
     )
     (tmp_path / "empty").mkdir()
     assert refused(tmp_path / "empty") == (
@@ -230,7 +229,7 @@ def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (tmp_path / "empty" / "config.yaml").write_text("seed: 1\n")
     (tmp_path / "empty" / "metrics.jsonl").write_text('{"step": 1, "train/lo')
     assert refused(tmp_path / "empty") == (
-        f"{tmp_path}/empty has logged no step yet\n  `report --live` waits for the first one"
+        f"{tmp_path}/empty has logged no step yet\n  wait for the first one with `report --live`"
     )
     run = make_run(tmp_path / "half", steps=5)
     append(run / "metrics.jsonl", "torn\n", '{"step": 6, "trai')
@@ -239,8 +238,8 @@ def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (run / "eval.json").write_text("{")
     assert cli.main(["report", str(run)]) == 0
     told = capsys.readouterr().out
-    assert "note: half: metrics.jsonl: 1 lines are no rows; they are left out" in told
-    assert "note: half: events.jsonl: 1 lines are no events; they are left out" in told
+    assert "note: half: metrics.jsonl: left out 1 lines that are not rows" in told
+    assert "note: half: events.jsonl: left out 1 lines that are not events" in told
     assert "note: half: config.yaml cannot be read: while parsing" in told
     assert "note: half: eval.json cannot be read: Expecting" in told
 
@@ -253,7 +252,7 @@ def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 def test_a_live_report_follows(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    with Server(open_runs([run], wait=True), 0) as server:
+    with ReportServer(open_runs([run], wait=True), 0) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:
@@ -273,7 +272,7 @@ def test_a_live_report_follows(tmp_path: Path) -> None:
                 with pytest.raises(urllib.error.HTTPError, match=str(code)):
                     urllib.request.urlopen(asked)
             with pytest.raises(UserError, match=f"--port {server.server_port} cannot be used: Address already in use"):
-                Server([], server.server_port)
+                ReportServer([], server.server_port)
         finally:
             server.shutdown()
             thread.join()

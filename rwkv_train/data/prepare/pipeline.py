@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from rwkv_train import __version__
-from rwkv_train.data.indexed import IndexedStore, beside, write_index
+from rwkv_train.data.indexed import IndexedStore, store_file, write_index
 from rwkv_train.data.manifest import Manifest, write_manifest
-from rwkv_train.data.prepare.progress import Progress
-from rwkv_train.data.prepare.shards import Counts, Shard, make_shard
+from rwkv_train.data.prepare.progress import PrepareProgress
+from rwkv_train.data.prepare.shards import Shard, ShardCounts, make_shard
 from rwkv_train.data.prepare.units import Unit, find_sources, units
-from rwkv_train.data.tokenizers import load_tokenizer, smallest
+from rwkv_train.data.tokenizers import load_tokenizer, token_dtype
 from rwkv_train.data.workers import pool as pool_of
 from rwkv_train.errors import UserError
 
@@ -33,7 +33,7 @@ _BLOCK = 2**22  # bytes that are copied at once
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepareOptions:
     """What is to be prepared.
 
     Attributes:
@@ -41,7 +41,7 @@ class Job:
         tokenizer, extend: as load_tokenizer takes them.
         out: NAME for NAME.bin, NAME.idx, NAME.crc and NAME.json.
         field, split: of rows of JSON, parquet and data sets.
-        stop: whether a document that cannot be taken ends it; else such are left out and counted.
+        stop_at_broken: whether a document that cannot be taken ends it; else such are left out and counted.
         workers: processes.
     """
 
@@ -51,11 +51,11 @@ class Job:
     extend: tuple[str, ...] = ()
     field: str = "text"
     split: str = "train"
-    stop: bool = False
+    stop_at_broken: bool = False
     workers: int = 1
 
 
-def prepare(job: Job) -> Manifest:
+def prepare(job: PrepareOptions) -> Manifest:
     """Makes the store, and says how it goes on standard error.
 
     Raises:
@@ -64,17 +64,17 @@ def prepare(job: Job) -> Manifest:
     identity = load_tokenizer(job.tokenizer, job.extend).identity
     files, names = find_sources(job.sources)
     for suffix in (".bin", ".idx"):
-        if beside(job.out, suffix).exists():
-            raise UserError(f"{beside(job.out, suffix)} is there already", "another --out, or remove the old store")
+        if store_file(job.out, suffix).exists():
+            raise UserError(f"{store_file(job.out, suffix)} is there already", "another --out, or remove the old store")
     plan = {
         "sources": [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files] + names,
         "tokenizer": identity,
         "field": job.field,
         "split": job.split,
     }
-    folder = beside(job.out, ".parts")
+    folder = store_file(job.out, ".parts")
     total = None if names else sum(path.stat().st_size for _, path in files)
-    with _claimed(folder, plan), Progress(total) as progress:
+    with _claimed(folder, plan), PrepareProgress(total) as progress:
         try:
             shards = _make_shards(job, units(files, names, job.field, job.split), folder, progress)
             manifest = _join(job, identity, shards, progress)
@@ -115,10 +115,10 @@ def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def _make_shards(job: Job, todo: Iterable[Unit], folder: Path, progress: Progress) -> list[Shard]:
+def _make_shards(job: PrepareOptions, todo: Iterable[Unit], folder: Path, progress: PrepareProgress) -> list[Shard]:
     """All shards, in order. At most two units a process wait at a time: memory does not grow with the input."""
     shards: list[Shard] = []
-    running: dict[Future[Counts], tuple[Unit, Shard, int]] = {}
+    running: dict[Future[ShardCounts], tuple[Unit, Shard, int]] = {}
     pool = pool_of(job.workers, job.tokenizer, job.extend)
     try:
         for number, unit in enumerate(todo):
@@ -138,19 +138,22 @@ def _make_shards(job: Job, todo: Iterable[Unit], folder: Path, progress: Progres
 
 
 def _submit(
-    job: Job, pool: ProcessPoolExecutor, running: dict[Any, Any], unit: Unit, shard: Shard, attempt: int
+    job: PrepareOptions, pool: ProcessPoolExecutor, running: dict[Any, Any], unit: Unit, shard: Shard, attempt: int
 ) -> ProcessPoolExecutor:
     try:
-        future = pool.submit(make_shard, unit, shard, job.stop)
+        future = pool.submit(make_shard, unit, shard, job.stop_at_broken)
     except BrokenProcessPool:  # noticed here first; those that run are told of when they are collected
         pool = pool_of(job.workers, job.tokenizer, job.extend)
-        future = pool.submit(make_shard, unit, shard, job.stop)
+        future = pool.submit(make_shard, unit, shard, job.stop_at_broken)
     running[future] = (unit, shard, attempt)
     return pool
 
 
 def _collect(
-    job: Job, pool: ProcessPoolExecutor, running: dict[Future[Counts], tuple[Unit, Shard, int]], progress: Progress
+    job: PrepareOptions,
+    pool: ProcessPoolExecutor,
+    running: dict[Future[ShardCounts], tuple[Unit, Shard, int]],
+    progress: PrepareProgress,
 ) -> ProcessPoolExecutor:
     """Takes what is done; what a dead process leaves behind is done again."""
     done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -177,15 +180,15 @@ def _collect(
     return pool
 
 
-def _join(job: Job, identity: str, shards: list[Shard], progress: Progress) -> Manifest:
+def _join(job: PrepareOptions, identity: str, shards: list[Shard], progress: PrepareProgress) -> Manifest:
     """The shards as one store, written aside and renamed, the index last: without it there is no store."""
-    counts = Counts()
+    counts = ShardCounts()
     for shard in shards:
-        counts.add(shard.read_counts() or Counts())
+        counts.add(shard.read_counts() or ShardCounts())
     if not counts.documents:
         left_out = ", ".join(f"{n} {why}" for why, n in counts.skipped.items()) or "nothing was there"
         raise UserError(f"no document could be taken ({left_out})", "--field names the column of the text")
-    aside = {suffix: beside(job.out, f"{suffix}.writing") for suffix in (".bin", ".crc", ".idx")}
+    aside = {suffix: store_file(job.out, f"{suffix}.writing") for suffix in (".bin", ".crc", ".idx")}
     digest = hashlib.sha256()
     progress.say("joining the shards")
     try:
@@ -198,11 +201,11 @@ def _join(job: Job, identity: str, shards: list[Shard], progress: Progress) -> M
                 checks.write(_column(shard, "checks").tobytes())
             _synced(out)
             _synced(checks)
-        kind = smallest(load_tokenizer(job.tokenizer, job.extend).vocab_size)
+        kind = token_dtype(load_tokenizer(job.tokenizer, job.extend).vocab_size)
         write_index(aside[".idx"], kind, lambda: (_column(shard, "lengths") for shard in shards))
         hashes = {f"{job.out.name}.bin": digest.hexdigest(), f"{job.out.name}.idx": _sha256(aside[".idx"])}
         for suffix in (".bin", ".crc", ".idx"):
-            os.replace(aside[suffix], beside(job.out, suffix))
+            os.replace(aside[suffix], store_file(job.out, suffix))
         manifest = Manifest(
             tokenizer=job.tokenizer,
             extend=list(job.extend),
@@ -219,7 +222,7 @@ def _join(job: Job, identity: str, shards: list[Shard], progress: Progress) -> M
         )
         write_manifest(job.out, manifest)
     except BaseException:
-        for path in (*aside.values(), *(beside(job.out, suffix) for suffix in (".idx", ".json", ".crc", ".bin"))):
+        for path in (*aside.values(), *(store_file(job.out, suffix) for suffix in (".idx", ".json", ".crc", ".bin"))):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         raise
