@@ -23,7 +23,7 @@ from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.perplexity import combine, measure
 from rwkv_train.inference.loading import load_model, remembered, tokenizer_of
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 
 _DEFAULT_CONTEXT = 1024  # for weights without the configuration of their run
 
@@ -182,7 +182,7 @@ def _held_out(checkpoint: str, meta: Mapping[str, Any]) -> list[tuple[str, Store
 
 
 def _perplexities(
-    model: RWKV,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     sources: Sequence[tuple[str, Store]],
     options: EvalOptions,

@@ -25,9 +25,9 @@ from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.prefixes import PrefixedText, share_prefixes
 from rwkv_train.evaluation.scoring import score
-from rwkv_train.inference.continuation import begin, continue_texts, starts_at
+from rwkv_train.inference.continuation import begin, continue_texts
 from rwkv_train.inference.sampling import Sampling
-from rwkv_train.models import RWKV, State
+from rwkv_train.models import LanguageModel, State
 
 _TOKENS_PER_PASS = 1024  # of each row, so that memory is bounded
 _SHOTS_SEED = 1234  # lm-eval's default, for the choice of examples
@@ -49,7 +49,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def __init__(
         self,
-        model: RWKV,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         batch: int,
         max_length: int | None = None,
@@ -134,14 +134,12 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             tokens[index, : len(rest)] = torch.tensor(rest)
             targets[index, len(rest) - len(scored) : len(rest)] = torch.tensor(scored)
         state: State | None
-        state, fresh = begin([row.state for row in rows], device)
+        state = begin(self.model, [row.state for row in rows])
         nats, greedy = torch.zeros(len(rows), dtype=torch.float64), torch.ones(len(rows), dtype=torch.bool)
         for part, part_targets in zip(
             tokens.split(_TOKENS_PER_PASS, 1), targets.split(_TOKENS_PER_PASS, 1), strict=True
         ):
-            starts = starts_at(fresh, part.shape[1])
-            scores, state = score(self.model, part.to(device), part_targets.to(device), state, starts)
-            fresh = None
+            scores, state = score(self.model, part.to(device), part_targets.to(device), state)
             nats += scores.nats.double().sum(1).cpu()
             greedy &= scores.greedy.all(1).cpu()
         return [(-float(loss), bool(is_greedy)) for loss, is_greedy in zip(nats, greedy, strict=True)]

@@ -18,7 +18,7 @@ from rwkv_train.data.rows import IGNORED
 from rwkv_train.data.store import Store
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.evaluation.scoring import score
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def combine(results: Sequence[PerplexityResult]) -> PerplexityResult:
 
 
 def measure(
-    model: RWKV,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     name: str,
     store: Store,

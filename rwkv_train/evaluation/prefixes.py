@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from rwkv_train.inference.continuation import read
-from rwkv_train.models import RWKV, State
+from rwkv_train.models import LanguageModel, State
 
 MIN_TOKENS_SAVED = 32  # by reading a prefix on its own
 _MAX_TEXTS = 2048  # that share prefixes with each other, so that at most as many states are kept at once
@@ -30,7 +30,7 @@ class PrefixedText(NamedTuple):
 
 
 def share_prefixes(
-    model: RWKV, texts: Sequence[Sequence[int]], limits: Sequence[int], batch: int
+    model: LanguageModel, texts: Sequence[Sequence[int]], limits: Sequence[int], batch: int
 ) -> Iterator[list[PrefixedText]]:
     """Yields batches of texts to continue, each with the state after the prefix that it shares with others.
 
@@ -49,7 +49,7 @@ def share_prefixes(
 
 
 def _read_prefixes(
-    model: RWKV, texts: Sequence[Sequence[int]], limits: Sequence[int], ordered: Sequence[int]
+    model: LanguageModel, texts: Sequence[Sequence[int]], limits: Sequence[int], ordered: Sequence[int]
 ) -> list[PrefixedText]:
     """Walks down the prefix tree of the sorted texts `ordered`; its leaves are the texts."""
     leaves: list[PrefixedText] = []

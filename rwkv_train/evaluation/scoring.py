@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rwkv_train.config import LOGITS_AT_ONCE
 from rwkv_train.data.rows import IGNORED
-from rwkv_train.models import RWKV, State
+from rwkv_train.models import LanguageModel, State
 
 
 class TokenScores(NamedTuple):
@@ -27,7 +27,7 @@ class TokenScores(NamedTuple):
 
 @torch.inference_mode()
 def score(
-    model: RWKV, tokens: Tensor, targets: Tensor, state: State | None = None, starts: Tensor | None = None
+    model: LanguageModel, tokens: Tensor, targets: Tensor, state: State | None = None, starts: Tensor | None = None
 ) -> tuple[TokenScores, State]:
     """Reads tokens and scores the target of each. Logits are computed for targets only, and in parts.
 

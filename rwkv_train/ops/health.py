@@ -24,7 +24,7 @@ class EngineReport:
         ready: it is loaded, and the self-test passed.
         where: the library, or the definition's file; None when there is none.
         problem: why it is not ready, in one line; None when it is.
-        way_out: what to type against the problem.
+        remedy: what to type against the problem.
         error_ratio: self-test error against the float64 definition, in units of what the float32 definition has.
         seconds: what loading (and building, where needed) and the self-test took.
     """
@@ -33,7 +33,7 @@ class EngineReport:
     ready: bool
     where: str | None
     problem: str | None
-    way_out: str | None
+    remedy: str | None
     error_ratio: float | None
     seconds: float
 
@@ -50,19 +50,19 @@ def _examine(name: Literal["cpp", "cuda"], engine: Engine) -> EngineReport:
         warnings.simplefilter("ignore", RuntimeWarning)
         with contextlib.suppress(UserError):
             engine.load()
-    ratio, problem, way_out = None, None, None
+    ratio, problem, remedy = None, None, None
     if engine.library is None:
         failure = engine.error or BuildError("it was not built", "rwkv-train doctor")
-        problem, way_out = failure.why, failure.command
+        problem, remedy = failure.why, failure.command
     else:
         ratio = _self_test("cuda" if name == "cuda" else "cpu")
         if not ratio <= 3.0:
             problem = f"its results are wrong: error {ratio:.1f} times the definition's"
-            way_out = (
+            remedy = (
                 "RWKV_OPS=reference trains correctly meanwhile; please report this machine's compiler and processor"
             )
     where = None if engine.library is None else str(engine.library)
-    return EngineReport(name, problem is None, where, problem, way_out, ratio, time.perf_counter() - start)
+    return EngineReport(name, problem is None, where, problem, remedy, ratio, time.perf_counter() - start)
 
 
 def _self_test(device: str) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rwkv_train.models import RWKV, ModelConfig, build_model
+from rwkv_train.models import LanguageModel, ModelConfig, build_model
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def count(shape: ModelConfig, precision: str) -> Counts:
     in_block = {name: size for name, size in sizes.items() if name.startswith("blocks.1.")} or {
         name: size for name, size in sizes.items() if name.startswith("blocks.0.") and ".ln0." not in name
     }
-    matrices = {name for name, p in model.named_parameters() if p.squeeze().dim() > 1}
+    matrices = model.products
     small = ModelConfig(shape.arch, 2, shape.n_embd, min(shape.vocab_size, 256), shape.dim_ffn)
     one = ModelConfig(shape.arch, 1, shape.n_embd, min(shape.vocab_size, 256), shape.dim_ffn)
     short, long = 64, 128
@@ -75,7 +75,7 @@ def count(shape: ModelConfig, precision: str) -> Counts:
     two_long, one_long = _saved(small, precision, long), _saved(one, precision, long)
     block_saved = ((two_long - one_long) - (two_short - one_short)) / (long - short)
     mixed = precision == "bf16-mixed"
-    width = shape.dim_ffn or 4 * shape.n_embd
+    width = model.config.dim_ffn or 0
     return Counts(
         parameters=sum(sizes.values()),
         matmul=model.matmul_parameters(),
@@ -100,7 +100,7 @@ def _saved(shape: ModelConfig, precision: str, length: int) -> int:
     """Bytes that autograd keeps of a sample for the backward pass, without head, parameters left out."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import: only where there is a plan
 
-    model: RWKV = build_model(shape, device="meta")
+    model: LanguageModel = build_model(shape, device="meta")
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):

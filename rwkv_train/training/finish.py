@@ -18,12 +18,12 @@ from rwkv_train.checkpoint.storage import LocalStorage, dump
 from rwkv_train.config import SampleSettings
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.inference.generate import generate
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 from rwkv_train.rundir.directory import RunDirectory
 
 
 def write_sample(
-    model: RWKV, tokenizer: Tokenizer, settings: SampleSettings, seed: int, step: int, run: RunDirectory
+    model: LanguageModel, tokenizer: Tokenizer, settings: SampleSettings, seed: int, step: int, run: RunDirectory
 ) -> None:
     """Adds what the model generates now to samples.txt (temperature 0.8, top-p 0.9; the same draws each time)."""
     if settings.tokens == 0:
@@ -38,7 +38,7 @@ def write_sample(
         path.write_text(f"{before}===== after {step} steps =====\n{settings.prompt}{text}\n\n", encoding="utf-8")
 
 
-def write_weights(model: RWKV, path: Path) -> None:
+def write_weights(model: LanguageModel, path: Path) -> None:
     """The weights under the field's names.
 
     Raises:

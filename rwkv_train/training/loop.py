@@ -31,6 +31,7 @@ from rwkv_train.data.batch_preview import show_batch
 from rwkv_train.data.datamodule import DataModule
 from rwkv_train.evaluation.baselines import baselines
 from rwkv_train.evaluation.report.figures import draw_loss_curve
+from rwkv_train.exit_codes import ExitCode
 from rwkv_train.inference.export import consolidate
 from rwkv_train.instantiate import Makers, prepare
 from rwkv_train.rundir.history import History
@@ -44,19 +45,11 @@ from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.finish import summarise, write_sample, write_weights
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.observers import HURRY, Observers
-from rwkv_train.training.optim import describe_groups, parameter_groups
-from rwkv_train.training.replay import HEALTHY
-from rwkv_train.training.requeue import GIVEN_UP, Requeue
+from rwkv_train.training.optim import describe_frozen, describe_groups, parameter_groups
+from rwkv_train.training.requeue import Requeue
 from rwkv_train.training.setup import RunSetup, check_checkpoint
 from rwkv_train.training.statistics import Statistics
 from rwkv_train.training.strategy import ShardedStrategy, build_strategy
-
-# exit codes
-INTERRUPTED = 130  # by Ctrl-C, before there was a step to finish
-SUPERSEDED = 4  # a newer start of the same run goes on with it
-DISK_REFUSED = 3  # the run came to its end, but could not write all its checkpoints or records
-UNHEALTHY = 5  # health.… stopped the run
-STOPPED = 75  # a signal ended the run before its end: the same command goes on (EX_TEMPFAIL of sysexits.h)
 
 
 def fit(setup: RunSetup) -> int:
@@ -123,7 +116,7 @@ def _fit(
     events, lines = open_files.enter_context(run.records(number, setup.first))
     events.tokens_per_step = config.batch.tokens
     if setup.first and restarts.hopeless(events):
-        return GIVEN_UP
+        return ExitCode.GIVEN_UP
     events.add("started" if checkpoint is None else "resumed", step, **restarts.history.next_start(step))
     data.skips = [(first, steps) for first, steps in read_passed_over(run)["skips"] or meta.get("skips", [])]
     data.begin(step, meta.get("position"))
@@ -172,28 +165,28 @@ def _fit(
         if not trainer.interrupted:
             raise
         console.print(f"\ninterrupted; {_next_time(saving)}")
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     except Superseded:
         console.print(f"\na newer start of {run.path} goes on with it; this one ends at step {trainer.global_step}")
-        return SUPERSEDED
+        return ExitCode.SUPERSEDED
     except BaseException as error:
         hopeless = restarts.after_failure(error, events, lines, strategy)
         if strategy.launcher is not None:  # the ranks that it has started would wait for this one
             strategy.launcher.kill(signal.SIGKILL)
         if hopeless:
-            return GIVEN_UP
+            return ExitCode.GIVEN_UP
         raise
     step = trainer.global_step
     if watching.replay is not None:
-        return HEALTHY if watching.replay.healthy else 0
+        return ExitCode.NEGATIVE if watching.replay.healthy else ExitCode.FINISHED
     if signals.stopped and step != total:
         watching.patience = HURRY
         restarts.after_signal(events, step, signals.stopped, signals.too_late, _next_time(saving))
-        return STOPPED if setup.first else 0  # Lightning kills the first rank when another one's code is not 0
+        return ExitCode.STOPPED if setup.first else 0  # Lightning kills the first rank when another one's code is not 0
     if watching.health.stopped is not None:
         events.add("unhealthy", step, reason=watching.health.stopped)
         console.print(f"\nstopped at step {step}: {watching.health.stopped}; {_next_time(saving)}")
-        return UNHEALTHY if setup.first else 0
+        return ExitCode.UNHEALTHY if setup.first else 0
     events.add("finished" if step == total else "stopped", step)
     _finish(setup, strategy, step, lines, write_errors)
     if step != total:
@@ -206,7 +199,7 @@ def _fit(
     console.print(
         f"[bold red]WARNING[/bold red]: the disk refused {refused} writes; the last whole checkpoint is {kept}"
     )
-    return DISK_REFUSED if setup.first else 0
+    return ExitCode.WRITES_REFUSED if setup.first else 0
 
 
 def _next_time(saving: CheckpointCallback) -> str:
@@ -316,7 +309,7 @@ def _describe(setup: RunSetup, checkpoint: Path | None) -> None:
     sizes = f"L{shape.n_layer} C{shape.n_embd} V{shape.vocab_size}"
     say(f"model   {shape.arch} {config.model.size}: {sizes}, {setup.parameters:,} parameters")
     groups = parameter_groups(setup.model, setup.recipe, config.optim.weight_decay, config.optim.rules)
-    for line in describe_groups(groups):
+    for line in [*describe_groups(groups), *describe_frozen(setup.model)]:
         say(f"group   {line}")
     split = data.split
     say(

@@ -16,7 +16,6 @@ from rwkv_train.training.setup import RunSetup
 from rwkv_train.training.strategy import ShardedStrategy
 
 _PATIENCE = 0.5  # seconds for the last words of another rank
-GIVEN_UP = 6  # exit code: the run has failed several times at one step, and another try would as well
 
 
 class Requeue:

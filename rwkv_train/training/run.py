@@ -9,9 +9,8 @@ from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.cluster.rank_info import RankInfo, another_has_ended
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError
+from rwkv_train.exit_codes import ExitCode
 from rwkv_train.training.setup import assemble
-
-RANK_LOST = 1  # exit code
 
 
 def train(config: Config, storage: Storage | None = None, rank_info: RankInfo | None = None) -> int:
@@ -58,5 +57,5 @@ def _train(config: Config, storage: Storage | None, rank_info: RankInfo | None) 
                 f"rank {setup.rank_info.rank} on {setup.rank_info.node} ends: another rank of the run has ended",
                 file=sys.stderr,
             )
-            return RANK_LOST
+            return ExitCode.FAILED
         raise

@@ -25,7 +25,7 @@ from rwkv_train.config.schema import PLACEMENT, as_tree, differences
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.sources import check_token_in_vocabulary
 from rwkv_train.errors import UserError
-from rwkv_train.models import RWKV, ModelConfig, Row, build_model, recipe_of
+from rwkv_train.models import LanguageModel, ModelConfig, RecipeRow, build_model, recipe_of
 from rwkv_train.models.weights import refuse_mismatches, shapes_of
 from rwkv_train.planning.cards import card_of, cpu_card, present_card, ranks_of, with_precision
 from rwkv_train.planning.plan import make_plan, smallest_change, why
@@ -48,8 +48,8 @@ class RunSetup:
     processes: int  # on this node
     strategy: str  # settled: single, or a name of conf/strategy but auto
     data: Batches
-    model: RWKV  # without values unless a single device trains it
-    recipe: dict[str, Row]
+    model: LanguageModel  # without values unless a single device trains it
+    recipe: dict[str, RecipeRow]
     shapes: dict[str, tuple[int, ...]]  # of the parameters
     source: Recipe | Reader | None  # of the values that the model does not have yet
     directory: RunDirectory
@@ -183,7 +183,7 @@ def _devices(config: Config) -> tuple[str, int]:
     return "gpu", processes
 
 
-def _build(config: Config, vocab_size: int, valued: bool) -> tuple[RWKV, Recipe | Reader | None]:
+def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel, Recipe | Reader | None]:
     """The model and where its first values come from: the recipe or init.weights; None where it has them already."""
     settings = config.model
     shape = ModelConfig(config.arch, settings.n_layer, settings.n_embd, vocab_size, settings.dim_ffn)
@@ -192,7 +192,7 @@ def _build(config: Config, vocab_size: int, valued: bool) -> tuple[RWKV, Recipe 
     if config.init_weights is None:
         if valued:
             model = build_model(shape, config.seed)
-        source = Recipe(recipe_of(model), shapes_of(dict(model.named_parameters())), shape.n_layer, config.seed)
+        source = Recipe(recipe_of(model), shapes_of(dict(model.named_parameters())), model.config, config.seed)
     else:
         source = Reader(Path(config.init_weights).expanduser())
         source.grow_vocabulary(len(config.vocab.extend))

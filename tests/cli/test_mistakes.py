@@ -133,20 +133,22 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "deepspeed's JSON torn": (
         ["strategy=deepspeed_2", "deepspeed=short.txt"],
         CONFIG,
-        ["deepspeed=short.txt is no JSON"],
+        ["deepspeed=short.txt is not JSON"],
     ),
     "deepspeed's JSON against a setting": (
         ["strategy=deepspeed_2", "deepspeed=zero.json"],
         CONFIG,
         [
-            "deepspeed=zero.json sets gradient_clipping, which is derived\n  say it as optim.clip=",
-            "deepspeed=zero.json sets zero_optimization.stage, which is derived\n  say it as strategy=",
+            "deepspeed=zero.json sets gradient_clipping, which is derived from other settings\n"
+            "  remove it, and use optim.clip=",
+            "deepspeed=zero.json sets zero_optimization.stage, which is derived from other settings\n"
+            "  remove it, and use strategy=",
         ],
     ),
     "compile and sharded": (
         ["strategy=fsdp", "compile=true"],
         CONFIG,
-        ["compile=true with strategy=fsdp: its parameters are not there as a whole"],
+        ["compile=true does not support strategy=fsdp, which shards the parameters"],
     ),
     "device": (["device=h999"], CONFIG, ["device=h999: there is no such card\n  valid: a100-40g"]),
     "another batch": (
@@ -161,7 +163,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     ),
     "never": (["resume=never"], CONFIG, ["resume=never, but runs/run holds a run"]),
     "resume missing": (["resume=no/such"], CONFIG, ["resume=no/such: there is no such checkpoint"]),
-    "resume a file": (["resume=gpt.pth"], CONFIG, ["resume=gpt.pth is a file, and a checkpoint is a directory"]),
+    "resume a file": (["resume=gpt.pth"], CONFIG, ["resume=gpt.pth is a file, but a checkpoint is a directory"]),
     "resume a run": (["resume=runs/run"], CONFIG, [f"it has no manifest.json\n  resume={NEWEST}"]),
     "resume torn": (["resume=torn"], TORCH, ["the checkpoint torn is damaged: state.pth has 1000 bytes"]),
     "resume another shape": (
@@ -192,7 +194,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "replay of something else": (
         ["replay=zero.json"],
         CONFIG,
-        ["replay=zero.json cannot be read: it was not written by"],
+        ["replay=zero.json cannot be read: it is not a replay file"],
     ),
     "weights missing": (["init.weights=no.pth"], CONFIG, ["init.weights=no.pth: there is no such file"]),
     "weights torn": (["init.weights=torn.pth"], CONFIG, ["torn.pth cannot be read as weights: it is cut short"]),

@@ -22,7 +22,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.evaluation import scoring
 from rwkv_train.evaluation.eval_command import EvalOptions, run
 from rwkv_train.evaluation.perplexity import combine, measure
-from rwkv_train.models import RWKV, ModelConfig, build_model
+from rwkv_train.models import LanguageModel, ModelConfig, build_model
 from rwkv_train.training.run import train
 from tests.data.test_indexed import ours
 from tests.oracles.models import lively_model
@@ -32,11 +32,11 @@ BYTES = ByteTokenizer()
 
 
 @pytest.fixture(scope="module")
-def model() -> RWKV:
+def model() -> LanguageModel:
     return lively_model(vocab_size=256).eval()
 
 
-def nats_of(model: RWKV, tokens: torch.Tensor) -> torch.Tensor:
+def nats_of(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
     """Of each token but the first (N - 1), by the definition."""
     with torch.no_grad():
         logits, _ = model(tokens[None, :-1])
@@ -45,7 +45,7 @@ def nats_of(model: RWKV, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("length", "context", "batch"), [(101, 10, 3), (96, 50, 1), (7, 50, 4), (65, 64, 4)])
 def test_every_token_is_predicted_once(
-    model: RWKV, length: int, context: int, batch: int, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, length: int, context: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 256 * 7)  # the head goes over them in parts
     text = torch.randint(1, 256, (length,), generator=torch.Generator().manual_seed(length))
@@ -68,7 +68,7 @@ def test_every_token_is_predicted_once(
     assert [(row["from"], row["to"]) for row in bins[:4]] == [(1, 1), (2, 2), (3, 4), (5, 8)][: len(bins)]
 
 
-def test_a_limit_takes_windows_from_the_whole_store(model: RWKV) -> None:
+def test_a_limit_takes_windows_from_the_whole_store(model: LanguageModel) -> None:
     text = np.repeat(np.arange(1, 11, dtype=np.uint8), 100)
     part = measure(model, BYTES, "x", MemoryStore(text), 10, 4, limit=95)
     assert (part.tokens, part.available) == (90, 999)
@@ -88,7 +88,7 @@ def test_the_loss_by_position_shows_whether_the_context_is_used() -> None:
     draw = np.random.default_rng(0)
     text = np.tile(draw.integers(1, 256, 64, dtype=np.uint8), 64)
 
-    def spread(model: RWKV) -> float:
+    def spread(model: LanguageModel) -> float:
         """Between the second and the last bin, in windows that begin at every place of the pattern alike."""
         bins = measure(model, BYTES, "x", MemoryStore(text), 63, 8).as_json()["by_position"]
         return float(bins[1]["nats_per_token"] - bins[-1]["nats_per_token"])
@@ -158,7 +158,7 @@ def refused(options: dict[str, Any]) -> str:
     return str(error.value)
 
 
-def test_error_messages(trained: Path, model: RWKV, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_messages(trained: Path, model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = str(trained / "weights.pth")
     for name, value, valid in (("context", 0, 1), ("batch", 0, 1), ("tokens", 0, 1), ("limit", 0, 1), ("shots", -1, 0)):
         told = refused({"checkpoint": checkpoint, name: value})

@@ -16,7 +16,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.evaluation import lm_eval_adapter, prefixes
 from rwkv_train.evaluation.lm_eval_adapter import LmEvalAdapter, find_tasks, run_tasks
 from rwkv_train.inference.export import export
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 from tests.evaluation.tasks import write_tasks
 from tests.oracles.models import lively_model
 
@@ -48,12 +48,12 @@ def requests_of(pairs: Sequence[Sequence[Any]]) -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def model() -> RWKV:
+def model() -> LanguageModel:
     return lively_model(vocab_size=256).eval()
 
 
 @pytest.fixture(scope="module")
-def exported(model: RWKV, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hf")
     torch.save(model.state_dict(), folder / "weights.pth")
     export(folder / "weights.pth", folder / "exported")
@@ -67,7 +67,7 @@ def theirs(exported: Path) -> Any:
     return HFLM(str(exported), device="cpu", dtype="float32", batch_size=1, max_length=MAX_LENGTH)
 
 
-def ours(model: RWKV, batch: int, **words: Any) -> LmEvalAdapter:
+def ours(model: LanguageModel, batch: int, **words: Any) -> LmEvalAdapter:
     return LmEvalAdapter(model, ByteTokenizer(), batch, **words)
 
 
@@ -76,7 +76,7 @@ def close(found: Sequence[float], wanted: Sequence[float]) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_loglikelihoods_are_those_of_transformers(model: RWKV, theirs: Any, batch: int) -> None:
+def test_loglikelihoods_are_those_of_transformers(model: LanguageModel, theirs: Any, batch: int) -> None:
     found = ours(model, batch, max_length=MAX_LENGTH).loglikelihood(requests_of(PAIRS))
     wanted = theirs.loglikelihood(requests_of(PAIRS), disable_tqdm=True)
     close([nats for nats, _ in found], [nats for nats, _ in wanted])
@@ -86,7 +86,7 @@ def test_loglikelihoods_are_those_of_transformers(model: RWKV, theirs: Any, batc
 @pytest.mark.parametrize("batch", [1, 3, 64])
 @pytest.mark.parametrize("max_length", [64, MAX_LENGTH])
 def test_rolling_loglikelihoods_are_those_of_transformers(
-    model: RWKV, exported: Path, batch: int, max_length: int
+    model: LanguageModel, exported: Path, batch: int, max_length: int
 ) -> None:
     """Of theirs without the cache of logits, which scores equal windows with unequal beginnings at the wrong places."""
     from lm_eval.models.huggingface import HFLM
@@ -101,14 +101,14 @@ def test_rolling_loglikelihoods_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_generation_is_that_of_transformers_one_by_one(model: RWKV, theirs: Any, batch: int) -> None:
+def test_generation_is_that_of_transformers_one_by_one(model: LanguageModel, theirs: Any, batch: int) -> None:
     settings = {"until": ["e", "\n\n"], "max_gen_toks": 40, "do_sample": False}
     other = {"until": [], "max_gen_toks": 7}
     requests = requests_of([(text, settings) for text in TEXTS] + [(text, other) for text in TEXTS[:3]])
     assert ours(model, batch).generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
 
 
-def test_the_length_of_a_text_is_unlimited(model: RWKV) -> None:
+def test_the_length_of_a_text_is_unlimited(model: LanguageModel) -> None:
     """Without a max_length the whole text is seen: as the model's own loss says."""
     text = "to be or not to be " * 150
     (found,) = ours(model, 2).loglikelihood_rolling(requests_of([(text,)]))
@@ -119,11 +119,11 @@ def test_the_length_of_a_text_is_unlimited(model: RWKV) -> None:
     close([found], [float(wanted)])
 
 
-def test_an_empty_text_costs_nothing(model: RWKV) -> None:
+def test_an_empty_text_costs_nothing(model: LanguageModel) -> None:
     assert ours(model, 2).loglikelihood_rolling(requests_of([("",)])) == [0.0]
 
 
-def test_shared_prefixes_are_read_once(model: RWKV, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_prefixes_are_read_once(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [("few shots " * 50 + f"question {number}", f" {answer}") for number in range(8) for answer in "abcd"]
     read = {"tokens": 0}
     forward = model.forward
@@ -146,7 +146,7 @@ def test_shared_prefixes_are_read_once(model: RWKV, monkeypatch: pytest.MonkeyPa
     assert few < 500 + 32 * 30, "the few shots once, the rest of each"
 
 
-def test_sampling_does_not_depend_on_the_batch(model: RWKV) -> None:
+def test_sampling_does_not_depend_on_the_batch(model: LanguageModel) -> None:
     settings = {"until": ["e"], "max_gen_toks": 30, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 50}
     penalised = {**settings, "repetition_penalty": 1.3}
     requests = requests_of([(text, kind) for kind in (settings, penalised) for text in [*TEXTS, *TEXTS]])
@@ -156,7 +156,7 @@ def test_sampling_does_not_depend_on_the_batch(model: RWKV) -> None:
     assert ours(model, 6, seed=8).generate_until(requests) != many
 
 
-def test_tasks_made_here_score_as_with_transformers(model: RWKV, theirs: Any, tmp_path: Path) -> None:
+def test_tasks_made_here_score_as_with_transformers(model: LanguageModel, theirs: Any, tmp_path: Path) -> None:
     names = write_tasks(tmp_path)
     tasks = find_tasks(names, [tmp_path])
     found = run_tasks(ours(model, 5, max_length=MAX_LENGTH), names, tasks, None, None)
@@ -169,7 +169,7 @@ def test_tasks_made_here_score_as_with_transformers(model: RWKV, theirs: Any, tm
     assert "bits_per_byte" in found["our_rolling"]
 
 
-def test_the_command_runs_tasks(model: RWKV, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_runs_tasks(model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tasks(tmp_path, 4)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     words = ["eval", str(tmp_path / "weights.pth"), "--tasks", "our_choice,our_until", "--include", str(tmp_path)]
@@ -181,7 +181,7 @@ def test_the_command_runs_tasks(model: RWKV, tmp_path: Path, capsys: pytest.Capt
     assert "acc_norm" in capsys.readouterr().out
 
 
-def test_error_messages(model: RWKV, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_messages(model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tasks(tmp_path, 2)
     quick = lm_eval_adapter.TaskManager
     monkeypatch.setattr(lm_eval_adapter, "TaskManager", lambda include_path, **_: quick(None, include_path, False))

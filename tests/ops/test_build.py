@@ -160,4 +160,4 @@ def test_doctor_sees_a_wrong_engine_and_a_missing_one(monkeypatch: pytest.Monkey
     monkeypatch.setattr(health, "CPP", broken)
     missing = ops.engines()[1]
     assert (missing.ready, missing.where, missing.problem) == (False, None, "no C++ compiler")
-    assert missing.way_out == "sudo apt install g++"
+    assert missing.remedy == "sudo apt install g++"

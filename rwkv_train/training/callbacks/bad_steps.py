@@ -23,14 +23,13 @@ from rwkv_train.checkpoint.shards import Reader
 from rwkv_train.config import HealthSettings
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
-from rwkv_train.models.backbone import State
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.rundir.jsonl import Events, WriteErrors
 from rwkv_train.training.alerts import Alerts, Window
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics, Row
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.statistics import PLACES, finite_places
+from rwkv_train.training.strategy.shared import GradientNorms
 
 RENEWED = 10  # steps between two limits
 SHOWN = 4  # bad samples that are told
@@ -44,8 +43,8 @@ class _Evidence:
     """What a step leaves for the case that it turns out bad."""
 
     limit: float  # a larger loss is a spike
-    states: list[State]
-    gradient_norms: Tensor | None
+    finite: list[Tensor]  # Statistics.finite
+    gradient_norms: GradientNorms | None
 
 
 @dataclass
@@ -129,7 +128,7 @@ class BadSteps(Callback):
         assert isinstance(pl_module, RWKVModule)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             norms = pl_module.strategy.gradient_norms
-            self._evidence[trainer.global_step] = _Evidence(self._limit, pl_module.statistics.states, norms)
+            self._evidence[trainer.global_step] = _Evidence(self._limit, pl_module.statistics.finite, norms)
 
     def _see(self, row: Row) -> None:
         """Judges a step; called on all ranks, which see the same numbers."""
@@ -163,10 +162,10 @@ class BadSteps(Callback):
         assert self._module is not None
         if finite:
             return _Bad("spike", "the loss", None, self._samples(step, None))
-        flags = [~finite_places(state) for state in evidence.states]
+        flags = [~finite for finite in evidence.finite]
         bad = [(layer, place, n, row) for n, each in enumerate(flags) for place, layer, row in _where(each)]
         norms = evidence.gradient_norms
-        gone = None if norms is None else [index for (index,) in _where(~norms.isfinite())]
+        gone = None if norms is None else [index for (index,) in _where(~norms.values.isfinite())]
         ranks: list[Any] = [(bad, gone)]
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
@@ -175,13 +174,14 @@ class BadSteps(Callback):
         if first is not None:
             share = self.data.split.share
             numbers = {int(share(0, n, rank)[row]) for rank, (bad, _) in enumerate(ranks) for _, _, n, row in bad}
-            tensor = f"blocks.{first[0]}: {PLACES[first[1]]}"
+            tensor = f"blocks.{first[0]}: {self._module.model.architecture.state_parts[first[1]]}"
             return _Bad("nonfinite", tensor, first[0], self._samples(step, numbers))
         where = {rank: gone[-1] for rank, (_, gone) in enumerate(ranks) if gone}  # a backward pass comes from the end
         if not where:
             what = "the gradient or the loss" if norms is None else "the loss"
             return _Bad("nonfinite", what, None, self._samples(step, None))
-        name = self._module.statistics.names[max(where.values())]
+        assert norms is not None
+        name = norms.names[max(where.values())]
         layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
         some = "" if len(where) == len(ranks) else f" on rank {', '.join(map(str, where))}"
         return _Bad("nonfinite", f"gradient of {name}{some}", layer, self._samples(step, None))

@@ -129,7 +129,7 @@ class Metrics(Callback):
             by_source = trainer.datamodule.batches.tokens_by_source(step)  # type: ignore[attr-defined]
             row.update({f"tokens/{name}": tokens for name, tokens in by_source.items()})
         row["mfu"] = utilisation(
-            pl_module.model.matmul_parameters(),
+            pl_module.model.flops_per_token(trainer.datamodule.batches.context),  # type: ignore[attr-defined]
             pl_module.tokens_per_step / row["seconds"],
             self.rate,
             trainer.world_size,

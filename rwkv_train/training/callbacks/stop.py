@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from rwkv_train.exit_codes import ExitCode
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 
 # of preemption and time limits: scancel's and Kubernetes', SLURM's by --signal, submitit's
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-INTERRUPTED = 130  # exit code of a second Ctrl-C
 
 
 class StopOnSignal(Callback):
@@ -60,7 +60,7 @@ class StopOnSignal(Callback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
-            os._exit(INTERRUPTED)
+            os._exit(ExitCode.INTERRUPTED)
         self.received = signal.Signals(number)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -119,6 +119,6 @@ def follow_parent() -> None:
     def follow() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os._exit(1)
+        os._exit(ExitCode.FAILED)
 
     threading.Thread(target=follow, name="parent", daemon=True).start()

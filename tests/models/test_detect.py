@@ -42,7 +42,7 @@ def test_the_shape_comes_from_the_weights(conf: Composer, tmp_path: Path) -> Non
     config = conf.settle([f"init.weights={odd}", "optim.lr=1e-3", "optim.final_lr=1e-4"])
     assert (config.model.size, config.model.n_layer) == ("L3C40", 3)
     (problem,) = mistakes(conf, f"init.weights={odd}")
-    assert "optim.lr=… optim.final_lr=…" in problem.way_out
+    assert "optim.lr=… optim.final_lr=…" in problem.remedy
 
 
 class Shell:
@@ -57,7 +57,7 @@ def test_weights_that_are_none(conf: Composer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"torn\.pth cannot be read as weights"):
         conf.settle([f"init.weights={torn}"])
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="does not hold the weights of an RWKV-4 model"):
+    with pytest.raises(UserError, match="does not hold the weights of a language model"):
         conf.settle([f"init.weights={tmp_path / 'other.pth'}"])
     torch.save({"a": Shell()}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match=r"it asks for .*exec"):
