@@ -98,15 +98,24 @@ def healthy() -> list[EngineReport]:
 
 
 def test_the_doctor_reads_the_tested_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": ">=3.10,<3.14"}))
+    monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": ">=3.11,<3.14"}))
     python, good, missing, old = list(doctor.versions())  # pytest is an extra's
     assert (python.verdict, good.verdict) == ("ok", "ok")
-    assert torch.__version__ in good.what
+    assert good.what == f"torch {metadata.version('torch')} (<4,>=2)"
     assert (missing.verdict, missing.remedy) == ("BAD", "pip install 'nothing-like-this>=1'")
     assert old.verdict == "BAD"
     assert "is outside the tested <1" in old.what
     monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": "<3"}))
     assert next(doctor.versions()).verdict == "BAD"
+
+
+def test_the_doctor_names_the_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's CUDA build of 2.13.0 says `2.13.0` in its metadata, and `2.13.0+cu130` only in the module."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    monkeypatch.setattr(metadata, "version", lambda name: "2.13.0")
+    monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": ">=3.11,<3.14"}))
+    assert list(doctor.versions())[1].what == "torch 2.13.0 (<4,>=2)"
+    assert "torch 2.13.0+cu130 uses" in next(doctor.devices(2)).what
 
 
 def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import zstandard
 
 from rwkv_train.cli import main as cli
+from rwkv_train.data import workers
 from rwkv_train.data.indexed import IndexedStore
 from rwkv_train.data.manifest import Manifest, read_manifest
 from rwkv_train.data.prepare import PrepareOptions, pipeline, prepare, units
@@ -237,6 +239,21 @@ def test_a_killed_prepare_resumes_and_a_second_one_into_the_same_store_is_refuse
     assert len(finished) == 3
     prepare(options(tmp_path / "s", path))
     assert documents(tmp_path / "s") == TEXTS
+
+
+def test_a_broken_pool_ends_its_busy_workers_at_once() -> None:
+    """A broken executor terminates its other processes and joins them; Python 3.12 and later do nothing else."""
+    broken = workers.pool(2, "bytes", ())
+    busy = broken.submit(time.sleep, 100)
+    while not busy.running():
+        time.sleep(0.01)
+    started = time.monotonic()
+    with pytest.raises(BrokenProcessPool):
+        broken.submit(signal.raise_signal, signal.SIGKILL).result()
+    broken.shutdown()
+    assert time.monotonic() - started < 30
+    with pytest.raises(BrokenProcessPool):
+        busy.result()
 
 
 def test_workers_end_with_a_killed_prepare() -> None:
