@@ -155,7 +155,9 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(pipeline, "make_shard", disk_full)
     path = write_jsonl(tmp_path / "a.jsonl")
     (tmp_path / "full").touch()
-    with pytest.raises(UserError, match=r"000003.bin cannot be written: No space left on device\n  make room; the"):
+    with pytest.raises(
+        UserError, match=r"000003.bin cannot be written: No space left on device\n  free disk space; the"
+    ):
         prepare(options(tmp_path / "s", path))
     assert not list(tmp_path.glob("s.[bi]*")), "nothing under the final names"
     finished = {file: file.stat().st_mtime_ns for file in (tmp_path / "s.parts").glob("*.json")}
@@ -176,8 +178,8 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "_synced", refuse)
-        with pytest.raises(UserError, match=r"cannot be written: No space left on device\n.*goes on from the shards"):
+        patched.setattr(pipeline, "_sync", refuse)
+        with pytest.raises(UserError, match=r"cannot be written: No space left on device\n.*resumes from the shards"):
             prepare(options(tmp_path / "s", path))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "s.parts"]
     prepare(options(tmp_path / "s", path))
@@ -204,7 +206,7 @@ def test_a_killed_worker_costs_its_shard(
     assert documents(tmp_path / "s") == TEXTS
     assert "a process was killed (out of memory?)" in capsys.readouterr().err
     (tmp_path / "always").touch()
-    with pytest.raises(UserError, match=r"was killed 3 times\n.*fewer --workers; the same command goes on"):
+    with pytest.raises(UserError, match=r"was killed 3 times\n.*fewer --workers; the same command resumes"):
         prepare(options(tmp_path / "t", tmp_path / "a.jsonl", workers=workers))
 
 
@@ -229,11 +231,13 @@ def test_a_killed_prepare_resumes_and_a_second_one_into_the_same_store_is_refuse
         assert process.is_alive()
         assert time.monotonic() < end
         time.sleep(0.05)
-    with pytest.raises(UserError, match=r"another `prepare` is writing to .*s.parts\n  wait for it, or another --out"):
+    with pytest.raises(
+        UserError, match=r"another `prepare` is writing to .*s.parts\n  wait until it ends, or give another --out"
+    ):
         prepare(options(tmp_path / "s", path))
     process.kill()
     process.join()
-    with pytest.raises(UserError, match=r"holds the shards of an unfinished `prepare` of other files, or with"):
+    with pytest.raises(UserError, match=r"has the shards of an unfinished `prepare` of other files or with"):
         prepare(options(tmp_path / "s", path, tokenizer="world"))
     finished = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "s.parts").glob("*.json")}
     assert len(finished) == 3
@@ -336,7 +340,7 @@ def test_error_messages(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "is an empty directory" in message(tmp_path / "empty")
     assert "data.tokenizer=gpt5 is not a known tokenizer\n  give bytes, world" in message(path, tokenizer="gpt5")
-    assert "no document could be taken (200 without the text field)\n  --field" in message(path, field="body")
+    assert "no usable document (200 without the text field)\n  give the column" in message(path, field="body")
     (tmp_path / "bad.jsonl.gz").write_bytes(b"no gzip")
     assert "bad.jsonl.gz cannot be decompressed" in message(tmp_path / "bad.jsonl.gz")
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
@@ -344,7 +348,7 @@ def test_error_messages(tmp_path: Path) -> None:
     assert not (tmp_path / "s.idx").exists()
     assert not (tmp_path / "s.parts").exists(), "it would block another attempt"
     prepare(options(tmp_path / "s", path))
-    assert "s.bin is there already\n  another --out" in message(path)
+    assert "s.bin exists already\n  give another --out" in message(path)
 
 
 def test_invalid_manifests(tmp_path: Path) -> None:

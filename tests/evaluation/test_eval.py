@@ -90,7 +90,7 @@ def test_the_loss_by_position_shows_whether_the_context_is_used() -> None:
 
     def spread(model: LanguageModel) -> float:
         """Between the second and the last bin, in windows that begin at every place of the pattern alike."""
-        bins = measure(model, BYTES, "x", MemoryStore(text), 63, 8).as_json()["by_position"]
+        bins = measure(model, BYTES, "x", MemoryStore(text), 63, 65).as_json()["by_position"]
         return float(bins[1]["nats_per_token"] - bins[-1]["nats_per_token"])
 
     assert abs(spread(blind)) < 0.02

@@ -17,7 +17,7 @@ import pytest
 from rwkv_train.cli import launcher
 from rwkv_train.cli import main as cli
 from rwkv_train.errors import UserError
-from rwkv_train.evaluation.report import report_command
+from rwkv_train.evaluation.report import figures, page, report_command
 from rwkv_train.evaluation.report.charts import KNOWN, LAYERS, charts
 from rwkv_train.evaluation.report.live_server import ReportServer
 from rwkv_train.evaluation.report.metrics_table import MetricColumn, MetricsTable, extremes, trend
@@ -171,24 +171,26 @@ def test_the_payload(tmp_path: Path) -> None:
     assert summary["best_val_loss"] <= summary["val_loss"]
 
 
-def test_many_runs_share_the_points_of_the_page(tmp_path: Path) -> None:
-    runs = open_runs([make_run(tmp_path / f"run_{number}", steps=2000, seed=number) for number in range(4)])
-    one, four = (payload(some)["runs"][0]["curves"] for some in (runs[:1], runs * 10))
+def test_many_runs_share_the_points_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = open_runs([make_run(tmp_path / f"run_{number}", steps=2000, seed=number) for number in range(2)])
+    one = payload(runs[:1])["runs"][0]["curves"]
+    monkeypatch.setattr(page, "_MAX_POINTS", page._MAX_POINTS // 20)  # as if there were twenty times the runs
+    two = payload(runs)["runs"][0]["curves"]
     assert len(one["train/loss"]["x"]) == 2000
-    assert len(four["train/loss"]["x"]) < 300
+    assert len(two["train/loss"]["x"]) < 300
 
 
 def test_the_page_is_self_contained(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a<b>&{{data}}", steps=50)
     assert cli.main(["report", str(run)]) == 0
-    page = (run / "report.html").read_text()
-    assert "connect-src 'none'" in page
-    assert not re.search(r"(?:src|href)=|url\(|@import", page.replace("u.src=", ""))
-    assert "<title>a&lt;b&gt;&amp;{{data}}" in page
-    held = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    html = (run / "report.html").read_text()
+    assert "connect-src 'none'" in html
+    assert not re.search(r"(?:src|href)=|url\(|@import", html.replace("u.src=", ""))
+    assert "<title>a&lt;b&gt;&amp;{{data}}" in html
+    held = re.search(r'<script id="data" type="application/json">(.*?)</script>', html, re.DOTALL)
     assert held
     assert json.loads(held[1])["runs"][0]["name"] == "a<b>&{{data}}"
-    assert page.count("</script>") == 3, "nothing in the data ends a script"
+    assert html.count("</script>") == 3, "nothing in the data ends a script"
     assert "connect-src 'self'" in render(payload([RecordedRun(run)]), live=True)
 
 
@@ -199,13 +201,79 @@ def test_where_it_is_written(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report", *runs]) == 0
     assert re.match(r"wrote report\.html \(\d\.\d MB\)\n", capsys.readouterr().out)
-    assert cli.main(["report", *runs, "--out", "x.html", "--png", "pictures"]) == 0
+    assert cli.main(["report", *runs, "--out", "x.html"]) == 0
     assert Path("x.html").exists()
-    pictures = {path.name for path in Path("pictures").iterdir()}
-    assert {"loss.png", "gradient_norm.png", "throughput.png", "one_time_decay.png", "two_time_decay.png"} <= pictures
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in Path("pictures").iterdir())
     assert cli.main(["report", *runs, "--out", "no/where.html"]) == 2
     assert "cannot be written: No such file or directory\n  give another path with --out" in capsys.readouterr().err
+
+
+DRAWN = ("step", "train/loss", "val/loss", "grad_norm", "time/data", "time/forward", "decay/half_life")
+
+
+def test_charts_as_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A few of the metrics: a picture of every chart there is takes seconds."""
+    runs = [make_run(tmp_path / name, steps=400, seed=seed) for seed, name in enumerate(("one", "two"))]
+    for run in runs:
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        kept = [{key: row[key] for key in DRAWN if key in row} for row in rows]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    for paths, expected in (
+        (runs[:1], {"loss", "gradient_norm", "where_a_step_s_time_goes", "time_decay"}),
+        (
+            runs,
+            {"loss", "gradient_norm", "one_time_decay", "two_time_decay"}
+            | {f"where_a_step_s_time_goes_{part}" for part in ("data", "forward")},
+        ),
+    ):
+        folder = tmp_path / f"pictures{len(paths)}"
+        out = ["--out", str(tmp_path / "x.html"), "--png", str(folder)]
+        assert cli.main(["report", *map(str, paths), *out]) == 0
+        assert {path.stem for path in folder.iterdir()} == expected
+        assert all(path.read_bytes()[:4] == b"\x89PNG" for path in folder.iterdir())
+        assert f"wrote {folder}/loss.png" in capsys.readouterr().out
+
+
+def loss_axes(rows: list[dict[str, Any]], baselines: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The axes that draw_loss_curve fills; None if it draws nothing."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Any] = []
+
+    def save(path: Path, inches: tuple[float, float], dpi: int, fill: Any) -> None:
+        drawn.append(Figure(figsize=inches).add_subplot())
+        fill(drawn[-1])
+
+    monkeypatch.setattr(figures, "_save", save)
+    figures.draw_loss_curve(rows, Path("loss.png"), "a run", baselines)
+    return drawn[0] if drawn else None
+
+
+def test_the_loss_curve_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, Any]] = [{"step": step, "train/loss": 2 + 4 / step} for step in range(1, 401)]
+    rows[99]["train/loss"] = None  # a bad step
+    rows[399]["val/loss"] = 2.5
+    figures.draw_loss_curve(rows, tmp_path / "loss", "a run", {})
+    assert (tmp_path / "loss").read_bytes()[:4] == b"\x89PNG", "whatever the suffix: a run writes a temporary file"
+    baselines = {"2-gram": 1.9, "lzma": 1.91}
+    axes = loss_axes(rows, baselines, monkeypatch)
+    assert axes.get_title() == "a run"
+    assert axes.get_ylabel() == "Loss (nats/token)"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation"]
+    thin, trend_line, validation, *horizontal = axes.lines
+    assert 100 not in thin.get_xdata()
+    assert len(trend_line.get_xdata()) < len(thin.get_xdata()) == 399
+    assert (list(validation.get_xdata()), list(validation.get_ydata())) == ([400], [2.5])
+    assert sorted(line.get_ydata()[0] for line in horizontal) == [1.9, 1.91]
+    assert [text.get_text() for text in axes.texts] == [" 2-gram 1.90", " lzma 1.91"]
+    first, second = (text.xy[1] for text in axes.texts)
+    bottom, top = axes.get_ylim()
+    assert second - first >= 0.034 * (top - bottom), "labels do not overlap"
+    assert bottom < 1.9 < 2.5 < top
+
+
+def test_a_run_without_a_finite_loss_has_no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loss_axes([{"step": 1, "train/loss": None}], {}, monkeypatch) is None
+    assert loss_axes([], {}, monkeypatch) is None
 
 
 def refused(path: Path) -> str:
@@ -256,8 +324,8 @@ def test_a_live_report_follows(tmp_path: Path) -> None:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:
-            with urllib.request.urlopen(server.address) as page:
-                assert 'data-live="true"' in page.read().decode()
+            with urllib.request.urlopen(server.address) as answer:
+                assert 'data-live="true"' in answer.read().decode()
             with urllib.request.urlopen(f"{server.address}data.json") as answer:
                 tag = answer.headers["ETag"]
                 assert json.load(answer)["runs"][0]["curves"] == {}
