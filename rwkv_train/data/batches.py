@@ -167,8 +167,8 @@ class Batches:
             lines = [f"{s.name} {weights[s.name]:.2%}: {line}" for s, line in zip(self.sources, lines, strict=True)]
         if self.packed:
             fills = [rows.packing.fill for rows in self._rows if isinstance(rows, PackedRows)]
-            apart = "they know nothing of each other" if self.reset else "the state runs on, the loss does not"
-            lines.append(f"packed documents, {min(fills):.1%} of the places filled; {apart}")
+            state = "the state is reset at each" if self.reset else "the state continues across them"
+            lines.append(f"packed documents, {min(fills):.1%} of the positions filled; {state}")
         return "\n        ".join(lines)
 
     @property

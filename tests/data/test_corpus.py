@@ -156,7 +156,7 @@ def test_errors_name_the_cause_and_the_remedy(tmp_path: Path) -> None:
     write(tmp_path, picture=b"\0\1\2", **{".hidden": b"x"})
     assert message(text(tmp_path)) == (
         f"data.path={tmp_path} contains no text (skipped: 1 binary and 1 hidden files)\n"
-        "  give a text file, or a directory with at least one"
+        "  give a text file, or a directory that contains one"
     )
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "loop" in message(text(tmp_path / "loop"))

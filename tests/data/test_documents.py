@@ -79,8 +79,8 @@ def test_an_epoch_of_packed_documents_has_each_token_once(texts: Path, reset: bo
 
 
 def test_rows_are_nearly_full_and_said_so(texts: Path) -> None:
-    assert "of the places filled; they know nothing of each other" in packed(texts, True).description
-    assert "the state runs on, the loss does not" in packed(texts, False).description
+    assert "of the positions filled; the state is reset at each" in packed(texts, True).description
+    assert "the state continues across them" in packed(texts, False).description
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -234,8 +234,8 @@ def test_a_mixture_with_limited_epochs_ends(tmp_path: Path) -> None:
     batches = Batches(data, BatchSettings(16, 8, None), seed=1)
     assert batches.mixture.samples == 2 * batches.order.windows == 20
     batches.refuse_budget(10)
-    told = r"may be read for 10 steps \(160 tokens\), the budget is 11 steps\n  budget.steps=10"
-    with pytest.raises(UserError, match=told):
+    message = r"may be read for 10 steps \(160 tokens\), the budget is 11 steps\n  budget.steps=10"
+    with pytest.raises(UserError, match=message):
         batches.refuse_budget(11)
     assert len(list(islice(batches.training(), 10))) == 10
 

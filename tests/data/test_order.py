@@ -106,7 +106,7 @@ def test_a_batch_across_the_end_of_an_epoch_is_one_of_each() -> None:
 
 
 def test_the_order_is_pinned() -> None:
-    """A checkpoint of an older version goes on with the same data: changing these numbers breaks every run's resume."""
+    """Checkpoints of earlier versions must resume with the same data: other numbers here break every resume."""
     assert ShuffledOrder(seed=0, tokens=1_000, context=16).starts(np.arange(6)).tolist() == [
         569,
         761,

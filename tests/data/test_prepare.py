@@ -129,9 +129,9 @@ def test_broken_documents_are_left_out_and_counted(tmp_path: Path, capsys: pytes
     path.write_bytes(good + b"".join(broken + good for broken in BROKEN.values()))
     assert cli.main(["prepare", str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "s")]) == 0
     assert documents(tmp_path / "s") == ["good"] * (1 + len(BROKEN))
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for why in BROKEN:
-        assert f"left out: {2 if why == 'without the text field' else 1} documents, {why}" in told
+        assert f"left out: {2 if why == 'without the text field' else 1} documents, {why}" in output
 
 
 @pytest.mark.parametrize("why", list(BROKEN)[:4])
@@ -301,9 +301,9 @@ def test_verify_names_the_document_of_a_flipped_bit(tmp_path: Path, capsys: pyte
         file.seek(2 * (int(starts[123]) + 5))
         file.write(b"\x01")
     assert cli.main(["prepare", "verify", str(tmp_path / "s")]) == 1
-    told = capsys.readouterr().out
-    assert f"s.bin, document 123 (from token {int(starts[123]):,} on) differs from its checksum" in told
-    assert "1 fault\n" in told
+    output = capsys.readouterr().out
+    assert f"s.bin, document 123 (from token {int(starts[123]):,} on) differs from its checksum" in output
+    assert "1 fault\n" in output
     index = bytearray((tmp_path / "s.idx").read_bytes())
     index[34] ^= 1
     (tmp_path / "s.idx").write_bytes(index)
@@ -321,10 +321,10 @@ def test_verify_finds_tokens_outside_the_vocabulary_in_a_store_without_manifest(
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(options(tmp_path / "s", write_jsonl(tmp_path / "a.jsonl"), tokenizer="world"))
     assert cli.main(["prepare", "inspect", str(tmp_path / "s"), "--document", "7"]) == 0
-    told = capsys.readouterr().out
-    assert "s: 200 documents, " in told
-    assert "tokenizer world:" in told
-    assert "document 7: häppy 😀 words and more words" in told
+    output = capsys.readouterr().out
+    assert "s: 200 documents, " in output
+    assert "tokenizer world:" in output
+    assert "document 7: häppy 😀 words and more words" in output
     assert cli.main(["prepare", "inspect", str(tmp_path / "s"), "--document", "200"]) == 2
     assert "has no document 200\n  give a number from 0 to 199" in capsys.readouterr().err
 

@@ -134,8 +134,8 @@ def test_no_tokenizer_is_imported_before_it_is_needed() -> None:
     import subprocess
 
     check = "import sys, rwkv_train.data; print('tokenizers' in sys.modules, 'pyrwkv_tokenizer' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert told.stdout.split() == ["False", "False"]
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
 
 
 HUB_TEXTS = ["", "def f(x):\n\treturn  x\n", "déf 你好 \0 z", "Ā Ġ <|endoftext|>", "n't 's .  , ", "\r\n\x7f\xa0\xad"]

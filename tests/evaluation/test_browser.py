@@ -178,9 +178,9 @@ def test_the_cursor_shows_values_and_dragging_zooms(opened: Any) -> None:
     loss = chart(page, "Loss")
     over = loss.locator(".u-over").bounding_box()
     page.mouse.move(over["x"] + over["width"] / 2, over["y"] + over["height"] / 2)
-    told = loss.locator(".read").inner_text()
-    assert re.match(r"30\d optimiser steps +● training \d\.\d+ +● validation \d\.\d+ +▏loss_spike, step 300", told), (
-        told
+    values = loss.locator(".read").inner_text()
+    assert re.match(r"30\d optimiser steps +● training \d\.\d+ +● validation \d\.\d+ +▏loss_spike, step 300", values), (
+        values
     )
     before = axis_values(loss)
     page.mouse.down()
@@ -221,7 +221,7 @@ def test_a_phone(opened: Any, scheme: str, name: str) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert chart(page, "Loss").bounding_box()["width"] > 340
     assert colours(chart(page, "Loss"))
-    told = page.evaluate(
+    contrasts = page.evaluate(
         """() => {
           const linear = c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
           const light = text => {
@@ -233,8 +233,8 @@ def test_a_phone(opened: Any, scheme: str, name: str) -> None:
             .map(ink => (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05));
         }"""
     )
-    assert told[0] > 12
-    assert told[1] > 4.5, "soft ink too"
+    assert contrasts[0] > 12
+    assert contrasts[1] > 4.5, "soft ink too"
     sizes = page.evaluate(
         """() => [...document.querySelectorAll("body *")]
           .filter(e => e.checkVisibility() && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))

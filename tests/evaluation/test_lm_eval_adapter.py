@@ -174,9 +174,9 @@ def test_the_command_runs_tasks(model: LanguageModel, tmp_path: Path, capsys: py
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     words = ["eval", str(tmp_path / "weights.pth"), "--tasks", "our_choice,our_until", "--include", str(tmp_path)]
     assert cli.main([*words, "--limit", "2", "--shots", "1", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert set(told["tasks"]) == {"our_choice", "our_until"}
-    assert "sources" not in told
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed["tasks"]) == {"our_choice", "our_until"}
+    assert "sources" not in printed
     assert cli.main([*words, "--limit", "2"]) == 0
     assert "acc_norm" in capsys.readouterr().out
 

@@ -305,11 +305,11 @@ def test_error_messages_and_notes(tmp_path: Path, capsys: pytest.CaptureFixture[
     (run / "config.yaml").write_text("a: [")
     (run / "eval.json").write_text("{")
     assert cli.main(["report", str(run)]) == 0
-    told = capsys.readouterr().out
-    assert "note: half: metrics.jsonl: left out 1 lines that are not rows" in told
-    assert "note: half: events.jsonl: left out 1 lines that are not events" in told
-    assert "note: half: config.yaml cannot be read: while parsing" in told
-    assert "note: half: eval.json cannot be read: Expecting" in told
+    output = capsys.readouterr().out
+    assert "note: half: metrics.jsonl: left out 1 lines that are not rows" in output
+    assert "note: half: events.jsonl: left out 1 lines that are not events" in output
+    assert "note: half: config.yaml cannot be read: while parsing" in output
+    assert "note: half: eval.json cannot be read: Expecting" in output
 
 
 def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ _USAGE = """\
 rwkv-train prepare SOURCE… --tokenizer world --out STORE    documents → STORE.bin, STORE.idx, STORE.json
        rwkv-train prepare inspect STORE                            statistics, and documents decoded
        rwkv-train prepare verify STORE                             reads every byte
-       rwkv-train prepare show WORDS…                              a batch as training would get it"""
+       rwkv-train prepare show SETTINGS…                           the first batch of a training run"""
 
 
 def run(argv: Sequence[str], cores: int) -> int:

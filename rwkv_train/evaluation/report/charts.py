@@ -41,7 +41,7 @@ KNOWN = (
     Chart("Speed", "Throughput", "tokens/s", {"tokens_per_second": "tokens per second"}),
     Chart("Speed", "Model FLOPs utilisation", "share", {"mfu": "MFU"}),
     Chart("Speed", "Goodput", "share", {"goodput": "time in steps that count"}),
-    Chart("Speed", "Time of a step", "s", {"seconds": "whole step"}),
+    Chart("Speed", "Time of a step", "s", {"seconds": "complete step"}),
     Chart(
         "Speed",
         "Where a step's time goes",
