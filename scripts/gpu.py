@@ -28,34 +28,23 @@ def correctness(quick: bool) -> dict[str, Any]:
     import torch
 
     from rwkv_train import ops
-    from rwkv_train.ops import library, reference
+    from rwkv_train.ops import reference
+    from rwkv_train.ops.families import FAMILIES
     from tests.ops.cases import assert_as_good_as, value_and_gradients, wkv4_inputs
 
-    assert library.CUDA.load(), library.CUDA.error
+    for family in FAMILIES.values():
+        assert family.cuda.load(), family.cuda.error
     worst, cases = 0.0, 0
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def in_segments(segments: int) -> Any:
+        """The kernels with the cut given, which the operator chooses by size; inputs and results are on the CPU."""
+
         def run(*x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return Cut.apply(segments, *x)
-
-        return run
-
-    class Cut(torch.autograd.Function):
-        """The kernels with the cut given, where the operator would choose it."""
-
-        @staticmethod
-        def forward(ctx: Any, segments: int, *x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            given = [tensor.detach().cuda() for tensor in x]
-            y, state, saved = torch.ops.rwkv_train.wkv4_in_segments(*given, segments)
-            ctx.segments, ctx.given = segments, (*given, saved)
+            y, state, _ = torch.ops.rwkv_train.wkv4_in_segments(*(tensor.cuda() for tensor in x), segments)
             return y.cpu(), state.cpu()
 
-        @staticmethod
-        def backward(ctx: Any, *g: torch.Tensor) -> tuple[Any, ...]:
-            gy, gstate = (x.cuda().contiguous() for x in g)
-            back = torch.ops.rwkv_train.wkv4_in_segments_backward
-            return None, *(x.cpu() for x in back(*ctx.given, gy, gstate, ctx.segments))
+        return run
 
     shapes = [(2, 17, 3), (1, 130, 66)] if quick else [(1, 1, 1), (2, 15, 3), (2, 63, 64), (1, 130, 66), (3, 1000, 130)]
     for dtype in dtypes:
@@ -123,8 +112,10 @@ def sanitized(quick: bool) -> dict[str, Any]:
     import torch
 
     from rwkv_train import ops
+    from rwkv_train.ops.families import FAMILIES
     from tests.ops.cases import wkv4_inputs
 
+    assert FAMILIES["wkv4"].cuda.load(), FAMILIES["wkv4"].cuda.error  # wkv4_in_segments does not load it
     for dtype in (torch.float32, torch.bfloat16):
         w, u, k, v, state = (x.float().cuda() for x in wkv4_inputs(1, 200, 66))
         k, v = k.to(dtype), v.to(dtype)

@@ -213,7 +213,7 @@ def _build_ops_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _build_ops(given: argparse.Namespace) -> int:
-    from rwkv_train.ops.build_cuda import build_ahead
+    from rwkv_train.ops.families import build_ahead
 
     for library in build_ahead(given.arch, given.cache):
         print(library)

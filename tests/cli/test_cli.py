@@ -19,6 +19,7 @@ from rwkv_train.inference import generate
 from rwkv_train.inference.generate import GenerateOptions
 from rwkv_train.inference.sampling import Sampling
 from rwkv_train.ops import EngineReport, build
+from rwkv_train.ops.families import FAMILIES
 
 
 def test_train_is_train_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,19 +134,19 @@ def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: p
     def none() -> str:
         raise build.BuildError("no C++ compiler was found", "sudo apt install g++")
 
-    broken = EngineReport("cpp", False, None, "no C++ compiler was found", "sudo apt install g++", None, 0.1)
+    broken = EngineReport("cpp wkv4", False, None, "no C++ compiler was found", "sudo apt install g++", None, 0.1)
     monkeypatch.setattr(doctor, "versions", lambda: iter([]))
     monkeypatch.setattr(build, "find_compiler", none)
     monkeypatch.setattr(ops, "engines", lambda: [*healthy(), broken])
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert shown.count("BAD   ") == 2
-    assert "cpp: no C++ compiler was found\n        sudo apt install g++" in shown
+    assert "cpp wkv4: no C++ compiler was found\n        sudo apt install g++" in shown
     assert "2 problems need attention." in shown
 
 
 def test_the_doctor_of_this_machine() -> None:
-    assert [finding.verdict for finding in doctor.engines()] == ["ok", "ok"]
+    assert [finding.verdict for finding in doctor.engines()] == ["ok"] * (1 + len(FAMILIES))
     assert {finding.verdict for finding in doctor.devices(launcher.cores())} <= {"ok", "note"}
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from rwkv_train.ops import reference
+from rwkv_train.ops.families import FAMILIES
+from rwkv_train.ops.registration.wkv4 import CHUNK
 from tests.ops.cases import assert_as_good_as, value_and_gradients, wkv4_inputs
 from tests.ops.emulator import loader, proof
 from tests.ops.emulator.loader import Kernels
@@ -76,7 +78,7 @@ def assert_bound(*case: Any, **values: Any) -> dict[str, float]:
 def test_wkv4_is_right(plain: Kernels, dtype: torch.dtype, segments: int) -> None:
     plain.schedule()
     for shape in [(1, 1, 1), (2, 15, 3), (1, 17, 6), (1, 63, 70), (2, 130, 4), (1, 193, 66)]:
-        if segments <= -(-shape[1] // proof.CHUNK):
+        if segments <= -(-shape[1] // CHUNK):
             assert_bound(plain, shape, segments, dtype, with_state=shape[0] == 2 or segments == 3)
 
 
@@ -278,15 +280,13 @@ def test_wkv4_over_many_shapes(plain: Kernels, C: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("T", [65535, 65537, 262145])
 def test_wkv4_at_lengths_where_others_fail(plain: Kernels, T: int) -> None:
     """Against the C++ engine, which is another program: its float32 errors count as the definition's."""
-    from rwkv_train.ops import library
-
-    assert library.CPP.load()
+    assert FAMILIES["wkv4"].cpp.load()
     plain.schedule()
     inputs, gy, gstate = wkv4_case(1, T, 2, torch.float32, decay=-4.0)
     w, u, k, v, state = (x.float() for x in inputs)
-    y, new_state, saved = torch.ops.rwkv_train.wkv4(w, u, k, v, state, library.CHUNK)
+    y, new_state, saved = torch.ops.rwkv_train.wkv4(w, u, k, v, state, None, CHUNK)
     backward = torch.ops.rwkv_train.wkv4_backward
-    gradients = backward(w, u, k, v, state, saved, gy.float(), gstate.float(), library.CHUNK)
+    gradients = backward(w, u, k, v, state, None, saved, gy.float(), gstate.float(), CHUNK)
     theirs = dict(zip(proof.WKV4, (y, new_state, *gradients), strict=True))
     for segments in (0, 1, 40, T // 64 // 16):
         for name, ours in proof.wkv4(plain, inputs, gy, gstate, segments).items():

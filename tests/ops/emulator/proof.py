@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rwkv_train.ops import reference
+from rwkv_train.ops.registration.wkv4 import CHUNK
 from tests.ops.emulator.loader import Buffer, Kernels
 
-CHUNK = 64  # RWKV_CHUNK
 EPSILON = torch.finfo(torch.float32).eps
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as kernels.h numbers them
 WKV4 = ("y", "new_state", "dw", "du", "dk", "dv", "dstate")
