@@ -25,7 +25,7 @@ from rwkv_train.config import Config
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.config.schema import PLACEMENT, as_tree, differences
 from rwkv_train.data.batches import Batches
-from rwkv_train.data.sources import refuse_large
+from rwkv_train.data.sources import check_token_in_vocabulary
 from rwkv_train.errors import UserError
 from rwkv_train.models import LanguageModel, RecipeRow, build_model, recipe_of
 from rwkv_train.models.weights import refuse_mismatches, shapes_of
@@ -139,7 +139,7 @@ def _read_data(config: Config, mesh: Mesh) -> Batches:
         config.model.vocab_size,
     )
     data.refuse_budget(_steps(config))
-    refuse_large(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
+    check_token_in_vocabulary(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
     return data
 
 
