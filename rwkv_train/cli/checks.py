@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.cluster.rank_info import RankInfo, mistakes
 from rwkv_train.config import Config, DataSettings
 from rwkv_train.config.schema import nearest
@@ -292,7 +293,7 @@ def _check_run(config: Config, machine: Machine) -> Iterator[UserError]:
 
 
 def _check_checkpoint(resume: str, path: Path) -> Iterator[UserError]:
-    """What can be seen of a checkpoint from outside; training/checkpoint.py looks into it."""
+    """What can be seen of a checkpoint from outside; training/setup.py reads it."""
     if not path.exists():
         yield UserError(
             f"resume={resume}: there is no such checkpoint", "valid: auto, never, or the path of a checkpoint"
@@ -308,7 +309,9 @@ def _check_checkpoint(resume: str, path: Path) -> Iterator[UserError]:
         )
         yield UserError(
             f"resume={resume} is no whole checkpoint: it has no manifest.json",
-            f"resume={inside[-1]}" if inside else "a checkpoint is a directory like RUN/checkpoints/step_000001000",
+            f"resume={inside[-1]}"
+            if inside
+            else f"a checkpoint is a directory like RUN/checkpoints/{CheckpointName(1000, 1)}",
         )
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.config import DataSettings, SourceSettings
 from rwkv_train.config.schema import from_tree
 from rwkv_train.data.manifest import read_manifest
@@ -22,7 +23,7 @@ from rwkv_train.data.store import Store
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.perplexity import measure, together
-from rwkv_train.inference.loading import load_model, remembered, tokenizer_of
+from rwkv_train.inference.loading import description_of, load_model, tokenizer_of
 from rwkv_train.models import RWKV
 
 _CONTEXT = 1024  # of weights that do not remember theirs
@@ -87,12 +88,12 @@ def run(wanted: Wanted) -> int:
 
         found_tasks = harness.find_tasks(names, [Path(folder).expanduser() for folder in wanted.include])
     model = load_model(checkpoint, wanted.device)
-    meta = remembered(checkpoint)
+    meta = description_of(checkpoint)
     tokenizer = tokenizer_of(checkpoint, model.config.vocab_size, wanted.tokenizer)
     shape = model.config
     told: dict[str, Any] = {
         "checkpoint": wanted.checkpoint,
-        "step": meta.get("step"),
+        "step": None if meta is None else meta.step,
         "model": {"arch": shape.arch, "n_layer": shape.n_layer, "n_embd": shape.n_embd, "vocab_size": shape.vocab_size},
         "tokenizer": tokenizer.identity,
     }
@@ -112,7 +113,7 @@ def run(wanted: Wanted) -> int:
     return 0
 
 
-def _sources(wanted: Wanted, meta: Mapping[str, Any], tokenizer: Tokenizer) -> list[tuple[str, Store]]:
+def _sources(wanted: Wanted, meta: CheckpointMeta | None, tokenizer: Tokenizer) -> list[tuple[str, Store]]:
     """What is evaluated on, by name: the data that were named, or what the run held out."""
     if not wanted.data:
         return _held_out(wanted.checkpoint, meta)
@@ -139,7 +140,7 @@ def _sources(wanted: Wanted, meta: Mapping[str, Any], tokenizer: Tokenizer) -> l
                     f"was trained with {ours}",
                     "prepare the store with that tokenizer, or give the text itself",
                 )
-    extend = (meta.get("config") or {}).get("vocab", {}).get("extend", ())
+    extend = () if meta is None else meta.config.get("vocab", {}).get("extend", ())
     _, opened = open_sources(data, extend)
     short = next((source.name for source in opened if len(source.train) < 2), None)
     if short is not None:
@@ -147,13 +148,15 @@ def _sources(wanted: Wanted, meta: Mapping[str, Any], tokenizer: Tokenizer) -> l
     return [(source.name, source.train) for source in opened]
 
 
-def _held_out(checkpoint: str, meta: Mapping[str, Any]) -> list[tuple[str, Store]]:
+def _held_out(checkpoint: str, meta: CheckpointMeta | None) -> list[tuple[str, Store]]:
     try:
-        config = from_tree(meta["config"])
+        if meta is None:
+            raise UserError("the checkpoint has no description of a run")
+        config = from_tree(meta.config)
         _, opened = open_sources(config.data, config.vocab.extend)
         held = [(source.name, source.held_out) for source in opened if len(source.held_out) > 1]
-    except (UserError, KeyError) as error:
-        why = f" ({error.what})" if isinstance(error, UserError) else ""
+    except UserError as error:
+        why = "" if meta is None else f" ({error.what})"
         raise UserError(
             f"{checkpoint} does not lead to the data that its run held out{why}",
             "--data names what to evaluate on: a store, a text file or a directory; or --tasks",
@@ -168,10 +171,10 @@ def _perplexities(
     tokenizer: Tokenizer,
     sources: Sequence[tuple[str, Store]],
     wanted: Wanted,
-    meta: Mapping[str, Any],
+    meta: CheckpointMeta | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    config = meta.get("config") or {}
+    config = {} if meta is None else meta.config
     of_run = (config.get("validation") or {}).get("context") or (config.get("batch") or {}).get("context")
     context, results = wanted.context or of_run or _CONTEXT, []
     for name, store in sources:

@@ -17,14 +17,8 @@ import yaml
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 import rwkv_train
-from rwkv_train.checkpoint.directory import (
-    attempt_of,
-    counted,
-    directory_name,
-    newest,
-    read_meta,
-    remove_unfinished,
-)
+from rwkv_train.checkpoint.directory import list_checkpoints, newest, read_meta, remove_unfinished
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.cluster.environment import environment
 from rwkv_train.cluster.preflight import meet
 from rwkv_train.data.datamodule import DataModule
@@ -97,9 +91,9 @@ def _fit(
 ) -> int:
     """The run itself, once its directory is ours."""
     config, run, data, console, total = setup.config, setup.directory, setup.data, setup.console, setup.total_steps
-    there = counted(run.checkpoints, setup.storage)
+    found = list_checkpoints(run.checkpoints, setup.storage)
     checkpoint = _find_checkpoint(setup)
-    step = 0 if checkpoint is None else int(read_meta(checkpoint)["step"])
+    step = 0 if checkpoint is None else read_meta(checkpoint).step
     if total is not None and step >= total:
         console.print(
             f"{run.path} is finished: {step} of {total} steps.\n"
@@ -109,14 +103,15 @@ def _fit(
 
     restarts.history = History.read(run)
     number = run.number = run.attempts.claim() if setup.first else 0
-    if counted(run.checkpoints, setup.storage) != there:  # an older attempt has saved: attempts.py
+    if list_checkpoints(run.checkpoints, setup.storage) != found:  # an older attempt has saved: attempts.py
         checkpoint = _find_checkpoint(setup)
-    meta = {} if checkpoint is None else read_meta(checkpoint)
-    step = int(meta.get("step", 0))
+    meta = None if checkpoint is None else read_meta(checkpoint)
+    step = 0 if meta is None else meta.step
     write_errors = watching.write_errors
     if setup.first:
         own = checkpoint is not None and checkpoint.absolute().parent == run.checkpoints.absolute()
-        run.attempts.begin(number, step, attempt_of(checkpoint) if checkpoint is not None and own else None)
+        name = CheckpointName.parse(checkpoint.name) if checkpoint is not None and own else None
+        run.attempts.begin(number, step, None if name is None else name.attempt)
         remove_unfinished(run.checkpoints, number, setup.storage)
         with write_errors.tolerate(run.config), run.atomic_write(run.config) as path:
             path.write_text(yaml.safe_dump(setup.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -125,8 +120,8 @@ def _fit(
     if setup.first and restarts.hopeless(events):
         return GIVEN_UP
     events.add("started" if checkpoint is None else "resumed", step, **restarts.history.next_start(step))
-    data.skips = [(first, steps) for first, steps in read_passed_over(run)["skips"] or meta.get("skips", [])]
-    data.begin(step, meta.get("position"))
+    data.skips = [(first, steps) for first, steps in read_passed_over(run)["skips"] or (meta.skips if meta else ())]
+    data.begin(step, None if meta is None else meta.position)
 
     validated = [data.sources[number].name for number in data.validated]
     every = config.statistics.every.in_steps(config.batch.tokens)
@@ -158,7 +153,7 @@ def _fit(
         follow_parent()
     alone = data.split.ranks == 1
     watchdog = Watchdog(
-        config.watchdog, run.attempts, setup.first, alone, setup.rank_info.node, partial(events.show, anew=True)
+        config.watchdog, run.attempts, setup.first, alone, setup.rank_info.node, partial(events.refresh, force=True)
     )
     saving.restoring = watchdog.restoring
     ours: list[Callback] = [*watching.callbacks(lines, events, saving), ending, signals, watchdog]
@@ -226,7 +221,7 @@ def _finish(setup: RunSetup, strategy: ShardedStrategy, step: int, lines: JsonLi
     if not setup.first:
         return
     run, data = setup.directory, setup.data
-    last = run.checkpoints / directory_name(step, strategy.attempt)
+    last = run.checkpoints / str(CheckpointName(step, strategy.attempt))
     if not strategy.divided or last.exists():
         with write_errors.tolerate(run.weights), run.atomic_write(run.weights) as path:
             if strategy.divided:

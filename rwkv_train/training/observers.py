@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
+from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.config.schema import differences
 from rwkv_train.errors import UserError
 from rwkv_train.instantiate import prepare
@@ -20,8 +20,8 @@ from rwkv_train.planning.cards import cpu_card, present_card
 from rwkv_train.planning.plan import make_plan
 from rwkv_train.planning.report import as_json
 from rwkv_train.rundir.jsonl import Events, JsonLines, WriteErrors
-from rwkv_train.trackers import Tracker
-from rwkv_train.trackers.launch import PATIENCE, Processes
+from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker
+from rwkv_train.trackers.launch import PATIENCE, Trackers
 from rwkv_train.training.callbacks.bad_steps import BadSteps, read_passed_over
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 from rwkv_train.training.callbacks.metrics import Metrics, Spent
@@ -47,8 +47,10 @@ class Observers:
     def __init__(self, setup: RunSetup, write_errors: WriteErrors) -> None:
         self.setup, self.write_errors = setup, write_errors
         self.patience = PATIENCE
-        self._processes: Processes | None = None
-        prepare("logger", setup.config.logger, (Tracker, Logger), setup.config.packages)  # made by their processes
+        self._trackers: Trackers | None = None
+        prepare(
+            "logger", setup.config.logger, (Tracker, LocalTracker, Logger), setup.config.packages
+        )  # made by `track`
 
     def __enter__(self) -> Observers:
         return self
@@ -58,6 +60,9 @@ class Observers:
         config, setup, run = self.setup.config, self.setup, self.setup.directory
         spent = Spent.of(run.attempts, lines)
         metrics = Metrics(lines, setup.data.bytes_per_token, config.optim.clip, lambda: saving.paused, spent)
+        if self._trackers is not None:
+            metrics.listeners.append(self._trackers.row)
+            events.listeners.append(self._trackers.event)
         self.health = BadSteps(
             config.health, metrics, saving, setup.data, run, setup.tree, events, self.write_errors, setup.console
         )
@@ -68,28 +73,21 @@ class Observers:
         replay = [] if self.replay is None else [self.replay]
         return [metrics, self.health, saving, progress, *profiling, *replay]
 
-    def track(self, step: int, meta: Mapping[str, Any], versions: Any) -> None:
-        """Starts the trackers of a run that goes on from a step, by the first process.
+    def track(self, step: int, meta: CheckpointMeta | None, versions: Any) -> None:
+        """Starts the trackers of a run that continues from a step, on rank 0.
 
         Args:
             step: 0 for a new run.
-            meta: of the checkpoint; empty: none.
+            meta: description of the checkpoint; None: the run starts from step 0.
             versions: of the code, as checkpoints have them.
         """
         config, run = self.setup.config, self.setup.directory
         if not self.setup.first or not config.logger:
             return
-        changed = bool(meta) and bool(differences(meta["config"], self.setup.tree) or meta.get("versions") != versions)
-        told = {
-            "path": str(run.path.absolute()),
-            "run": run.path.name,
-            "info": {"config": self.setup.tree, "versions": versions, **self._surroundings()},
-            "changed": changed,
-            "step": step,
-            "rows": str(run.metrics.absolute()),
-            "events": str(run.events.absolute()),
-        }
-        self._processes = Processes(config.logger, config.packages, told)
+        changed = meta is not None and bool(differences(meta.config, self.setup.tree) or meta.versions != versions)
+        info = {"config": self.setup.tree, "versions": versions, **self._surroundings()}
+        tracked = TrackedRun(run.path.absolute(), run.path.name, info, changed)
+        self._trackers = Trackers(config.logger, config.packages, tracked, step, run)
 
     def _surroundings(self) -> dict[str, Any]:
         """Data, hardware and plan of the run."""
@@ -126,11 +124,11 @@ class Observers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._processes is None:
+        if self._trackers is None:
             return
-        for name in self._processes.close(self.patience):
+        for name in self._trackers.close(self.patience):
             path: Path = self.setup.directory.path
             self.setup.console.print(
                 f"logger={name} has not taken all rows within {self.patience:g} s and was ended; "
-                f"`rwkv-train report {path} --push {name}` sends them anew"
+                f"`rwkv-train report {path} --push {name}` sends them again"
             )

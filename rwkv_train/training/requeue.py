@@ -9,7 +9,7 @@ from typing import Any
 from rwkv_train.cluster.rank_info import another_has_ended
 from rwkv_train.cluster.slurm import Job
 from rwkv_train.errors import UserError
-from rwkv_train.rundir.history import TRIES, History
+from rwkv_train.rundir.history import MAX_FAILURES, History
 from rwkv_train.rundir.jsonl import Events, JsonLines
 from rwkv_train.training.callbacks.stop import StopOnSignal
 from rwkv_train.training.setup import RunSetup
@@ -39,9 +39,9 @@ class Requeue:
 
     def hopeless(self, events: Events) -> bool:
         """Whether the starts before have failed too often at one step; that is said, and counted no more."""
-        if self.history.failures() < TRIES:
+        if self.history.failures() < MAX_FAILURES:
             return False
-        self._give_up(events, self.history.reached, self.history.last_words())
+        self._give_up(events, self.history.reached, self.history.last_failure())
         return True
 
     def seconds_left(self) -> float | None:
@@ -90,7 +90,7 @@ class Requeue:
         rank_info, said = self.setup.rank_info, " ".join(str(error).split())
         what = "another rank has ended" if another_has_ended(error) else f"{type(error).__name__}: {said[:200]}"
         reason = f"rank {rank_info.rank} on {rank_info.node}: {what}"
-        board: Any = getattr(getattr(strategy, "writer", None), "board", None)
+        board: Any = getattr(getattr(strategy, "writer", None), "store", None)
         with suppress(Exception):  # the first rank may be the one that has ended, and its store with it
             if not rank_info.first:
                 board.set("failed", reason)
@@ -104,7 +104,7 @@ class Requeue:
         rows = lines.rows()
         reached = int(rows[-1]["step"]) if rows else 0
         events.add("failed", reached, reason=reason)
-        hopeless = History(events.rows(), rows).failures() >= TRIES
+        hopeless = History(events.rows(), rows).failures() >= MAX_FAILURES
         if hopeless:
             self._give_up(events, reached, reason)
         return hopeless
@@ -112,6 +112,7 @@ class Requeue:
     def _give_up(self, events: Events, step: int, reason: str) -> None:
         events.add("given_up", step, reason=reason)
         self.setup.console.print(
-            f"[bold red]{self.setup.directory.path} has failed {TRIES} times at step {step}[/bold red]: {reason}\n"
+            f"[bold red]{self.setup.directory.path} has failed {MAX_FAILURES} times at step {step}[/bold red]: "
+            f"{reason}\n"
             f"  the same command tries again once that is mended; each rank's words: {self.setup.directory.logs}"
         )

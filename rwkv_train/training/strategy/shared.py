@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rwkv_train.checkpoint.shards import MOMENTS, Reader, StateShard, contents, file_names
-from rwkv_train.checkpoint.writer import Board, OwnBoard, Writer
+from rwkv_train.checkpoint.writer import InProcessStore, KeyValueStore, Writer
 from rwkv_train.errors import UserError
 from rwkv_train.models import RWKV
 from rwkv_train.training.throughput import keep_freed_memory, return_freed_memory
@@ -124,9 +124,9 @@ class ShardedStrategy(Strategy):
         reader = Reader(checkpoint)
         reader.fill(self.pieces(moments=True))
         for state in self.states():
-            step, now = state["step"], reader.meta.get("updates", reader.meta["step"])
+            step, now = state["step"], reader.meta.updates
             state["step"] = torch.full_like(step, now) if isinstance(step, Tensor) else now
-        if self.global_rank < reader.meta["writers"]:
+        if self.global_rank < reader.meta.writers:
             torch.set_rng_state(reader.state(self.global_rank)["random_state"])
         self.filled()
 
@@ -174,10 +174,10 @@ class ShardedStrategy(Strategy):
         loss: Tensor = self.lightning_module.probe(batch)  # type: ignore[operator, union-attr]
         return loss
 
-    def board(self) -> Board:
+    def key_value_store(self) -> KeyValueStore:
         """The ranks' key-value store."""
         if self.world_size == 1:
-            return OwnBoard()
+            return InProcessStore()
         host = self.cluster_environment.main_address  # type: ignore[attr-defined]
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.global_rank == 0 else None
         port = self.broadcast(store.port if store is not None else 0)
@@ -215,9 +215,6 @@ class ShardedStrategy(Strategy):
             if self.global_rank == 0:
                 state["lightning"] = checkpoint
             files = dict(zip(file_names(self.global_rank, self.writer.writers), (weights, state), strict=True))
-        meta["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
-        meta["writers"] = self.writer.writers
-        meta["updates"] = int(next(self.states())["step"])  # fewer than steps where some were skipped
         self.writer.begin(Path(filepath), files, meta)
         if not self.background:
             self.writer.wait()
@@ -227,6 +224,10 @@ class ShardedStrategy(Strategy):
         while not self.reduce_boolean_decision(self.writer.idle, all=True):
             time.sleep(0.02)
         self.writer.wait()
+
+    def updates(self) -> int:
+        """Optimiser updates applied so far; fewer than steps where some were skipped."""
+        return int(next(self.states())["step"])
 
     def _held(self) -> Iterator[StateShard]:
         """The owned pieces: copies on the CPU in memory that each save uses again, or the state itself."""
