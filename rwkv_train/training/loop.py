@@ -199,7 +199,7 @@ def _fit(
         return 0
     kept = newest(run.checkpoints)[0] or "none"
     console.print(
-        f"[bold red]WARNING[/bold red]: the disk refused {refused} writes; the last whole checkpoint is {kept}"
+        f"[bold red]WARNING[/bold red]: the disk refused {refused} writes; the last complete checkpoint is {kept}"
     )
     return DISK_REFUSED if setup.first else 0
 

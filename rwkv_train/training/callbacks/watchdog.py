@@ -105,7 +105,7 @@ class Watchdog(Callback):
             monitor.returncode = monitor.returncode or 0  # one that still judges other ranks is not waited for
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """Starts the monitor as a child process: a bare interpreter that imports the standard library and our folder."""
+        """Starts the monitor as a child process: a bare interpreter that imports the standard library only."""
         self._channel, remote = socket.socketpair()
         fds = [self.heartbeat.fd, remote.fileno()]
         if self.first and not self.alone:
