@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_train.checkpoint.directory import step_of
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, same_weights, train_ranks, words_for
@@ -37,7 +37,7 @@ def stopped_at(run: Path, step: int, name: str) -> Path:
     copy = run.with_name(name)
     shutil.copytree(run, copy)
     for checkpoint in (copy / "checkpoints").glob("step_*"):
-        if (step_of(checkpoint) or 0) > step:
+        if CheckpointName.of(checkpoint).step > step:
             shutil.rmtree(checkpoint)
     return copy
 

@@ -261,19 +261,19 @@ class BadSteps(Callback):
         if checkpoint is None:
             return "there is no checkpoint to go back to"
         meta = read_meta(checkpoint)
-        step = meta["step"]
+        step = meta.step
         behind = self.data.data_step(reached - 1) + 1  # of the data: what comes next
         earlier = [skip for skip in self.data.skips if skip[0] < step]
         skips = [*earlier, (step, behind - step - sum(steps for _, steps in earlier))]
         self.rewinds += 1
-        self.data.begin(step, meta.get("position"), skips)
+        self.data.begin(step, meta.position, skips)
         for record in (self.metrics.lines, self.events):
-            record.go_on(self.run.attempts.directory(module.strategy.attempt) / record.path.name)
+            record.follow_attempt(self.run.attempts.directory(module.strategy.attempt) / record.path.name)
         self.metrics.forget(step)
         _count_from(trainer, step)
         self._restore(Reader(checkpoint).state(0)["lightning"])
         self._evidence.clear()
-        module.statistics.count_skipped_from(step - meta.get("updates", step))
+        module.statistics.count_skipped_from(step - meta.updates)
         module.read_again()
         if self.events.enabled:
             with self.write_errors.tolerate(self.run.passed_over):
@@ -297,7 +297,7 @@ class BadSteps(Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
         meta = checkpoint["meta"]
-        pl_module.statistics.count_skipped_from(meta["step"] - meta.get("updates", meta["step"]))
+        pl_module.statistics.count_skipped_from(meta.step - meta.updates)
         self._restore(checkpoint)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
