@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -52,13 +52,10 @@ class RunDirectory:
         events = Shown(self.events, number, starts, starts.events)
         metrics = Shown(self.metrics, number, starts, starts.metrics)
         found = (Events(own / "events.jsonl", enabled, events), JsonLines(own / "metrics.jsonl", enabled, metrics))
-        try:
+        with closing(found[1]), closing(found[0]):  # each, even where the other's last merge fails
             for record in found:
                 record.show()
             yield found
-        finally:
-            for record in found:
-                record.close()
 
     def refuse_unusable(self) -> None:
         """Raises the UserErrors of `claimed` without making or changing anything."""

@@ -71,7 +71,7 @@ class Shown:
         try:
             append(file, b"".join(self.lines()))
             aside.replace(self.path)
-        except OSError:
+        except BaseException:
             file.close()
             aside.unlink(missing_ok=True)
             raise
@@ -185,8 +185,10 @@ class Events(JsonLines):
 
     def close(self) -> None:
         """The watchdog has a file of its own, which nothing follows."""
-        self.show(anew=True)
-        super().close()
+        try:
+            self.show(anew=True)
+        finally:
+            super().close()
 
 
 def append(file: BinaryIO, data: bytes) -> None:
