@@ -1,4 +1,4 @@
-"""Trains an RWKV language model: `python train.py --help` is the menu."""
+"""Trains an RWKV language model; `python train.py --help` shows examples and all settings."""
 
 import sys
 

@@ -1,25 +1,25 @@
-"""The errors that a user can mend. Everything in the package may import this module; it imports nothing."""
+"""Errors that the user can correct. Everything in the package may import this module; it imports nothing."""
 
 
 class UserError(Exception):
-    """A mistake in a config, a path or a data file: shown without a traceback, exit code 2.
+    """An error in a setting, a path or a data file: printed without a traceback, exit code 2.
 
     Args:
-        what: one sentence that names the thing and its value.
-        way_out: what to type or change instead, shown on a line of its own.
+        what: one sentence that names what is wrong and its value.
+        remedy: what to type or change instead, printed on its own line.
     """
 
-    def __init__(self, what: str, way_out: str = "") -> None:
+    def __init__(self, what: str, remedy: str = "") -> None:
         super().__init__(what)
         self.what = what
-        self.way_out = way_out
+        self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.what}\n  {self.way_out}" if self.way_out else self.what
+        return f"{self.what}\n  {self.remedy}" if self.remedy else self.what
 
 
 class UserErrors(UserError):
-    """Several mistakes found together, printed in one block."""
+    """Several errors that were found together, printed in one block."""
 
     def __init__(self, problems: list[UserError]) -> None:
         super().__init__("\n".join(str(problem) for problem in problems))

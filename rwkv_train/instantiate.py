@@ -1,7 +1,8 @@
-"""Others' loggers and callbacks: from a tree with `_target_` to an object, in two steps.
+"""Instantiates loggers and callbacks from trees with `_target_`, in two steps.
 
-All classes of all trees are found and their arguments bound to the signatures before the first object is made, so that
-a mistake in the last of them leaves nothing behind. A checkpoint's config never comes here, the command line's only.
+All classes are found and their arguments bound to the signatures before the first object is created, so that an error
+in the last tree leaves no objects of the others. Only trees of the command line are instantiated, never those of a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -16,36 +17,36 @@ from typing import Any, TypeVar
 from rwkv_train.errors import UserError, UserErrors
 
 T = TypeVar("T")
-Makers = Sequence[Callable[[], T]]  # what is called to make each object
-OURS = ("lightning", "rwkv_train")  # packages whose classes may be named without saying so
+Makers = Sequence[Callable[[], T]]
+ALLOWED_PACKAGES = ("lightning", "rwkv_train")  # whose classes may be named without listing them in packages=[…]
 
 
 def prepare(
     name: str, trees: Mapping[str, Any], kind: type[T] | tuple[type, ...], packages: Sequence[str] = ()
 ) -> list[Callable[[], T]]:
-    """What is to be called to make each object of the trees.
+    """A factory for each object of the trees.
 
     Args:
-        name: of the tree as a user types it: logger or callbacks.
+        name: the setting that holds the trees: logger or callbacks.
         trees: entry → {_target_: PACKAGE.CLASS, argument: value, …}; arguments may be such trees themselves.
-        kind: what each of them must be (one of several).
-        packages: further packages that may be named (`packages=[…]`).
+        kind: the class that each object must have, or several of which it must have one.
+        packages: further allowed packages (`packages=[…]`).
 
     Raises:
-        UserErrors: classes that are not there, not allowed or not of that kind, and arguments that do not fit.
+        UserErrors: classes that do not exist, are not allowed or not of that kind, and arguments that do not fit.
     """
-    made, problems = [], []
+    factories, problems = [], []
     for entry, tree in trees.items():
         where = f"{name}.{entry}"
         try:
             if not isinstance(tree, Mapping) or "_target_" not in tree:
                 raise UserError(f"{where} has no _target_", f"+{where}._target_=PACKAGE.CLASS")
-            made.append(_bind(where, tree, (*OURS, *packages), kind))
+            factories.append(_bind(where, tree, (*ALLOWED_PACKAGES, *packages), kind))
         except UserError as problem:
             problems.append(problem)
     if problems:
         raise UserErrors(problems)
-    return made
+    return factories
 
 
 def _bind(
@@ -54,11 +55,11 @@ def _bind(
     target = _find(where, str(tree["_target_"]), packages)
     if kind is not None and not (isinstance(target, type) and issubclass(target, kind)):
         wanted = (kind[-1] if isinstance(kind, tuple) else kind).__name__
-        raise UserError(f"{where}._target_={tree['_target_']} is no {wanted}", f"name a subclass of {wanted}")
+        raise UserError(f"{where}._target_={tree['_target_']} is not a {wanted}", f"name a subclass of {wanted}")
     arguments = {}
     for argument, value in tree.items():
         if argument.startswith("_") and argument != "_target_":
-            raise UserError(f"{where}.{argument}: of Hydra's own keys only _target_ is known here", "leave it out")
+            raise UserError(f"{where}.{argument}: of Hydra's keys only _target_ is supported", "leave it out")
         if argument != "_target_":
             inner = isinstance(value, Mapping) and "_target_" in value
             arguments[argument] = _bind(f"{where}.{argument}", value, packages, None) if inner else value
@@ -67,9 +68,10 @@ def _bind(
         signature.bind(**arguments)
     except TypeError as error:
         known = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        near = [close for word in arguments if word not in known for close in difflib.get_close_matches(word, known, 1)]
-        way_out = (f"nearest: {', '.join(near)}; " if near else "") + f"valid: {', '.join(known) or 'none'}"
-        raise UserError(f"{where}: {tree['_target_']} {error}", way_out) from None
+        wrong = [argument for argument in arguments if argument not in known]
+        near = [close for argument in wrong for close in difflib.get_close_matches(argument, known, 1)]
+        remedy = (f"nearest: {', '.join(near)}; " if near else "") + f"valid: {', '.join(known) or 'none'}"
+        raise UserError(f"{where}: {tree['_target_']} {error}", remedy) from None
     return partial(_make, target, arguments)
 
 
@@ -78,20 +80,21 @@ def _make(target: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 
 
 def _find(where: str, path: str, packages: Sequence[str]) -> Callable[..., Any]:
-    """The class or function of that path; it must also be *defined* in one of the packages, not only imported there."""
-    allowed = f"valid: something of {', '.join(packages)}; others after packages=[{path.split('.')[0]}]"
-    if path.split(".")[0] not in packages:
-        raise UserError(f"{where}._target_={path}: {path.split('.')[0]} is no package that may be named here", allowed)
+    """The class or function at that path; it must be *defined* in one of the packages, not only imported there."""
+    package = path.split(".")[0]
+    allowed = f"valid: classes of {', '.join(packages)}; packages=[{package}] allows {package}"
+    if package not in packages:
+        raise UserError(f"{where}._target_={path}: the package {package} is not allowed", allowed)
     module, _, name = path.rpartition(".")
     try:
-        home = importlib.import_module(module or path)
+        imported = importlib.import_module(module or path)
     except ImportError as error:
         raise UserError(
-            f"{where}._target_={path} cannot be imported: {error}", "check the path, or install it"
+            f"{where}._target_={path} cannot be imported: {error}", "check the path, or install the package"
         ) from None
-    target = getattr(home, name, None)
+    target = getattr(imported, name, None)
     if target is None:
-        near = difflib.get_close_matches(name, dir(home), 1)
+        near = difflib.get_close_matches(name, dir(imported), 1)
         raise UserError(
             f"{where}._target_={path}: {module} has no {name}", f"nearest: {module}.{near[0]}" if near else ""
         )

@@ -1,4 +1,4 @@
-"""Others' classes: found, allowed and their arguments right before the first object is made."""
+"""Loggers and callbacks with _target_: found, allowed and bound to their arguments before the first is created."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_lightnings_own_logger(tmp_path: Path) -> None:
     tracker.end()
     (file,) = tmp_path.rglob("metrics.csv")
     assert file.read_text().splitlines() == ["layers/x/00,step,train/loss", "1.0,3,2.0"]
-    with pytest.raises(UserErrors, match="is no Logger"):
+    with pytest.raises(UserErrors, match="is not a Logger"):
         make("mine", {"_target_": "lightning.pytorch.callbacks.Callback"}, [])
 
 
@@ -68,17 +68,17 @@ LIGHTNING = "lightning.pytorch.callbacks"
             "has no EarlyStoping.*nearest: lightning.pytorch.callbacks.EarlyStopping",
         ),
         ({"_target_": "lightning.pytorch.nowhere.X"}, "cannot be imported"),
-        ({"_target_": "os.system", "command": "x"}, "os is no package that may be named here.*packages=\\[os\\]"),
+        ({"_target_": "os.system", "command": "x"}, "the package os is not allowed.*packages=\\[os\\]"),
         (
             {"_target_": "lightning.pytorch.trainer.connectors.signal_connector.subprocess.call"},
             "cannot be imported|allowed",
         ),
         ({"_target_": "lightning.pytorch.callbacks.early_stopping.torch"}, "neither a class nor a function"),
         ({"_target_": "lightning.pytorch.callbacks.early_stopping.Tensor"}, "is defined in torch"),
-        ({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "x"}, "is no Callback"),
+        ({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "x"}, "is not a Callback"),
         ({**STOP, "patince": 3}, "unexpected keyword argument 'patince'.*nearest: patience; valid: monitor, "),
         ({"_target_": STOP["_target_"]}, "missing a required argument: 'monitor'"),
-        ({**STOP, "_partial_": True}, "of Hydra's own keys only _target_ is known here"),
+        ({**STOP, "_partial_": True}, "of Hydra's keys only _target_ is supported"),
     ],
 )
 def test_a_tree_that_is_wrong(tree: dict[str, Any], message: str) -> None:
@@ -115,5 +115,5 @@ def test_nothing_is_built_before_all_is_bound(monkeypatch: pytest.MonkeyPatch) -
     callback = make()
     assert made == ["mine"]
     assert isinstance(callback.inner, EarlyStopping)
-    with pytest.raises(UserErrors, match="mine is no package that may be named here"):
+    with pytest.raises(UserErrors, match="the package mine is not allowed"):
         prepare("callbacks", {"a": trees["a"]}, Callback)

@@ -157,6 +157,11 @@ class Reader:
                 found += last - first
                 if mapped:
                     _forget_pages(part)
+        if count and kind in MOMENTS and (kind, name) not in self._parts:
+            raise UserError(
+                f"the checkpoint {self.path} has no optimiser state of {name}: it was not trained when it was written",
+                f"leave it frozen, or start a new run from the weights: run.name=NEW init.weights={self.path}",
+            )
         if found < count:
             raise UserError(
                 f"the checkpoint {self.path} lacks {count - found} of {count} elements of {name} ({kind})",

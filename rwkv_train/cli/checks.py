@@ -1,4 +1,4 @@
-"""What must hold between several settings, and between a setting and this machine; everything that needs no torch."""
+"""Checks between several settings, and of settings against this machine; all that need no torch."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from pathlib import Path
 
 from rwkv_train.cluster.rank_info import RankInfo, mistakes
 from rwkv_train.config import Config, DataSettings
-from rwkv_train.config.schema import nearest
+from rwkv_train.config.mesh import Mesh
+from rwkv_train.config.suggestions import suggestion
 from rwkv_train.data.order import split_batch
 from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.errors import UserError
 from rwkv_train.planning.cards import find_card
 
-_PRECISION = {  # why a precision of Lightning's is refused
+_UNSUPPORTED_PRECISIONS = {  # first two characters of a precision of Lightning's → why it is refused
     "16": "float16 overflows in the channel mix (relu²)",
     "bf": "decay, bonus, mix and norm parameters must stay float32",
     "64": "the engines compute in float32; the float64 definition is for tests",
     "tr": "TransformerEngine has no RWKV operator",
 }
 
-_DERIVED = {  # words of DeepSpeed's JSON, and where they come from here
+_DERIVED_DEEPSPEED_KEYS = {  # keys of DeepSpeed's JSON → the settings that they are derived from
     "train_batch_size": "batch.tokens=",
     "train_micro_batch_size_per_gpu": "batch.micro=",
     "gradient_accumulation_steps": "batch.tokens= and batch.micro=",
@@ -38,19 +39,24 @@ _DERIVED = {  # words of DeepSpeed's JSON, and where they come from here
     "zero_optimization.stage": "strategy=",
 }
 
+_DEEPSPEED_EXAMPLE = 'valid: an object such as {"zero_optimization": {…}}'
+
 
 @dataclass(frozen=True)
 class Machine:
-    """What the launcher knows of the place where this process runs."""
+    """The machine and this process, as the launcher sees them.
+
+    Args:
+        cores: CPU cores that this process may use.
+        rank_info: of this process. Only rank 0 checks the run directory: rank 0 creates it, and the others see it.
+    """
 
     cores: int
-    rank_info: RankInfo = field(
-        default_factory=RankInfo
-    )  # only the first reports: the others see what the first has made
+    rank_info: RankInfo = field(default_factory=RankInfo)
 
 
 def check(config: Config, machine: Machine) -> list[UserError]:
-    """Everything that is wrong with a config whose single values are right."""
+    """Everything that is wrong with a config whose single values are valid."""
     return [
         *(() if config.dry_run else mistakes(machine.rank_info, config.trainer)),
         *_check_data(config),
@@ -82,12 +88,12 @@ def _check_data(config: Config) -> Iterator[UserError]:
         yield from _check_mixture(data)
     elif data.path is None:
         if data.source != "stdlib":
-            yield UserError("data.path is not given", _PATHS[data.source])
+            yield UserError("data.path is not given", _PATH_OF_SOURCE[data.source])
     elif data.source in ("stdlib", "text", "chat"):
         yield from _check_path(data)
 
 
-_PATHS = {
+_PATH_OF_SOURCE = {
     "text": "data.path=FILE or data.path=DIRECTORY of text files",
     "store": "data.path=STORE for STORE.bin and STORE.idx; `rwkv-train prepare` makes them",
     "chat": "data.path=FILE.jsonl with `messages` in each line",
@@ -98,16 +104,16 @@ _PATHS = {
 def _check_documents(config: Config) -> Iterator[UserError]:
     data = config.data
     if data.reset and data.documents == "stream":
-        yield UserError("data.reset=true without packed documents", "data.documents=packed data.reset=true")
+        yield UserError("data.reset=true needs packed documents", "data.documents=packed data.reset=true")
     if data.documents == "packed" and data.order == "reference":
-        yield UserError("data.order=reference walks through the stream of tokens", "data.documents=stream")
+        yield UserError("data.order=reference does not support data.documents=packed", "data.documents=stream")
     if data.source == "stream" and (data.documents == "packed" or data.order == "reference"):
         yield UserError(
-            "data=stream is read in its own order, as one stream of tokens",
-            "`rwkv-train prepare` makes a store of it: data=store data.path=STORE",
+            "data=stream is read in its own order, without packing",
+            "make a store of it with `rwkv-train prepare`: data=store data.path=STORE",
         )
     if data.source == "chat" and data.documents != "packed":
-        yield UserError("data=chat with data.documents=stream would lose its mask", "data.documents=packed")
+        yield UserError("data=chat with data.documents=stream has no loss mask", "data.documents=packed")
 
 
 def _check_mixture(data: DataSettings) -> Iterator[UserError]:
@@ -117,15 +123,15 @@ def _check_mixture(data: DataSettings) -> Iterator[UserError]:
             "data.sources is empty", "data.sources=[{name:a,path:STORE_A,weight:0.7},{name:b,path:STORE_B}]"
         )
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield UserError(f"data.sources has the name {name} twice", "give each source a name of its own")
+        yield UserError(f"data.sources has the name {name} twice", "give each source its own name")
     tokens = [stage.tokens for stage in data.curriculum]
     if tokens != sorted(set(tokens)):
-        yield UserError(f"data.curriculum begins at the tokens {tokens}", "stages in rising order")
+        yield UserError(f"data.curriculum: the stages begin at {tokens} tokens", "list them in ascending order")
     for stage in data.curriculum:
         for name, weight in stage.weights.items():
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
                 yield UserError(
-                    f"data.curriculum: the weight {weight} of {name} is not valid", "valid: a number from 0 on"
+                    f"data.curriculum: the weight {weight} of {name} is not valid", "valid: a number, at least 0"
                 )
 
 
@@ -134,26 +140,28 @@ def _check_path(data: DataSettings) -> Iterator[UserError]:
     path = Path(data.path).expanduser()
     try:
         if not path.exists():
-            yield UserError(
-                f"data.path={data.path}: there is no such file or directory", "it is taken from " + os.getcwd()
-            )
+            yield UserError(f"data.path={data.path}: there is no such file or directory", _relative_to())
         elif path.is_dir() and next(path.iterdir(), None) is None:
             yield UserError(f"data.path={data.path} is an empty directory", "name a directory of text files")
         elif path.is_file() and path.stat().st_size == 0:
             yield UserError(f"data.path={data.path} is an empty file", "name a text file")
     except OSError as error:
-        yield UserError(f"data.path={data.path} cannot be read: {error.strerror}", "mend its permissions, or move it")
+        yield UserError(f"data.path={data.path} cannot be read: {error.strerror}", "fix its permissions")
+
+
+def _relative_to() -> str:
+    return f"relative paths are resolved against {os.getcwd()}"
 
 
 def _check_batch(config: Config, machine: Machine) -> Iterator[UserError]:
     trainer, batch = config.trainer, config.batch
     if trainer.precision not in ("auto", "32-true", "bf16-mixed"):
-        reason = _PRECISION.get(trainer.precision[:2], "it is none of Lightning's")
+        reason = _UNSUPPORTED_PRECISIONS.get(trainer.precision[:2], "there is no such precision")
         if trainer.precision in ("32", "bf16"):
-            reason = "the full name is asked for"
+            reason = "the name is abbreviated"
         yield UserError(f"trainer.precision={trainer.precision}: {reason}", "valid: auto, 32-true, bf16-mixed")
     if trainer.devices == "auto" and trainer.accelerator != "cpu":
-        return  # how many there are is known to torch only; training/run.py asks again
+        return  # only torch knows how many there are; training/setup.py checks them
     devices = 1 if trainer.devices == "auto" else trainer.devices
     if trainer.accelerator == "cpu" and devices > machine.cores and not config.dry_run:
         yield UserError(
@@ -161,76 +169,73 @@ def _check_batch(config: Config, machine: Machine) -> Iterator[UserError]:
         )
         return
     try:
-        split_batch(batch.tokens, batch.context, batch.micro, devices * trainer.machines)
+        split_batch(batch.tokens, batch.context, batch.micro, Mesh(devices * trainer.machines))
     except UserError as problem:
         yield problem
 
 
 def _check_strategy(config: Config) -> Iterator[UserError]:
-    """A JSON for DeepSpeed may add to what is derived from the other settings, and not contradict it."""
-    name, file = config.strategy, config.deepspeed
+    name = config.strategy
     if config.device is not None:
         try:
             find_card(config.device)
         except UserError as problem:
             yield problem
     if config.compile and name not in ("auto", "ddp"):
-        yield UserError(f"compile=true with strategy={name}: its parameters are not there as a whole", "compile=false")
-    if file is None:
-        return
-    if not name.startswith("deepspeed"):
-        yield UserError(
-            f"deepspeed={file} with strategy={name}: nothing reads it", "strategy=deepspeed_2, for instance"
-        )
+        yield UserError(f"compile=true does not support strategy={name}, which shards the parameters", "compile=false")
+    if config.deepspeed is not None:
+        yield from _check_deepspeed(config.deepspeed, name)
+
+
+def _check_deepspeed(file: str, strategy: str) -> Iterator[UserError]:
+    """A JSON file for DeepSpeed may add to the derived configuration, but not contradict it."""
+    if not strategy.startswith("deepspeed"):
+        yield UserError(f"deepspeed={file} has no effect with strategy={strategy}", "e.g. strategy=deepspeed_2")
     try:
         given = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
-        yield UserError(f"deepspeed={file} cannot be read: {error.strerror}", "it is taken from " + os.getcwd())
+        yield UserError(f"deepspeed={file} cannot be read: {error.strerror}", _relative_to())
         return
     except ValueError as error:
-        yield UserError(f"deepspeed={file} is no JSON: {error}", 'an object such as {"zero_optimization": {…}}')
+        yield UserError(f"deepspeed={file} is not JSON: {error}", _DEEPSPEED_EXAMPLE)
         return
     if not isinstance(given, dict):
-        yield UserError(f"deepspeed={file} holds no JSON object", 'an object such as {"zero_optimization": {…}}')
+        yield UserError(f"deepspeed={file} does not hold a JSON object", _DEEPSPEED_EXAMPLE)
         return
     zero = given.get("zero_optimization")
-    words = [*given, *(["zero_optimization.stage"] if isinstance(zero, dict) and "stage" in zero else [])]
-    for word in words:
-        if word in _DERIVED:
-            yield UserError(f"deepspeed={file} sets {word}, which is derived", f"say it as {_DERIVED[word]}")
+    keys = [*given, *(["zero_optimization.stage"] if isinstance(zero, dict) and "stage" in zero else [])]
+    for key in keys:
+        if key in _DERIVED_DEEPSPEED_KEYS:
+            yield UserError(
+                f"deepspeed={file} sets {key}, which is derived from other settings",
+                f"remove it, and use {_DERIVED_DEEPSPEED_KEYS[key]}",
+            )
 
 
 def _check_schedule(config: Config) -> Iterator[UserError]:
-    budget, optim, batch = config.budget, config.optim, config.batch
+    budget, optim = config.budget, config.optim
     schedule = optim.schedule
     if budget.total is None and budget.hours is None:
-        yield UserError("the run has no end", "budget.steps=…, budget.tokens=… or budget.hours=…")
+        yield UserError("no training budget is set", "budget.steps=…, budget.tokens=… or budget.hours=…")
     if budget.total is None and schedule.shape != "constant":
         yield UserError(
             f"optim.schedule.shape={schedule.shape} needs the length of the run",
             "budget.steps=… or budget.tokens=…, or optim.schedule.shape=constant",
         )
-    spans = {
-        "budget": budget.total,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.permanent": config.checkpoint.permanent,
-        "validation.every": config.validation.every,
-        "statistics.every": config.statistics.every,
-    }
-    for name, span in spans.items():
-        if span is not None and span.in_steps(batch.tokens) == 0:
-            yield UserError(f"{name}.{'tokens' if span.steps is None else 'steps'}=0 is not valid", "valid: at least 1")
     if schedule.shape == "exponential" and optim.final_lr == 0:
-        yield UserError("optim.final_lr=0: an exponential decay never gets to 0", "give one above 0, or another shape")
+        yield UserError(
+            "optim.final_lr=0: an exponential decay never reaches 0", "optim.final_lr above 0, or another shape"
+        )
     if optim.final_lr > optim.lr:
         yield UserError(
-            f"optim.final_lr={optim.final_lr:g} is above optim.lr={optim.lr:g}", "it is where the decay ends"
+            f"optim.final_lr={optim.final_lr:g} is above optim.lr={optim.lr:g}, from which the rate decays to it",
+            f"optim.final_lr={optim.lr:g} or less",
         )
     for rule in optim.rules:
         try:
             re.compile(rule.pattern)
         except re.error as error:
-            yield UserError(f"optim.rules: {rule.pattern!r} is no regular expression: {error}", "e.g. .*time_decay")
+            yield UserError(f"optim.rules: {rule.pattern!r} is not a regular expression: {error}", "e.g. .*time_decay")
 
 
 def _check_logger(config: Config) -> Iterator[UserError]:
@@ -242,15 +247,13 @@ def _check_logger(config: Config) -> Iterator[UserError]:
 
 
 def _check_callbacks(config: Config) -> Iterator[UserError]:
-    """Lightning would tell an unknown metric at the first validation, with a traceback."""
+    """Lightning reports an unknown metric only at the first validation, with a traceback."""
     known = ["val/loss", *(f"val/loss/{source.name}" for source in config.data.sources)]
     for name, tree in config.callbacks.items():
         metric = tree.get("monitor") if isinstance(tree, dict) else None
         if metric is not None and metric not in known:
-            near = nearest(str(metric), known)
             yield UserError(
-                f"callbacks.{name}.monitor={metric}: there is no such metric",
-                (f"nearest: {near}; " if near else "") + f"valid: {', '.join(known)}",
+                f"callbacks.{name}.monitor={metric}: there is no such metric", suggestion(str(metric), known)
             )
 
 
@@ -258,18 +261,18 @@ def _check_replay(config: Config) -> Iterator[UserError]:
     if config.replay is None:
         return
     try:
-        told = json.loads(Path(config.replay).expanduser().read_text(encoding="utf-8"))
-        checkpoint = (told["step"], told["config"], told["samples"], told["checkpoint"])[-1]
+        payload = json.loads(Path(config.replay).expanduser().read_text(encoding="utf-8"))
+        checkpoint = [payload[key] for key in ("step", "config", "samples", "checkpoint")][-1]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or "it was not written by a bad step"
+        reason = getattr(error, "strerror", None) or "it is not a replay file"
         yield UserError(
-            f"replay={config.replay} cannot be read: {reason}", "a file like RUN/replay/step_000001234.json"
+            f"replay={config.replay} cannot be read: {reason}", "give a file like RUN/replay/step_000001234.json"
         )
         return
     if checkpoint is not None and not Path(checkpoint).exists():
         yield UserError(
-            f"replay={config.replay} starts from {checkpoint}, which is gone",
-            "an older checkpoint of the run as resume=CHECKPOINT comes to that step as well",
+            f"replay={config.replay} starts from {checkpoint}, which does not exist any more",
+            "resume=CHECKPOINT with an older checkpoint of the run reaches that step as well",
         )
 
 
@@ -277,29 +280,29 @@ def _check_run(config: Config, machine: Machine) -> Iterator[UserError]:
     run, resume = config.run, config.resume
     if not re.fullmatch(r"[^\s=,{}\[\]/\\]+", run.name) or run.name in (".", ".."):
         yield UserError(
-            f"run.name={run.name!r} is not valid", "a name without blanks and without any of = , { } [ ] / \\"
+            f"run.name={run.name!r} is not valid", "valid: a name without spaces and without any of = , { } [ ] / \\"
         )
     if resume == "never" and machine.rank_info.first and holds_run(Path(run.root).expanduser() / run.name):
         yield UserError(
             f"resume=never, but {run.root}/{run.name} holds a run",
-            "run.name=NAME for another directory, or resume=auto to go on with it",
+            "run.name=NAME for another directory, or resume=auto to continue it",
         )
     if resume not in ("auto", "never"):
         yield from _check_checkpoint(resume, Path(resume).expanduser())
     weights = config.init_weights
     if weights is not None and not Path(weights).expanduser().exists():
-        yield UserError(f"init.weights={weights}: there is no such file", "a .pth file or a checkpoint directory")
+        yield UserError(f"init.weights={weights}: there is no such file", "give a .pth file or a checkpoint directory")
 
 
 def _check_checkpoint(resume: str, path: Path) -> Iterator[UserError]:
-    """What can be seen of a checkpoint from outside; training/checkpoint.py looks into it."""
+    """Checks that need no torch; checkpoint/directory.py checks the content."""
     if not path.exists():
         yield UserError(
             f"resume={resume}: there is no such checkpoint", "valid: auto, never, or the path of a checkpoint"
         )
     elif path.is_file():
         yield UserError(
-            f"resume={resume} is a file, and a checkpoint is a directory",
+            f"resume={resume} is a file, but a checkpoint is a directory",
             f"init.weights={resume} starts a new run from weights",
         )
     elif not (path / "manifest.json").exists():
@@ -307,11 +310,11 @@ def _check_checkpoint(resume: str, path: Path) -> Iterator[UserError]:
             file.parent for file in [*path.glob("*/manifest.json"), *path.glob("checkpoints/*/manifest.json")]
         )
         yield UserError(
-            f"resume={resume} is no whole checkpoint: it has no manifest.json",
-            f"resume={inside[-1]}" if inside else "a checkpoint is a directory like RUN/checkpoints/step_000001000",
+            f"resume={resume} is not a complete checkpoint: it has no manifest.json",
+            f"resume={inside[-1]}" if inside else "give a directory like RUN/checkpoints/step_000001000-0001",
         )
 
 
 def holds_run(directory: Path) -> bool:
-    """Whether a run was begun in that directory."""
+    """Whether a run was started in that directory."""
     return any((directory / name).exists() for name in ("config.yaml", "metrics.jsonl"))

@@ -1,4 +1,4 @@
-"""`rwkv-train doctor`: what works on this machine, and what does not, why, and the way out."""
+"""`rwkv-train doctor`: what works on this machine, and for what does not, why and the remedy."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ from rwkv_train import __version__
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: "ok"; "note" for what is fine to be without; "BAD" for what needs the user."""
+    """One line of the report.
+
+    Attributes:
+        verdict: "ok"; "note" for something optional that is missing; "BAD" for a problem.
+        what: what was found.
+        remedy: what to do about it; empty: nothing.
+    """
 
     verdict: Literal["ok", "note", "BAD"]
     what: str
-    way_out: str = ""
+    remedy: str = ""
 
 
 def examine(cores: int) -> int:
@@ -44,14 +50,14 @@ def examine(cores: int) -> int:
         for finding in findings():
             bad += finding.verdict == "BAD"
             print(f"  {finding.verdict:4}  {finding.what}", flush=True)
-            if finding.way_out:
-                print(f"        {finding.way_out}")
-    print(f"\n{bad} of these need you." if bad else "\nNothing needs you.")
+            if finding.remedy:
+                print(f"        {finding.remedy}")
+    print(f"\n{bad} problem{'s need' if bad > 1 else ' needs'} attention." if bad else "\nNo problems found.")
     return 1 if bad else 0
 
 
 def versions() -> Iterator[Finding]:
-    """Python and every package that we depend on, against the ranges that the tests ran on."""
+    """Python and every dependency, against the ranges that the tests ran on."""
     try:
         ours = metadata.metadata("rwkv-train")
     except metadata.PackageNotFoundError:
@@ -84,7 +90,7 @@ def _version(needed: Requirement) -> Iterator[Finding]:
 
 
 def compiler() -> Iterator[Finding]:
-    """A C++ compiler builds the engines; Python's headers are for torch.compile only."""
+    """The C++ compiler, which builds the engines, and Python's headers, which only torch.compile needs."""
     from rwkv_train.ops.build import BuildError, find_compiler
 
     try:
@@ -101,7 +107,7 @@ def compiler() -> Iterator[Finding]:
 
 
 def engines() -> Iterator[Finding]:
-    """Builds what is not built yet and runs each engine's self-test against the float64 definition."""
+    """Builds the engines that are not built yet, and tests each against the float64 definition."""
     from rwkv_train.ops import engines as examined
 
     for engine in examined():
@@ -109,7 +115,7 @@ def engines() -> Iterator[Finding]:
             error = "" if engine.name == "reference" else f", error {engine.error_ratio:.2f} × the definition's"
             yield Finding("ok", f"{engine.name}: {engine.where} ({engine.seconds:.1f} s{error})")
         else:
-            yield Finding("BAD", f"{engine.name}: {engine.problem}", engine.way_out or "")
+            yield Finding("BAD", f"{engine.name}: {engine.problem}", engine.remedy or "")
 
 
 def devices(cores: int) -> Iterator[Finding]:

@@ -1,6 +1,6 @@
-"""The front door of `python train.py` and `rwkv-train train`, and the one place that reads the environment.
+"""`python train.py` and `rwkv-train train`: environment, configuration, processes. Only this module reads os.environ.
 
-Nothing heavy is imported until the configuration is found right: help and the report of a mistake come at once.
+Nothing heavy is imported before the configuration is valid, so that help and error messages are fast.
 """
 
 from __future__ import annotations
@@ -13,39 +13,37 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rwkv_train.cluster.rank_info import RankInfo, rank_info_of
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError, UserErrors
+from rwkv_train.exit_codes import ExitCode
 from rwkv_train.resources import resource
 
-MISTAKE = 2  # exit codes
-STOPPED = 75
-INTERRUPTED = 130
-
-SPINS = (
-    2000  # of a waiting OpenMP thread, about 25 µs; alone on its cores a step is as fast as with the default 300,000
-)
+# Iterations that a waiting OpenMP thread spins before it sleeps, about 25 µs. With free cores a step is as fast as with
+# the default of 300,000.
+OPENMP_SPINS = 2000
 
 
 def main(argv: Sequence[str], submitted: bool = False) -> int:
-    """Composes and checks what the words ask for, then trains.
+    """Builds and checks the configuration of a command line, then trains.
 
     Args:
         argv: the command line without the program's name.
-        submitted: whether this is the job that the words of `launcher` have asked for.
+        submitted: whether this process belongs to a job that `launcher=slurm` has submitted.
 
     Returns:
-        the exit code: 0, 2 for a mistake of the user's, 3 where the disk refused writes, 75 where a signal stopped the
-        run, 130 for a Ctrl-C before it began or a second one; docs/slurm.md has them all.
-        The first process also writes it to the file that RWKV_EXIT names: srun's own is the highest of all processes'.
+        the exit code: 0, 2 for a user error, 3 if the disk refused writes, 75 if a signal stopped the run, 130 for a
+        Ctrl-C before it began or a second one; docs/slurm.md lists all. Rank 0 also writes it to the file that
+        RWKV_EXIT names, because srun returns the highest code of all processes.
     """
     share_cores()
     try:
         code = _main(argv, submitted)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        code = INTERRUPTED
+        code = ExitCode.INTERRUPTED
     if os.environ.get("RWKV_EXIT") and rank() == 0:
         Path(os.environ["RWKV_EXIT"]).write_text(f"{code}\n")
     return code
@@ -54,16 +52,16 @@ def main(argv: Sequence[str], submitted: bool = False) -> int:
 def _main(argv: Sequence[str], submitted: bool) -> int:
     here = rank_info()
     try:
-        flags, words = _split(argv)
-        folders = [resource("conf"), *([flags.config_dir.expanduser().resolve()] if flags.config_dir else [])]
+        flags, overrides = _parse_flags(argv)
+        folders = _conf_folders(flags)
         if flags.help:
-            _show(_menu(folders) + "\n")
+            _print_help("train", folders)
             return 0
-        lines, configs = _settle(words, folders, flags.multirun)
+        lines, configs = _build_configs(overrides, folders, flags.multirun)
     except UserError as error:
-        return _refuse(error, here)
+        return _report_from_rank(error, here)
     if flags.cfg:
-        _show("---\n".join(map(_as_yaml, configs)))
+        _write("---\n".join(map(_as_yaml, configs)))
         return 0
     try:
         if not submitted and any(config.launcher for config in configs):
@@ -74,90 +72,88 @@ def _main(argv: Sequence[str], submitted: bool) -> int:
 
         return train(configs[0], rank_info=here)
     except UserError as error:
-        return _refuse(error, here)
+        return _report_from_rank(error, here)
 
 
-def _refuse(error: UserError, here: RankInfo) -> int:
-    """The first process tells a mistake; what another one alone has found goes to the first one."""
+def _report_from_rank(error: UserError, here: RankInfo) -> int:
+    """Rank 0 prints errors; other ranks forward theirs to rank 0, which prints those that it does not have itself."""
     if here.first:
         report(error)
     elif here.ranks > 1:
         from rwkv_train.cluster.preflight import tell
 
         tell(here, error)
-    return MISTAKE
+    return ExitCode.MISTAKE
 
 
 def plan(argv: Sequence[str]) -> int:
-    """What the words ask for as a plan; `--json` among them asks for one line of JSON.
+    """Prints the plan of a run; with `--json`, as one line of JSON.
 
     Returns:
-        the exit code: 0 where it fits, 1 where it does not, 2 for a mistake.
+        the exit code: 0 if it fits, 1 if it does not, 2 for a user error.
     """
-    words = [word for word in argv if word != "--json"]
     try:
-        flags, words = _split(words)
-        folders = [resource("conf"), *([flags.config_dir.expanduser().resolve()] if flags.config_dir else [])]
+        flags, overrides = _parse_flags([text for text in argv if text != "--json"])
+        folders = _conf_folders(flags)
         if flags.help:
-            print("usage: rwkv-train plan [word=value …] [--json]      the words are those of train.py\n")
-            print(_menu(folders))
+            _print_help("plan", folders)
             return 0
-        _, (config, *_) = _settle([*words, "dry_run=true"], folders, multirun=False)
+        _, (config, *_) = _build_configs([*overrides, "dry_run=true"], folders, multirun=False)
         from rwkv_train.training.dry_run import plan as show_plan
 
         return show_plan(config, "--json" in argv)
     except UserError as error:
         report(error)
-        return MISTAKE
+        return ExitCode.MISTAKE
 
 
-def load(words: Sequence[str]) -> Config:
+def load(overrides: Sequence[str]) -> Config:
     """The config of one command line, for use from Python: `train(load(["model=nano", "budget.steps=10"]))`.
 
     Raises:
         UserErrors: everything that is wrong with it.
     """
-    _, (config,) = _settle(words, [resource("conf")], multirun=False)
+    _, (config,) = _build_configs(overrides, [resource("conf")], multirun=False)
     return config
 
 
-def show(words: Sequence[str]) -> int:
-    """Prints the first batch that `train` would get with these words.
+def show(overrides: Sequence[str]) -> int:
+    """Prints the first batch that `train` would get with these overrides.
 
     Raises:
-        UserError: a mistake in the words, or in the data.
+        UserError: an error in the overrides, or in the data.
     """
-    from rwkv_train.data.preview import preview
+    from rwkv_train.data.batch_preview import preview
 
-    preview(load(words))
+    preview(load(overrides))
     return 0
 
 
 def report(error: UserError) -> None:
-    """Prints every mistake in one block on standard error."""
+    """Prints all errors in one block on standard error."""
     problems = error.problems if isinstance(error, UserErrors) else [error]
     print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
 
 
 def rank() -> int:
-    """0 for the first process of a run (or its only one), above 0 for the others."""
+    """The rank of this process; 0 if it is the only one."""
     return rank_info().rank
 
 
 def rank_info() -> RankInfo:
-    """Where this process stands among those of its run."""
+    """Rank, node and job of this process."""
     return rank_info_of(os.environ)
 
 
 def share_cores() -> None:
-    """Has a thread that waits for the others of its product give its core away after microseconds, not milliseconds.
+    """Makes waiting OpenMP threads give up their core after microseconds instead of milliseconds.
 
-    At the end of each parallel loop GNU's OpenMP, torch's own, spins about 4 ms before it sleeps. Where another process
-    has one of the cores, every loop then costs that much: a step becomes a hundred times slower. Must come before torch
-    is imported; what the user has set stays.
+    At the end of each parallel loop, GNU's OpenMP (torch's own) spins for about 4 ms before it sleeps. If another
+    process uses one of the cores, every loop costs that much, and a step becomes a hundred times slower. Must be called
+    before torch is imported; variables that the user has set are kept.
     """
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+        os.environ.setdefault("GOMP_SPINCOUNT", str(OPENMP_SPINS))
 
 
 def cores() -> int:
@@ -165,41 +161,50 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def _parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of a command line, and its overrides."""
     parser = argparse.ArgumentParser("train.py", add_help=False, allow_abbrev=False, usage="python train.py --help")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("--cfg", action="store_true")
     parser.add_argument("--config-dir", type=Path)
-    flags, words = parser.parse_known_args(argv)
-    for word in words:
-        if word.startswith("-"):
+    flags, overrides = parser.parse_known_args(argv)
+    for text in overrides:
+        if text.startswith("-"):
             raise UserError(
-                f"{word}: there is no such flag", "settings are typed without dashes: word=value; --help lists them"
+                f"{text}: there is no such flag", "settings are typed without dashes: setting=value; --help lists them"
             )
     if flags.config_dir is not None and not flags.config_dir.expanduser().is_dir():
-        raise UserError(f"--config-dir {flags.config_dir}: there is no such directory")
-    return flags, words
+        raise UserError(f"--config-dir {flags.config_dir}: there is no such directory", "give an existing directory")
+    return flags, overrides
 
 
-def _menu(folders: Sequence[Path]) -> str:
-    from rwkv_train.cli.help import groups, menu
-
-    return menu(folders[0], groups(folders), min(shutil.get_terminal_size().columns, 120))
+def _conf_folders(flags: argparse.Namespace) -> list[Path]:
+    return [resource("conf"), *([flags.config_dir.expanduser().resolve()] if flags.config_dir else [])]
 
 
-def _settle(words: Sequence[str], folders: Sequence[Path], multirun: bool) -> tuple[list[list[str]], list[Config]]:
-    """Every command line that the words stand for, and its config; all are checked before the first one runs."""
+def _print_help(command: Literal["train", "plan"], folders: Sequence[Path]) -> None:
+    from rwkv_train.cli.conf_folders import ConfFolders
+    from rwkv_train.cli.help import PLAN, TRAIN, help_text
+
+    width = min(shutil.get_terminal_size().columns, 120)
+    _write(help_text(TRAIN if command == "train" else PLAN, ConfFolders(folders), width) + "\n")
+
+
+def _build_configs(
+    overrides: Sequence[str], folders: Sequence[Path], multirun: bool
+) -> tuple[list[list[str]], list[Config]]:
+    """Every command line of a multirun (or the only one), and its config; all are checked before the first one runs."""
     from rwkv_train.cli.checks import Machine
-    from rwkv_train.cli.compose import composer
+    from rwkv_train.cli.configure import config_builder
 
-    with composer(folders, Machine(cores(), rank_info())) as conf:
-        lines = conf.combinations(words) if multirun else [list(words)]
+    with config_builder(folders, Machine(cores(), rank_info())) as builder:
+        lines = builder.expand(overrides) if multirun else [list(overrides)]
         configs: list[Config] = []
         problems: dict[str, UserError] = {}
         for line in lines:
             try:
-                configs.append(conf.settle(line))
+                configs.append(builder.build(line))
             except UserErrors as error:
                 problems.update((str(problem), problem) for problem in error.problems)
             except UserError as error:
@@ -214,8 +219,8 @@ def _settle(words: Sequence[str], folders: Sequence[Path], multirun: bool) -> tu
     return lines, configs
 
 
-def _show(text: str) -> None:
-    """Prints a text whose reader may have seen enough before its end (`… | head`)."""
+def _write(text: str) -> None:
+    """Writes a text to standard output; the reader may close it before the end (`… | head`)."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -233,7 +238,7 @@ def _as_yaml(config: Config) -> str:
 
 
 def _submit(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_dir: Path | None) -> int:
-    """A job of SLURM's for each run; this process ends when they are in the queue."""
+    """Submits a SLURM job for each run and returns when they are in the queue."""
     from rwkv_train.cluster.sweep import submit
 
     flags = ["--config-dir", str(config_dir.expanduser().absolute())] if config_dir else []
@@ -241,25 +246,25 @@ def _submit(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_di
     for job, line, config in zip(jobs, lines, configs, strict=True):
         print(f"job {job}  {config.run.root}/{config.run.name}  {' '.join(line)}")
     runs = " ".join(f"{config.run.root}/{config.run.name}" for config in configs)
-    print(f"\nHow they get on:  rwkv-train status {runs}")
+    print(f"\nTo see their progress:  rwkv-train status {runs}")
     return 0
 
 
 def run_job(argv: Sequence[str]) -> None:
-    """What a job of `launcher=slurm` calls in each of its tasks; its exit code is the run's."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit's handler ends the job; the run sets its own
+    """Entry point of each task of a job that `launcher=slurm` has submitted; its exit code is that of the run."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit's handler would end the job; the run sets its own
     sys.exit(main(argv, submitted=True))
 
 
 def _run_all(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_dir: Path | None) -> int:
-    """One run after the other, each in a process of its own: none inherits the memory or the state of another."""
-    door = [sys.argv[0]] if sys.argv[0].endswith("train.py") else ["-m", "rwkv_train.cli.main", "train"]
+    """Runs one after the other, each in its own process, so that none inherits memory or state."""
+    program = [sys.argv[0]] if sys.argv[0].endswith("train.py") else ["-m", "rwkv_train.cli.main", "train"]
     extra = ["--config-dir", str(config_dir)] if config_dir else []
     codes: list[int] = []
     for number, (line, config) in enumerate(zip(lines, configs, strict=True), 1):
         print(f"\n[{number}/{len(lines)}] {config.run.name}: {' '.join(line)}", flush=True)
-        codes.append(subprocess.run([sys.executable, *door, *extra, *line], check=False).returncode)
-        if codes[-1] in (INTERRUPTED, STOPPED):
+        codes.append(subprocess.run([sys.executable, *program, *extra, *line], check=False).returncode)
+        if codes[-1] in (ExitCode.INTERRUPTED, ExitCode.STOPPED):
             break
     for config, code in zip(configs, codes, strict=False):
         print(f"exit code {code}  {config.run.root}/{config.run.name}")

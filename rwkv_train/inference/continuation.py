@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.inference.sampling import Sampling, sample
-from rwkv_train.models import RWKV, State
+from rwkv_train.models import LanguageModel, State
 
 _AT_ONCE = 1024  # tokens of a prompt that are read in one pass: the memory for a long one does not grow with it
 
@@ -23,7 +23,7 @@ Prompt = tuple[Sequence[int], State | None]  # tokens, at least one, and the mem
 
 
 @torch.inference_mode()
-def read(model: RWKV, prompts: Sequence[Prompt]) -> tuple[Tensor, State]:
+def read(model: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Tensor, State]:
     """Reads prompts in the time-parallel mode.
 
     Returns:
@@ -32,7 +32,7 @@ def read(model: RWKV, prompts: Sequence[Prompt]) -> tuple[Tensor, State]:
     device = model.emb.weight.device
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row][0]))
     ids = [torch.tensor(list(prompts[row][0]), device=device) for row in order]
-    state, starts = begin([prompts[row][1] for row in order], device)
+    state = begin(model, [prompts[row][1] for row in order])
     logits: list[Tensor] = []
     states: list[State] = []
     done, live = 0, len(ids)  # tokens read of each; the rows that have more, the last ones of `ids`
@@ -40,8 +40,7 @@ def read(model: RWKV, prompts: Sequence[Prompt]) -> tuple[Tensor, State]:
         first = len(ids) - live
         upto = min(len(ids[first]), done + _AT_ONCE)
         tokens = torch.stack([row[done:upto] for row in ids[first:]])
-        found, state = model(tokens, state, starts_at(starts, upto), _last)
-        starts = None
+        found, state = model(tokens, state, None, _last)
         ended = sum(len(row) == upto for row in ids[first:])
         if ended:
             logits.extend(found[:ended])
@@ -57,25 +56,16 @@ def _last(hidden: Tensor, weight: Tensor) -> Tensor:
     return F.linear(hidden[:, -1], weight)
 
 
-def begin(states: Sequence[State | None], device: torch.device) -> tuple[State | None, Tensor | None]:
-    """States of one row each as one batch, and (B,) which rows are fresh texts; None where there is nothing to say."""
-    known = next((state for state in states if state is not None), None)
-    if known is None:
-        return None, None
-    blank = State(*(torch.zeros_like(part) for part in known))
-    fresh = torch.tensor([state is None for state in states], device=device)
-    return State.join([blank if state is None else state for state in states]), fresh if bool(fresh.any()) else None
-
-
-def starts_at(fresh: Tensor | None, length: int) -> Tensor | None:
-    """(B, T) of the rows (B,) whose text begins with the first of these tokens."""
-    if fresh is None:
+def begin(model: LanguageModel, states: Sequence[State | None]) -> State | None:
+    """States of one row each as one batch, where None is a text of which nothing was read; None: all are."""
+    if all(state is None for state in states):
         return None
-    return torch.cat([fresh[:, None], torch.zeros(len(fresh), length - 1, dtype=torch.bool, device=fresh.device)], 1)
+    empty = model.empty_state(1)
+    return State.join([empty if state is None else state for state in states])
 
 
 def streams(
-    model: RWKV, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int | None], ended: set[int]
+    model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int | None], ended: set[int]
 ) -> Iterator[dict[int, int]]:
     """Yields, again and again, the next token of each text that has not ended, by the text's number.
 
@@ -129,7 +119,7 @@ class Continuation:
 
 
 def continue_texts(
-    model: RWKV,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     tokens: int,

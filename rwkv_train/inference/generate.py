@@ -6,7 +6,7 @@ import codecs
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from rwkv_train.errors import UserError
 from rwkv_train.inference.continuation import continue_texts, streams
 from rwkv_train.inference.loading import load_model, tokenizer_of
 from rwkv_train.inference.sampling import Sampling
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 
 
 def generate(
-    model: RWKV,
+    model: LanguageModel,
     prompt: Sequence[int],
     tokens: int,
     temperature: float = 1.0,
@@ -42,46 +42,54 @@ def generate(
         yield new[0]
 
 
-def run(
-    checkpoint: str,
-    prompt: str,
-    tokens: int,
-    sampling: Sampling,
-    seed: int | None = None,
-    tokenizer_name: str | None = None,
-    stops: Sequence[str] = (),
-    at_end: bool = False,
-    batch: int = 1,
-    as_json: bool = False,
-    device: str = "cpu",
-) -> int:
-    """The command: a single text is streamed to standard output behind its prompt, several come when all are done.
+@dataclass(frozen=True)
+class GenerateOptions:
+    """The options of `rwkv-train generate`.
 
     Args:
-        checkpoint: a directory or a .pth file.
-        prompt: what the texts go on from; an empty one starts from end-of-text.
-        tokens: at most so many for each text.
-        sampling: how they are drawn.
-        seed: of the first text's draws, the next one's is one more; None: random ones.
-        tokenizer_name: None: the one that the checkpoint remembers.
+        checkpoint: a checkpoint directory or a .pth file.
+        prompt: the text that is continued; an empty one starts from end-of-text.
+        tokens: maximum number of tokens of each text.
+        sampling: how a token is drawn.
+        seed: seed of the first text; that of each further text is one more. None: random seeds.
+        tokenizer: bytes, world or a tokenizer.json; None: the tokenizer that the checkpoint names.
         stops: strings that end a text; they are not shown.
-        at_end: whether an end-of-text ends it.
-        batch: how many texts.
-        as_json: whether one JSON object is printed instead, with everything in it.
+        until_end: whether an end-of-text token ends a text.
+        batch: number of texts.
+        as_json: whether one JSON object is printed instead of the texts.
         device: cpu, cuda or auto.
+    """
+
+    checkpoint: str
+    prompt: str
+    tokens: int
+    sampling: Sampling
+    seed: int | None = None
+    tokenizer: str | None = None
+    stops: Sequence[str] = ()
+    until_end: bool = False
+    batch: int = 1
+    as_json: bool = False
+    device: str = "cpu"
+
+
+def run(options: GenerateOptions) -> int:
+    """The command: a single text is streamed to standard output after its prompt, several are printed at the end.
 
     Raises:
         UserError: no such checkpoint, a vocabulary without a tokenizer here, a value out of range.
     """
+    prompt, tokens, stops = options.prompt, options.tokens, options.stops
+    batch, seed = options.batch, options.seed
     if tokens < 0 or batch < 1 or not all(stops):
         what = f"--tokens {tokens}" if tokens < 0 else f"--batch {batch}" if batch < 1 else "--stop ''"
         raise UserError(f"{what} is out of range", "tokens ≥ 0, batch ≥ 1, stop strings of at least one character")
-    model = load_model(Path(checkpoint), device)
-    tokenizer = tokenizer_of(Path(checkpoint), model.config.vocab_size, tokenizer_name)
+    model = load_model(Path(options.checkpoint), options.device)
+    tokenizer = tokenizer_of(Path(options.checkpoint), model.config.vocab_size, options.tokenizer)
     ids = tokenizer.encode(prompt.encode()).tolist() or [tokenizer.end_of_text]
     seeds = [None if seed is None else seed + number for number in range(batch)]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    streamed = batch == 1 and not as_json
+    streamed = batch == 1 and not options.as_json
 
     def show(_: int, piece: bytes) -> None:
         sys.stdout.write(decoder.decode(piece))
@@ -91,15 +99,23 @@ def run(
         sys.stdout.write(prompt)
     encoded = [stop.encode() for stop in stops]
     texts = continue_texts(
-        model, tokenizer, [(ids, None)] * batch, tokens, sampling, seeds, encoded, at_end, show if streamed else None
+        model,
+        tokenizer,
+        [(ids, None)] * batch,
+        tokens,
+        options.sampling,
+        seeds,
+        encoded,
+        options.until_end,
+        show if streamed else None,
     )
-    if as_json:
+    if options.as_json:
         told = [
             {"text": text.text.decode(errors="replace"), "tokens": text.tokens, "ended": text.ended, "seed": drawn}
             for text, drawn in zip(texts, seeds, strict=True)
         ]
-        about = {"checkpoint": checkpoint, "tokenizer": tokenizer.identity, "prompt": prompt}
-        print(json.dumps({**about, "sampling": asdict(sampling), "stop": list(stops), "texts": told}))
+        about = {"checkpoint": options.checkpoint, "tokenizer": tokenizer.identity, "prompt": prompt}
+        print(json.dumps({**about, "sampling": asdict(options.sampling), "stop": list(stops), "texts": told}))
     elif streamed:
         print(decoder.decode(b"", final=True))
     else:

@@ -9,18 +9,22 @@ from typing import Any
 
 import torch
 
+from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
 from rwkv_train.config.schema import from_tree
 from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_train.errors import UserError
-from rwkv_train.models import RWKV, build_model
-from rwkv_train.models.weights import infer_config, load_weights, refuse_mismatches, shapes_of
+from rwkv_train.models import LanguageModel, build_model
+from rwkv_train.models.detect import detect
+from rwkv_train.models.weights import refuse_mismatches
 
 _NAMED = "--tokenizer names the one that it was trained with: bytes, world, or the path of a tokenizer.json"
 
 
-def load_model(checkpoint: Path, device: str = "cpu") -> RWKV:
-    """The model of a checkpoint directory or a .pth file under the field's names; the tensors tell its shape.
+def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
+    """The model of a checkpoint directory, sharded or not, or of a .pth file under the field's names.
+
+    The tensors' names and shapes determine its architecture and shape.
 
     Args:
         checkpoint: the directory or file.
@@ -32,10 +36,12 @@ def load_model(checkpoint: Path, device: str = "cpu") -> RWKV:
     gpu = torch.cuda.is_available()
     if device.startswith("cuda") and not gpu:
         raise UserError(f"--device {device}: torch can use no GPU here", "--device cpu")
-    weights = load_weights(checkpoint)
-    model = build_model(infer_config(weights, str(checkpoint)), device="meta").to_empty(device="cpu")
-    refuse_mismatches(str(checkpoint), shapes_of(weights), model)
-    model.load_state_dict(weights)
+    final = checkpoint / "weights.pth"  # a run directory has its final weights there, and so may other directories
+    reader = Reader(final if final.exists() and not (checkpoint / "meta.json").exists() else checkpoint)
+    model = build_model(detect(reader.shapes, str(checkpoint)), device="meta")
+    refuse_mismatches(str(checkpoint), reader.shapes, model)
+    model = model.to_empty(device="cpu")
+    reader.fill(StateShard(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in model.named_parameters())
     return model.to(("cuda" if gpu else "cpu") if device == "auto" else device).eval()
 
 

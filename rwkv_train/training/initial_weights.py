@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rwkv_train.checkpoint.shards import StateShard
-from rwkv_train.models import Row
+from rwkv_train.models import ModelConfig, RecipeRow
 from rwkv_train.models.recipe import Orthogonal, initial_value
 
 Range = tuple[int, int]  # of a flattened tensor
@@ -21,12 +21,14 @@ class Recipe:
     Args:
         rows: of all parameters, by name.
         shapes: the same.
-        n_layer: of the model.
+        config: the model's shape.
         seed: of the values.
     """
 
-    def __init__(self, rows: Mapping[str, Row], shapes: Mapping[str, tuple[int, ...]], n_layer: int, seed: int) -> None:
-        self.rows, self.n_layer, self.seed = rows, n_layer, seed
+    def __init__(
+        self, rows: Mapping[str, RecipeRow], shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, seed: int
+    ) -> None:
+        self.rows, self.config, self.seed = rows, config, seed
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
 
     def fill(self, pieces: Sequence[StateShard]) -> None:
@@ -56,7 +58,7 @@ class Recipe:
                     _deliver(name, owner, value, [need[name] for need in needs], wanted[name], rank, group)
 
     def _value(self, name: str) -> Tensor:
-        return initial_value(name, self.shapes[name], self.rows[name], self.n_layer, self.seed)
+        return initial_value(name, self.shapes[name], self.rows[name], self.config, self.seed)
 
 
 def rounds(work: Mapping[str, int], ranks: int) -> list[list[str | None]]:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from rwkv_train.config import OptimSettings
 from rwkv_train.data.rows import IGNORED
-from rwkv_train.models import RWKV, Row
-from rwkv_train.models.backbone import State
+from rwkv_train.models import LanguageModel, RecipeRow, State
 from rwkv_train.training.loss import head_loss, head_nats, language_model_loss, summed_nats, too_many_logits
 from rwkv_train.training.optim import build_optimizer, learning_rate, parameter_groups
 from rwkv_train.training.statistics import Statistics
@@ -52,8 +51,8 @@ class RWKVModule(L.LightningModule):
 
     def __init__(
         self,
-        model: RWKV,
-        recipe: Mapping[str, Row],
+        model: LanguageModel,
+        recipe: Mapping[str, RecipeRow],
         optim: OptimSettings,
         total_steps: int | None,
         tokens_per_step: int,
@@ -78,6 +77,10 @@ class RWKVModule(L.LightningModule):
     def configure_model(self) -> None:
         """Called when the ranks know each other: the strategy gives the parameters memory where they have none."""
         self.strategy.materialise(self.model)
+
+    def read_again(self) -> None:
+        """The next batch is of another step than the run: Lightning shall ask for the data again."""
+        self.rewound = True
 
     @property
     def tokens_seen(self) -> int:

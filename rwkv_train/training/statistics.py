@@ -15,17 +15,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_train.config import LOGITS_AT_ONCE
+from rwkv_train.config import EVIDENCE_BYTES, LOGITS_AT_ONCE
 from rwkv_train.data.rows import IGNORED
-from rwkv_train.models import RWKV
-from rwkv_train.models.backbone import State
+from rwkv_train.models import LanguageModel, State
+from rwkv_train.models.architecture import OfOutput, OfParameter, OfState
 from rwkv_train.training.strategy import ShardedStrategy
+from rwkv_train.training.strategy.shared import GradientNorms
 
-SATURATED = math.log(0.98 / 0.02)  # σ of what is farther from 0 lies below 0.02 or above 0.98
 FINITE = torch.finfo(torch.float32).max
 SAMPLE = 4096  # values of each tensor from which the size of an update is estimated
-PLACES = ("time mix's input", "wkv state", "channel mix's input")  # of a block, in the order in which it makes them
-QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 
 class Statistics:
@@ -44,7 +42,7 @@ class Statistics:
         limit: a loss above it is bad.
     """
 
-    def __init__(self, model: RWKV, every: int, sources: Sequence[str] = ("",), hooks: bool = True) -> None:
+    def __init__(self, model: LanguageModel, every: int, sources: Sequence[str] = ("",), hooks: bool = True) -> None:
         self.model, self.every, self.sources = model, every, sources
         self.due = False
         self.bad: Tensor | None = None
@@ -54,25 +52,36 @@ class Statistics:
         self.limit = math.inf
         self.losses: list[Tensor] = []
         self._good: Tensor | None = None  # whether the gradient is finite on all ranks; None: not known before the step
-        self.states: list[State] = []  # of each pass, at the end of its samples
+        self.finite: list[Tensor] = []  # (P, L, B) of each pass: State.finite at the end of its samples
         self._sums: dict[str, Tensor] = {}  # added up over passes and ranks
         self._max_logit: Tensor | None = None
         self._sample: Tensor | None = None  # of the weights before the step
         self._of: tuple[Tensor, Tensor] | None = None  # of each value of it, the block and how many it stands for
         self.listens = hooks
         self._blocks = cast("list[Any]", model.blocks)
-        self.names = [name for name, _ in model.named_parameters()]
-        self._layers = torch.tensor([_layer_of(name, len(self._blocks)) for name in self.names])
         if hooks:
             for layer, block in enumerate(self._blocks):
-                block.att.receptance.register_forward_hook(self._receptance(layer))
+                for key, statistic in model.architecture.statistics.items():
+                    if isinstance(statistic, OfOutput):
+                        module = block.get_submodule(statistic.module)
+                        module.register_forward_hook(self._output(key, statistic, layer))
                 block.register_forward_hook(self._contribution(layer))
+
+    def set_limit(self, loss: float) -> None:
+        """A loss above it is bad from now on."""
+        self.limit = loss
+
+    def count_skipped_from(self, skipped: int) -> None:
+        """Goes on counting from the updates that the run had left out at the step it resumes from."""
+        self.skipped_before = skipped
+        if self.skipped is not None:
+            self.skipped.fill_(skipped)
 
     def begin(self, step: int, strategy: ShardedStrategy) -> None:
         """Before the first pass of the step that makes `step` of them done."""
         self.due = step % self.every == 0
         self.bad = self.loss = self._max_logit = None
-        self.losses, self.states, self._sums = [], [], {}
+        self.losses, self.finite, self._sums = [], [], {}
         self._sample = self._some_weights(strategy).clone() if self.due else None
         if self.skipped is None:
             self.skipped = torch.full((), float(self.skipped_before), device=strategy.root_device)
@@ -80,11 +89,12 @@ class Statistics:
     def passed(self, loss: Tensor, state: State) -> None:
         """A pass was computed."""
         self.losses.append(loss.detach())
-        self.states.append(State(*(part.detach() for part in state)))
+        self.finite.append(state.finite(EVIDENCE_BYTES))
         if self.due:
             with torch.no_grad():
-                content = self._blocks[0].att.content(state.wkv.detach())  # (L, B, …)
-                self._add("state", content.float().square().flatten(1).mean(1))
+                for key, statistic in self.model.architecture.statistics.items():
+                    if isinstance(statistic, OfState):
+                        self._add(key, torch.stack([statistic.measure(layer) for layer in state.layers]))
 
     @torch.no_grad()
     def logits(self, logits: Tensor, targets: Tensor, sources: Sequence[int]) -> None:
@@ -119,11 +129,11 @@ class Statistics:
         for key, values in (("nats", nats), ("predictions", counts)):
             self._add(key, torch.zeros(len(self.sources), device=nats.device).index_add_(0, rank_info, values))
 
-    def _receptance(self, layer: int) -> Any:
-        def listen(module: nn.Module, inputs: Any, r: Tensor) -> None:
+    def _output(self, key: str, statistic: OfOutput, layer: int) -> Any:
+        def listen(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if self.due and torch.is_grad_enabled():
-                self._add_at("saturated", layer, (r.detach().abs() > SATURATED).sum() / r.numel())
-                self._add_at("gates", layer, torch.ones((), device=r.device))  # activation checkpointing comes twice
+                self._add_at(key, layer, statistic.measure(output.detach()))
+                self._add_at(f"{key}:count", layer, torch.ones((), device=output.device))  # recomputed blocks: twice
 
         return listen
 
@@ -174,7 +184,7 @@ class Statistics:
         return norm
 
     @torch.no_grad()
-    def of_layers(self, strategy: ShardedStrategy, gradient_norms: Tensor | None) -> dict[str, Tensor]:
+    def of_layers(self, strategy: ShardedStrategy, gradient_norms: GradientNorms | None) -> dict[str, Tensor]:
         """The values of an n-th step by their keys; every rank calls it behind the optimiser's step."""
         blocks = len(self._blocks)
         self._sums["update"], self._sums["weight"] = self._update(strategy)
@@ -187,16 +197,16 @@ class Statistics:
             self._sums = dict(zip(keys, parts, strict=True))
             passes *= dist.get_world_size()
         sums, found = self._sums, {}
-        found["layers/state_rms"] = (sums["state"] / passes).sqrt()
+        found.update(self._of_architecture(strategy, passes))
         if "input" in sums:
-            found["layers/receptance_saturated"] = sums["saturated"] / sums["gates"]
             found["layers/contribution"] = (sums["added"] / sums["input"]).sqrt()
         ratios = (sums["update"] / sums["weight"]).sqrt()
         found["layers/update_ratio"] = ratios[:blocks]
         found["update_ratio"] = (sums["update"].sum() / sums["weight"].sum()).sqrt()
         if gradient_norms is not None:
-            squares = torch.zeros(blocks + 1, device=gradient_norms.device)
-            squares.index_add_(0, self._layers.to(squares.device), gradient_norms.float().square())
+            values = gradient_norms.values.float().square()
+            layers = torch.tensor([_layer_of(name, blocks) for name in gradient_norms.names], device=values.device)
+            squares = torch.zeros(blocks + 1, device=values.device).index_add_(0, layers, values)
             found["layers/grad_norm"] = squares[:blocks].sqrt()
         if self._max_logit is not None:
             if dist.is_initialized():
@@ -205,11 +215,20 @@ class Statistics:
         if "nats" in sums:
             each = sums["nats"] / sums["predictions"]  # not a number where a source has no sample
             found.update({f"train/loss/{name}": loss for name, loss in zip(self.sources, each, strict=True)})
-        decays = [decay for block in self._blocks if (decay := strategy.whole(block.att.time_decay)) is not None]
-        if len(decays) == blocks:
-            lives = self._blocks[0].att.half_lives(torch.stack(decays)).float().flatten(1)  # (L, channels)
-            levels = torch.tensor(QUANTILES, device=lives.device, dtype=lives.dtype)
-            found["decay/half_life"] = torch.quantile(lives, levels, dim=1).t()  # (L, 5)
+        return found
+
+    def _of_architecture(self, strategy: ShardedStrategy, passes: int) -> dict[str, Tensor]:
+        """The values that the architecture declares, from the sums over all ranks."""
+        found = {}
+        for key, statistic in self.model.architecture.statistics.items():
+            if isinstance(statistic, OfParameter):
+                parameters = [strategy.whole(block.get_parameter(statistic.parameter)) for block in self._blocks]
+                known = [parameter for parameter in parameters if parameter is not None]
+                if len(known) == len(parameters):
+                    found[key] = statistic.measure(torch.stack(known))
+            elif key in self._sums:
+                mean = self._sums[key] / (self._sums[f"{key}:count"] if isinstance(statistic, OfOutput) else passes)
+                found[key] = mean.sqrt() if isinstance(statistic, OfState) and statistic.root else mean
         return found
 
     def _update(self, strategy: ShardedStrategy) -> tuple[Tensor, Tensor]:
@@ -222,10 +241,11 @@ class Statistics:
         return update, zeros.index_add(0, layers, before.square() * stands_for)
 
     def _some_weights(self, strategy: ShardedStrategy) -> Tensor:
-        """About SAMPLE values of every tensor, of the pieces that this rank owns, (n)."""
+        """About SAMPLE values of every trainable tensor, of the pieces that this rank owns, (n)."""
+        trainable = {name for name, _ in strategy.trainable_weights()}
         chosen, layers, stands_for = [torch.zeros(0, device=strategy.root_device)], [], []
         for piece in strategy.pieces(moments=False):
-            if piece.owned and piece.values.numel():
+            if piece.owned and piece.name in trainable and piece.values.numel():
                 values = piece.values.detach()[:: max(1, math.prod(strategy.shapes[piece.name]) // SAMPLE)]
                 chosen.append(values)
                 if self._of is None:
@@ -240,11 +260,6 @@ class Statistics:
 
 def _layer_of(name: str, otherwise: int) -> int:
     return int(name.split(".")[1]) if name.startswith("blocks.") else otherwise
-
-
-def finite_places(state: State) -> Tensor:
-    """(3, L, B) bool: whether PLACES of each layer are finite, at the end of each sample."""
-    return torch.stack([part.flatten(2).sum(-1).isfinite() for part in (state.att_x, state.wkv, state.ffn_x)])
 
 
 class AsyncHostCopy:

@@ -27,9 +27,9 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     return 2 * size**3 / best
 
 
-def utilisation(matmul_parameters: int, tokens_per_second: float, rate: float, devices: int) -> float:
-    """Model FLOPs utilisation: 6 FLOPs a matmul parameter and token (forward 2, backward 4), over the devices' rate."""
-    return 6 * matmul_parameters * tokens_per_second / (rate * devices)
+def utilisation(flops_per_token: int, tokens_per_second: float, rate: float, devices: int) -> float:
+    """Model FLOPs utilisation: the model's FLOPs per second over the matmul rate of all devices."""
+    return flops_per_token * tokens_per_second / (rate * devices)
 
 
 def keep_freed_memory() -> None:

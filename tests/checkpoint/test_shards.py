@@ -17,8 +17,8 @@ from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, Reader, StateShard, co
 from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.checkpoint.writer import OwnBoard, Writer
 from rwkv_train.errors import UserError
-from rwkv_train.models.weights import load_weights
-from rwkv_train.weights_header import Shape, read_shape
+from rwkv_train.models import ModelConfig
+from rwkv_train.models.detect import detect_file
 
 SHAPES = {"emb.weight": (7, 5), "ln.weight": (5,), "head.weight": (11, 5)}
 
@@ -87,14 +87,13 @@ def test_a_file_with_weights_is_read_as_well(tmp_path: Path) -> None:
         assert torch.equal(got, weights["a"].flatten()[7:12])
 
 
-def test_a_checkpoint_in_several_files_is_started_from_and_not_loaded_whole(tmp_path: Path) -> None:
+def test_the_shape_of_a_sharded_checkpoint_is_known(tmp_path: Path) -> None:
     path = tmp_path / "step_000000005"
     write(path, 2)
-    with pytest.raises(UserError, match=r"lie in several files\n  rwkv-train export .* weights\.pth makes one"):
-        load_weights(path)
     shapes = {"emb.weight": [9, 4], "blocks.0.ffn.key.weight": [16, 4], "blocks.0.att.time_first": [4]}
+    shapes["blocks.0.att.time_decay"] = [4]
     (path / "meta.json").write_text(json.dumps({"shapes": shapes}))
-    assert read_shape(path) == Shape(1, 4, 16, 9)
+    assert detect_file(path) == ModelConfig("rwkv4", 1, 4, 9, 16)
 
 
 def test_elements_that_nobody_wrote_are_missed(tmp_path: Path) -> None:

@@ -1,20 +1,25 @@
-"""`rwkv-train`: the same front door for an installed wheel, and what the doctor says."""
+"""`rwkv-train`: its commands and their arguments, and the report of the doctor."""
 
 from __future__ import annotations
 
+import re
+import shlex
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
-from rwkv_train import ops
+from rwkv_train import __version__, ops
 from rwkv_train.cli import doctor, launcher
 from rwkv_train.cli import main as cli
+from rwkv_train.cli.commands import COMMANDS, Command
 from rwkv_train.errors import UserError
 from rwkv_train.inference import generate
+from rwkv_train.inference.generate import GenerateOptions
 from rwkv_train.inference.sampling import Sampling
 from rwkv_train.ops import EngineReport, build
+from rwkv_train.ops.families import FAMILIES
 
 
 def test_train_is_train_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,16 +29,18 @@ def test_train_is_train_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert seen == [["--help", "model=7b", "-m"]]
 
 
-def test_generate_hands_its_words_over(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    seen: list[tuple[object, ...]] = []
-    monkeypatch.setattr(generate, "run", lambda *words: seen.append(words) or 0)
+def test_generate_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[GenerateOptions] = []
+    monkeypatch.setattr(generate, "run", lambda options: seen.append(options) or 0)
     words = ["--prompt", "def ", "--temperature", "0.5", "--top-p", "0.8", "--tokens", "9", "--seed", "3"]
     words += ["--top-k", "40", "--repetition-penalty", "1.2", "--stop", "\n", "--stop", "x", "--until-end"]
     words += ["--batch", "4", "--json", "--tokenizer", "world", "--device", "auto"]
     assert cli.main(["generate", "w.pth", *words]) == 0
     assert cli.main(["generate", "w.pth"]) == 0
-    asked = ("w.pth", "def ", 9, Sampling(0.5, 0.8, 40, 1.2), 3, "world", ["\n", "x"], True, 4, True, "auto")
-    assert seen == [asked, ("w.pth", "", 500, Sampling(1.0, 0.9), None, None, [], False, 1, False, "cpu")]
+    given = GenerateOptions(
+        "w.pth", "def ", 9, Sampling(0.5, 0.8, 40, 1.2), 3, "world", ["\n", "x"], True, 4, True, "auto"
+    )
+    assert seen == [given, GenerateOptions("w.pth", "", 500, Sampling(1.0, 0.9), stops=[])]
     assert cli.main(["generate", "w.pth", "--top-p", "0"]) == 2
     assert capsys.readouterr().err == "error: --top-p 0.0 is out of range\n  valid: above 0, up to 1\n"
 
@@ -45,12 +52,39 @@ def test_generate_hands_its_words_over(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().err == "error: there is no file w.pth\n  give another\n"
 
 
-@pytest.mark.parametrize("argv", [[], ["trian"], ["generate"]])
-def test_unknown_commands(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: no command is given\n  valid: train, prepare, plan, ")
+    assert cli.main(["trian"]) == 2
+    assert capsys.readouterr().err.startswith("error: trian: there is no such command\n  nearest: train; valid: ")
     with pytest.raises(SystemExit) as end:
-        cli.main(argv)
+        cli.main(["generate"])
     assert end.value.code == 2
-    assert "usage: rwkv-train" in capsys.readouterr().err
+    assert "usage: rwkv-train generate" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    listed = re.findall(r"^  ([a-z-]+) +\S", shown.split("commands:\n")[1], re.MULTILINE)
+    assert listed == list(COMMANDS)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rwkv-train {__version__}\n"
+
+
+EXAMPLES = [example for command in COMMANDS.values() if isinstance(command, Command) for example in command.examples]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_of_a_command_are_valid_and_in_its_help(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, *argv = shlex.split(example)
+    command = COMMANDS[name]
+    assert isinstance(command, Command)
+    command.parser(name).parse_args(argv)
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0
+    assert f"\n  rwkv-train {example}\n" in capsys.readouterr().out
 
 
 class Installed(dict[str, str]):
@@ -69,7 +103,7 @@ def test_the_doctor_reads_the_tested_ranges(monkeypatch: pytest.MonkeyPatch) -> 
     python, good, missing, old = list(doctor.versions())  # pytest is an extra's
     assert (python.verdict, good.verdict) == ("ok", "ok")
     assert good.what == f"torch {metadata.version('torch')} (<4,>=2)"
-    assert (missing.verdict, missing.way_out) == ("BAD", "pip install 'nothing-like-this>=1'")
+    assert (missing.verdict, missing.remedy) == ("BAD", "pip install 'nothing-like-this>=1'")
     assert old.verdict == "BAD"
     assert "is outside the tested <1" in old.what
     monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": "<3"}))
@@ -91,7 +125,7 @@ def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr(ops, "engines", healthy)
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert "Nothing needs you." in shown
+    assert "No problems found." in shown
     assert "C++ compiler /usr/bin/g++" in shown
     assert f"{launcher.cores()} cores for this process" in shown
 
@@ -100,19 +134,19 @@ def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: p
     def none() -> str:
         raise build.BuildError("no C++ compiler was found", "sudo apt install g++")
 
-    broken = EngineReport("cpp", False, None, "no C++ compiler was found", "sudo apt install g++", None, 0.1)
+    broken = EngineReport("cpp wkv4", False, None, "no C++ compiler was found", "sudo apt install g++", None, 0.1)
     monkeypatch.setattr(doctor, "versions", lambda: iter([]))
     monkeypatch.setattr(build, "find_compiler", none)
     monkeypatch.setattr(ops, "engines", lambda: [*healthy(), broken])
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert shown.count("BAD   ") == 2
-    assert "cpp: no C++ compiler was found\n        sudo apt install g++" in shown
-    assert "2 of these need you." in shown
+    assert "cpp wkv4: no C++ compiler was found\n        sudo apt install g++" in shown
+    assert "2 problems need attention." in shown
 
 
 def test_the_doctor_of_this_machine() -> None:
-    assert [finding.verdict for finding in doctor.engines()] == ["ok", "ok"]
+    assert [finding.verdict for finding in doctor.engines()] == ["ok"] * (1 + len(FAMILIES))
     assert {finding.verdict for finding in doctor.devices(launcher.cores())} <= {"ok", "note"}
 
 

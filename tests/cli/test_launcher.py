@@ -1,4 +1,4 @@
-"""The front door: help, flags, exit codes, several runs, time; what it writes (nothing) when a word is wrong."""
+"""The launcher: help, flags, exit codes, several runs, time; that nothing is written when a setting is wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from rwkv_train.cli import launcher
-from rwkv_train.cli.help import groups, menu
+from rwkv_train.cli.conf_folders import ConfFolders
+from rwkv_train.cli.help import PLAN, TRAIN, help_text
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Config
 from rwkv_train.config.schema import as_tree, schema
@@ -56,7 +57,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("given", "settled"),
     [
-        ({}, f"{launcher.SPINS} None"),
+        ({}, f"{launcher.OPENMP_SPINS} None"),
         ({"GOMP_SPINCOUNT": "7"}, "7 None"),
         ({"OMP_WAIT_POLICY": "active"}, "None active"),
     ],
@@ -157,11 +158,13 @@ def test_multirun_expands_what_hydra_expands(monkeypatch: pytest.MonkeyPatch) ->
     assert runs == ["seed=1", "seed=2", "seed=3", "debug=fast", "debug=frequent"]
 
 
-def test_the_menu_shows_everything() -> None:
-    conf = resource("conf")
-    text = menu(conf, groups([conf]))
+CONF = ConfFolders([resource("conf")])
+
+
+def test_help_shows_everything() -> None:
+    text = help_text(TRAIN, CONF)
     assert "model=       nano small [tiny] 169m 430m 1b5 3b 7b 14b" in text
-    for group, names in groups([conf]).items():
+    for group, names in CONF.groups.items():
         if group != "local":
             found = re.search(rf"^  {group}=(.*(?:\n {{8,}}\S.*)*)", text, re.MULTILINE)  # long ones go on below
             assert found
@@ -173,18 +176,17 @@ def test_the_menu_shows_everything() -> None:
     assert f"budget.steps={defaults['budget']['steps']} " in text
     assert "batch.context=null " in text
     described = [line for line in text.splitlines() if line.startswith("  budget.hours=")]
-    assert "stop after this much time" in described[0]
+    assert "stop after this many hours" in described[0]
     assert max(map(len, text.splitlines())) <= 110
 
 
-EXAMPLES = [
-    re.split(r"\s{2,}", line.strip())[0].removeprefix("python train.py").strip()
-    for line in menu(resource("conf"), {}).split("EXAMPLES\n")[1].splitlines()
-]
+def examples(introduction: str) -> list[list[str]]:
+    lines = introduction.split("EXAMPLES\n")[1].split("\n\n")[0].splitlines()
+    return [re.split(r"\s{2,}", line.strip())[0].replace("~/", "").split()[2:] for line in lines]
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_the_examples_of_the_menu(example: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("argv", examples(TRAIN), ids=" ".join)
+def test_the_examples_of_the_help(argv: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trained(monkeypatch, lambda config, rank_info: 0)
     monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 0))
     save_weights(tmp_path / "model.pth", n_layer=2, n_embd=8)
@@ -193,7 +195,14 @@ def test_the_examples_of_the_menu(example: str, monkeypatch: pytest.MonkeyPatch,
         (tmp_path / folder / "a.txt").write_text("a")
     (tmp_path / "notes.txt").write_text("a")
     monkeypatch.chdir(tmp_path)
-    assert launcher.main(example.replace("~/", "").split()) == 0
+    assert launcher.main(argv) == 0
+
+
+@pytest.mark.parametrize("argv", examples(PLAN), ids=" ".join)
+def test_the_examples_of_plan(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert launcher.plan(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: rwkv-train plan ")
+    assert launcher.plan(argv) == 0
 
 
 def best_time(

@@ -20,7 +20,7 @@ import torch
 
 from rwkv_train.cli import launcher
 from rwkv_train.errors import UserError
-from rwkv_train.training import setup
+from rwkv_train.training import resolved
 from rwkv_train.training.run import train
 from rwkv_train.training.setup import assemble
 from tests.runs import ROOT, losses, rows, start, words_for
@@ -107,7 +107,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "data missing": (["data.path=no/such"], CONFIG, ["data.path=no/such: there is no such file"]),
     "data empty": (["data.path=nothing.txt"], CONFIG, ["data.path=nothing.txt is an empty file"]),
     "folder empty": (["data.path=nothing"], CONFIG, ["data.path=nothing is an empty directory"]),
-    "data binary": (["data.path=picture.txt"], TORCH, ["data.path=picture.txt holds no text (skipped: 1 binary"]),
+    "data binary": (["data.path=picture.txt"], TORCH, ["data.path=picture.txt contains no text (skipped: 1 binary"]),
     "data short": (  # on two devices: one message, and nobody waits for the other
         ["data.path=short.txt", "trainer.devices=2"],
         TORCH,
@@ -133,26 +133,28 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "deepspeed's JSON torn": (
         ["strategy=deepspeed_2", "deepspeed=short.txt"],
         CONFIG,
-        ["deepspeed=short.txt is no JSON"],
+        ["deepspeed=short.txt is not JSON"],
     ),
     "deepspeed's JSON against a setting": (
         ["strategy=deepspeed_2", "deepspeed=zero.json"],
         CONFIG,
         [
-            "deepspeed=zero.json sets gradient_clipping, which is derived\n  say it as optim.clip=",
-            "deepspeed=zero.json sets zero_optimization.stage, which is derived\n  say it as strategy=",
+            "deepspeed=zero.json sets gradient_clipping, which is derived from other settings\n"
+            "  remove it, and use optim.clip=",
+            "deepspeed=zero.json sets zero_optimization.stage, which is derived from other settings\n"
+            "  remove it, and use strategy=",
         ],
     ),
     "compile and sharded": (
         ["strategy=fsdp", "compile=true"],
         CONFIG,
-        ["compile=true with strategy=fsdp: its parameters are not there as a whole"],
+        ["compile=true does not support strategy=fsdp, which shards the parameters"],
     ),
     "device": (["device=h999"], CONFIG, ["device=h999: there is no such card\n  valid: a100-40g"]),
     "another batch": (
         ["budget.steps=4", "checkpoint.every.steps=2", "batch.tokens=256"],
         LIGHTNING,
-        ["batch.tokens: 128 → 256\n  go on all the same: run.allow_changes=true"],
+        ["batch.tokens: 128 → 256\n  to resume all the same: run.allow_changes=true"],
     ),
     "resume a missing shard": (
         ["resume=lacking"],
@@ -161,7 +163,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     ),
     "never": (["resume=never"], CONFIG, ["resume=never, but runs/run holds a run"]),
     "resume missing": (["resume=no/such"], CONFIG, ["resume=no/such: there is no such checkpoint"]),
-    "resume a file": (["resume=gpt.pth"], CONFIG, ["resume=gpt.pth is a file, and a checkpoint is a directory"]),
+    "resume a file": (["resume=gpt.pth"], CONFIG, ["resume=gpt.pth is a file, but a checkpoint is a directory"]),
     "resume a run": (["resume=runs/run"], CONFIG, [f"it has no manifest.json\n  resume={NEWEST}"]),
     "resume torn": (["resume=torn"], TORCH, ["the checkpoint torn is damaged: state.pth has 1000 bytes"]),
     "resume another shape": (
@@ -192,7 +194,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "replay of something else": (
         ["replay=zero.json"],
         CONFIG,
-        ["replay=zero.json cannot be read: it was not written by"],
+        ["replay=zero.json cannot be read: it is not a replay file"],
     ),
     "weights missing": (["init.weights=no.pth"], CONFIG, ["init.weights=no.pth: there is no such file"]),
     "weights torn": (["init.weights=torn.pth"], CONFIG, ["torn.pth cannot be read as weights: it is cut short"]),
@@ -260,10 +262,10 @@ def test_a_device_without_the_precision(monkeypatch: pytest.MonkeyPatch, tmp_pat
     words = words_for(tmp_path, "run", "trainer.accelerator=gpu")
     with pytest.raises(UserError, match=r"trainer\.precision=bf16-mixed: GeForce GTX 1080 has no bfloat16"):
         assemble(launcher.load([*words, "trainer.precision=bf16-mixed"]))
-    monkeypatch.setattr(setup, "present_card", lambda: None)
-    assert assemble(launcher.load(words)).config.trainer.precision == "32-true"
+    monkeypatch.setattr(resolved, "present_card", lambda: None)
+    assert assemble(launcher.load(words)).resolved.precision == "32-true"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert assemble(launcher.load(words)).config.trainer.precision == "bf16-mixed"
+    assert assemble(launcher.load(words)).resolved.precision == "bf16-mixed"
     with pytest.raises(UserError, match=r"trainer\.devices=2: torch can use 1 GPUs here\n  trainer\.devices=1"):
         assemble(launcher.load([*words[:-1], "trainer.accelerator=gpu", "trainer.devices=2"]))
 

@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_train.cli.checks import Machine
-from rwkv_train.cli.compose import Composer, composer
-from rwkv_train.cli.help import groups
+from rwkv_train.cli.conf_folders import ConfFolders
+from rwkv_train.cli.configure import ConfigBuilder, config_builder
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Duration
-from rwkv_train.config.schema import as_tree, differences, from_tree, nearest, parse_count, schema
+from rwkv_train.config.schema import as_tree, differences, from_tree, schema
+from rwkv_train.config.suggestions import nearest
+from rwkv_train.config.values import parse_count
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.resources import resource
 from tests.data.test_indexed import ours
@@ -29,18 +31,18 @@ RUNS = "run.root=no-such-folder"  # tests look at no run of the checkout's
 
 
 @pytest.fixture
-def conf() -> Iterator[Composer]:
-    with composer([CONF], Machine(cores=2)) as made:
+def conf() -> Iterator[ConfigBuilder]:
+    with config_builder([CONF], Machine(cores=2)) as made:
         yield made
 
 
-def mistakes(conf: Composer, *words: str) -> list[UserError]:
+def mistakes(conf: ConfigBuilder, *words: str) -> list[UserError]:
     with pytest.raises(UserErrors) as caught:
-        conf.settle([RUNS, *words])
+        conf.build([RUNS, *words])
     return caught.value.problems
 
 
-# The words, and what each message says, one message for each string.
+# Overrides → patterns of the messages, one for each message.
 WRONG = {
     "unknown key": (["model.n_layers=4"], ["model.n_layers=4: there is no model.n_layers.*nearest: model.n_layer;"]),
     "a key without its group": (["n_layer=4"], ["there is no n_layer.*nearest: model.n_layer;"]),
@@ -56,15 +58,18 @@ WRONG = {
     ),
     "the size's name": (["model.size=huge"], ["the size is chosen by model="]),
     "several sizes": (["model=7b,14b"], ["several values.*-m"]),
-    "+ for a word that exists": (["+seed=3"], ["adds words below logger, callbacks and launcher only.*nearest: seed="]),
+    "+ for a setting that exists": (
+        ["+seed=3"],
+        ["adds settings below logger, callbacks and launcher only.*nearest: seed="],
+    ),
     "+ for a typo": (
         ["+model.n_layers=3"],
-        ["adds words below logger, callbacks and launcher only.*nearest: model.n_layer="],
+        ["adds settings below logger, callbacks and launcher only.*nearest: model.n_layer="],
     ),
-    "a word taken away": (["~seed"], ["~seed: a word cannot be taken away"]),
+    "a setting removed": (["~seed"], ["~seed: a setting cannot be removed"]),
     "Hydra's own": (["hydra.run.dir=x"], ["hydra.run.dir=x: Hydra only composes.*run.root="]),
-    "no word": (["train"], ["'train' is no setting.*word=value"]),
-    "not readable": (["batch.tokens={{"], ["batch.tokens={{ cannot be read.*quote"]),
+    "no override": (["train"], ["'train' is not an override.*setting=value"]),
+    "not readable": (["batch.tokens={{"], ["batch.tokens={{ cannot be parsed.*quote"]),
     "text for a number": (["seed=abc"], ["seed=abc is not valid.*a whole number at least 0"]),
     "half a step": (["budget.steps=1.5"], ["budget.steps=1.5 is not valid.*a whole number"]),
     "a number for a switch": (["compile=1"], ["compile=1 is not valid.*true or false"]),
@@ -78,9 +83,9 @@ WRONG = {
         ["cosin is not valid.*constant, exponential, cosine; nearest: cosine"],
     ),
     "a list too short": (["optim.betas=[0.9]"], ["optim.betas"]),
-    "a beta of 1": (["optim.betas=[0.9,1]"], ["optim.betas.*from 0 up to, but not, 1"]),
+    "a beta of 1": (["optim.betas=[0.9,1]"], ["optim.betas.*at least 0 and below 1"]),
     "a rule's key": (["optim.rules=[{patern: x}]"], ["optim.rules.*{pattern, lr, weight_decay}"]),
-    "a rule's pattern": (["optim.rules=[{pattern: '('}]"], ["optim.rules: '\\(' is no regular expression"]),
+    "a rule's pattern": (["optim.rules=[{pattern: '('}]"], ["optim.rules: '\\(' is not a regular expression"]),
     "vocabulary": (
         ["model.vocab_size=100"],
         ["model.vocab_size=100 is smaller than the 256 tokens of data.tokenizer=bytes"],
@@ -95,17 +100,17 @@ WRONG = {
     "float16": (["trainer.precision=16-mixed"], ["16-mixed: float16 overflows.*auto, 32-true, bf16-mixed"]),
     "true bf16": (["trainer.precision=bf16-true"], ["bf16-true: decay, bonus, mix and norm .* float32"]),
     "64": (["trainer.precision=64-true"], ["64-true: the engines compute in float32"]),
-    "32": (["trainer.precision=32"], ["trainer.precision=32: the full name is asked for.*auto, 32-true"]),
-    "precision of nobody": (["trainer.precision=best"], ["precision=best: it is none of Lightning's"]),
+    "32": (["trainer.precision=32"], ["trainer.precision=32: the name is abbreviated.*auto, 32-true"]),
+    "unknown precision": (["trainer.precision=best"], ["precision=best: there is no such precision"]),
     "accelerator": (["trainer.accelerator=gpus"], ["gpus is not valid.*nearest: gpu"]),
-    "two lengths": (["budget.steps=10", "budget.tokens=10k"], ["budget.steps=10 and budget.tokens=10000 exclude"]),
-    "no length": (["budget.steps=null"], ["the run has no end", "cosine needs the length"]),
+    "two budgets": (["budget.steps=10", "budget.tokens=10k"], ["budget.steps=10 and budget.tokens=10000 exclude"]),
+    "no budget": (["budget.steps=null"], ["no training budget is set", "cosine needs the length"]),
     "cosine by the clock": (["budget.steps=null", "budget.hours=1"], ["cosine needs the length of the run.*constant"]),
     "no steps": (["budget.steps=0"], ["budget.steps=0 is not valid.*at least 1"]),
     "never a checkpoint": (["checkpoint.every.steps=0"], ["checkpoint.every.steps=0"]),
     "a span of nothing": (["validation.every.steps=null"], ["validation.every is not given"]),
     "rates the wrong way round": (["optim.lr=1e-5"], ["optim.final_lr=0.0001 is above optim.lr=1e-05"]),
-    "exponential to 0": (["optim.schedule.shape=exponential", "optim.final_lr=0"], ["never gets to 0"]),
+    "exponential to 0": (["optim.schedule.shape=exponential", "optim.final_lr=0"], ["never reaches 0"]),
     "name": (["run.name=a=b"], ["run.name='a=b' is not valid.*without any of"]),
     "name with a blank": (["run.name=a b"], ["run.name='a b' is not valid"]),
     "name that leads out": (["run.name=.."], [r"run.name='\.\.' is not valid"]),
@@ -121,7 +126,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_mistake_is_told(case: str, conf: Composer) -> None:
+def test_an_error_is_reported(case: str, conf: ConfigBuilder) -> None:
     words, expected = WRONG[case]
     problems = mistakes(conf, *words)
     told = [str(problem) for problem in problems]
@@ -129,18 +134,18 @@ def test_a_mistake_is_told(case: str, conf: Composer) -> None:
     for message, pattern in zip(told, expected, strict=True):
         assert re.search(pattern, message, re.DOTALL), message
         assert len(message.splitlines()) <= 2
-    assert all(problem.what.strip() and problem.way_out.strip() for problem in problems) or case == "interpolation"
+    assert all(problem.what.strip() and problem.remedy.strip() for problem in problems) or case == "interpolation"
 
 
-def test_the_default_run(conf: Composer) -> None:
-    config = conf.settle([])
+def test_the_default_run(conf: ConfigBuilder) -> None:
+    config = conf.build([])
     assert (config.arch, config.model.size, config.data.source) == ("rwkv4", "tiny", "stdlib")
     assert (config.model.n_layer, config.model.n_embd) == (4, 192)
     assert (config.batch.context, config.batch.tokens, config.budget.total) == (256, 1024, Duration(steps=4400))
     assert (config.trainer.precision, config.optim.schedule.shape) == ("auto", "cosine")
     assert config.optim.betas == (0.9, 0.99)
     assert not config.resume_typed
-    assert conf.settle(["resume=auto", RUNS]).resume_typed
+    assert conf.build(["resume=auto", RUNS]).resume_typed
 
 
 @pytest.mark.parametrize(
@@ -154,19 +159,19 @@ def test_the_default_run(conf: Composer) -> None:
         ("14b", 40, 5120, 1e-4, 7e-6),
     ],
 )
-def test_published_sizes(size: str, n_layer: int, n_embd: int, lr: float, final_lr: float, conf: Composer) -> None:
-    config = conf.settle([f"model={size}"])
+def test_published_sizes(size: str, n_layer: int, n_embd: int, lr: float, final_lr: float, conf: ConfigBuilder) -> None:
+    config = conf.build([f"model={size}"])
     assert (config.model.n_layer, config.model.n_embd) == (n_layer, n_embd)
     assert (config.optim.lr, config.optim.final_lr) == (lr, final_lr)
-    by_hand = conf.settle([f"model={size}", "model.n_layer=3", "optim.lr=0.1"])
+    by_hand = conf.build([f"model={size}", "model.n_layer=3", "optim.lr=0.1"])
     assert (by_hand.model.n_layer, by_hand.model.n_embd, by_hand.optim.lr) == (3, n_embd, 0.1)
 
 
-CHOICES = [(group, name) for group, names in groups([CONF]).items() if group != "local" for name in names]
+CHOICES = [(group, name) for group, names in ConfFolders([CONF]).groups.items() if group != "local" for name in names]
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
-def test_every_file_of_conf_composes(group: str, name: str, conf: Composer, tmp_path: Path) -> None:
+def test_every_file_of_conf_composes(group: str, name: str, conf: ConfigBuilder, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text")
     weights = save_weights(tmp_path / "weights.pth", n_layer=2, n_embd=8)
     words = [f"{group}={name}", f"run.root={tmp_path}", f"data.path={tmp_path / 'text.txt'}"]
@@ -176,7 +181,7 @@ def test_every_file_of_conf_composes(group: str, name: str, conf: Composer, tmp_
         words += [f"data.path={ours(tmp_path / 'x')}", "data.tokenizer=world"]
     if name == "mixture":
         words.append(f"data.sources=[{{name:a,path:{tmp_path / 'text.txt'}}}]")
-    config = conf.settle(words)
+    config = conf.build(words)
     if group == "model":
         assert config.model.size == name
     if group in ("experiment", "debug"):
@@ -186,36 +191,36 @@ def test_every_file_of_conf_composes(group: str, name: str, conf: Composer, tmp_
         assert head[2].startswith("# ")
 
 
-def test_tokens_of_ones_own_need_no_quotes(conf: Composer) -> None:
+def test_tokens_of_ones_own_need_no_quotes(conf: ConfigBuilder) -> None:
     for typed in ("[<|user|>,it's]", "['<|user|>',\"it's\"]"):
-        assert conf.settle([f"vocab.extend={typed}"]).vocab.extend == ("<|user|>", "it's")
-    assert conf.settle(["vocab.extend=[a,b]"]).vocab.extend == ("a", "b")
+        assert conf.build([f"vocab.extend={typed}"]).vocab.extend == ("<|user|>", "it's")
+    assert conf.build(["vocab.extend=[a,b]"]).vocab.extend == ("a", "b")
 
 
-def test_a_pair_that_nobody_published(tmp_path: Path) -> None:
+def test_a_pair_that_is_not_published(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("size: mine\npublished: {rwkv9: {n_layer: 1}}\n")
-    with composer([CONF, tmp_path], Machine(cores=2)) as conf:
+    with config_builder([CONF, tmp_path], Machine(cores=2)) as conf:
         (problem,) = mistakes(conf, "model=mine", "model.n_layer=3")
-        assert "model=mine arch=rwkv4: nobody published this pair" in problem.what
+        assert "no published configuration for model=mine arch=rwkv4" in problem.what
         assert "7b: rwkv4" in problem.what
         assert "mine: rwkv9" in problem.what
-        assert problem.way_out == "by hand: model.n_embd=… optim.lr=… optim.final_lr=…"
+        assert problem.remedy == "give it by hand: model.n_embd=… optim.lr=… optim.final_lr=…"
         words = ["model.n_layer=3", "model.n_embd=32", "optim.lr=1e-3", "optim.final_lr=1e-4"]
-        assert conf.settle(["model=mine", *words]).model.n_embd == 32
+        assert conf.build(["model=mine", *words]).model.n_embd == 32
 
 
 def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     own = tmp_path / "experiment" / "own.yaml"
     own.write_text("# @package _global_\ndefaults: [{override /model: nano}]\nbudget: {tokens: 1M}\n")
-    with composer([CONF, tmp_path], Machine(cores=2)) as conf:
-        config = conf.settle(["experiment=own"])
+    with config_builder([CONF, tmp_path], Machine(cores=2)) as conf:
+        config = conf.build(["experiment=own"])
         assert (config.model.n_layer, config.budget.total) == (2, Duration(tokens=10**6))
         own.write_text("# @package _global_\nbudget: {stepps: 3}\n")
         (problem,) = mistakes(conf, "experiment=own")
         assert "there is no budget.stepps" in problem.what
-        assert "budget.steps" in problem.way_out
+        assert "budget.steps" in problem.remedy
         own.write_text("# @package _global_\nbudget: {tokens: 3, steps: 4}\n")
         (problem,) = mistakes(conf, "experiment=own")
         assert "exclude each other" in problem.what
@@ -224,24 +229,24 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
         assert "own.yaml" in problem.what
 
 
-def test_the_duration_that_is_said_last_counts(conf: Composer, tmp_path: Path) -> None:
+def test_the_duration_that_is_given_last_counts(conf: ConfigBuilder, tmp_path: Path) -> None:
     paper = ["experiment=paper_169m", f"data.path={CONF}", RUNS]
-    config = conf.settle(paper)
+    config = conf.build(paper)
     assert config.budget.total == Duration(tokens=332 * 10**9)
     assert config.checkpoint.every == Duration(tokens=10**9)
     assert config.optim.schedule.hold == Duration(tokens=149 * 10**8)
-    assert conf.settle([*paper, "budget.steps=7"]).budget.total == Duration(steps=7)
-    assert conf.settle([*paper, "debug=fast"]).budget.total == Duration(steps=3)
-    assert conf.settle(["budget.tokens=10k"]).budget.total == Duration(tokens=10_000)
-    assert conf.settle(["budget={tokens: 10k}"]).budget.total == Duration(tokens=10_000)
-    hold = conf.settle(["optim.schedule.hold.tokens=1.5M", "optim.schedule.warmup.tokens=1e5"]).optim.schedule
+    assert conf.build([*paper, "budget.steps=7"]).budget.total == Duration(steps=7)
+    assert conf.build([*paper, "debug=fast"]).budget.total == Duration(steps=3)
+    assert conf.build(["budget.tokens=10k"]).budget.total == Duration(tokens=10_000)
+    assert conf.build(["budget={tokens: 10k}"]).budget.total == Duration(tokens=10_000)
+    hold = conf.build(["optim.schedule.hold.tokens=1.5M", "optim.schedule.warmup.tokens=1e5"]).optim.schedule
     assert (hold.hold, hold.warmup) == (Duration(tokens=1_500_000), Duration(tokens=100_000))
-    config = conf.settle(["budget.steps=null", "budget.hours=1", "optim.schedule.shape=constant"])
+    config = conf.build(["budget.steps=null", "budget.hours=1", "optim.schedule.shape=constant"])
     assert (config.budget.total, config.budget.hours) == (None, 1.0)
 
 
-def test_the_name_of_a_run(conf: Composer) -> None:
-    name = conf.settle([]).run.name
+def test_the_name_of_a_run(conf: ConfigBuilder) -> None:
+    name = conf.build([]).run.name
     assert re.fullmatch(r"rwkv4-tiny-[0-9a-f]{8}", name)
     for same in (
         ["run.root=elsewhere"],
@@ -250,7 +255,7 @@ def test_the_name_of_a_run(conf: Composer) -> None:
         ["seed=1"],
         ["run.allow_changes=true"],
     ):
-        assert conf.settle(same).run.name == name
+        assert conf.build(same).run.name == name
     others = [
         ["seed=2"],
         ["model=nano"],
@@ -258,48 +263,46 @@ def test_the_name_of_a_run(conf: Composer) -> None:
         ["compile=true"],
         ["+callbacks.x._target_=lightning.A"],
     ]
-    names = {conf.settle(words).run.name for words in others}
+    names = {conf.build(words).run.name for words in others}
     assert len(names | {name}) == len(others) + 1
-    assert conf.settle(["run.name=mine"]).run.name == "mine"
+    assert conf.build(["run.name=mine"]).run.name == "mine"
 
 
-def test_a_logger_knows_the_name_of_the_run(conf: Composer) -> None:
-    config = conf.settle(["logger=csv", "run.root=r", "logger.csv.path='${run.root}/${run.name}.csv'"])
+def test_a_logger_knows_the_name_of_the_run(conf: ConfigBuilder) -> None:
+    config = conf.build(["logger=csv", "run.root=r", "logger.csv.path='${run.root}/${run.name}.csv'"])
     assert config.logger["csv"]["path"] == f"r/{config.run.name}.csv"
-    assert conf.settle(["logger=wandb", "logger.wandb.project=mine"]).logger["wandb"]["project"] == "mine"
-    assert conf.settle(["logger=csv", "~logger.csv"]).logger == {}
-    assert conf.settle(["+callbacks.a._target_=b.C", "+callbacks.a.x=1"]).callbacks == {
-        "a": {"_target_": "b.C", "x": 1}
-    }
+    assert conf.build(["logger=wandb", "logger.wandb.project=mine"]).logger["wandb"]["project"] == "mine"
+    assert conf.build(["logger=csv", "~logger.csv"]).logger == {}
+    assert conf.build(["+callbacks.a._target_=b.C", "+callbacks.a.x=1"]).callbacks == {"a": {"_target_": "b.C", "x": 1}}
 
 
-def test_text_may_hold_any_sign(conf: Composer) -> None:
+def test_text_may_hold_any_sign(conf: ConfigBuilder) -> None:
     for text in ("x = {'a': [1, 2]}", "größer (als)", "it's", 'say "hi"', "a\\b", "1e5"):
         words = [f"samples.prompt={text}"]
-        assert conf.settle(words).samples.prompt in (text, text.replace(" ", " ")), text
+        assert conf.build(words).samples.prompt in (text, text.replace(" ", " ")), text
 
 
-def test_never_asks_for_a_fresh_directory(conf: Composer, tmp_path: Path) -> None:
+def test_never_asks_for_a_fresh_directory(conf: ConfigBuilder, tmp_path: Path) -> None:
     words = [f"run.root={tmp_path}", "run.name=mine", "resume=never"]
-    assert conf.settle(words).resume == "never"
+    assert conf.build(words).resume == "never"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.yaml").touch()
     with pytest.raises(UserErrors, match=r"resume=never, but .*mine holds a run"):
-        conf.settle(words)
+        conf.build(words)
     conf.machine = Machine(
         cores=2, rank_info=RankInfo(rank=1)
     )  # the second process starts when the first has made the directory
-    assert conf.settle(words).resume == "never"
+    assert conf.build(words).resume == "never"
 
 
-def test_data_that_is_there_but_empty(conf: Composer, tmp_path: Path) -> None:
+def test_data_that_is_there_but_empty(conf: ConfigBuilder, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file.txt").touch()
     assert "is an empty directory" in mistakes(conf, "data=text", f"data.path={tmp_path / 'folder'}")[0].what
     assert "is an empty file" in mistakes(conf, "data=text", f"data.path={tmp_path / 'file.txt'}")[0].what
 
 
-def test_there_and_back(conf: Composer) -> None:
+def test_there_and_back(conf: ConfigBuilder) -> None:
     words = [
         "optim.rules=[{pattern: .*decay, lr: 2.0}]",
         "logger=csv",
@@ -307,7 +310,7 @@ def test_there_and_back(conf: Composer) -> None:
         "packages=[mine]",
         "trainer.devices=2",
     ]
-    config = conf.settle(words)
+    config = conf.build(words)
     written = yaml.safe_dump(as_tree(config), sort_keys=False)
     assert from_tree(yaml.safe_load(written)) == config
     assert from_tree(json.loads(json.dumps(as_tree(config)))) == config
@@ -315,8 +318,8 @@ def test_there_and_back(conf: Composer) -> None:
         from_tree({word: value for word, value in as_tree(config).items() if word != "seed"})
 
 
-def test_what_differs(conf: Composer) -> None:
-    config = conf.settle([])
+def test_what_differs(conf: ConfigBuilder) -> None:
+    config = conf.build([])
     other = replace(
         config,
         seed=2,

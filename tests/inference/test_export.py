@@ -15,13 +15,13 @@ from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.checkpoint.writer import OwnBoard, Writer
 from rwkv_train.cli.main import main as cli
 from rwkv_train.inference.export import export, hf_name
-from rwkv_train.models import RWKV, ModelConfig, build_model
+from rwkv_train.models import LanguageModel, ModelConfig, build_model
 from rwkv_train.models.weights import shapes_of
 
 SHAPE = ModelConfig("rwkv4", 2, 64, 96)
 
 
-def lively(shape: ModelConfig = SHAPE) -> RWKV:
+def lively(shape: ModelConfig = SHAPE) -> LanguageModel:
     """A model none of whose matrices is zero."""
     model, generator = build_model(shape), torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def lively(shape: ModelConfig = SHAPE) -> RWKV:
     return model.eval()
 
 
-def checkpoint_of(model: RWKV, folder: Path, writers: int) -> Path:
+def checkpoint_of(model: LanguageModel, folder: Path, writers: int) -> Path:
     path, board, shapes = folder / "step_000000001", OwnBoard(), shapes_of(dict(model.named_parameters()))
     for rank in reversed(range(writers)):
         pieces = []

@@ -23,14 +23,13 @@ from rwkv_train.checkpoint.shards import Reader
 from rwkv_train.config import HealthSettings
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
-from rwkv_train.models.backbone import State
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.rundir.jsonl import Events, WriteErrors
 from rwkv_train.training.alerts import Alerts, Window
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics, Row
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.statistics import PLACES, finite_places
+from rwkv_train.training.strategy.shared import GradientNorms
 
 RENEWED = 10  # steps between two limits
 SHOWN = 4  # bad samples that are told
@@ -44,8 +43,8 @@ class _Evidence:
     """What a step leaves for the case that it turns out bad."""
 
     limit: float  # a larger loss is a spike
-    states: list[State]
-    gradient_norms: Tensor | None
+    finite: list[Tensor]  # Statistics.finite
+    gradient_norms: GradientNorms | None
 
 
 @dataclass
@@ -72,7 +71,8 @@ class BadSteps(Callback):
         run: where replay files and skipped data are kept.
         tree: the settled config, for replay files.
         events, write_errors: the run's.
-        console: where alerts are told.
+        console: where bad steps are reported.
+        rewinds: how often the run was rewound before this start.
     """
 
     def __init__(
@@ -86,11 +86,12 @@ class BadSteps(Callback):
         events: Events,
         write_errors: WriteErrors,
         console: Console,
+        rewinds: int = 0,
     ) -> None:
         self.settings, self.metrics, self.saving, self.data, self.run = settings, metrics, saving, data, run
         self.tree, self.events, self.write_errors, self.console = tree, events, write_errors, console
         self.stopped: str | None = None  # why the run was ended
-        self.rewinds = 0
+        self.rewinds = rewinds
         self.window = Window(settings.window, settings.z)
         self._alerts = Alerts()
         self._evidence: dict[int, _Evidence] = {}  # by step
@@ -117,11 +118,12 @@ class BadSteps(Callback):
             reason = self._rewind(trainer, pl_module) if todo == "rewind" else "a bad step, and the policy is to stop"
             if reason is not None:
                 self.stopped = reason
-                trainer.should_stop = pl_module.rewound = True
+                trainer.should_stop = True
+                pl_module.read_again()
         if trainer.global_step % RENEWED == 0:
             self._limit = self.window.limit()
         if self.settings.spike != "alert":
-            pl_module.statistics.limit = self._limit
+            pl_module.statistics.set_limit(self._limit)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -129,7 +131,7 @@ class BadSteps(Callback):
         assert isinstance(pl_module, RWKVModule)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             norms = pl_module.strategy.gradient_norms
-            self._evidence[trainer.global_step] = _Evidence(self._limit, pl_module.statistics.states, norms)
+            self._evidence[trainer.global_step] = _Evidence(self._limit, pl_module.statistics.finite, norms)
 
     def _see(self, row: Row) -> None:
         """Judges a step; called on all ranks, which see the same numbers."""
@@ -163,10 +165,10 @@ class BadSteps(Callback):
         assert self._module is not None
         if finite:
             return _Bad("spike", "the loss", None, self._samples(step, None))
-        flags = [~finite_places(state) for state in evidence.states]
+        flags = [~finite for finite in evidence.finite]
         bad = [(layer, place, n, row) for n, each in enumerate(flags) for place, layer, row in _where(each)]
         norms = evidence.gradient_norms
-        gone = None if norms is None else [index for (index,) in _where(~norms.isfinite())]
+        gone = None if norms is None else [index for (index,) in _where(~norms.values.isfinite())]
         ranks: list[Any] = [(bad, gone)]
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
@@ -175,13 +177,14 @@ class BadSteps(Callback):
         if first is not None:
             share = self.data.split.share
             numbers = {int(share(0, n, rank)[row]) for rank, (bad, _) in enumerate(ranks) for _, _, n, row in bad}
-            tensor = f"blocks.{first[0]}: {PLACES[first[1]]}"
+            tensor = f"blocks.{first[0]}: {self._module.model.architecture.state_parts[first[1]]}"
             return _Bad("nonfinite", tensor, first[0], self._samples(step, numbers))
         where = {rank: gone[-1] for rank, (_, gone) in enumerate(ranks) if gone}  # a backward pass comes from the end
         if not where:
             what = "the gradient or the loss" if norms is None else "the loss"
             return _Bad("nonfinite", what, None, self._samples(step, None))
-        name = self._module.statistics.names[max(where.values())]
+        assert norms is not None
+        name = norms.names[max(where.values())]
         layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
         some = "" if len(where) == len(ranks) else f" on rank {', '.join(map(str, where))}"
         return _Bad("nonfinite", f"gradient of {name}{some}", layer, self._samples(step, None))
@@ -261,18 +264,17 @@ class BadSteps(Callback):
         step = meta["step"]
         behind = self.data.data_step(reached - 1) + 1  # of the data: what comes next
         earlier = [skip for skip in self.data.skips if skip[0] < step]
-        self.data.skips = [*earlier, (step, behind - step - sum(steps for _, steps in earlier))]
+        skips = [*earlier, (step, behind - step - sum(steps for _, steps in earlier))]
         self.rewinds += 1
-        self.data.begin(step, meta.get("position"))
+        self.data.begin(step, meta.get("position"), skips)
         for record in (self.metrics.lines, self.events):
             record.go_on(self.run.attempts.directory(module.strategy.attempt) / record.path.name)
         self.metrics.forget(step)
         _count_from(trainer, step)
         self._restore(Reader(checkpoint).state(0)["lightning"])
         self._evidence.clear()
-        assert module.statistics.skipped is not None
-        module.statistics.skipped.fill_(step - meta.get("updates", step))
-        module.rewound = True
+        module.statistics.count_skipped_from(step - meta.get("updates", step))
+        module.read_again()
         if self.events.enabled:
             with self.write_errors.tolerate(self.run.passed_over):
                 self.run.passed_over.write_text(json.dumps({"rewinds": self.rewinds, "skips": self.data.skips}))
@@ -294,9 +296,8 @@ class BadSteps(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
-        pl_module.statistics.skipped_before = checkpoint["meta"]["step"] - checkpoint["meta"].get(
-            "updates", checkpoint["meta"]["step"]
-        )
+        meta = checkpoint["meta"]
+        pl_module.statistics.count_skipped_from(meta["step"] - meta.get("updates", meta["step"]))
         self._restore(checkpoint)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:

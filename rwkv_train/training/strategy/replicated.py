@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from rwkv_train.checkpoint.shards import WEIGHT, StateShard
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
 
@@ -17,7 +17,7 @@ class _Whole(ShardedStrategy):
         owned = self.global_rank == 0
         for name, parameter in self.named_weights():
             yield StateShard(WEIGHT, name, 0, parameter.detach().view(-1), owned)
-            if moments:
+            if moments and parameter.requires_grad:
                 for moment, values in adam_moments(self.optimizers[0].state[parameter], parameter.detach()):
                     yield StateShard(moment, name, 0, values.view(-1), owned)
 
@@ -28,7 +28,7 @@ class _Whole(ShardedStrategy):
 class Single(_Whole, SingleDeviceStrategy):  # type: ignore[override]
     """One device, whose model has its values before training begins."""
 
-    def _materialise(self, model: RWKV) -> None:
+    def _materialise(self, model: LanguageModel) -> None:
         """Nothing is to be done."""
 
 
@@ -39,7 +39,7 @@ class DDP(_Whole, DDPStrategy):
         # init_sync: the copies get their values from `setup`, not from the first rank's
         super().__init__(process_group_backend=backend, gradient_as_bucket_view=True, init_sync=False)
 
-    def _materialise(self, model: RWKV) -> None:
+    def _materialise(self, model: LanguageModel) -> None:
         model.to_empty(device=self.root_device)
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,9 +15,11 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rwkv_train.checkpoint.shards import MOMENTS, Reader, StateShard, contents, file_names
+from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.checkpoint.writer import Board, OwnBoard, Writer
 from rwkv_train.errors import UserError
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
+from rwkv_train.training.strategy.unused import freeze_unused
 from rwkv_train.training.throughput import keep_freed_memory, return_freed_memory
 
 
@@ -25,6 +28,19 @@ class Source(Protocol):
 
     def fill(self, pieces: list[StateShard]) -> None:
         """Stores into each piece the values of its range; called by all ranks at once."""
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """The gradient norms of one step before clipping.
+
+    Args:
+        names: of the parameters that have a gradient, in the order of the model.
+        values: (P) float32, the L2 norm of each one's gradient over all ranks.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
 
 
 class ShardedStrategy(Strategy):
@@ -50,7 +66,7 @@ class ShardedStrategy(Strategy):
     divided = False  # whether all ranks own a part of the state
     sharded = False  # whether no rank holds all weights
     brings_precision = False  # whether Lightning's precision plugin is its own
-    gradient_norms: Tensor | None = None  # (P) of each parameter's gradient before clipping; None: not known here
+    gradient_norms: GradientNorms | None = None  # of the last step; None: this strategy does not know them
     _copies: dict[tuple[str, str], Tensor]
 
     if TYPE_CHECKING:  # of all of Lightning's strategies, declared on none that they share
@@ -61,15 +77,51 @@ class ShardedStrategy(Strategy):
         @property
         def world_size(self) -> int: ...
 
-    def materialise(self, model: RWKV) -> None:
+    def attach(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        source: Source | None,
+        resume: Path | None,
+        attempt: int,
+        threads: int,
+        background: bool,
+    ) -> None:
+        """Gives the strategy the run whose state it holds; must precede Lightning's setup.
+
+        Args:
+            shapes, source, resume, attempt, threads, background: see the attributes of the class.
+        """
+        self.shapes, self.source, self.resume = shapes, source, resume
+        self.attempt, self.threads, self.background = attempt, threads, background
+
+    def open_writer(self, storage: Storage, after_commit: Callable[[], None]) -> None:
+        """Makes the writer of checkpoints, once the ranks know each other.
+
+        Args:
+            storage: the file system.
+            after_commit: called in the writer's thread when a checkpoint is complete.
+        """
+        writers = self.world_size if self.divided else 1
+        self.writer = Writer(storage, self.global_rank, writers, self.board(), after_commit)
+
+    def begin_attempt(self, number: int) -> int:
+        """Takes over the number of a new attempt from the first rank; all ranks call it."""
+        self.attempt = self.broadcast(number)
+        return self.attempt
+
+    def materialise(self, model: LanguageModel) -> None:
         """Gives this rank's share of a model on the meta device memory, without values."""
         torch.set_num_threads(self.threads)  # Lightning has just set what it thinks right
         if self.divided:  # before the first large tensor: the holes of what is freed would stay for good
             return_freed_memory()
+        if self.sharded:
+            freeze_unused(model)  # on the meta device: a sharded model cannot run outside of its strategy
         self._materialise(model)
+        if not self.sharded:
+            freeze_unused(model)
 
     @abstractmethod
-    def _materialise(self, model: RWKV) -> None:
+    def _materialise(self, model: LanguageModel) -> None:
         """The same, for this strategy alone."""
 
     @abstractmethod
@@ -85,9 +137,15 @@ class ShardedStrategy(Strategy):
         """The optimiser's state dicts that count Adam's steps."""
 
     def named_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """The parameters under the field's names."""
+        """All parameters under the field's names, frozen ones included."""
         assert self.lightning_module is not None
         yield from self.lightning_module.model.named_parameters()  # type: ignore[union-attr]
+
+    def trainable_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The parameters that the optimiser changes, under the field's names."""
+        for name, parameter in self.named_weights():
+            if parameter.requires_grad:
+                yield name, parameter
 
     def setup(self, trainer: Any) -> None:
         self._copies = {}
@@ -146,11 +204,11 @@ class ShardedStrategy(Strategy):
         Returns:
             what it was before; None: the optimiser's step clips, and `norm_of_step` tells.
         """
-        parameters = [parameter for _, parameter in self.named_weights()]
-        norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-        self.gradient_norms = self.gathered(torch.stack(norms))
-        norm: Tensor = torch.linalg.vector_norm(self.gradient_norms)
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        found = {name: parameter for name, parameter in self.trainable_weights() if parameter.grad is not None}
+        norms = torch._foreach_norm([parameter.grad for parameter in found.values()])
+        self.gradient_norms = GradientNorms(tuple(found), self.gathered(torch.stack(norms)))
+        norm: Tensor = torch.linalg.vector_norm(self.gradient_norms.values)
+        torch.nn.utils.clip_grads_with_norm_(list(found.values()), limit, norm)
         return norm
 
     def norm_of_step(self) -> Tensor | None:
@@ -217,7 +275,8 @@ class ShardedStrategy(Strategy):
             files = dict(zip(file_names(self.global_rank, self.writer.writers), (weights, state), strict=True))
         meta["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
         meta["writers"] = self.writer.writers
-        meta["updates"] = int(next(self.states())["step"])  # fewer than steps where some were skipped
+        # fewer than steps where some were skipped; a parameter without a gradient in some step has counted fewer
+        meta["updates"] = int(torch.stack([torch.as_tensor(state["step"]) for state in self.states()]).max())
         self.writer.begin(Path(filepath), files, meta)
         if not self.background:
             self.writer.wait()

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, StateShard
 from rwkv_train.config import Config
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
+from rwkv_train.training.resolved import ResolvedConfig
 from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
 with warnings.catch_warnings():
@@ -36,18 +37,17 @@ with warnings.catch_warnings():
 LARGEST_BUCKET = 200_000_000  # elements of one collective
 
 
-def deepspeed_config(config: Config, stage: int, offload: bool, micro: int, gpu: bool, block: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, resolved: ResolvedConfig, stage: int, offload: bool, block: int) -> dict[str, Any]:
     """DeepSpeed's JSON, from our config; a JSON of the user's own is merged over it.
 
     Args:
         config: of the run.
+        resolved: what runs.
         stage: 1, 2 or 3.
         offload: whether Adam, and in stage 3 the parameters, live in the host's memory.
-        micro: samples of one pass on one device.
-        gpu: whether the devices are GPUs.
         block: parameters of one block: what is sent in one go.
     """
-    bucket = min(block, LARGEST_BUCKET)
+    bucket, gpu = min(block, LARGEST_BUCKET), resolved.gpu
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
@@ -69,13 +69,13 @@ def deepspeed_config(config: Config, stage: int, offload: bool, micro: int, gpu:
     if offload:
         zero |= {"offload_optimizer": host} | ({"offload_param": host} if stage == 3 else {})
     derived: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro,
+        "train_micro_batch_size_per_gpu": resolved.micro,
         "gradient_clipping": config.optim.clip or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's AdamW in its fused form, on the CPU too
         "zero_force_ds_cpu_optimizer": False,
     }
-    if config.trainer.precision == "bf16-mixed":
+    if resolved.precision == "bf16-mixed":
         # not DeepSpeed's own bf16 mode: that one casts decay, bonus, mix and norm parameters as well
         derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if config.deepspeed is not None:
@@ -144,7 +144,7 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
     def model_sharded_context(self) -> Generator[None, None, None]:
         yield  # `materialise` cuts the parameters
 
-    def _materialise(self, model: RWKV) -> None:
+    def _materialise(self, model: LanguageModel) -> None:
         """In stage 3 one parameter after the other, each cut to this rank's part at once."""
         self._init_config_if_needed()
         device = torch.device("cpu") if self.root_device.type == "cpu" else self.root_device
@@ -153,7 +153,8 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
             return
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device)))
+                values = torch.empty(parameter.shape, device=device)
+                setattr(module, name, nn.Parameter(values, requires_grad=parameter.requires_grad))
                 deepspeed.zero.Init(module=_Holder(getattr(module, name)), config_dict_or_path=self.config)
 
     @property
@@ -171,7 +172,9 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
             cut = held.ds_tensor  # flat, filled up so that all ranks have as much
             start = min(cut.numel() * self.global_rank, held.ds_numel)
             count = min(cut.numel(), held.ds_numel - start)
-            yield StateShard(WEIGHT, name, start, cut.data[:count], False)
+            yield StateShard(WEIGHT, name, start, cut.data[:count], not parameter.requires_grad)
+            if not parameter.requires_grad:
+                continue  # the optimiser has no copy of its own
             master = safe_get_local_fp32_param(parameter)
 
             def put(values: Tensor, parameter: Any = parameter, room: int = cut.numel()) -> None:
@@ -194,7 +197,8 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
             self._make_moments()
         zero = self.engine_optimizer
         for name, parameter in self.named_weights():
-            yield StateShard(WEIGHT, name, 0, parameter.detach().view(-1), False)
+            frozen = not parameter.requires_grad  # then the optimiser has no copy of its own
+            yield StateShard(WEIGHT, name, 0, parameter.detach().view(-1), frozen and self.global_rank == 0)
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is None:  # none of it is this rank's
                 continue
