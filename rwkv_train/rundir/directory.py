@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -66,13 +66,10 @@ class RunDirectory:
             Events(own / "events.jsonl", enabled, events, tokens_per_step),
             JsonLines(own / "metrics.jsonl", enabled, metrics),
         )
-        try:
+        with closing(records[1]), closing(records[0]):  # each, even where the other's last merge fails
             for record in records:
                 record.refresh()
             yield records
-        finally:
-            for record in records:
-                record.close()
 
     def refuse_unusable(self) -> None:
         """Raises the UserErrors of `claimed` without creating or changing anything."""

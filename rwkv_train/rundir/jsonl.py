@@ -75,7 +75,7 @@ class MergedView:
         try:
             append(file, b"".join(self.lines()))
             temporary.replace(self.path)
-        except OSError:
+        except BaseException:
             file.close()
             temporary.unlink(missing_ok=True)
             raise
@@ -207,8 +207,10 @@ class Events(JsonLines):
 
     def close(self) -> None:
         """Rebuilds the view once more: events of the watchdog are in a file of its own, which is not followed."""
-        self.refresh(force=True)
-        super().close()
+        try:
+            self.refresh(force=True)
+        finally:
+            super().close()
 
 
 def append(file: BinaryIO, data: bytes) -> None:
