@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.config import BatchSettings, DataSettings
+from rwkv_train.config.mesh import ONE_RANK, Mesh
 from rwkv_train.data.ahead import Ahead, Batch, MaskedBatch
 from rwkv_train.data.arrays import Ints
 from rwkv_train.data.mixture import Mixture, SourceShare
@@ -36,11 +37,12 @@ class Batches:
         data: which data, which tokenizer, what share is held out.
         batch: global batch, context and micro-batch.
         seed: of the order.
-        world_size: number of devices; DataModule checks that the trainer has as many.
+        mesh: all ranks; DataModule checks that the trainer has as many.
         validation_batches: at most so many batches per device in a validation, spread evenly over the held-out text;
             None: all of it.
         validation_context: tokens of one window of held-out text; None: batch.context.
         extend: texts that become a token each, behind the tokenizer's own.
+        vocabulary: tokens that the model knows; a larger one that is read is refused. None: the tokenizer's.
 
     Attributes:
         tokenizer: between bytes and tokens; vocab_size is its.
@@ -49,11 +51,10 @@ class Batches:
         description: one line for people and source: what it holds, its hash, what is held out, what was skipped.
         digest: hash of the data and its split, 16 hexadecimal digits.
         micro, accumulation: samples of a pass on one device; passes of a step.
-        start_step: the step that training() begins with; set it before fit() to resume.
+        start_step: the step that training() begins with: `begin` sets it.
         skips: (step, steps of data) pairs: from that step of the run on, so much data is passed over.
-        rank: which device this process drives; DataModule sets it.
+        rank: data-parallel index of this process; DataModule sets it.
         pinned: whether training batches are made ahead in pinned memory; DataModule sets it.
-        vocabulary: tokens that the model knows; a larger one that is read is refused. None: the tokenizer's.
 
     Raises:
         UserError: no data there, fewer tokens than one sample, or a batch that cannot be shared out.
@@ -64,12 +65,13 @@ class Batches:
         data: DataSettings,
         batch: BatchSettings,
         seed: int,
-        world_size: int = 1,
+        mesh: Mesh = ONE_RANK,
         validation_batches: int | None = None,
         validation_context: int | None = None,
         extend: Sequence[str] = (),
+        vocabulary: int | None = None,
     ) -> None:
-        self.split = split_batch(batch.tokens, batch.context, batch.micro, world_size)
+        self.split = split_batch(batch.tokens, batch.context, batch.micro, mesh)
         self.context = batch.context
         self.validation_batches = validation_batches
         self.validation_context = validation_context or batch.context
@@ -77,7 +79,6 @@ class Batches:
         self.skips: list[tuple[int, int]] = []
         self.rank = 0
         self.pinned = False
-        self.vocabulary: int | None = None
         self.packed, self.reset = data.documents == "packed", data.documents == "packed" and data.reset
         self.stream: StreamRows | None = None
         if data.source == "stream":
@@ -85,6 +86,7 @@ class Batches:
             self.sources = [source]
         else:
             self.tokenizer, self.sources = open_sources(data, extend)
+        self.vocabulary = vocabulary or self.tokenizer.vocab_size
         self._rows = [self._training_rows(data, source, seed, number) for number, source in enumerate(self.sources)]
         self._held_out = [self._held_out_rows(source) for source in self.sources]
         self.mixture = self._mix(data, batch.tokens)
@@ -207,7 +209,7 @@ class Batches:
 
     def share_out(self, micro: int) -> None:
         """Cuts a device's share of each step into passes of so many samples; the samples of a step stay the same."""
-        self.split = split_batch(self.split.samples * self.context, self.context, micro, self.split.ranks)
+        self.split = split_batch(self.split.samples * self.context, self.context, micro, self.split.mesh)
 
     def position(self, step: int) -> dict[str, Any] | None:
         """Where a stream is to be read from to go on with that step; None: the step alone says all."""
@@ -217,9 +219,11 @@ class Batches:
         """Which step of the data a step of the run reads: a pure function of the step and of what is passed over."""
         return step + sum(steps for first, steps in self.skips if first <= step)
 
-    def begin(self, step: int, position: dict[str, Any] | None) -> None:
-        """Lets training() begin with that step, at that position of a stream."""
+    def begin(self, step: int, position: dict[str, Any] | None, skips: Sequence[tuple[int, int]] | None = None) -> None:
+        """Lets training() begin with that step, at that position of a stream; None: with the skips there are."""
         self.start_step = step
+        if skips is not None:
+            self.skips = list(skips)
         if self.stream is not None and position is not None:
             self.stream.go_to(position)
 
@@ -285,13 +289,13 @@ class Batches:
         if not self.masked:
             return _tensor(block.tokens), _tensor(block.targets)
         predicted = sum(int(rows.count_predictions(places[sources == n]).sum()) for n, rows in enumerate(self._rows))
-        return _masked(block, max(1, predicted) / (self.split.ranks * self.accumulation))
+        return _masked(block, max(1, predicted) / (self.split.mesh.data * self.accumulation))
 
     def _fill(self, rows: Sequence[Rows], sources: Ints, places: Ints, context: int) -> BatchArrays:
         block = BatchArrays.empty(len(places), context, self.reset)
         for number, (source, place) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
             rows[source].fill(place, block.row(number))
-        limit = self.vocabulary or self.tokenizer.vocab_size
+        limit = self.vocabulary
         unsure = any(source.bound >= limit for source in self.sources)
         if unsure and (largest := int(block.tokens.max())) >= limit:
             row = int(block.tokens.max(axis=1).argmax())
@@ -309,7 +313,7 @@ class Batches:
         Only the end-of-text that it begins with is no target. The last window is filled up with ignored targets,
         and so are windows that make the number of batches the same on every rank: a whole batch may be ignored.
         """
-        length, ranks, windows = self.validation_context, self.split.ranks, self._held_out[source].per_epoch
+        length, ranks, windows = self.validation_context, self.split.mesh.data, self._held_out[source].per_epoch
         if windows == 0:
             return ()  # Lightning's word for no validation
         micro = min(

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.data.arrays import Ints, UnsignedInts
 from rwkv_train.errors import UserError
 
@@ -172,41 +173,42 @@ def _mix(value: UnsignedInts) -> UnsignedInts:
 
 @dataclass(frozen=True)
 class Split:
-    """How a global batch is divided: `accumulation` passes × `ranks` × `micro` samples.
+    """How a global batch is divided: `accumulation` passes × `mesh.data` × `micro` samples.
 
     Attributes:
-        ranks: number of data-parallel ranks.
+        mesh: all ranks of the run.
         micro: samples of a micro-batch, on one rank in one pass.
         accumulation: passes of a rank in one step.
     """
 
-    ranks: int
+    mesh: Mesh
     micro: int
     accumulation: int
 
     @property
     def samples(self) -> int:
         """Samples of one global batch."""
-        return self.accumulation * self.ranks * self.micro
+        return self.accumulation * self.mesh.data * self.micro
 
     def share(self, step: int, index: int, rank: int) -> Ints:
         """The sample numbers, (micro,), of pass `index` of `step` on `rank`; every sample is in exactly one share."""
-        first = step * self.samples + (index * self.ranks + rank) * self.micro
+        first = step * self.samples + (index * self.mesh.data + rank) * self.micro
         return np.arange(first, first + self.micro, dtype=np.int64)
 
 
-def split_batch(tokens: int, context: int, micro: int | None, ranks: int) -> Split:
+def split_batch(tokens: int, context: int, micro: int | None, mesh: Mesh) -> Split:
     """Derives micro-batch and accumulation from the global batch.
 
     Args:
         tokens: tokens of the global batch (`batch.tokens`).
         context: tokens of a sample (`batch.context`).
         micro: samples per device and pass (`batch.micro`); None: each device has a single pass.
-        ranks: number of data-parallel ranks.
+        mesh: all ranks; those of one data-parallel group have the same samples.
 
     Raises:
         UserError: `tokens` is not a multiple of context × micro × ranks; names the nearest values that are.
     """
+    ranks = mesh.data
     unit = context * ranks * (micro or 1)
     if tokens <= 0 or tokens % unit:
         lower, parts = tokens // unit * unit, [f"batch.context={context}"]
@@ -219,4 +221,4 @@ def split_batch(tokens: int, context: int, micro: int | None, ranks: int) -> Spl
         )
     samples = tokens // context
     micro = micro or samples // ranks
-    return Split(ranks, micro, samples // (ranks * micro))
+    return Split(mesh, micro, samples // (ranks * micro))

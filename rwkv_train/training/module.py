@@ -78,6 +78,10 @@ class RWKVModule(L.LightningModule):
         """Called when the ranks know each other: the strategy gives the parameters memory where they have none."""
         self.strategy.materialise(self.model)
 
+    def read_again(self) -> None:
+        """The next batch is of another step than the run: Lightning shall ask for the data again."""
+        self.rewound = True
+
     @property
     def tokens_seen(self) -> int:
         return self.trainer.global_step * self.tokens_per_step

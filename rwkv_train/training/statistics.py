@@ -67,6 +67,16 @@ class Statistics:
                         module.register_forward_hook(self._output(key, statistic, layer))
                 block.register_forward_hook(self._contribution(layer))
 
+    def set_limit(self, loss: float) -> None:
+        """A loss above it is bad from now on."""
+        self.limit = loss
+
+    def count_skipped_from(self, skipped: int) -> None:
+        """Goes on counting from the updates that the run had left out at the step it resumes from."""
+        self.skipped_before = skipped
+        if self.skipped is not None:
+            self.skipped.fill_(skipped)
+
     def begin(self, step: int, strategy: ShardedStrategy) -> None:
         """Before the first pass of the step that makes `step` of them done."""
         self.due = step % self.every == 0

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from rwkv_train.config import BatchSettings, DataSettings, SourceSettings, StageSettings
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.data import ahead
 from rwkv_train.data.ahead import Ahead, MaskedBatch
 from rwkv_train.data.batch_preview import BORDER, show_batch
@@ -89,7 +90,7 @@ def test_every_predicted_token_counts_the_same(texts: Path, ranks: int, micro: i
     """The mean over passes and ranks is the mean over the batch's predicted tokens, computed by hand."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(256, 256, generator=generator, dtype=torch.float64)
-    data = packed(texts, False, world_size=ranks, micro=micro)
+    data = packed(texts, False, mesh=Mesh(ranks), micro=micro)
     losses, nats = [], []
     for rank in range(ranks):
         data.rank = rank

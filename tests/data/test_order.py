@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.data import ShuffledOrder
 from rwkv_train.data.order import ReferenceOrder, permute, shuffled, split_batch
 from rwkv_train.errors import UserError
@@ -120,7 +121,7 @@ def test_the_order_is_pinned() -> None:
 @pytest.mark.parametrize("ranks", range(1, 65))
 def test_the_ranks_share_out_exactly_the_global_batch(ranks: int) -> None:
     for micro, accumulation in ((1, 1), (1, 3), (3, 1), (2, 5)):
-        split = split_batch(ranks * micro * accumulation * 8, 8, micro, ranks)
+        split = split_batch(ranks * micro * accumulation * 8, 8, micro, Mesh(ranks))
         assert (split.micro, split.accumulation, split.samples) == (micro, accumulation, ranks * micro * accumulation)
         for step in (0, 7):
             shares = [split.share(step, index, rank) for index in range(accumulation) for rank in range(ranks)]
@@ -130,13 +131,13 @@ def test_the_ranks_share_out_exactly_the_global_batch(ranks: int) -> None:
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 8), st.integers(1, 64))
 def test_a_step_has_the_same_samples_on_any_number_of_ranks(ranks: int, micro: int, passes: int, step: int) -> None:
     tokens = ranks * micro * passes * 4
-    many, one = split_batch(tokens, 4, micro, ranks), split_batch(tokens, 4, None, 1)
+    many, one = split_batch(tokens, 4, micro, Mesh(ranks)), split_batch(tokens, 4, None, Mesh(1))
     shares = [many.share(step, index, rank) for index in range(many.accumulation) for rank in range(ranks)]
     assert sorted(np.concatenate(shares)) == sorted(one.share(step, 0, 0))
 
 
 def test_without_micro_a_device_takes_its_share_in_one_pass() -> None:
-    assert (split_batch(4096, 128, None, 4).micro, split_batch(4096, 128, None, 4).accumulation) == (8, 1)
+    assert (split_batch(4096, 128, None, Mesh(4)).micro, split_batch(4096, 128, None, Mesh(4)).accumulation) == (8, 1)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_a_batch_that_cannot_be_shared_out(
     tokens: int, context: int, micro: int | None, ranks: int, message: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        split_batch(tokens, context, micro, ranks)
+        split_batch(tokens, context, micro, Mesh(ranks))
     assert str(error.value) == message
 
 
@@ -219,7 +220,7 @@ def test_shuffled_things_come_once_an_epoch_in_another_order(size: int) -> None:
 @pytest.mark.parametrize("micro", [1, 3, None])
 def test_shares_of_any_number_of_ranks_are_the_batch(ranks: int, micro: int | None) -> None:
     samples = ranks * (micro or 1) * 4
-    split = split_batch(samples * 16, 16, micro, ranks)
+    split = split_batch(samples * 16, 16, micro, Mesh(ranks))
     for step in (0, 1, 10**6):
         shares = [split.share(step, index, rank) for index in range(split.accumulation) for rank in range(ranks)]
         assert np.concatenate(shares).tolist() == list(range(step * samples, (step + 1) * samples))

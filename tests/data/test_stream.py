@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rwkv_train.config import BatchSettings, DataSettings
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 
@@ -29,7 +30,7 @@ def files(tmp_path: Path) -> str:
 
 def stream(path: str, workers: int = 0, ranks: int = 1, **more: Any) -> Batches:
     data = DataSettings("stream", path, "bytes", 0.0, workers=workers, **{"held_out_documents": 5, **more})
-    return Batches(data, BatchSettings(512, 64, None), seed=1, world_size=ranks)
+    return Batches(data, BatchSettings(512, 64, None), seed=1, mesh=Mesh(ranks))
 
 
 def text_of(batches: list[Any]) -> bytes:

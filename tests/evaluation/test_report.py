@@ -18,7 +18,7 @@ from rwkv_train.cli import launcher
 from rwkv_train.cli import main as cli
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.report import figures, page, report_command
-from rwkv_train.evaluation.report.charts import KNOWN, LAYERS, charts
+from rwkv_train.evaluation.report.charts import KNOWN, charts
 from rwkv_train.evaluation.report.live_server import ReportServer
 from rwkv_train.evaluation.report.metrics_table import MetricColumn, MetricsTable, extremes, trend
 from rwkv_train.evaluation.report.page import payload, render
@@ -165,7 +165,10 @@ def test_the_payload(tmp_path: Path) -> None:
     assert first["evaluations"]["eval.json"]["all"]["bits_per_byte"] == 1.78
     decay = first["layers"]["decay/half_life"]
     assert np.array(decay["y"]).shape == (len(decay["x"]), 4, 5)
-    assert {layer["key"] for layer in data["layers"]} == {*LAYERS, "layers/own"}
+    assert {layer["key"] for layer in data["layers"]} == {
+        *(f"layers/{name}" for name in ("grad_norm", "update_ratio", "state_rms", "receptance_saturated")),
+        *("layers/contribution", "layers/own"),
+    }
     summary = first["summary"]
     assert (summary["step"], summary["tokens"], summary["state"]) == (500, 512_000, "finished")
     assert summary["best_val_loss"] <= summary["val_loss"]

@@ -76,7 +76,7 @@ def test_another_store_or_tokenizer_under_the_same_name_is_refused(store: Path, 
     with pytest.raises(UserError, match=r"s.bin is not what its manifest s.json tells of: fingerprint"):
         run(tmp_path, "run", *SHORT, *words, "budget.steps=9", "run.allow_changes=true")
     (tmp_path / "s.json").unlink()
-    with pytest.raises(UserError, match=r"the data itself: content hash \w+ → \w+\n  go on all the same"):
+    with pytest.raises(UserError, match=r"the data itself: content hash \w+ → \w+\n  to resume all the same"):
         run(tmp_path, "run", *SHORT, *words, "data.tokenizer=bytes")
     for name, content in kept.items():
         (tmp_path / name).write_bytes(content)

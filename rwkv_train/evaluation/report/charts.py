@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from rwkv_train.models.registry import LayerChart, layer_charts
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -64,16 +66,25 @@ FAMILIES = (  # prefixes of keys that end in the name of a source: (prefix, sect
     ("tokens/", "Loss by source", "Tokens read: {}", "tokens"),
 )
 
-LAYERS = {  # key → title, unit
+LAYERS = {  # key → title, unit: the per-layer values of every architecture
     "layers/grad_norm": ("Gradient norm of the block", ""),
     "layers/update_ratio": ("Update-to-weight ratio of the block", ""),
-    "layers/state_rms": ("RMS of the state", ""),
-    "layers/receptance_saturated": ("Saturated receptance gates", "share"),
     "layers/contribution": ("Contribution: output over input", ""),
 }
-DECAY = "decay/half_life"  # [minimum, 10 %, median, 90 %, maximum] of each layer, tokens
 
 CLOCKS = ("tokens", "time", "hours")  # keys for the horizontal axis, which have no chart of their own
+
+
+def layer_charts_of(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Key → title and unit of the per-layer values among these keys; unknown ones last, under their own names."""
+    known = LAYERS | {key: (c.title, c.unit) for key, c in layer_charts().items() if not c.quantiles}
+    found = set(keys)
+    return {key: known[key] for key in known if key in found} | {key: (key, "") for key in sorted(found - known.keys())}
+
+
+def spectra() -> dict[str, LayerChart]:
+    """The per-layer values that are five quantiles, such as the half-lives of a layer's channels."""
+    return {key: chart for key, chart in layer_charts().items() if len(chart.quantiles) == 5}
 
 
 def charts(keys: Iterable[str]) -> list[Chart]:

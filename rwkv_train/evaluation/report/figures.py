@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_train.evaluation.report.charts import DECAY, KNOWN
+from rwkv_train.evaluation.report.charts import KNOWN, spectra
 from rwkv_train.evaluation.report.metrics_table import MetricColumn
 from rwkv_train.evaluation.report.page import curve_payload
+from rwkv_train.models.registry import LayerChart
 
 COLOURS = ("#0f62ae", "#c8500a", "#117a57", "#a62c72", "#866a00", "#5a50c4", "#1c7f96", "#61666e")
 _STYLE: dict[Any, Any] = {
@@ -51,9 +52,11 @@ def draw_charts(data: Mapping[str, Any], folder: Path) -> Iterator[Path]:
             if any(key in run["curves"] for run in data["runs"] for key in chart["lines"]):
                 yield save(chart["title"], partial(_draw_chart, chart=chart, runs=data["runs"]))
     for run in data["runs"]:
-        if DECAY in run["layers"]:
-            prefix = f"{run['name']}_" if len(data["runs"]) > 1 else ""
-            yield save(f"{prefix}time_decay", partial(_draw_decays, rows=run["layers"][DECAY], name=run["name"]))
+        prefix = f"{run['name']}_" if len(data["runs"]) > 1 else ""
+        for key, band in spectra().items():
+            if key in run["layers"]:
+                rows = run["layers"][key]
+                yield save(f"{prefix}{band.title}", partial(_draw_spectrum, rows=rows, band=band, name=run["name"]))
 
 
 def draw_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, title: str, baselines: Mapping[str, float]) -> None:
@@ -165,8 +168,8 @@ def _draw_baselines(axes: Any, baselines: Mapping[str, float]) -> None:
         text.set_fontsize(7)
 
 
-def _draw_decays(axes: Any, rows: Mapping[str, Any], name: str) -> None:
-    """Half-lives of the time decay over the layers, at the first and the last of the recorded steps."""
+def _draw_spectrum(axes: Any, rows: Mapping[str, Any], band: LayerChart, name: str) -> None:
+    """Quantiles of a value over the layers, at the first and the last of the recorded steps."""
     first, last = (np.array(rows["y"][index], float) for index in (0, -1))  # (L, 5)
     layers = np.arange(len(last))
     axes.fill_between(layers, last[:, 0], last[:, 4], color=COLOURS[0], alpha=0.15, linewidth=0, label="all channels")
@@ -175,7 +178,7 @@ def _draw_decays(axes: Any, rows: Mapping[str, Any], name: str) -> None:
     axes.plot(layers, first[:, 2], color=COLOURS[-1], linestyle="--", label=f"median, step {rows['x'][0]:,}")
     axes.set_yscale("log")
     axes.set_xlabel("layer")
-    axes.set_ylabel("half-life of the time decay (tokens)")
+    axes.set_ylabel(f"{band.title}: {band.unit}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(name, fontsize=8, loc="right")
     axes.figure.legend(**_LEGEND_ABOVE)

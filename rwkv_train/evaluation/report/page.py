@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_train.evaluation.report.charts import CLOCKS, DECAY, LAYERS, charts
+from rwkv_train.evaluation.report.charts import CLOCKS, charts, layer_charts_of, spectra
 from rwkv_train.evaluation.report.metrics_table import MetricColumn, extremes, trend
 from rwkv_train.evaluation.report.recorded_run import RecordedRun
 
@@ -42,6 +42,7 @@ def payload(runs: Sequence[RecordedRun]) -> dict[str, Any]:
     return {
         "charts": [vars(chart) for chart in charts(keys)],
         "layers": [{"key": key, "title": title, "unit": unit} for key, title, unit in _layers(runs)],
+        "spectra": [{"key": key, "title": band.title, "unit": band.unit} for key, band in spectra().items()],
         "runs": [_run_payload(run, columns, buckets) for run, columns in zip(runs, scalars, strict=True)],
         "differences": _differences(runs),
     }
@@ -78,6 +79,7 @@ def _read(name: str) -> str:
 
 
 def _run_payload(run: RecordedRun, columns: Mapping[str, MetricColumn], buckets: int) -> dict[str, Any]:
+    bands = spectra()
     curves = {key: curve_payload(column, buckets) for key, column in columns.items() if key not in CLOCKS}
     return {
         "name": run.name,
@@ -88,7 +90,7 @@ def _run_payload(run: RecordedRun, columns: Mapping[str, MetricColumn], buckets:
         "layers": {
             key: _over_time(column)
             for key, column in run.metrics.columns.items()
-            if column.values.ndim == 2 or (key == DECAY and column.values.ndim == 3 and column.values.shape[2] == 5)
+            if column.values.ndim == 2 or (key in bands and column.values.ndim == 3 and column.values.shape[2] == 5)
         },
         "events": [_event(row) for row in run.events[-_MAX_EVENTS:]],
         "samples": [{"step": step, "text": text} for step, text in run.samples[-_MAX_SAMPLES:]],
@@ -195,10 +197,7 @@ def _summary(run: RecordedRun, columns: Mapping[str, MetricColumn]) -> dict[str,
 def _layers(runs: Sequence[RecordedRun]) -> list[tuple[str, str, str]]:
     """Key, title and unit of each metric with a value per layer: known ones first."""
     keys = {key for run in runs for key, column in run.metrics.columns.items() if column.values.ndim == 2}
-    return [
-        *((key, *LAYERS[key]) for key in LAYERS if key in keys),
-        *((key, key, "") for key in sorted(keys - LAYERS.keys())),
-    ]
+    return [(key, title, unit) for key, (title, unit) in layer_charts_of(keys).items()]
 
 
 def _differences(runs: Sequence[RecordedRun]) -> list[dict[str, Any]]:

@@ -73,8 +73,7 @@ function layerLines(run, rows, value) {
 
 function layerCards() {
   const number = state.focus, run = report.runs[number], cards = [];
-  const decay = run.layers["decay/half_life"];
-  if (decay) cards.push(...decayCards(run, decay));
+  for (const band of report.spectra) if (run.layers[band.key]) cards.push(...spectrumCards(run, run.layers[band.key], band));
   for (const { key, title, unit } of report.layers) {
     const rows = run.layers[key];
     if (!rows || !rows.x.length) continue;
@@ -86,9 +85,10 @@ function layerCards() {
   return cards;
 }
 
-// Half-lives of the channels: over the layers at one step, and their medians over time.
-function decayCards(run, rows) {
-  const count = rows.y[0].length, last = rows.x.length - 1, unit = "half-life (tokens)";
+// Five quantiles per layer, such as those of the channels' half-lives: over the layers at one step, and the medians over
+// time.
+function spectrumCards(run, rows, { key, title, unit }) {
+  const count = rows.y[0].length, last = rows.x.length - 1;
   const where = h("output", {}), slider = h("input", { type: "range", min: 0, max: last, value: last, "aria-label": "step of the spectrum" });
   let chart;
   const columns = (time) => [4, 3, 2, 1, 0].map((q) => rows.y[time].map((layer) => layer[q]));
@@ -100,7 +100,7 @@ function decayCards(run, rows) {
   slider.addEventListener("input", show);
   const all = rows.y.flat(2).filter((value) => value > 0);
   const low = Math.min(...all), high = Math.max(...all);
-  const spectrum = card("Time decay over the layers", () => {
+  const spectrum = card(`${title} over the layers`, () => {
     const names = ["maximum", "90 %", "median", "10 %", "minimum"], main = colour(0);
     const lines = columns(+slider.value).map((y, i) => ({
       name: names[i], x: layers, y, colour: main, dash: [], width: i === 2 ? 2.2 : 0.6, alpha: 1, listed: true, points: i === 2,
@@ -112,16 +112,16 @@ function decayCards(run, rows) {
       bands: [{ series: [1, 5], fill: fill("20") }, { series: [2, 4], fill: fill("38") }], yRange: [low, high],
     };
   }, {
-    name: "decay/half_life", extra: h("label", { class: "slide" }, "time", slider, where),
+    name: key, extra: h("label", { class: "slide" }, "time", slider, where),
     key: h("span", { class: "key" }, h("span", {}, "— median, bands 10–90 % and all channels; ┄ at first")),
   });
   const make = waiting.get(spectrum);
   waiting.set(spectrum, () => (chart = make()));
   show();
-  const over = card("Median half-life over time", () => {
+  const over = card(`${title}: median over time`, () => {
     const lines = layerLines(run, rows, (layer) => layer && layer[2]);
     return { lines, unit, log: useLog({ log: true }, lines), xLabel: UNITS[state.axis], events: eventsOf([{ run, number: state.focus }]) };
-  }, { key: rampKey(count), name: "decay/median" });
+  }, { key: rampKey(count), name: `${key}/median` });
   return [spectrum, over];
 }
 

@@ -71,7 +71,8 @@ class BadSteps(Callback):
         run: where replay files and skipped data are kept.
         tree: the settled config, for replay files.
         events, write_errors: the run's.
-        console: where alerts are told.
+        console: where bad steps are reported.
+        rewinds: how often the run was rewound before this start.
     """
 
     def __init__(
@@ -85,11 +86,12 @@ class BadSteps(Callback):
         events: Events,
         write_errors: WriteErrors,
         console: Console,
+        rewinds: int = 0,
     ) -> None:
         self.settings, self.metrics, self.saving, self.data, self.run = settings, metrics, saving, data, run
         self.tree, self.events, self.write_errors, self.console = tree, events, write_errors, console
         self.stopped: str | None = None  # why the run was ended
-        self.rewinds = 0
+        self.rewinds = rewinds
         self.window = Window(settings.window, settings.z)
         self._alerts = Alerts()
         self._evidence: dict[int, _Evidence] = {}  # by step
@@ -116,11 +118,12 @@ class BadSteps(Callback):
             reason = self._rewind(trainer, pl_module) if todo == "rewind" else "a bad step, and the policy is to stop"
             if reason is not None:
                 self.stopped = reason
-                trainer.should_stop = pl_module.rewound = True
+                trainer.should_stop = True
+                pl_module.read_again()
         if trainer.global_step % RENEWED == 0:
             self._limit = self.window.limit()
         if self.settings.spike != "alert":
-            pl_module.statistics.limit = self._limit
+            pl_module.statistics.set_limit(self._limit)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -261,18 +264,17 @@ class BadSteps(Callback):
         step = meta["step"]
         behind = self.data.data_step(reached - 1) + 1  # of the data: what comes next
         earlier = [skip for skip in self.data.skips if skip[0] < step]
-        self.data.skips = [*earlier, (step, behind - step - sum(steps for _, steps in earlier))]
+        skips = [*earlier, (step, behind - step - sum(steps for _, steps in earlier))]
         self.rewinds += 1
-        self.data.begin(step, meta.get("position"))
+        self.data.begin(step, meta.get("position"), skips)
         for record in (self.metrics.lines, self.events):
             record.go_on(self.run.attempts.directory(module.strategy.attempt) / record.path.name)
         self.metrics.forget(step)
         _count_from(trainer, step)
         self._restore(Reader(checkpoint).state(0)["lightning"])
         self._evidence.clear()
-        assert module.statistics.skipped is not None
-        module.statistics.skipped.fill_(step - meta.get("updates", step))
-        module.rewound = True
+        module.statistics.count_skipped_from(step - meta.get("updates", step))
+        module.read_again()
         if self.events.enabled:
             with self.write_errors.tolerate(self.run.passed_over):
                 self.run.passed_over.write_text(json.dumps({"rewinds": self.rewinds, "skips": self.data.skips}))
@@ -294,9 +296,8 @@ class BadSteps(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
-        pl_module.statistics.skipped_before = checkpoint["meta"]["step"] - checkpoint["meta"].get(
-            "updates", checkpoint["meta"]["step"]
-        )
+        meta = checkpoint["meta"]
+        pl_module.statistics.count_skipped_from(meta["step"] - meta.get("updates", meta["step"]))
         self._restore(checkpoint)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
