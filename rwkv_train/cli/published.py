@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,17 @@ SHAPE = ("n_layer", "n_embd", "dim_ffn", "vocab_size")  # what is read from weig
 DEFAULT_BATCH = {"batch.tokens": 1024, "batch.context": 256}  # for sizes that were published without a batch
 
 
-def fill_open_settings(settings: FlatSettings, conf: ConfFolders, size_typed: bool) -> list[UserError]:
+def fill_open_settings(
+    settings: FlatSettings, conf: ConfFolders, typed: Collection[str], size_typed: bool
+) -> list[UserError]:
     """Fills settings that are null from the row of (size, arch) in conf/model, or from init.weights.
+
+    A null that was typed for a setting that accepts it (optim.clip=null: no clipping) stays.
 
     Args:
         settings: all settings by name; changed in place.
         conf: the conf folders.
+        typed: names of the settings on the command line.
         size_typed: whether `model=` was typed. If not, init.weights decides about the size.
 
     Returns:
@@ -42,8 +47,9 @@ def fill_open_settings(settings: FlatSettings, conf: ConfFolders, size_typed: bo
             settings["model.size"], row = _size_of(arch, shape, published)
         settings.update({f"model.{key}": value for key, value in shape.items()})
         settings["model.vocab_size"] += len(settings.get("vocab.extend") or ())
+    known = schema()
     for name, value in {**DEFAULT_BATCH, **row}.items():
-        if settings.get(name) is None:
+        if settings.get(name) is None and not (name in typed and _accepts_null(known[name])):
             settings[name] = value
     return problems + _fill_missing(settings, published)
 
