@@ -15,7 +15,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 QUANTILES = ("minimum", "p10", "median", "p90", "maximum")  # of decay/half_life, by which trackers name them
-TOLD = ("bad_step", "rewound", "alert", "checkpoint_failed", "unhealthy")  # events that somebody should see
+TOLD = ("bad_step", "rewound", "checkpoint_failed", "unhealthy")  # events that somebody should see
 
 
 @dataclass(frozen=True)
