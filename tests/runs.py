@@ -201,7 +201,7 @@ def same_weights(one: Path, other: Path) -> bool:
 def save_weights(path: Path, n_layer: int, n_embd: int, vocab_size: int = 256) -> Path:
     weights: dict[str, torch.Tensor] = {"emb.weight": torch.zeros(vocab_size, n_embd)}
     for layer in range(n_layer):
-        weights[f"blocks.{layer}.att.time_first"] = torch.zeros(n_embd)
+        weights |= {f"blocks.{layer}.att.{name}": torch.zeros(n_embd) for name in ("time_first", "time_decay")}
         weights[f"blocks.{layer}.ffn.key.weight"] = torch.zeros(4 * n_embd, n_embd, dtype=torch.bfloat16)
     torch.save(weights, path)
     return path

@@ -14,11 +14,12 @@ from torch import Tensor
 from rwkv_train.config import BatchSettings, DataSettings
 from rwkv_train.config.mesh import ONE_RANK, Mesh
 from rwkv_train.data.ahead import Ahead, Batch, MaskedBatch
-from rwkv_train.data.mixture import Mixture, Share
-from rwkv_train.data.order import Ints, Order, ReferenceOrder, split_batch
+from rwkv_train.data.arrays import Ints
+from rwkv_train.data.mixture import Mixture, SourceShare
+from rwkv_train.data.order import ReferenceOrder, ShuffledOrder, split_batch
 from rwkv_train.data.packing import pack
-from rwkv_train.data.rows import IGNORED, Block, InOrder, Packed, Rows, Windows
-from rwkv_train.data.sources import Source, open_sources, refuse_large
+from rwkv_train.data.rows import IGNORED, BatchArrays, PackedRows, Rows, SequentialWindows, Windows
+from rwkv_train.data.sources import DataSource, check_token_in_vocabulary, open_sources
 from rwkv_train.data.store import MemoryStore, Store
 from rwkv_train.data.stream import StreamRows, open_stream
 from rwkv_train.errors import UserError
@@ -90,7 +91,7 @@ class Batches:
         self._held_out = [self._held_out_rows(source) for source in self.sources]
         self.mixture = self._mix(data, batch.tokens)
 
-    def _training_rows(self, data: DataSettings, source: Source, seed: int, number: int) -> Rows:
+    def _training_rows(self, data: DataSettings, source: DataSource, seed: int, number: int) -> Rows:
         if self.stream is not None:
             self.stream.keep = 8 * self.split.samples  # loaders are some passes ahead of the step that is saved
             return self.stream
@@ -98,19 +99,21 @@ class Batches:
             return self._pack(source.train, self.context, seed + (number << 32))
         if data.order == "reference":
             return Windows(source.train, ReferenceOrder(len(source.train), self.context), self.context)
-        return Windows(source.train, Order(seed + (number << 32), len(source.train), self.context), self.context)
+        return Windows(
+            source.train, ShuffledOrder(seed + (number << 32), len(source.train), self.context), self.context
+        )
 
-    def _held_out_rows(self, source: Source) -> Rows:
+    def _held_out_rows(self, source: DataSource) -> Rows:
         if self.packed:
             return self._pack(source.held_out, self.validation_context, None)
-        return InOrder(source.held_out, self.validation_context, self.tokenizer.end_of_text)
+        return SequentialWindows(source.held_out, self.validation_context, self.tokenizer.end_of_text)
 
-    def _pack(self, store: Store, context: int, seed: int | None) -> Packed:
+    def _pack(self, store: Store, context: int, seed: int | None) -> PackedRows:
         starts, lengths = store.documents()
         packing = pack(starts, lengths, context)
         if seed is not None and not len(packing):
             raise UserError("the training data has no document with a token in it", "give more text: data.path=…")
-        return Packed(store, packing, seed, self.tokenizer.end_of_text, self.reset)
+        return PackedRows(store, packing, seed, self.tokenizer.end_of_text, self.reset)
 
     def _mix(self, data: DataSettings, tokens_per_step: int) -> Mixture:
         given = data.sources if data.source == "mixture" else [None] * len(self.sources)
@@ -118,7 +121,9 @@ class Batches:
         for source, rows, settings in zip(self.sources, self._rows, given, strict=True):
             weight = settings.weight if settings is not None else 1
             epochs = settings.epochs if settings is not None else None
-            shares.append(Share(source.name, len(source.train) if weight is None else weight, rows.per_epoch, epochs))
+            shares.append(
+                SourceShare(source.name, len(source.train) if weight is None else weight, rows.per_epoch, epochs)
+            )
         # rounded up to steps: a batch has the weights of one stage
         steps = [-(-stage.tokens // tokens_per_step) for stage in data.curriculum]
         stages = zip(steps, data.curriculum, strict=True)
@@ -163,9 +168,9 @@ class Batches:
             weights = self.mixture.weights()
             lines = [f"{s.name} {weights[s.name]:.2%}: {line}" for s, line in zip(self.sources, lines, strict=True)]
         if self.packed:
-            fills = [rows.packing.fill for rows in self._rows if isinstance(rows, Packed)]
-            apart = "they know nothing of each other" if self.reset else "the state runs on, the loss does not"
-            lines.append(f"packed documents, {min(fills):.1%} of the places filled; {apart}")
+            fills = [rows.packing.fill for rows in self._rows if isinstance(rows, PackedRows)]
+            state = "the state is reset at each" if self.reset else "the state continues across them"
+            lines.append(f"packed documents, {min(fills):.1%} of the positions filled; {state}")
         return "\n        ".join(lines)
 
     @property
@@ -255,12 +260,12 @@ class Batches:
     def located(self, samples: Ints) -> tuple[Ints, Ints]:
         """Sources and places of the samples with these numbers, same shape."""
         if len(self._rows) == 1 and self.mixture.samples is None:
-            return np.zeros_like(samples), self._rows[0].places(samples)
+            return np.zeros_like(samples), self._rows[0].offsets(samples)
         sources, numbers = self.mixture.locate(samples)
         places = np.empty_like(numbers)
         for source in np.unique(sources):
             here = sources == source
-            places[here] = self._rows[source].places(numbers[here])
+            places[here] = self._rows[source].offsets(numbers[here])
         return sources, places
 
     def sample(self, step: int, number: int) -> dict[str, Any]:
@@ -283,11 +288,11 @@ class Batches:
         block = self._fill(self._rows, sources[share], places[share], self.context)
         if not self.masked:
             return _tensor(block.tokens), _tensor(block.targets)
-        predicted = sum(int(rows.predicted(places[sources == n]).sum()) for n, rows in enumerate(self._rows))
+        predicted = sum(int(rows.count_predictions(places[sources == n]).sum()) for n, rows in enumerate(self._rows))
         return _masked(block, max(1, predicted) / (self.split.mesh.data * self.accumulation))
 
-    def _fill(self, rows: Sequence[Rows], sources: Ints, places: Ints, context: int) -> Block:
-        block = Block.empty(len(places), context, self.reset)
+    def _fill(self, rows: Sequence[Rows], sources: Ints, places: Ints, context: int) -> BatchArrays:
+        block = BatchArrays.empty(len(places), context, self.reset)
         for number, (source, place) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
             rows[source].fill(place, block.row(number))
         limit = self.vocabulary
@@ -295,7 +300,7 @@ class Batches:
         if unsure and (largest := int(block.tokens.max())) >= limit:
             row = int(block.tokens.max(axis=1).argmax())
             where = f"{self.sources[int(sources[row])].name}, sample at token {int(places[row]):,},"
-            refuse_large(largest, limit, where)
+            check_token_in_vocabulary(largest, limit, where)
         return block
 
     def training(self) -> TrainBatches | Ahead:
@@ -337,12 +342,12 @@ def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _masked(block: Block, predictions: float) -> MaskedBatch:
+def _masked(block: BatchArrays, predictions: float) -> MaskedBatch:
     starts = None if block.starts is None else _tensor(block.starts)
     return MaskedBatch(_tensor(block.tokens), _tensor(block.targets), starts, torch.tensor(predictions))
 
 
-def _alone(block: Block) -> MaskedBatch:
+def _alone(block: BatchArrays) -> MaskedBatch:
     """A batch of its own, whose loss is the mean over its predictions."""
     return _masked(block, float(max(1, (block.targets != IGNORED).sum())))
 

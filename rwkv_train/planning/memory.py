@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from rwkv_train.config import LOGITS_AT_ONCE
+from rwkv_train.config import EVIDENCE_BYTES, LOGITS_AT_ONCE
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.planning.model import Counts
 
@@ -64,6 +64,7 @@ class Memory:
     activations: float
     logits: float
     buffers: float
+    statistics: float
     runtime: float
     apart: float  # less than 0: counted above, but not held at the same time as the rest
     host: float
@@ -92,6 +93,7 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         gradients += part  # of the passes before, averaged, apart from this one's
     optimiser = (3 if deepspeed else 2) * part if stage else 2 * whole
     kept, at_once = activations(counts, layout), logits(counts, layout)
+    examined = statistics(counts, layout)
     buffers = _buffers(counts, layout)
     host = PROCESS
     if layout.offload:
@@ -104,7 +106,7 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         buffers += min(counts.block, BUCKET) * FLOAT  # gloo reduces and gathers in a copy of what it is given
     elif not gpu and stage:
         buffers = min(counts.block, BUCKET) * FLOAT + whole  # one bucket at a time; all weights are gathered in one go
-        apart = _not_at_once(counts, layout, gradients, kept + at_once, buffers)
+        apart = _not_at_once(counts, layout, gradients, kept + at_once + examined, buffers)
     state = 3 * FLOAT * counts.parameters
     if background:
         host += state / layout.mesh.ranks if stage else state
@@ -115,6 +117,7 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         activations=kept,
         logits=at_once,
         buffers=buffers,
+        statistics=examined,
         runtime=RUNTIME if gpu else LOADED + DEEPSPEED * deepspeed,
         apart=apart,
         host=host,
@@ -138,6 +141,12 @@ def logits(counts: Counts, layout: Layout) -> float:
     at_once = min(layout.tokens * counts.vocab_size, LOGITS_AT_ONCE)
     hidden = layout.tokens * counts.n_embd * FLOAT
     return at_once * (counts.logit + 2 * FLOAT) + 2 * hidden
+
+
+def statistics(counts: Counts, layout: Layout) -> float:
+    """Of the copies of the recurrent state that are examined after each pass: EVIDENCE_BYTES, or one layer's state."""
+    states = layout.micro * counts.state_bytes
+    return max(min(states, EVIDENCE_BYTES), states / counts.n_layer)
 
 
 def _buffers(counts: Counts, layout: Layout) -> float:

@@ -9,10 +9,9 @@ from rwkv_train.config import Config
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.data.order import split_batch
 from rwkv_train.errors import UserError
-from rwkv_train.models import ModelConfig
 from rwkv_train.planning.cards import Card
 from rwkv_train.planning.memory import Layout, Memory, memory
-from rwkv_train.planning.model import Counts, count
+from rwkv_train.planning.model import Counts, count, model_config
 from rwkv_train.planning.speed import Speed, speed
 
 HEADROOM = 0.95  # share of a device's memory that a plan may fill
@@ -60,14 +59,7 @@ def make_plan(config: Config, card: Card, mesh: Mesh, vocab_size: int, gpu: bool
     Raises:
         UserError: the global batch cannot be shared out over that many devices.
     """
-    shape = ModelConfig(
-        config.arch,
-        config.model.n_layer,
-        config.model.n_embd,
-        config.model.vocab_size or vocab_size,
-        config.model.dim_ffn,
-    )
-    counts = count(shape, config.trainer.precision)
+    counts = count(model_config(config, vocab_size), config.trainer.precision)
     split = split_batch(config.batch.tokens, config.batch.context, config.batch.micro, mesh)
     layout = Layout(
         "single" if mesh.ranks == 1 else "ddp",

@@ -19,6 +19,7 @@ _WORDS = {
     "activations": "activations",
     "logits": "logits",
     "buffers": "communication buffers",
+    "statistics": "statistics of the state",
     "runtime": "libraries, allocator",
     "apart": "not at the same time",
 }
@@ -30,7 +31,7 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
     shape = plan.counts
     console.print(
         f"model   {config.arch} {config.model.size}: L{shape.n_layer} C{shape.n_embd} V{shape.vocab_size}, "
-        f"{shape.parameters:,} parameters, {shape.flops_per_token:,} FLOPs a token"
+        f"{shape.parameters:,} parameters, {shape.flops_per_token(layout.context):,} FLOPs a token"
     )
     console.print(
         f"layout  {layout.strategy} on {layout.mesh.ranks} × {card.name}: context {layout.context} × micro-batch "
@@ -91,7 +92,7 @@ def as_json(plan: Plan, config: Config, change: tuple[str, Plan] | None) -> str:
         "accumulation": layout.accumulation,
         "activation_checkpointing": layout.checkpointing,
         "parameters": plan.counts.parameters,
-        "flops_per_token": plan.counts.flops_per_token,
+        "flops_per_token": plan.counts.flops_per_token(layout.context),
         "memory": {name: round(getattr(needs, name)) for name in _WORDS},
         "device_bytes": round(plan.held),
         "host_bytes": round(needs.host),

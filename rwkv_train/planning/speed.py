@@ -47,7 +47,7 @@ def speed(counts: Counts, layout: Layout, card: Card, precision: str, mfu: float
         mfu: stated or measured; None: from the constants.
     """
     tokens = layout.tokens * layout.accumulation  # of one rank
-    rate, flops = card.rate(precision), tokens * counts.flops_per_token
+    rate, flops = card.rate(precision), tokens * counts.flops_per_token(layout.context)
     sent = traffic(counts, layout)
     across = layout.mesh.ranks > card.per_machine
     network = sent / (card.network if across else card.link)
@@ -55,17 +55,30 @@ def speed(counts: Counts, layout: Layout, card: Card, precision: str, mfu: float
         seconds = flops / (rate * mfu)
     else:
         computing = tokens * seconds_per_token(
-            counts.matmul, counts.n_layer, counts.n_embd, recomputed_share(counts, layout), card, precision
+            counts.flops_per_token(layout.context),
+            counts.n_layer,
+            counts.n_embd,
+            recomputed_share(counts, layout),
+            card,
+            precision,
         )
         seconds = computing + max(0.0, network - OVERLAP * computing)
     total = tokens * layout.mesh.data
     return Speed(seconds, total / seconds, flops / seconds / rate, flops * layout.mesh.ranks, sent, network)
 
 
-def seconds_per_token(matmul: int, n_layer: int, n_embd: int, recomputed: float, card: Card, precision: str) -> float:
-    """Of one device's computing; `recomputed` is the share of the forward pass that runs twice."""
+def seconds_per_token(flops: int, n_layer: int, n_embd: int, recomputed: float, card: Card, precision: str) -> float:
+    """Of one device's computing.
+
+    Args:
+        flops: of the forward and backward pass for one token.
+        n_layer, n_embd: the model's shape.
+        recomputed: the share of the forward pass that runs twice.
+        card: the device.
+        precision: 32-true or bf16-mixed.
+    """
     again = 1 + recomputed / 3
-    products = 6 * matmul * again / (card.rate(precision) * PRODUCTS)
+    products = flops * again / (card.rate(precision) * PRODUCTS)
     return products + TRAFFIC * n_embd * n_layer * again / card.bandwidth
 
 

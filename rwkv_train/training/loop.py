@@ -10,8 +10,8 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 from rwkv_train.cluster.preflight import meet
+from rwkv_train.data.batch_preview import show_batch
 from rwkv_train.data.datamodule import DataModule
-from rwkv_train.data.show import show_batch
 from rwkv_train.exit_codes import Ending, ExitCode
 from rwkv_train.instantiate import prepare
 from rwkv_train.rundir.jsonl import WriteErrors

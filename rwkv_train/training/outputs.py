@@ -17,7 +17,7 @@ from rich.table import Table
 from rwkv_train.checkpoint.directory import directory_name
 from rwkv_train.checkpoint.storage import LocalStorage, dump
 from rwkv_train.evaluation.baselines import baselines
-from rwkv_train.evaluation.curve import draw_loss_curve
+from rwkv_train.evaluation.report.figures import draw_loss_curve
 from rwkv_train.inference.export import consolidate
 from rwkv_train.inference.generate import generate
 from rwkv_train.rundir.directory import RunDirectory

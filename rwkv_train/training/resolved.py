@@ -18,6 +18,7 @@ from rwkv_train.config import Config
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.errors import UserError
 from rwkv_train.planning.cards import Card, card_of, cpu_card, present_card, ranks_of, with_precision
+from rwkv_train.planning.model import model_config, parameters
 from rwkv_train.planning.plan import Plan, make_plan, smallest_change, why
 from rwkv_train.planning.report import advice
 
@@ -168,7 +169,7 @@ def _choose(config: Config, devices: Devices, vocab_size: int, share: int, conso
     if find_spec(package) is None:
         raise UserError(f"strategy={config.strategy} needs {package}, which is not installed", f"pip install {package}")
     card, mesh, gpu = devices.card, devices.mesh, devices.accelerator == "gpu"
-    state = STATE_BYTES * config.model.n_layer * config.model.n_embd**2 * 13.0
+    state = STATE_BYTES * parameters(model_config(config, vocab_size))
     if config.strategy == "auto" and state < SMALL_STATE * card.memory:
         return "single" if mesh.ranks == 1 else "ddp", config.batch.micro or share
     recorded = devices.recorded(config)

@@ -25,10 +25,11 @@ from rwkv_train.config import Config
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.config.schema import PLACEMENT, as_tree, differences
 from rwkv_train.data.batches import Batches
-from rwkv_train.data.sources import refuse_large
+from rwkv_train.data.sources import check_token_in_vocabulary
 from rwkv_train.errors import UserError
-from rwkv_train.models import LanguageModel, ModelConfig, RecipeRow, build_model, recipe_of
+from rwkv_train.models import LanguageModel, RecipeRow, build_model, recipe_of
 from rwkv_train.models.weights import refuse_mismatches, shapes_of
+from rwkv_train.planning.model import model_config
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.initial_weights import Recipe
 from rwkv_train.training.optim import describe_frozen, describe_groups, parameter_groups
@@ -138,14 +139,13 @@ def _read_data(config: Config, mesh: Mesh) -> Batches:
         config.model.vocab_size,
     )
     data.refuse_budget(_steps(config))
-    refuse_large(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
+    check_token_in_vocabulary(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
     return data
 
 
 def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel, Recipe | Reader | None]:
     """The model and where its first values come from: the recipe or init.weights; None where it has them already."""
-    settings = config.model
-    shape = ModelConfig(config.arch, settings.n_layer, settings.n_embd, vocab_size, settings.dim_ffn)
+    shape = model_config(config, vocab_size)
     model = build_model(shape, device="meta")
     source: Recipe | Reader
     if config.init_weights is None:

@@ -107,7 +107,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "data missing": (["data.path=no/such"], CONFIG, ["data.path=no/such: there is no such file"]),
     "data empty": (["data.path=nothing.txt"], CONFIG, ["data.path=nothing.txt is an empty file"]),
     "folder empty": (["data.path=nothing"], CONFIG, ["data.path=nothing is an empty directory"]),
-    "data binary": (["data.path=picture.txt"], TORCH, ["data.path=picture.txt holds no text (skipped: 1 binary"]),
+    "data binary": (["data.path=picture.txt"], TORCH, ["data.path=picture.txt contains no text (skipped: 1 binary"]),
     "data short": (  # on two devices: one message, and nobody waits for the other
         ["data.path=short.txt", "trainer.devices=2"],
         TORCH,

@@ -153,7 +153,7 @@ def test_the_trainer_says_which_rank_this_is(corpus: Path) -> None:
     assert data.batches.rank == 3
 
 
-class Counts(L.LightningModule):
+class RecordingModule(L.LightningModule):
     """Trains nothing, and writes down what comes by."""
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ def trainer(tmp_path: Path, data: Batches, **more: object) -> L.Trainer:
 
 
 def test_lightning_takes_the_batches_as_they_are(corpus: Path, tmp_path: Path) -> None:
-    data, counts = module(corpus, micro=4), Counts()
+    data, counts = module(corpus, micro=4), RecordingModule()
     data.start_step = 2
     trainer(tmp_path, data, val_check_interval=5 * data.accumulation).fit(counts, datamodule=DataModule(data))
     expected = [data.batch(step, index)[0] for step in range(2, 7) for index in range(2)]
@@ -201,7 +201,7 @@ def test_lightning_takes_the_batches_as_they_are(corpus: Path, tmp_path: Path) -
 def test_another_number_of_ranks_than_the_data_was_split_for_is_refused(corpus: Path, tmp_path: Path) -> None:
     data = module(corpus, mesh=Mesh(2))
     with pytest.raises(RuntimeError, match="the trainer has 1 ranks, the data was split for 2"):
-        trainer(tmp_path, data).fit(Counts(), datamodule=DataModule(data))
+        trainer(tmp_path, data).fit(RecordingModule(), datamodule=DataModule(data))
 
 
 def one_rank(rank: int, ranks: int, path: str) -> tuple[list[bytes], int]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_train.config.mesh import Mesh
-from rwkv_train.data import Order
+from rwkv_train.data import ShuffledOrder
 from rwkv_train.data.order import ReferenceOrder, permute, shuffled, split_batch
 from rwkv_train.errors import UserError
 
@@ -17,7 +17,7 @@ def keys(seed: int, count: int) -> np.ndarray:
     return np.full(count, seed, np.uint64)
 
 
-def epoch(order: Order, number: int) -> np.ndarray:
+def epoch(order: ShuffledOrder, number: int) -> np.ndarray:
     return order.starts(np.arange(number * order.windows, (number + 1) * order.windows))
 
 
@@ -67,7 +67,7 @@ def test_epochs_are_independent_of_each_other() -> None:
 @pytest.mark.parametrize("context", [1, 2, 7, 32])
 @pytest.mark.parametrize("tokens", [33, 63, 64, 65, 1_000])
 def test_every_window_of_an_epoch_comes_once(tokens: int, context: int) -> None:
-    order = Order(seed=5, tokens=tokens, context=context)
+    order = ShuffledOrder(seed=5, tokens=tokens, context=context)
     offsets = set()
     for number in range(40):
         starts = np.sort(epoch(order, number))
@@ -82,7 +82,7 @@ def test_every_window_of_an_epoch_comes_once(tokens: int, context: int) -> None:
 
 
 def test_almost_no_text_is_left_out() -> None:
-    order = Order(seed=0, tokens=100_000, context=64)
+    order = ShuffledOrder(seed=0, tokens=100_000, context=64)
     seen = np.zeros(100_000, bool)
     for number in range(50):
         for start in epoch(order, number):
@@ -92,23 +92,30 @@ def test_almost_no_text_is_left_out() -> None:
 
 
 def test_order_differs_between_seeds_and_between_epochs() -> None:
-    one, other = Order(1, 10_000, 10), Order(2, 10_000, 10)
+    one, other = ShuffledOrder(1, 10_000, 10), ShuffledOrder(2, 10_000, 10)
     assert not np.array_equal(epoch(one, 0), epoch(other, 0))
     assert not np.array_equal(epoch(one, 0) // 10, epoch(one, 1) // 10)
-    assert np.array_equal(epoch(one, 3), epoch(Order(1, 10_000, 10), 3))
-    assert len(epoch(Order(-1, 10_000, 10), 0)) == 999, "a negative seed is a seed"
+    assert np.array_equal(epoch(one, 3), epoch(ShuffledOrder(1, 10_000, 10), 3))
+    assert len(epoch(ShuffledOrder(-1, 10_000, 10), 0)) == 999, "a negative seed is a seed"
 
 
 def test_a_batch_across_the_end_of_an_epoch_is_one_of_each() -> None:
-    order = Order(seed=1, tokens=101, context=10)
+    order = ShuffledOrder(seed=1, tokens=101, context=10)
     assert order.windows == 9
     across = order.starts(np.arange(5, 14))
     assert np.array_equal(across, np.concatenate((epoch(order, 0)[5:], epoch(order, 1)[:5])))
 
 
 def test_the_order_is_pinned() -> None:
-    """A checkpoint of an older version goes on with the same data: changing these numbers breaks every run's resume."""
-    assert Order(seed=0, tokens=1_000, context=16).starts(np.arange(6)).tolist() == [569, 761, 809, 425, 393, 521]
+    """Checkpoints of earlier versions must resume with the same data: other numbers here break every resume."""
+    assert ShuffledOrder(seed=0, tokens=1_000, context=16).starts(np.arange(6)).tolist() == [
+        569,
+        761,
+        809,
+        425,
+        393,
+        521,
+    ]
 
 
 @pytest.mark.parametrize("ranks", range(1, 65))
@@ -170,9 +177,9 @@ def test_a_batch_that_cannot_be_shared_out(
 
 
 def test_less_text_than_one_sample() -> None:
-    assert Order(0, 65, 64).starts(np.arange(3)).tolist() == [0, 0, 0]
+    assert ShuffledOrder(0, 65, 64).starts(np.arange(3)).tolist() == [0, 0, 0]
     with pytest.raises(UserError, match=r"has 64 tokens; one sample of batch\.context=64 needs 65\n.*data\.path"):
-        Order(0, 64, 64)
+        ShuffledOrder(0, 64, 64)
 
 
 def test_the_reference_order_is_rwkv_lms() -> None:

@@ -39,7 +39,7 @@ def test_counts_are_those_of_the_model_and_of_torchs_flop_counter(layers: int, c
     with FlopCounterMode(display=False) as counter:
         model(tokens)[0].sum().backward()
     assert counts.parameters == sum(p.numel() for p in model.parameters())
-    assert counts.flops_per_token * tokens.numel() == counter.get_total_flops()
+    assert counts.flops_per_token(tokens.shape[1]) * tokens.numel() == counter.get_total_flops()
 
 
 def test_what_autograd_keeps_is_what_the_plan_says() -> None:
@@ -86,7 +86,7 @@ def test_on_cpus_the_height_of_a_step_is_what_is_held_at_once() -> None:
     assert needs.device == pytest.approx(needs.weights + needs.optimiser + whole + needs.runtime)
     long = replace(layout, context=4096)
     needs = memory(counts, long, gpu=False)
-    kept = needs.activations + needs.logits
+    kept = needs.activations + needs.logits + needs.statistics
     assert kept > 2 * whole
     assert needs.device == pytest.approx(needs.weights + needs.optimiser + kept + needs.runtime)
     passes = memory(counts, replace(long, accumulation=2), gpu=False)
