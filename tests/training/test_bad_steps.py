@@ -123,7 +123,7 @@ def test_no_way_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert [row["step"] for row in rows(run)] == list(range(1, step + 1))
         why = {"early": "there is no checkpoint to go back to", "stop": "a bad step, and the policy is to stop"}[name]
         assert events(run, "unhealthy")[0]["reason"] == why
-        assert f"stopped at step {step}: {why}; the same command goes on from" in capsys.readouterr().out
+        assert f"stopped at step {step}: {why}; the same command resumes from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("policy", ["alert", "skip", "rewind"])
