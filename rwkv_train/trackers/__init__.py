@@ -18,8 +18,7 @@ from typing import Any
 from rwkv_train.models.registry import layer_charts
 
 Row = Mapping[str, Any]
-QUANTILES = ("minimum", "p10", "median", "p90", "maximum")  # names of the values of decay/half_life in trackers
-REPORTED_EVENTS = ("bad_step", "rewound", "alert", "checkpoint_failed", "unhealthy")  # shown as text or alerts
+REPORTED_EVENTS = ("bad_step", "rewound", "checkpoint_failed", "unhealthy")  # shown as text or alerts
 
 
 @dataclass(frozen=True)

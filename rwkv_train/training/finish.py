@@ -57,4 +57,4 @@ def next_start(saving: CheckpointCallback) -> str:
     """What the same command does next, for people."""
     if saving.last is None:
         return "there is no checkpoint yet: the same command starts at step 0"
-    return f"the same command goes on from the checkpoint of step {saving.last}"
+    return f"the same command resumes from the checkpoint of step {saving.last}"

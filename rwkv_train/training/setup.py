@@ -159,7 +159,7 @@ def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel
         if valued:
             model = model.to_empty(device="cpu")
             source.fill(StateShard(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in model.named_parameters())
-    model.activation_checkpointing = int(config.activation_checkpointing)
+    model.checkpoint_activations(int(config.activation_checkpointing))
     return model, None if valued else source
 
 

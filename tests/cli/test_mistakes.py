@@ -313,7 +313,7 @@ def test_in_use_then_interrupted_then_resumed(tmp_path: Path) -> None:
     assert process.returncode == 75
     assert "Traceback" not in said
     step = len(losses(run))
-    last = re.search(r"\nSIGINT at step (\d+); the same command goes on from the checkpoint of step (\d+)\n$", said)
+    last = re.search(r"\nSIGINT at step (\d+); the same command resumes from the checkpoint of step (\d+)\n$", said)
     assert last is not None, said
     assert int(last[1]) == int(last[2]) == step
 

@@ -153,7 +153,7 @@ def test_out_of_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for step in (1, 2, 3):
         assert train(launcher.load(words)) == 0
         said = capsys.readouterr().out
-        ending = f"budget.hours=1e-09 is over: step {step} of 50; the same command goes on from the checkpoint of step"
+        ending = f"budget.hours=1e-09 is over: step {step} of 50; the same command resumes from the checkpoint of step"
         assert f"{ending} {step}\n" in said
         assert len(losses(run)) == step
         assert validated(run) == list(range(1, step + 1))  # where it stopped

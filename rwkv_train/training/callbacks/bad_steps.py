@@ -25,10 +25,10 @@ from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.rundir.jsonl import Events, WriteErrors
-from rwkv_train.training.alerts import Alerts, Window
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics, Row
 from rwkv_train.training.module import RWKVModule
+from rwkv_train.training.spikes import Window
 from rwkv_train.training.strategy.shared import GradientNorms
 
 RENEWED = 10  # steps between two limits
@@ -93,7 +93,6 @@ class BadSteps(Callback):
         self.stopped: str | None = None  # why the run was ended
         self.rewinds = rewinds
         self.window = Window(settings.window, settings.z)
-        self._alerts = Alerts()
         self._evidence: dict[int, _Evidence] = {}  # by step
         self._streak = 0  # bad steps in a row
         self._first_bad = 0  # of them
@@ -138,8 +137,6 @@ class BadSteps(Callback):
         step, loss = row["step"], row["train/loss"]
         evidence = self._evidence.pop(step, None)
         self.window.add(loss)
-        for kind, text in self._alerts.see(row):
-            self._tell(kind, step, text)
         finite = loss is not None and row["grad_norm"] is not None
         if evidence is None or (finite and loss <= evidence.limit):
             self._streak, self._high = 0, False
@@ -242,11 +239,6 @@ class BadSteps(Callback):
         self._say(
             step, f"{text}\n  {action}" + ("" if replay is None else f"; `python train.py replay={replay}` repeats it")
         )
-
-    def _tell(self, kind: str, step: int, text: str) -> None:
-        """An alert to the console and the event file, from where it goes to the trackers."""
-        self.events.add("alert", step, kind=kind, text=text)
-        self._say(step, f"{kind}: {text}")
 
     def _say(self, step: int, text: str) -> None:
         self.console.print(f"[bold red]ALERT[/bold red] step {step}: ", escape(text), sep="")
