@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from rwkv_train.data.ahead import Batch, MaskedBatch
+from rwkv_train.data.batch import Batch
 from rwkv_train.data.rows import IGNORED
 from rwkv_train.data.tokenizers import Tokenizer
 
@@ -15,8 +15,7 @@ _SHOWN = 1200  # tokens of a row
 
 def show_batch(batch: Batch, tokenizer: Tokenizer, console: Console, rows: int = 2) -> None:
     """Prints the first rows of a batch: each target as text, green where it is predicted."""
-    tokens, targets = batch[0], batch[1]
-    starts = batch.starts if isinstance(batch, MaskedBatch) else None
+    tokens, targets, starts = batch.tokens, batch.targets, batch.starts
     predicted = targets != IGNORED
     console.print(
         f"a batch of {len(tokens)} rows of {tokens.shape[1]:,} tokens, {int(predicted.sum()):,} of them predicted "
