@@ -13,6 +13,16 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 
+class Order(Callback):
+    """The names of all callbacks, in the order in which Lightning calls them."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.path.write_text(json.dumps([type(callback).__name__ for callback in trainer.callbacks]))  # type: ignore[attr-defined]
+
+
 class Look(Callback):
     """The dtypes inside the forward pass, the groups of the optimiser that steps, and what a tiny update changes."""
 
