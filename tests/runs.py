@@ -22,7 +22,7 @@ import torch
 from rwkv_train.checkpoint.directory import step_of
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.cli import launcher
-from rwkv_train.training import setup
+from rwkv_train.training import resolved
 from rwkv_train.training.run import train
 from tests import PRELOAD
 
@@ -176,8 +176,8 @@ def _train_rank(
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in numbers.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
-    for room in (launcher, setup):  # more ranks than cores: fine for a test, and refused to users
-        room.__dict__["cores" if room is launcher else "_cores"] = lambda: max(ranks, os.cpu_count() or 1)
+    for room in (launcher, resolved):  # more ranks than cores: fine for a test, and refused to users
+        room.__dict__["cores"] = lambda: max(ranks, os.cpu_count() or 1)
     sys.exit(
         launcher.main(list(words)) if storage is None else train(launcher.load(words), storage, launcher.rank_info())
     )
@@ -213,7 +213,7 @@ def same_weights(one: Path, other: Path) -> bool:
 def save_weights(path: Path, n_layer: int, n_embd: int, vocab_size: int = 256) -> Path:
     weights: dict[str, torch.Tensor] = {"emb.weight": torch.zeros(vocab_size, n_embd)}
     for layer in range(n_layer):
-        weights[f"blocks.{layer}.att.time_first"] = torch.zeros(n_embd)
+        weights |= {f"blocks.{layer}.att.{name}": torch.zeros(n_embd) for name in ("time_first", "time_decay")}
         weights[f"blocks.{layer}.ffn.key.weight"] = torch.zeros(4 * n_embd, n_embd, dtype=torch.bfloat16)
     torch.save(weights, path)
     return path

@@ -111,6 +111,7 @@ def test_the_environment_is_read_in_the_launcher_only() -> None:
             "rwkv_train.cli.main, rwkv_train.cli.launcher, rwkv_train.data",
             "torch lightning deepspeed matplotlib wandb datasets",
         ),
+        ("rwkv_train.models.detect, rwkv_train.models.registry", "torch numpy lightning"),
         ("rwkv_train.models, rwkv_train.ops", "lightning deepspeed hydra wandb datasets matplotlib"),
         ("rwkv_train.training.run", "deepspeed wandb datasets"),
     ],

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rwkv_train.cluster.rank_info import RankInfo, mistakes
 from rwkv_train.config import Config, DataSettings
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.config.suggestions import suggestion
 from rwkv_train.data.order import split_batch
 from rwkv_train.data.sources import find_tokenizer, stores_of
@@ -168,7 +169,7 @@ def _check_batch(config: Config, machine: Machine) -> Iterator[UserError]:
         )
         return
     try:
-        split_batch(batch.tokens, batch.context, batch.micro, devices * trainer.machines)
+        split_batch(batch.tokens, batch.context, batch.micro, Mesh(devices * trainer.machines))
     except UserError as problem:
         yield problem
 

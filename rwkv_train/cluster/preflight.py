@@ -30,8 +30,8 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.errors import UserError, UserErrors
+from rwkv_train.exit_codes import ExitCode
 
-FAULT = 1  # exit code where a process did not answer in time: worth another try
 CLOCKS = 2.0  # seconds that the nodes' clocks may differ
 _TENSOR = 2**22  # elements of the all-reduce, 16 MiB
 _SEEN = 5.0  # seconds for a file of the first node's to be seen on the others; network file systems take their time
@@ -163,7 +163,7 @@ def meet(
             verdict = store.get("verdict")
             if verdict != b"go":
                 store.set(f"parted/{rank_info.rank}", "")
-                raise SystemExit(2)
+                raise SystemExit(ExitCode.MISTAKE)
         phase.append("the processes do not reach each other (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names a network)")
         rate, took = _sum_up(store, rank_info, gpu)
     console.print(
@@ -212,7 +212,7 @@ def _gather(store: PrefixStore, rank_info: RankInfo, own: Report, end: float) ->
                 file=sys.stderr,
                 flush=True,
             )
-            os._exit(FAULT)
+            os._exit(ExitCode.FAILED)
         time.sleep(0.05)
     now = time.time()
     told = [own, *(Report(**json.loads(store.get(key))) for key in keys)]
@@ -298,7 +298,7 @@ def _deadline(rank_info: RankInfo, seconds: float) -> Iterator[list[str]]:
     def give_up() -> None:
         if speaks:
             print(f"error: preflight: after {seconds:g} s {phase[-1]}", file=sys.stderr, flush=True)
-        os._exit(FAULT)
+        os._exit(ExitCode.FAILED)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True

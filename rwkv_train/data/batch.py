@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rwkv_train.data.order import Ints
+from rwkv_train.data.arrays import Ints
 
 
 class Batch(NamedTuple):

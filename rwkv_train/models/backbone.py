@@ -86,14 +86,18 @@ class LanguageModel(nn.Module):
         after: list[LayerState] = []
         for index, block in enumerate(self.blocks):
             before = None if state is None else state.layers[index]
-            every = self.activation_checkpointing
-            if every and index % every == 0 and torch.is_grad_enabled():
+            every, context = self.activation_checkpointing, Context(starts, shared)
+            if not torch.is_grad_enabled():
+                x, layer_state, shared = block(x, before, context)
+                after.append(State.compact(layer_state))
+            elif every and index % every == 0:
                 x, layer_state, shared = checkpoint(
-                    block, x, before, Context(starts, shared), use_reentrant=False, preserve_rng_state=False
+                    block, x, before, context, use_reentrant=False, preserve_rng_state=False
                 )
-            else:
-                x, layer_state, shared = block(x, before, Context(starts, shared))
-            after.append(layer_state)
+                after.append(State.compact(layer_state))
+            else:  # the backward pass needs the activations anyway
+                x, layer_state, shared = block(x, before, context)
+                after.append(layer_state)
         return self.head(self.ln_out(x), readout), State(tuple(after))  # (B, T, V)
 
     @property
@@ -110,5 +114,5 @@ class LanguageModel(nn.Module):
 
     def empty_state(self, batch: int) -> State:
         """The state of `batch` texts of which nothing has been read, on the model's device."""
-        like = cast(Tensor, self.emb.weight)
+        like = self.emb.weight
         return self.architecture.blank(self.config, batch, like.device, like.dtype)

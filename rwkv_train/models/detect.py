@@ -23,7 +23,6 @@ _OTHERS = {
     "RWKV-7": r"blocks\.\d+\.att\.r_k",
     "RWKV-6": r"blocks\.\d+\.att\.time_maa_.*",
     "RWKV-5": r"blocks\.\d+\.att\.(time_faaaa|ln_x\.weight)",
-    "RWKV-4": r"blocks\.\d+\.att\.time_first",
 }
 
 

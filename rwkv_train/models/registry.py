@@ -27,13 +27,16 @@ class LayerChart:
         title: the chart's title.
         unit: of the value; empty where it has none.
         description: one phrase, as docs/metrics.md has it.
-        quantiles: names of the numbers where a layer's value is a list of several; drawn as a band.
+        quantiles: names of the numbers where a layer's value is a list of several; five of them, from minimum to
+            maximum, are drawn as a band.
+        saturation: of a share: the cause to name for a layer without gradient where the share is close to 1.
     """
 
     title: str
     unit: str
     description: str
     quantiles: tuple[str, ...] = ()
+    saturation: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,15 @@ def common_shape(arch: str, shapes: Shapes) -> ModelConfig:
 
 def _rwkv4(shapes: Shapes) -> ModelConfig | None:
     found = common_shape("rwkv4", shapes)
-    # RWKV-5.0 has a time_first too, one number for each head, and a group norm
-    fits = shapes["blocks.0.att.time_first"] == (found.n_embd,) and "blocks.0.att.ln_x.weight" not in shapes
-    return found if fits else None
+    # RWKV-5.0 has a time_first too, with one number for each head, and a group norm
+    vectors = shapes["blocks.0.att.time_first"] == shapes["blocks.0.att.time_decay"] == (found.n_embd,)
+    return found if vectors and "blocks.0.att.ln_x.weight" not in shapes else None
 
 
 STATE_RMS = LayerChart("RMS of the state", "", "root mean square of the state's content at the end of the context")
 HALF_LIFE = LayerChart(
     "Time decay",
-    "tokens",
+    "half-life (tokens)",
     "half-lives of the channels: [minimum, 10 %, median, 90 %, maximum]",
     ("minimum", "p10", "median", "p90", "maximum"),
 )
@@ -110,7 +113,10 @@ ARCHITECTURES: dict[str, Registration] = {
         charts={
             "layers/state_rms": STATE_RMS,
             "layers/receptance_saturated": LayerChart(
-                "Saturated receptance gates", "share", "gates of the time mix below 0.02 or above 0.98"
+                "Saturated receptance gates",
+                "share",
+                "gates of the time mix below 0.02 or above 0.98",
+                saturation="its receptance is saturated",
             ),
             "decay/half_life": HALF_LIFE,
         },

@@ -14,8 +14,8 @@ LayerState = Any  # a NamedTuple of the architecture's own: tensors whose first 
 class State(NamedTuple):
     """The memory of a model: a state of each layer, in the architecture's own form.
 
-    Each is a NamedTuple of tensors whose first dimension is the batch; nothing here depends on what they are. The
-    tensors may be views of a forward pass's activations: `copy` a state that is kept.
+    Each is a NamedTuple of tensors whose first dimension is the batch; nothing here depends on what they are. While
+    gradients are computed, the tensors may be views of activations.
     """
 
     layers: tuple[LayerState, ...]
@@ -31,12 +31,17 @@ class State(NamedTuple):
         layers = zip(*(state.layers for state in states), strict=True)
         return State(tuple(type(same[0])(*map(torch.cat, zip(*same, strict=True))) for same in layers))
 
+    @staticmethod
+    def compact(layer: LayerState) -> LayerState:
+        """A layer's state without tensors that are views of larger ones, which they would keep in memory."""
+        if torch.compiler.is_compiling():  # the compiler decides what lives how long
+            return layer
+        return type(layer)(
+            *(part if part.untyped_storage().nbytes() == part.nbytes else part.clone() for part in layer)
+        )
+
     def detach(self) -> State:
         return self._map(Tensor.detach)
-
-    def copy(self) -> State:
-        """The same values in memory of their own, without gradient."""
-        return self._map(lambda part: part.detach().clone())
 
     def row_bytes(self) -> int:
         """Bytes of one row of the batch."""

@@ -35,6 +35,11 @@ class RunDirectory:
         self.attempts = Attempts(self.path)
         self.number = 0  # of this start, once it has one
 
+    def claim_attempt(self) -> int:
+        """Takes the number of this start; its files are written in the attempt's own folder from now on."""
+        self.number = self.attempts.claim()
+        return self.number
+
     @contextmanager
     def atomic_write(self, path: Path) -> Iterator[Path]:
         """Where the block writes a file of the run, among this start's own; behind the block it gets its name."""
@@ -46,12 +51,15 @@ class RunDirectory:
             own.unlink(missing_ok=True)
 
     @contextmanager
-    def records(self, number: int, enabled: bool) -> Iterator[tuple[Events, JsonLines]]:
+    def records(self, number: int, enabled: bool, tokens_per_step: int = 0) -> Iterator[tuple[Events, JsonLines]]:
         """Events and metrics of one attempt; their merges with those before it are made anew, and follow."""
         starts, own = self.attempts, self.attempts.directory(number)
         events = Shown(self.events, number, starts, starts.events)
         metrics = Shown(self.metrics, number, starts, starts.metrics)
-        found = (Events(own / "events.jsonl", enabled, events), JsonLines(own / "metrics.jsonl", enabled, metrics))
+        found = (
+            Events(own / "events.jsonl", enabled, events, tokens_per_step),
+            JsonLines(own / "metrics.jsonl", enabled, metrics),
+        )
         try:
             for record in found:
                 record.show()

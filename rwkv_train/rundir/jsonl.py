@@ -177,7 +177,9 @@ class JsonLines:
 class Events(JsonLines):
     """What happened to the run: started, resumed, checkpoint, finished …, with step, tokens and wall-clock time."""
 
-    tokens_per_step = 0
+    def __init__(self, path: Path, enabled: bool = True, shown: Shown | None = None, tokens_per_step: int = 0) -> None:
+        super().__init__(path, enabled, shown)
+        self.tokens_per_step = tokens_per_step
 
     def add(self, event: str, step: int, **details: Any) -> None:
         tokens = step * self.tokens_per_step

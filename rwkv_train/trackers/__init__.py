@@ -10,11 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from rwkv_train.models.registry import layer_charts
+
 Row = Mapping[str, Any]
-QUANTILES = ("minimum", "p10", "median", "p90", "maximum")  # of decay/half_life, by which trackers name them
 TOLD = ("bad_step", "rewound", "alert", "checkpoint_failed", "unhealthy")  # events that somebody should see
 
 
@@ -69,11 +71,12 @@ class Tracker(ABC):
 
 def flat(row: Row) -> Iterator[tuple[str, float]]:
     """The numbers of a row, by a key each: KEY/00 of a layer, KEY/00/median of its half-lives; no nulls."""
+    names_of = layer_charts()
     for key, value in row.items():
         if isinstance(value, list):
             for layer, one in enumerate(value):
                 if isinstance(one, list):
-                    named = zip(QUANTILES, one, strict=False)
+                    named = zip(names_of[key].quantiles if key in names_of else count(), one, strict=False)
                     yield from ((f"{key}/{layer:02}/{name}", part) for name, part in named if part is not None)
                 elif one is not None:
                     yield f"{key}/{layer:02}", one

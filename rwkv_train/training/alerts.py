@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from statistics import fmean, median
 from typing import Any
 
+from rwkv_train.models.registry import layer_charts
+
 LEAST = 0.01  # of the median: a window of nearly equal losses makes no spike of the next small bump
 PLATEAU = 1000  # steps that are compared with as many before them
 PROGRESS = 1e-3  # share by which the loss must have fallen in between
@@ -93,9 +95,11 @@ class Alerts:
             middle = median(known) if known else 0.0
             dead &= {layer for layer, norm in enumerate(norms) if norm is not None and norm < DEAD * middle}
         if dead:
-            closed = row.get("layers/receptance_saturated") or [0.0] * len(row["layers/grad_norm"])
-            shut = [layer for layer in dead if (closed[layer] or 0.0) > 0.95]
-            cause = "its receptance is saturated" if shut else "nothing flows back through it"
+            causes = {
+                key: chart.saturation for key, chart in layer_charts().items() if chart.saturation and row.get(key)
+            }
+            known = [cause for key, cause in causes.items() if any((row[key][layer] or 0.0) > 0.95 for layer in dead)]
+            cause = known[0] if known else "nothing flows back through it"
             names = ", ".join(str(layer) for layer in sorted(dead))
             yield (
                 "dead layer",

@@ -26,8 +26,6 @@ from rwkv_train.config import BudgetSettings, Config, RunSettings
 from rwkv_train.config.schema import from_tree
 from rwkv_train.training.module import RWKVModule
 
-HEALTHY = 1  # exit code: repeated, the step is not bad
-
 
 def read_replay(path: Path) -> dict[str, Any]:
     """What Health has written of a bad step; checks.py has looked at it."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_train.config import LOGITS_AT_ONCE
-from rwkv_train.data.order import Ints
+from rwkv_train.data.arrays import Ints
 from rwkv_train.data.rows import IGNORED
 from rwkv_train.models import LanguageModel, State
 from rwkv_train.models.architecture import OfOutput, OfParameter, OfState

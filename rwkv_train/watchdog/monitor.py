@@ -27,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rwkv_train.exit_codes import ExitCode
 from rwkv_train.watchdog.heartbeat import Listener
 from rwkv_train.watchdog.verdict import Coordinator, Limits, Member, Phase, Report, Stragglers, Verdict, limit
 
@@ -36,7 +37,6 @@ GAP = 5.0  # seconds by which a look comes too late when this process itself was
 DUMP = 10.0  # seconds that py-spy may take
 PATIENCE = 5.0  # seconds that a rank has for its last word before SIGKILL
 LAST = 2.0  # seconds by which a guilty rank ends after the others
-ENDED = 76  # exit code: not 75, which says that the run has put its job back into the queue by itself
 
 
 class Line:
@@ -273,7 +273,8 @@ class Monitor:
         missing = self._dump_stacks(verdict) if self.rank.ended is None else None
         if self.rank.number in (0, *verdict.ranks[:1]) or self.member is None:
             where = "" if self.directory is None else f"\n  stacks: {self.directory}/stacks_rank_*.txt"
-            self._say(f"{verdict.reason}{where}\n  the run ends with exit code {ENDED}: the same command goes on")
+            again = f"the run ends with exit code {ExitCode.HUNG}: the same command goes on"
+            self._say(f"{verdict.reason}{where}\n  {again}")
         if self.member is None or 0 in verdict.ranks:
             self._event("failed", verdict.step, reason=f"watchdog: {verdict.reason}", ranks=list(verdict.ranks))
         self._await_stacks(verdict)
@@ -281,7 +282,7 @@ class Monitor:
             return
         if self.rank.number in verdict.ranks and not self.rank.alone:
             time.sleep(LAST)  # its end is what the others would see first, as a broken connection
-        self.words.write({"end": ENDED, "stacks": None if missing is None else str(missing)})
+        self.words.write({"end": ExitCode.HUNG, "stacks": None if missing is None else str(missing)})
         with suppress(ProcessLookupError):
             os.kill(self.rank.pid, signal.SIGCONT)
         end = time.monotonic() + PATIENCE

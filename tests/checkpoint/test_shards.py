@@ -91,6 +91,7 @@ def test_the_shape_of_a_sharded_checkpoint_is_known(tmp_path: Path) -> None:
     path = tmp_path / "step_000000005"
     write(path, 2)
     shapes = {"emb.weight": [9, 4], "blocks.0.ffn.key.weight": [16, 4], "blocks.0.att.time_first": [4]}
+    shapes["blocks.0.att.time_decay"] = [4]
     (path / "meta.json").write_text(json.dumps({"shapes": shapes}))
     assert detect_file(path) == ModelConfig("rwkv4", 1, 4, 9, 16)
 

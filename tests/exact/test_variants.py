@@ -27,11 +27,10 @@ def assert_close(run: Path, other: Path, bound: float = 1e-6) -> None:
     assert losses(run) == pytest.approx(losses(other), rel=bound)
 
 
-@pytest.mark.parametrize(
-    "strategy", [pytest.param("deepspeed_2_offload", marks=pytest.mark.slow), "deepspeed_3_offload"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["deepspeed_2_offload", "deepspeed_3_offload"])
 def test_offload(folder: Path, strategy: str) -> None:
-    """Resumed as well: the state that lives in the host's memory is saved and restored."""
+    """Resumed as well: the state in the host's memory is saved and restored."""
     words = (*STEPS, MORE[0], f"strategy={strategy}")
     train_ranks(words_for(folder, strategy, *words), 2)
     run = folder / "runs" / strategy

@@ -231,15 +231,18 @@ def test_push(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_flat() -> None:
-    found = dict(flat({"step": 1, "a": [1.0, None], "b": [[1.0, 2.0, 3.0, 4.0, 5.0]], "c": None}))
+    lives = [[1.0, 2.0, 3.0, 4.0, 5.0]]
+    found = dict(flat({"step": 1, "a": [1.0, None], "decay/half_life": lives, "b": [[6.0, 7.0]], "c": None}))
     assert found == {
         "step": 1,
         "a/00": 1.0,
-        "b/00/minimum": 1.0,
-        "b/00/p10": 2.0,
-        "b/00/median": 3.0,
-        "b/00/p90": 4.0,
-        "b/00/maximum": 5.0,
+        "decay/half_life/00/minimum": 1.0,
+        "decay/half_life/00/p10": 2.0,
+        "decay/half_life/00/median": 3.0,
+        "decay/half_life/00/p90": 4.0,
+        "decay/half_life/00/maximum": 5.0,
+        "b/00/0": 6.0,
+        "b/00/1": 7.0,
     }
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from rwkv_train.checkpoint.directory import newest, read_meta
 from rwkv_train.checkpoint.shards import Reader
 from rwkv_train.config import HealthSettings
+from rwkv_train.data.arrays import Ints
 from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
-from rwkv_train.data.order import Ints
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.rundir.jsonl import Events, WriteErrors
@@ -89,6 +89,7 @@ class BadSteps(Callback):
         tree: the resolved config, for replay files.
         events, write_errors: of the run.
         console: where alerts are printed.
+        rewinds: how often the run was rewound before this start.
     """
 
     def __init__(
@@ -102,11 +103,12 @@ class BadSteps(Callback):
         events: Events,
         write_errors: WriteErrors,
         console: Console,
+        rewinds: int = 0,
     ) -> None:
         self.settings, self.metrics, self.saving, self.data, self.run = settings, metrics, saving, data, run
         self.tree, self.events, self.write_errors, self.console = tree, events, write_errors, console
         self.stopped: str | None = None  # why the run was stopped
-        self.rewinds = 0
+        self.rewinds = rewinds
         self.window = Window(settings.window, settings.z)
         self._alerts = Alerts()
         self._evidence: dict[int, _Evidence] = {}  # by step
@@ -283,9 +285,9 @@ class BadSteps(Callback):
         step = meta["step"]
         unread = self.data.data_step(reached - 1) + 1  # the first step of the data that was not read yet
         earlier = [skip for skip in self.data.skips if skip[0] < step]
-        self.data.skips = [*earlier, (step, unread - step - sum(steps for _, steps in earlier))]
+        skips = [*earlier, (step, unread - step - sum(steps for _, steps in earlier))]
         self.rewinds += 1
-        self.data.begin(step, meta.get("position"))
+        self.data.begin(step, meta.get("position"), skips)
         for record in (self.metrics.lines, self.events):
             record.go_on(self.run.attempts.directory(module.strategy.attempt) / record.path.name)
         self.metrics.forget(step)

@@ -23,7 +23,6 @@ from rwkv_train.checkpoint.directory import (
     step_of,
 )
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
-from rwkv_train.checkpoint.writer import Writer
 from rwkv_train.config import CheckpointSettings
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
@@ -49,6 +48,7 @@ class CheckpointCallback(Callback):
         meta: what is known before training (config, versions), written into each checkpoint.
         events: gets a row for each checkpoint.
         storage: the file system.
+        restoring: called with the step reached, before training waits for a restore.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class CheckpointCallback(Callback):
         meta: dict[str, Any],
         events: Events,
         storage: Storage | None = None,
+        restoring: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.directory, self.meta, self.events, self.keep, self.best = (
             directory,
@@ -69,7 +70,6 @@ class CheckpointCallback(Callback):
         )
         self.every = settings.every.in_steps(tokens_per_step)
         self.permanent = None if settings.permanent is None else settings.permanent.in_steps(tokens_per_step)
-        self.background = settings.background
         self.storage: Storage = storage or LocalStorage()
         self.attempts = Attempts(directory.parent)
         self._number = 0  # this attempt's
@@ -82,15 +82,13 @@ class CheckpointCallback(Callback):
         self._probe_at = 0  # the step of the data whose first sample it is
         self._pause = 0.0  # seconds that the last save has stopped the training
         self.paused = 0.0  # the same of all saves
-        self.restoring: Callable[[int], None] = lambda step: None  # told before training waits for a restore
+        self.restoring = restoring
         self._went_back_to: int | None = None  # step of the checkpoint to which the run was rewound last
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy = cast(ShardedStrategy, trainer.strategy)
-        strategy.background = self.background
         self._number = strategy.attempt
-        writers = strategy.world_size if strategy.divided else 1
-        strategy.writer = Writer(self.storage, strategy.global_rank, writers, strategy.board(), self._retain)
+        strategy.open_writer(self.storage, self._retain)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Recomputes the loaded checkpoint's probe: weights, data and engine give the loss that they gave before."""
@@ -121,6 +119,10 @@ class CheckpointCallback(Callback):
         strategy = cast(ShardedStrategy, trainer.strategy)
         strategy.settle()
         self._report(strategy)
+
+    def leave_out_the_end(self) -> None:
+        """The end of the training is not saved: there is no time."""
+        self.at_end = False
 
     def save(self, trainer: L.Trainer) -> None:
         """Begins a checkpoint of this step, unless there is one. A disk that refuses it costs no more than that.
@@ -165,7 +167,7 @@ class CheckpointCallback(Callback):
         if strategy.global_rank == 0:
             number = self.attempts.claim()
             self.attempts.begin(number, step_of(path) or 0, attempt_of(path))
-        self._number = strategy.attempt = strategy.broadcast(number)
+        self._number = strategy.begin_attempt(number)
         strategy.restore(path)
         self.last = self._begun = self._went_back_to = step_of(path)
         return path

@@ -26,7 +26,7 @@ KEPT = 10_000  # steps that a rewind may take back
 CLIPPED_OF = 100  # steps whose clipped ones `clip_share` counts
 
 
-@dataclass
+@dataclass(frozen=True)
 class Spent:
     """What the run's processes before this one have used up, in hours, and how much of it is still worth something."""
 
@@ -76,7 +76,8 @@ class Metrics(Callback):
         spent: Spent | None = None,
     ) -> None:
         self.lines, self.bytes_per_token, self.clip, self.paused = lines, bytes_per_token, clip, paused
-        self.spent = spent or Spent()
+        spent = spent or Spent()
+        self._hours, self._productive = spent.hours, spent.productive
         self.latest: Row = {}  # the last row that was written
         self.listeners: list[Callable[[Row], None]] = []  # called with each row
         self.rate = math.inf  # of matrix products on this device
@@ -170,7 +171,7 @@ class Metrics(Callback):
     def forget(self, step: int) -> None:
         """The steps behind this one do not count any more."""
         while self._spent and self._spent[-1][0] > step:
-            self.spent.productive -= self._spent.pop()[1]
+            self._productive -= self._spent.pop()[1]
         self._began = time.perf_counter()
         self._watch.mark("")
         self._watch.lap()
@@ -181,8 +182,8 @@ class Metrics(Callback):
         spent["forward"] = max(0.0, spent.get("forward", 0.0) - pending.paused)  # it begins where the pause does
         self._clipped.append(self.clip is not None and norm > self.clip)
         self._spent.append((pending.row["step"], pending.row["seconds"] / 3600))
-        self.spent.productive += self._spent[-1][1]
-        hours = self.spent.hours + (pending.row["time"] - self._born) / 3600
+        self._productive += self._spent[-1][1]
+        hours = self._hours + (pending.row["time"] - self._born) / 3600
         row = {
             "step": pending.row["step"],
             "tokens": pending.row["tokens"],
@@ -196,7 +197,7 @@ class Metrics(Callback):
             **{f"time/{part}": round(spent.get(part, 0.0), 6) for part in PARTS},
             "time/checkpoint": round(pending.paused, 6),
             "hours": round(hours, 7),
-            "goodput": round(min(1.0, self.spent.productive / hours), 6) if hours else 1.0,
+            "goodput": round(min(1.0, self._productive / hours), 6) if hours else 1.0,
         }
         heavier = {key: value for key, value in values.items() if key not in row}
         row.update({key: _rounded(value) for key, value in heavier.items() if value == value})

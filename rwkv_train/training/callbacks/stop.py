@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from rwkv_train.exit_codes import ExitCode
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 
 # of preemption and time limits: scancel's and Kubernetes', SLURM's by --signal, submitit's
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-INTERRUPTED = 130  # exit code of a second Ctrl-C
 
 
 class StopOnSignal(Callback):
@@ -39,9 +39,14 @@ class StopOnSignal(Callback):
         self.received: signal.Signals | None = None  # by this process
         self.stopped: str | None = None  # the signal that has ended the run, the same on all ranks
         self.too_late: str | None = None  # why there was no checkpoint at the end
+        self._saving: CheckpointCallback | None = None
         self._before: dict[int, Any] = {}
         self._flag: torch.Tensor | None = None
         self._exchange: dist.Work | None = None
+
+    def connect(self, saving: CheckpointCallback) -> None:
+        """Gives it the callback that saves where the run stops; signals are heard before there is one."""
+        self._saving = saving
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -60,7 +65,7 @@ class StopOnSignal(Callback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
-            os._exit(INTERRUPTED)
+            os._exit(ExitCode.INTERRUPTED)
         self.received = signal.Signals(number)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -99,11 +104,12 @@ class StopOnSignal(Callback):
     def _reckon(self, trainer: L.Trainer) -> None:
         """Leaves the last checkpoint out where it would take longer than there is time: a half one helps nobody."""
         left = self.seconds_left() if trainer.is_global_zero and self.stopped != "SIGINT" else None
-        saving = next(callback for callback in trainer.callbacks if isinstance(callback, CheckpointCallback))  # type: ignore[attr-defined]
-        takes = saving.takes
+        if self._saving is None:
+            return
+        takes = self._saving.takes
         short = left is not None and takes is not None and left < takes
         if trainer.strategy.broadcast(short):
-            saving.at_end = False
+            self._saving.leave_out_the_end()
             if short:
                 self.too_late = f"{max(left or 0, 0):.0f} s are left and a checkpoint takes {takes:.0f} s"
 
@@ -119,6 +125,6 @@ def follow_parent() -> None:
     def follow() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os._exit(1)
+        os._exit(ExitCode.FAILED)
 
     threading.Thread(target=follow, name="parent", daemon=True).start()

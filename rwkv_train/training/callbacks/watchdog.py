@@ -197,8 +197,8 @@ class Watchdog(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy = cast(ShardedStrategy, trainer.strategy)
         if trainer.world_size > 1 and not strategy.sharded:
-            # parameters are registered in the order of the forward pass: the first one gets its gradient last,
-            # after which a rank only waits for the others
+            # parameters are registered in the order of the forward pass: the first one gets its gradient last, then
+            # a rank only waits for the others
             _, first = next(strategy.trainable_weights())
             first.register_post_accumulate_grad_hook(lambda _: self._worked(trainer))
         self._began = time.perf_counter()

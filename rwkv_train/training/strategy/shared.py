@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rwkv_train.checkpoint.shards import MOMENTS, Reader, StateShard, contents, file_names
+from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.checkpoint.writer import Board, OwnBoard, Writer
 from rwkv_train.errors import UserError
 from rwkv_train.models import LanguageModel
@@ -75,6 +76,38 @@ class ShardedStrategy(Strategy):
 
         @property
         def world_size(self) -> int: ...
+
+    def attach(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        source: Source | None,
+        resume: Path | None,
+        attempt: int,
+        threads: int,
+        background: bool,
+    ) -> None:
+        """Gives the strategy the run whose state it holds; must precede Lightning's setup.
+
+        Args:
+            shapes, source, resume, attempt, threads, background: see the attributes of the class.
+        """
+        self.shapes, self.source, self.resume = shapes, source, resume
+        self.attempt, self.threads, self.background = attempt, threads, background
+
+    def open_writer(self, storage: Storage, after_commit: Callable[[], None]) -> None:
+        """Makes the writer of checkpoints, once the ranks know each other.
+
+        Args:
+            storage: the file system.
+            after_commit: called in the writer's thread when a checkpoint is complete.
+        """
+        writers = self.world_size if self.divided else 1
+        self.writer = Writer(storage, self.global_rank, writers, self.board(), after_commit)
+
+    def begin_attempt(self, number: int) -> int:
+        """Takes over the number of a new attempt from the first rank; all ranks call it."""
+        self.attempt = self.broadcast(number)
+        return self.attempt
 
     def materialise(self, model: LanguageModel) -> None:
         """Allocates this rank's share of a model on the meta device, without values."""
@@ -172,7 +205,7 @@ class ShardedStrategy(Strategy):
             the norm () before clipping; None: the optimiser's step clips, and `norm_of_step` returns it afterwards.
         """
         found = {name: parameter for name, parameter in self.trainable_weights() if parameter.grad is not None}
-        norms = torch._foreach_norm([parameter.grad for parameter in found.values()])
+        norms = torch._foreach_norm([p.grad for p in found.values() if p.grad is not None])
         self.gradient_norms = GradientNorms(tuple(found), self.gathered(torch.stack(norms)))
         norm: Tensor = torch.linalg.vector_norm(self.gradient_norms.values)
         torch.nn.utils.clip_grads_with_norm_(list(found.values()), limit, norm)

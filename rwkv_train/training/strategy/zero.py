@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, StateShard
 from rwkv_train.config import Config
 from rwkv_train.models import LanguageModel
+from rwkv_train.training.resolved import ResolvedConfig
 from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
 with warnings.catch_warnings():
@@ -36,18 +37,17 @@ with warnings.catch_warnings():
 MAX_BUCKET_ELEMENTS = 200_000_000  # elements of one collective
 
 
-def deepspeed_config(config: Config, stage: int, offload: bool, micro: int, gpu: bool, block: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, resolved: ResolvedConfig, stage: int, offload: bool, block: int) -> dict[str, Any]:
     """DeepSpeed's JSON, from our config; a JSON of the user's own is merged over it.
 
     Args:
         config: of the run.
+        resolved: what runs.
         stage: 1, 2 or 3.
         offload: whether Adam, and in stage 3 the parameters, live in the host's memory.
-        micro: samples of one micro-batch.
-        gpu: whether the devices are GPUs.
         block: parameters of one block: the elements of one collective.
     """
-    bucket = min(block, MAX_BUCKET_ELEMENTS)
+    bucket, gpu = min(block, MAX_BUCKET_ELEMENTS), resolved.gpu
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
@@ -69,13 +69,13 @@ def deepspeed_config(config: Config, stage: int, offload: bool, micro: int, gpu:
     if offload:
         zero |= {"offload_optimizer": host} | ({"offload_param": host} if stage == 3 else {})
     derived: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro,
+        "train_micro_batch_size_per_gpu": resolved.micro,
         "gradient_clipping": config.optim.clip or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's AdamW in its fused form, on the CPU too
         "zero_force_ds_cpu_optimizer": False,
     }
-    if config.trainer.precision == "bf16-mixed":
+    if resolved.precision == "bf16-mixed":
         # not DeepSpeed's own bf16 mode: that one casts decay, bonus, mix and norm parameters as well
         derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if config.deepspeed is not None:
