@@ -133,8 +133,8 @@ class Replay(Callback):
         assert isinstance(pl_module, RWKVModule)
         for hook in self._hooks:
             hook.remove()
-        assert pl_module.statistics.loss is not None
-        loss, norm = float(pl_module.statistics.loss), float(pl_module.grad_norm)
+        assert pl_module.verdict.loss is not None
+        loss, norm = float(pl_module.verdict.loss), float(pl_module.grad_norm)
         self.healthy = math.isfinite(loss) and math.isfinite(norm) and self.record["kind"] != "spike"
         before = self.record["loss"]
         same = loss == before or (before is None and not math.isfinite(loss))

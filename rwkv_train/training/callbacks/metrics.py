@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import Callback
 
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import JsonLines
+from rwkv_train.training.host_copy import AsyncHostCopy
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.statistics import AsyncHostCopy
 from rwkv_train.training.throughput import Stopwatch, matmul_rate, utilisation
 
 Row = dict[str, Any]
@@ -123,16 +123,16 @@ class Metrics(Callback):
     ) -> None:
         assert isinstance(pl_module, RWKVModule)
         self._watch.mark("optimizer")
-        statistics = pl_module.statistics
+        statistics, verdict = pl_module.statistics, pl_module.verdict
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        assert statistics.loss is not None
-        assert statistics.skipped is not None
+        assert verdict.loss is not None
+        assert verdict.skipped is not None
         strategy = pl_module.strategy
-        values = {"train/loss": statistics.loss, "grad_norm": pl_module.grad_norm, "skipped": statistics.skipped}
+        values = {"train/loss": verdict.loss, "grad_norm": pl_module.grad_norm, "skipped": verdict.skipped}
         values = {key: value.to(strategy.root_device) for key, value in values.items()}
         if statistics.due:
-            values |= statistics.of_layers(strategy, strategy.gradient_norms)
+            values |= statistics.layer_values(strategy)
         now, step = time.perf_counter(), trainer.global_step
         row: Row = {"step": step, "tokens": pl_module.tokens_seen, "lr": pl_module.lr}
         row |= {"seconds": round(now - self._began, 6), "time": round(time.time(), 3), "memory": _memory(strategy)}
