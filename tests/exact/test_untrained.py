@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from rwkv_train.checkpoint.directory import step_of
 from rwkv_train.cli import launcher
-from rwkv_train.models import ModelConfig, build_model, recipe_of
+from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.training.run import train
 from tests.exact import variation
 from tests.runs import losses, rows, same_weights, train_ranks, words_for

@@ -59,7 +59,7 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as weights"):
         run(GenerateOptions(str(tmp_path / "torn.pth"), "", 1, USUAL))
     torch.save({"x.weight": torch.zeros(2)}, tmp_path / "foreign.pth")
-    with pytest.raises(UserError, match="does not hold an RWKV model's weights"):
+    with pytest.raises(UserError, match="does not hold the weights of a language model"):
         load_model(tmp_path / "foreign.pth")
     for words, told in (
         ({"tokens": -1}, "--tokens -1 is out of range"),

@@ -99,6 +99,9 @@ class OneDevice:
         for name, parameter in self.model.named_parameters():
             yield StateShard(WEIGHT, name, 0, parameter.detach().view(-1), True)
 
+    def trainable_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        yield from self.model.named_parameters()
+
     def whole(self, parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach()
 
