@@ -22,7 +22,7 @@ from rwkv_train.data.store import Store
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.perplexity import measure, together
-from rwkv_train.inference.loading import load_model, remembered, tokenizer_of
+from rwkv_train.inference.loading import find_meta, load_model, tokenizer_of
 from rwkv_train.models import LanguageModel
 
 _CONTEXT = 1024  # of weights that do not remember theirs
@@ -87,7 +87,7 @@ def run(wanted: Wanted) -> int:
 
         found_tasks = harness.find_tasks(names, [Path(folder).expanduser() for folder in wanted.include])
     model = load_model(checkpoint, wanted.device)
-    meta = remembered(checkpoint)
+    meta = find_meta(checkpoint)
     tokenizer = tokenizer_of(checkpoint, model.config.vocab_size, wanted.tokenizer)
     shape = model.config
     told: dict[str, Any] = {

@@ -25,7 +25,7 @@ from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.prefixes import Begun, share
 from rwkv_train.evaluation.scoring import score
-from rwkv_train.inference.continuation import begin, continue_texts
+from rwkv_train.inference.continuation import continue_texts, join_states
 from rwkv_train.inference.sampling import Sampling
 from rwkv_train.models import LanguageModel, State
 
@@ -128,7 +128,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             tokens[place, : len(rest)] = torch.tensor(rest)
             targets[place, len(rest) - len(scored) : len(rest)] = torch.tensor(scored)
         state: State | None
-        state = begin(self.model, [row.state for row in rows])
+        state = join_states(self.model, [row.state for row in rows])
         nats, greedy = torch.zeros(len(rows), dtype=torch.float64), torch.ones(len(rows), dtype=torch.bool)
         for part, goal in zip(tokens.split(_AT_ONCE, 1), targets.split(_AT_ONCE, 1), strict=True):
             found, state = score(self.model, part.to(device), goal.to(device), state)

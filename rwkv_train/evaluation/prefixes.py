@@ -1,4 +1,4 @@
-"""Beginnings that several texts share are read once: a recurrent model's memory of them has constant size.
+"""Prefixes that several texts share are read once, and the state after them is reused.
 
 Texts with the same few-shot examples, or the choices of one question, differ at their ends only.
 """
@@ -11,8 +11,8 @@ from typing import NamedTuple
 from rwkv_train.inference.continuation import read
 from rwkv_train.models import LanguageModel, State
 
-WORTH = 32  # tokens that must be saved for a beginning to be read by itself
-STATE_BYTES = 2**31  # bytes of states that are held at once at most; so many texts are looked at together
+MIN_TOKENS_SAVED = 32  # a prefix is read by itself if that saves at least so many tokens
+MAX_STATE_BYTES = 2**31  # bytes of all states that are held at a time at most
 
 
 class Begun(NamedTuple):
@@ -26,26 +26,29 @@ class Begun(NamedTuple):
 def share(
     model: LanguageModel, texts: Sequence[Sequence[int]], limits: Sequence[int], batch: int
 ) -> Iterator[list[Begun]]:
-    """Batches of texts to go on with, each with the memory of what it shares with others.
+    """Yields batches of texts, each with the state after the prefix that it shares with others.
+
+    As many texts are examined together as MAX_STATE_BYTES allows states; further ones share nothing with them.
 
     Args:
-        texts: tokens of each.
-        limits: how many of them may be read beforehand (less than all).
-        batch: texts of a batch; those of one have nearly as many tokens left.
+        model: reads the prefixes.
+        texts: tokens of each text.
+        limits: for each text, how many of its tokens may be read as a prefix (less than all).
+        batch: number of texts of a batch; the texts of one batch have nearly as many tokens left.
     """
     ordered = sorted(range(len(texts)), key=lambda number: list(texts[number]))
-    at_once = max(2, STATE_BYTES // max(1, model.empty_state(1).row_bytes()))
+    at_once = max(2, MAX_STATE_BYTES // max(1, model.empty_state(1).row_bytes()))
     for first in range(0, len(ordered), at_once):
         begun = _share(model, texts, limits, ordered[first : first + at_once])
         begun.sort(key=lambda text: text.read - len(texts[text.number]))  # the longest first
-        for place in range(0, len(begun), batch):
-            yield begun[place : place + batch]
+        for start in range(0, len(begun), batch):
+            yield begun[start : start + batch]
 
 
 def _share(
     model: LanguageModel, texts: Sequence[Sequence[int]], limits: Sequence[int], ordered: Sequence[int]
 ) -> list[Begun]:
-    """Walks down the tree of beginnings; its leaves are the texts."""
+    """Walks down the tree of prefixes; its leaves are the texts."""
     leaves: list[Begun] = []
     waiting: list[tuple[Sequence[int], int, State | None]] = [(ordered, 0, None)]  # texts that agree so far
     while waiting:
@@ -55,7 +58,7 @@ def _share(
             continue
         agreed = _agreement(texts[group[0]], texts[group[-1]])  # of the first and the last of a sorted group: of all
         common = min(agreed, *(limits[number] for number in group))
-        if (common - done) * (len(group) - 1) >= WORTH:
+        if (common - done) * (len(group) - 1) >= MIN_TOKENS_SAVED:
             _, state = read(model, [(texts[group[0]][done:common], state)])
             done = common
         branch = min(agreed, *(len(texts[number]) for number in group))
@@ -70,6 +73,6 @@ def _share(
 
 
 def _agreement(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens are the same."""
+    """Length of the common prefix."""
     shorter = min(len(one), len(other))
-    return next((place for place in range(shorter) if one[place] != other[place]), shorter)
+    return next((i for i in range(shorter) if one[i] != other[i]), shorter)

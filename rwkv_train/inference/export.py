@@ -1,6 +1,6 @@
-"""`rwkv-train export`: a checkpoint's weights as one file or as a directory for transformers, parameter by parameter.
+"""`rwkv-train export`: the weights of a checkpoint as one file, or as a directory for transformers.
 
-Files are laid out first and then filled through a memory map: never more than one parameter is in memory.
+Files are laid out first and then filled through a memory map, so that at most one parameter is in memory.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ TRANSFORMERS = {  # by architecture
 
 
 def export(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
-    """`consolidate`, with every mistake and refusal as a UserError."""
+    """`consolidate`, with every failure as a UserError."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is not known", f"valid: {', '.join(DTYPES)}")
     if not checkpoint.exists():
@@ -96,7 +96,7 @@ def export(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
     try:
         return consolidate(checkpoint, target, dtype)
     except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror or error}", "give another place") from None
+        raise UserError(f"{target} cannot be written: {error.strerror or error}", "give another path") from None
 
 
 def consolidate(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
@@ -109,7 +109,7 @@ def consolidate(checkpoint: Path, target: Path, dtype: str | None = None) -> Pat
         dtype: float32, bfloat16 or float16; None: as they are.
 
     Returns:
-        the file that was written; it takes its place when it is whole.
+        the file that was written; it gets its name once it is complete.
 
     Raises:
         UserError: a part of the checkpoint is missing, or transformers has no model of its generation.
@@ -133,17 +133,17 @@ def consolidate(checkpoint: Path, target: Path, dtype: str | None = None) -> Pat
 
 
 def _written(target: Path, write: Callable[[Path], None]) -> Path:
-    aside = target.with_name(f".writing-{target.name}")
+    temporary = target.with_name(f".writing-{target.name}")
     try:
-        write(aside)
-        aside.replace(target)
+        write(temporary)
+        temporary.replace(target)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return target
 
 
 def _write_pth(reader: Reader, path: Path, dtype: str, named: Callable[[str], str]) -> None:
-    """torch.save's own layout with holes, mapped and filled."""
+    """torch.save's layout without data, then filled through a memory map."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
 
     with FakeTensorMode():
@@ -164,7 +164,7 @@ def _write_pth(reader: Reader, path: Path, dtype: str, named: Callable[[str], st
 
 
 def _write_safetensors(reader: Reader, path: Path, dtype: str, named: Callable[[str], str]) -> None:
-    """Eight bytes with the length of the header, the header as JSON, the tensors one behind the other."""
+    """Eight bytes with the length of the header, the header as JSON, the tensors one after another."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end, size = 0, DTYPES[dtype].itemsize
     for name, shape in reader.shapes.items():

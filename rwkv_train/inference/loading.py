@@ -1,4 +1,4 @@
-"""A checkpoint as something to use: its model, and the tokenizer that it was trained with."""
+"""Loads the model of a checkpoint, and the tokenizer that it was trained with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rwkv_train.models import LanguageModel, build_model
 from rwkv_train.models.detect import detect
 from rwkv_train.models.weights import refuse_mismatches
 
-_NAMED = "--tokenizer names the one that it was trained with: bytes, world, or the path of a tokenizer.json"
+_REMEDY = "--tokenizer gives the one that it was trained with: bytes, world, or the path of a tokenizer.json"
 
 
 def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
@@ -45,15 +45,17 @@ def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
     return model.to(("cuda" if gpu else "cpu") if device == "auto" else device).eval()
 
 
-def remembered(checkpoint: Path) -> dict[str, Any]:
-    """meta.json of a checkpoint directory, or of the newest one of the run that a .pth file lies in; {}: there is none.
+def find_meta(checkpoint: Path) -> dict[str, Any]:
+    """meta.json of a checkpoint directory, or of the newest checkpoint of the run directory of a .pth file; {}: none.
 
     It holds, among others, `config` (the run's, as a tree) and `tokenizer` (its identity).
     """
-    places = [checkpoint] if checkpoint.is_dir() else sorted(checkpoint.parent.glob("checkpoints/step_*"), reverse=True)
-    for place in places:
+    directories = (
+        [checkpoint] if checkpoint.is_dir() else sorted(checkpoint.parent.glob("checkpoints/step_*"), reverse=True)
+    )
+    for directory in directories:
         try:
-            meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
+            meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(meta, dict):
@@ -62,37 +64,37 @@ def remembered(checkpoint: Path) -> dict[str, Any]:
 
 
 def tokenizer_of(checkpoint: Path, vocab_size: int, name: str | None = None) -> Tokenizer:
-    """The tokenizer that a checkpoint was trained with, as it remembers it; of bare weights, by their vocabulary.
+    """The tokenizer that a checkpoint was trained with: from its meta.json, else by the size of the vocabulary.
 
     Args:
         checkpoint: a directory, or a .pth file.
         vocab_size: the model's number of tokens.
-        name: what the user calls it: bytes, world or the path of a tokenizer.json.
+        name: given by the user: bytes, world or the path of a tokenizer.json; None: not given.
 
     Raises:
-        UserError: it is another one than the checkpoint's, it has more tokens than the model, or nothing tells which.
+        UserError: it is not the checkpoint's, it has more tokens than the model, or it is unknown.
     """
-    meta = remembered(checkpoint)
+    meta = find_meta(checkpoint)
     identity = meta.get("tokenizer")
     if name is None:
-        tokenizer = _recalled(checkpoint, meta, identity) if identity else _by_size(vocab_size)
+        tokenizer = _from_meta(checkpoint, meta, identity) if identity else _by_size(vocab_size)
     else:
         extend = (meta.get("config") or {}).get("vocab", {}).get("extend", ())
         tokenizer = load_tokenizer(name, extend)
     if tokenizer is None or tokenizer.vocab_size > vocab_size:
         has = "" if tokenizer is None else f", the tokenizer {tokenizer.name} {tokenizer.vocab_size:,}"
-        raise UserError(f"{checkpoint} has a vocabulary of {vocab_size:,} tokens{has}", _NAMED)
+        raise UserError(f"{checkpoint} has a vocabulary of {vocab_size:,} tokens{has}", _REMEDY)
     refuse_other(checkpoint, identity, tokenizer, f"--tokenizer {name}" if name else f"{tokenizer.name} here")
     return tokenizer
 
 
 def refuse_other(checkpoint: Path, identity: str | None, tokenizer: Tokenizer, what: str) -> None:
-    """Raises a UserError where a tokenizer is not the one whose identity a checkpoint remembers."""
+    """Raises a UserError if a tokenizer is not the one with the identity in the checkpoint."""
     if identity is not None and tokenizer.identity != identity:
         raise UserError(
-            f"{checkpoint} was trained with the tokenizer {identity}, {what} is {tokenizer.identity}: its numbers "
-            "would mean other texts",
-            "leave --tokenizer out, or give the one that it was trained with",
+            f"{checkpoint} was trained with the tokenizer {identity}, {what} is {tokenizer.identity}: the same "
+            "token numbers stand for other texts",
+            "leave --tokenizer out, or give the one that the checkpoint was trained with",
         )
 
 
@@ -101,12 +103,14 @@ def _by_size(vocab_size: int) -> Tokenizer | None:
     return None if known is None else load_tokenizer(known)
 
 
-def _recalled(checkpoint: Path, meta: Mapping[str, Any], identity: str) -> Tokenizer:
+def _from_meta(checkpoint: Path, meta: Mapping[str, Any], identity: str) -> Tokenizer:
     try:
         config = from_tree(meta["config"])
         return find_tokenizer(config.data, config.vocab.extend, stores_of(config.data))
-    except (UserError, KeyError):  # of another version, or its data lies elsewhere
+    except (UserError, KeyError):  # written by another version, or its data has moved
         kind, _, extended = identity.split(":")[0].partition("+")
         if kind in ("bytes", "world") and not extended:
             return load_tokenizer(kind)
-        raise UserError(f"{checkpoint} was trained with the tokenizer {identity}, which is not found", _NAMED) from None
+        raise UserError(
+            f"{checkpoint} was trained with the tokenizer {identity}, which is not found", _REMEDY
+        ) from None

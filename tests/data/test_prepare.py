@@ -127,7 +127,7 @@ BROKEN = {
 def test_broken_documents_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, good = tmp_path / "a.jsonl", b'{"text": "good"}\n'
     path.write_bytes(good + b"".join(broken + good for broken in BROKEN.values()))
-    assert cli.main(["prepare", str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "s")]) == 0
+    assert cli(["prepare", str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "s")]) == 0
     assert documents(tmp_path / "s") == ["good"] * (1 + len(BROKEN))
     told = capsys.readouterr().out
     for why in BROKEN:
@@ -296,7 +296,7 @@ def test_verify_names_the_document_of_a_flipped_bit(tmp_path: Path, capsys: pyte
     with open(tmp_path / "s.bin", "r+b") as file:
         file.seek(2 * (int(starts[123]) + 5))
         file.write(b"\x01")
-    assert cli.main(["prepare", "verify", str(tmp_path / "s")]) == 1
+    assert cli(["prepare", "verify", str(tmp_path / "s")]) == 1
     told = capsys.readouterr().out
     assert f"s.bin, document 123 (token {int(starts[123]):,} on) is not what was written" in told
     assert "1 faults" in told
@@ -316,12 +316,12 @@ def test_verify_of_a_foreign_store_finds_tokens_that_do_not_exist(tmp_path: Path
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(job(tmp_path / "s", write_jsonl(tmp_path / "a.jsonl"), tokenizer="world"))
-    assert cli.main(["prepare", "inspect", str(tmp_path / "s"), "--document", "7"]) == 0
+    assert cli(["prepare", "inspect", str(tmp_path / "s"), "--document", "7"]) == 0
     told = capsys.readouterr().out
     assert "s: 200 documents, " in told
     assert "tokenizer world:" in told
     assert "document 7: häppy 😀 words and more words" in told
-    assert cli.main(["prepare", "inspect", str(tmp_path / "s"), "--document", "200"]) == 2
+    assert cli(["prepare", "inspect", str(tmp_path / "s"), "--document", "200"]) == 2
     assert "there is no document 200\n  " in capsys.readouterr().err
 
 

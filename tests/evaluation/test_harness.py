@@ -139,7 +139,7 @@ def test_shared_beginnings_are_read_once(model: LanguageModel, monkeypatch: pyte
 
     monkeypatch.setattr(model, "forward", counted)
     shared, few = cost()
-    monkeypatch.setattr(prefixes, "WORTH", 10**9)
+    monkeypatch.setattr(prefixes, "MIN_TOKENS_SAVED", 10**9)
     alone, many = cost()
     close(shared, alone)
     assert many > 32 * 500
@@ -173,11 +173,11 @@ def test_the_command_runs_tasks(model: LanguageModel, tmp_path: Path, capsys: py
     write_tasks(tmp_path, 4)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     words = ["eval", str(tmp_path / "weights.pth"), "--tasks", "our_choice,our_until", "--include", str(tmp_path)]
-    assert cli.main([*words, "--limit", "2", "--shots", "1", "--json"]) == 0
+    assert cli([*words, "--limit", "2", "--shots", "1", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert set(told["tasks"]) == {"our_choice", "our_until"}
     assert "sources" not in told
-    assert cli.main([*words, "--limit", "2"]) == 0
+    assert cli([*words, "--limit", "2"]) == 0
     assert "acc_norm" in capsys.readouterr().out
 
 
