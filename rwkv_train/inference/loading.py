@@ -18,7 +18,7 @@ from rwkv_train.models import LanguageModel, build_model
 from rwkv_train.models.detect import detect
 from rwkv_train.models.weights import refuse_mismatches
 
-_NAMED = "--tokenizer names the one that it was trained with: bytes, world, or the path of a tokenizer.json"
+_REMEDY = "--tokenizer names the one that it was trained with: bytes, world, or the path of a tokenizer.json"
 
 
 def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
@@ -80,7 +80,7 @@ def tokenizer_of(checkpoint: Path, vocab_size: int, name: str | None = None) -> 
         tokenizer = load_tokenizer(name, () if meta is None else meta.config.get("vocab", {}).get("extend", ()))
     if tokenizer is None or tokenizer.vocab_size > vocab_size:
         has = "" if tokenizer is None else f", the tokenizer {tokenizer.name} {tokenizer.vocab_size:,}"
-        raise UserError(f"{checkpoint} has a vocabulary of {vocab_size:,} tokens{has}", _NAMED)
+        raise UserError(f"{checkpoint} has a vocabulary of {vocab_size:,} tokens{has}", _REMEDY)
     refuse_other(
         checkpoint,
         None if meta is None else meta.tokenizer,
@@ -114,4 +114,6 @@ def _recalled(checkpoint: Path, meta: CheckpointMeta) -> Tokenizer:
         kind, _, extended = identity.split(":")[0].partition("+")
         if kind in ("bytes", "world") and not extended:
             return load_tokenizer(kind)
-        raise UserError(f"{checkpoint} was trained with the tokenizer {identity}, which is not found", _NAMED) from None
+        raise UserError(
+            f"{checkpoint} was trained with the tokenizer {identity}, which is not found", _REMEDY
+        ) from None

@@ -14,7 +14,7 @@ from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, StateShard, contents, 
 from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.checkpoint.writer import InProcessStore, Writer
 from rwkv_train.cli.main import main as cli
-from rwkv_train.inference.export import export, hf_name
+from rwkv_train.inference.export import TRANSFORMERS, export
 from rwkv_train.models import LanguageModel, ModelConfig, build_model
 from rwkv_train.models.weights import shapes_of
 from tests.checkpoint.metas import meta_of
@@ -53,7 +53,7 @@ def checkpoint_of(model: LanguageModel, folder: Path, writers: int) -> Path:
 def test_a_file(tmp_path: Path, writers: int, ending: str) -> None:
     model = lively()
     target = tmp_path / "deep" / f"out.{ending}"
-    assert cli.main(["export", str(checkpoint_of(model, tmp_path, writers)), str(target)]) == 0
+    assert cli(["export", str(checkpoint_of(model, tmp_path, writers)), str(target)]) == 0
     weights = torch.load(target, weights_only=True) if ending == "pth" else load_file(target)
     wanted = model.state_dict()
     assert list(weights) == list(wanted) or ending == "safetensors"
@@ -85,9 +85,9 @@ def test_transformers_loads_it_and_gives_the_same_logits(tmp_path: Path) -> None
 
 
 def test_names() -> None:
-    assert hf_name("blocks.0.att.time_mix_k") == "rwkv.blocks.0.attention.time_mix_key"
-    assert hf_name("blocks.0.ln0.weight") == "rwkv.blocks.0.pre_ln.weight"
-    assert hf_name("head.weight") == "head.weight"
+    assert TRANSFORMERS["rwkv4"].name("blocks.0.att.time_mix_k") == "rwkv.blocks.0.attention.time_mix_key"
+    assert TRANSFORMERS["rwkv4"].name("blocks.0.ln0.weight") == "rwkv.blocks.0.pre_ln.weight"
+    assert TRANSFORMERS["rwkv4"].name("head.weight") == "head.weight"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_mistakes(
     checkpoint_of(build_model(SHAPE), tmp_path, 2)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert cli.main(["export", *words]) == 2
+    assert cli(["export", *words]) == 2
     assert told in capfd.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
