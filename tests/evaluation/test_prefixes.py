@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rwkv_train.evaluation import prefixes
-from rwkv_train.evaluation.prefixes import share
+from rwkv_train.evaluation.prefixes import share_prefixes
 from rwkv_train.inference.continuation import read
 from tests.oracles.models import lively_model
 
