@@ -26,6 +26,7 @@ from measure import table
 from torch.utils.flop_counter import FlopCounterMode
 
 from rwkv_train.cli import launcher
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.planning.cards import CARDS, cpu_card
 from rwkv_train.planning.model import count
@@ -112,7 +113,7 @@ def measured(strategy: str, words: list[str]) -> float:
 
 def planned(words: list[str]) -> float:
     """The plan's bytes of one rank."""
-    return make_plan(launcher.load(words), cpu_card(2), 2, 256, gpu=False).memory.device
+    return make_plan(launcher.load(words), cpu_card(2), Mesh(2), 256, gpu=False).memory.device
 
 
 def counts_are_exact() -> bool:

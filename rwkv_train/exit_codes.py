@@ -7,6 +7,7 @@ which imports nothing else, ends processes with one of them.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class ExitCode(IntEnum):
@@ -40,3 +41,10 @@ class ExitCode(IntEnum):
 
     # of commands that answer a question (plan, doctor, verify, status, replay=): the answer is no
     NEGATIVE = 1
+
+
+class Ending(NamedTuple):
+    """How a run ended: its exit code, and what the first rank prints (rich markup; empty: nothing more)."""
+
+    code: ExitCode
+    message: str = ""

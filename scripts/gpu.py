@@ -1,7 +1,7 @@
 """Everything that only a GPU can show: `make gpu`, at most 12 minutes; `make gpu ARGS=--quick`, 3.
 
-Each part runs in a process of its own, with a time limit, and the next one runs whatever became of it. What they found
-goes to benchmarks/results/<card>.json, and is printed as tables. Exit code 1 where a part failed.
+Each part runs in a process of its own, with a time limit, and the next one runs whether it failed or not. Results are
+written to benchmarks/results/<GPU>.json and printed as tables. Exit code 1 where a part failed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def correctness(quick: bool) -> dict[str, Any]:
-    """Every kernel on the card against the definition in float64, eager, compiled and in a CUDA graph."""
+    """Every kernel on the GPU against the definition in float64, eager, compiled and in a CUDA graph."""
     import torch
 
     from rwkv_train import ops
@@ -133,7 +133,7 @@ IN_PROCESS = {"correctness": correctness, "sanitized": sanitized}
 
 
 def parts(quick: bool) -> dict[str, tuple[list[str], int]]:
-    """Commands, each with its limit in seconds; the last line of what they print is one JSON object or nothing."""
+    """Commands, each with its limit in seconds; the last line of their output is one JSON object, or empty."""
     python, own = sys.executable, [sys.executable, __file__, *(["--quick"] if quick else [])]
     flags, limit = ["--quick"] if quick else [], (lambda long, short: short if quick else long)
     found: dict[str, tuple[list[str], int]] = {"correctness": ([*own, "--part", "correctness"], limit(150, 60))}
@@ -146,9 +146,9 @@ def parts(quick: bool) -> dict[str, tuple[list[str], int]]:
     if not quick and importlib.util.find_spec("deepspeed") and importlib.util.find_spec("lightning"):
         for strategy in ("fsdp", "deepspeed_2"):
             if (ROOT / "conf" / "strategy" / f"{strategy}.yaml").exists():
-                words = f"model=tiny strategy={strategy} budget.steps=2 trainer.accelerator=gpu trainer.devices=1"
-                words += f" resume=never run.root=runs/gpu run.name={strategy}"
-                found[f"one step of {strategy}"] = ([python, "train.py", *words.split()], 45)
+                settings = f"model=tiny strategy={strategy} budget.steps=2 trainer.accelerator=gpu trainer.devices=1"
+                settings += f" resume=never run.root=runs/gpu run.name={strategy}"
+                found[f"one step of {strategy}"] = ([python, "train.py", *settings.split()], 45)
     return found
 
 
@@ -175,7 +175,7 @@ def run(name: str, command: list[str], seconds: int) -> dict[str, Any]:
 
 
 def facts() -> dict[str, Any]:
-    """The card, and what was built with."""
+    """The GPU, and the versions of the software."""
     import torch
 
     from rwkv_train.ops import build_cuda
@@ -218,7 +218,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="in three minutes")
+    parser.add_argument("--quick", action="store_true", help="at most three minutes")
     parser.add_argument("--part", choices=IN_PROCESS, help="one part in this process")
     arguments = parser.parse_args()
     if arguments.part:
@@ -231,7 +231,7 @@ def main() -> int:
         return 2
     if not torch.cuda.is_available():
         why = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
-        print(f"make gpu needs a GPU: {why}\n  what a CPU can show of the kernels: make test-kernels")
+        print(f"make gpu needs a GPU: {why}\n  the checks that need no GPU: make test-kernels")
         return 2
     results = facts()
     print(results)
@@ -242,7 +242,7 @@ def main() -> int:
     file.write_text(json.dumps(results, indent=1) + "\n")
     failed = [name for name, value in results.items() if isinstance(value, dict) and "failed" in value]
     print(f"\n{table(results)}\n\nwritten: {file.relative_to(ROOT)}")
-    print(f"failed: {', '.join(failed)}" if failed else "every part went through")
+    print(f"failed: {', '.join(failed)}" if failed else "every part succeeded")
     return 1 if failed else 0
 
 

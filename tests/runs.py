@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.cli import launcher
-from rwkv_train.training import setup
+from rwkv_train.training import resolved
 from rwkv_train.training.run import train
 from tests import PRELOAD
 
@@ -174,8 +176,8 @@ def _train_rank(
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in numbers.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
-    for room in (launcher, setup):  # more ranks than cores: fine for a test, and refused to users
-        room.__dict__["cores" if room is launcher else "_cores"] = lambda: max(ranks, os.cpu_count() or 1)
+    for room in (launcher, resolved):  # more ranks than cores: fine for a test, and refused to users
+        room.__dict__["cores"] = lambda: max(ranks, os.cpu_count() or 1)
     sys.exit(
         launcher.main(list(words)) if storage is None else train(launcher.load(words), storage, launcher.rank_info())
     )
@@ -190,6 +192,16 @@ def losses(run: Path) -> list[float]:
     found = rows(run)
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     return [row["train/loss"] for row in found]
+
+
+def stopped_at(run: Path, step: int, name: str) -> Path:
+    """A copy of a run as if it had been stopped after a step."""
+    copy = run.with_name(name)
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").glob("step_*"):
+        if CheckpointName.of(checkpoint).step > step:
+            shutil.rmtree(checkpoint)
+    return copy
 
 
 def same_weights(one: Path, other: Path) -> bool:

@@ -123,7 +123,7 @@ def show(overrides: Sequence[str]) -> int:
     Raises:
         UserError: an error in the overrides, or in the data.
     """
-    from rwkv_train.data.preview import preview
+    from rwkv_train.data.batch_preview import preview
 
     preview(load(overrides))
     return 0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.checkpoint.shards import WEIGHT, Reader
-from rwkv_train.data.tokenizer_json import tokenizer_files
+from rwkv_train.data.tokenizers import tokenizer_files
 from rwkv_train.errors import UserError
 from rwkv_train.inference.loading import tokenizer_of
 from rwkv_train.models.config import ModelConfig

@@ -49,10 +49,10 @@ class EngineReport:
 def engines() -> list[EngineReport]:
     """Builds, loads and self-tests every engine for this machine's devices; never raises and never warns."""
     reports = [EngineReport("reference", True, reference.__file__, None, None, 1.0, 0.0)]
-    available = [family.cpp for family in FAMILIES.values()] + [
-        family.cuda for family in FAMILIES.values() if torch.cuda.is_available()
-    ]
-    return reports + [_examine(engine) for engine in available]
+    reports += [_examine(family.cpp) for family in FAMILIES.values()]
+    if torch.cuda.is_available():
+        reports += [_examine(family.cuda) for family in FAMILIES.values()]
+    return reports
 
 
 def _examine(engine: Engine) -> EngineReport:
@@ -81,7 +81,7 @@ def _judge(engine: Engine) -> tuple[float | None, str | None]:
     try:
         ratio, result = worst_error(engine)
     except RuntimeError as error:  # of a check in the engine, or of the device
-        return None, f"its self-test failed: {str(error).splitlines()[0]}"
+        return None, f"its self-test failed: {next(iter(str(error).splitlines()), type(error).__name__)}"
     if ratio <= MAX_ERROR_RATIO:
         return ratio, None
     return ratio, f"its results are wrong: error {ratio:.1f} times the definition's in {result}"

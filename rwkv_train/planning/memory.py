@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from rwkv_train.config import EVIDENCE_BYTES, LOGITS_AT_ONCE
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.planning.model import Counts
 
 FLOAT = 4  # bytes: weights, gradients and Adam's moments are float32 under every strategy
@@ -22,7 +23,7 @@ class Layout:
 
     Args:
         strategy: single, or a name of conf/strategy but auto.
-        ranks: devices of all machines.
+        mesh: all ranks.
         micro: samples of one pass on one device.
         context: tokens of a sample.
         accumulation: passes of a step.
@@ -31,7 +32,7 @@ class Layout:
     """
 
     strategy: str
-    ranks: int
+    mesh: Mesh
     micro: int
     context: int
     accumulation: int
@@ -84,7 +85,7 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         gpu: whether the devices have a memory of their own; else all is the host's.
         background: whether checkpoints are written from a copy.
     """
-    whole, part = FLOAT * counts.parameters, FLOAT * counts.parameters / layout.ranks
+    whole, part = FLOAT * counts.parameters, FLOAT * counts.parameters / layout.mesh.ranks
     stage, deepspeed = layout.stage, "deepspeed" in layout.strategy
     weights = part if stage == 3 else whole
     gradients = whole if stage < 2 else part
@@ -108,7 +109,7 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         apart = _not_at_once(counts, layout, gradients, kept + at_once + examined, buffers)
     state = 3 * FLOAT * counts.parameters
     if background:
-        host += state / layout.ranks if stage else state
+        host += state / layout.mesh.ranks if stage else state
     return Memory(
         weights=weights,
         gradients=gradients,

@@ -23,7 +23,7 @@ REPORT = CALL + "print('library', FAMILIES['elementwise'].cpp.library)"
 
 
 def start(code: str, home: Path, **environment: str) -> subprocess.Popen[str]:
-    """Python on `code` with a home of its own, where no engine has been built."""
+    """Python on `code` with a home of its own, where no engine is built yet."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("RWKV_OPS", "HOME")}
     variables = {**inherited, "HOME": str(home), "PYTHONWARNINGS": "default", **environment}
     root = Path(__file__).resolve().parents[2]
@@ -90,7 +90,7 @@ def test_without_a_compiler_one_warning_and_the_definition(tmp_path: Path) -> No
     assert message[1:3] == ["  why: no C++ compiler (no-such-compiler) was found", "  try: sudo apt install g++"]
 
 
-def test_a_demanded_engine_that_cannot_be_had_is_an_error(tmp_path: Path) -> None:
+def test_a_demanded_engine_that_is_not_available_is_an_error(tmp_path: Path) -> None:
     code = "from rwkv_train.ops import build; build.COMPILERS = ('no-such-compiler',); " + CALL
     process = start(code, tmp_path, RWKV_OPS="cpp")
     _, errors = process.communicate(timeout=60)

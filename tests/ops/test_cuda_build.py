@@ -1,4 +1,4 @@
-"""The CUDA engine without a card: toolkits that do not fit, architectures, the cache, ptxas on the kernels."""
+"""The CUDA engine without a GPU: toolkits that do not fit, architectures, the cache, ptxas on the kernels."""
 
 from __future__ import annotations
 

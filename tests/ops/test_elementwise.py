@@ -99,7 +99,7 @@ def test_the_shift_is_causal_and_starts_with_previous() -> None:
     assert torch.equal(carried, shifted[:, 2:])
 
 
-def test_an_output_that_nobody_uses() -> None:
+def test_an_unused_output() -> None:
     x = draw(2, 9, 4).float().requires_grad_()
     first, _ = ops.shift_mix(x, None, torch.full((4,), 0.25), torch.full((4,), 0.5))
     (gradient,) = torch.autograd.grad(first.sum(), x)

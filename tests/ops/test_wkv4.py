@@ -29,7 +29,7 @@ def rounded(inputs: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
 
 
 def check_engine(*draws: list[Tensor], k_dtype: torch.dtype = torch.float32, chunk: int = CHUNK) -> None:
-    """Draws of one shape are judged together: with one channel alone the definition is exact by luck at times."""
+    """Draws of one shape are compared together: with a single channel the definition may be exact by chance."""
     dtypes = [torch.float32, torch.float32, k_dtype, k_dtype, torch.float32]
     runs: list[list[Tensor]] = []
     for operator, working in (

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rwkv_train.checkpoint.shards import WEIGHT, StateShard
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.models import LanguageModel
 from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
@@ -25,8 +26,8 @@ class FSDP(ShardedStrategy, ModelParallelStrategy):
 
     divided = sharded = True
 
-    def __init__(self, backend: str, num_nodes: int, devices: int) -> None:
-        super().__init__(num_nodes * devices, 1, process_group_backend=backend)
+    def __init__(self, backend: str, mesh: Mesh) -> None:
+        super().__init__(mesh.data, mesh.context, process_group_backend=backend)
 
     def _materialise(self, model: LanguageModel) -> None:
         mesh = self.device_mesh["data_parallel"]

@@ -1,4 +1,4 @@
-"""`report --live`: the page on localhost, following runs that are still running."""
+"""`report --live`: an HTTP server on localhost whose page follows running runs."""
 
 from __future__ import annotations
 
@@ -10,45 +10,49 @@ from typing import Any
 
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.report.page import as_json, payload, render
-from rwkv_train.evaluation.report.run import Run
+from rwkv_train.evaluation.report.recorded_run import RecordedRun
 
 
-class Server(ThreadingHTTPServer):
-    """Serves `/`, the page, and `/data.json`, which is made anew when a run has written something.
+class ReportServer(ThreadingHTTPServer):
+    """Serves the page at `/` and its data at `/data.json`, which is rebuilt after a run has written something.
 
     Args:
-        runs: to follow.
-        port: on this machine; 0: any free one.
+        runs: the runs to follow.
+        port: port on 127.0.0.1; 0: any free one.
 
     Raises:
-        UserError: the port is not free.
+        UserError: the port is invalid or in use.
     """
 
     daemon_threads = True
 
-    def __init__(self, runs: Sequence[Run], port: int) -> None:
+    def __init__(self, runs: Sequence[RecordedRun], port: int) -> None:
         self.runs, self._lock = runs, threading.Lock()
         self._data, self._tag = "", ""
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except (OSError, OverflowError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise UserError(f"--port {port} cannot be used: {why}", "give another one, or 0 for any free one") from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"--port {port} cannot be used: {reason}", "give another port, or 0 for any free one"
+            ) from None
 
     @property
     def address(self) -> str:
+        """The URL of the page."""
         return f"http://127.0.0.1:{self.server_port}/"
 
     def data(self) -> tuple[str, str]:
-        """The data as JSON, and a tag that changes with them."""
+        """The data as JSON, and an ETag that changes with it."""
         with self._lock:
-            changed = [run.refresh() for run in self.runs]  # each of them
+            changed = [run.refresh() for run in self.runs]  # a list, so that every run is refreshed
             if any(changed) or not self._data:
                 self._data = as_json(payload(self.runs))
                 self._tag = f'"{hashlib.sha256(self._data.encode()).hexdigest()[:16]}"'
             return self._data, self._tag
 
     def page(self) -> str:
+        """The HTML page with the current data."""
         with self._lock:
             for run in self.runs:
                 run.refresh()
@@ -56,11 +60,11 @@ class Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Server
+    server: ReportServer
 
     def do_GET(self) -> None:
         if self.headers.get("Host", "").split(":")[0] not in ("127.0.0.1", "localhost"):
-            self.send_error(403)  # another name that leads here: a page elsewhere may not read the run
+            self.send_error(403)  # DNS rebinding: pages of other hosts must not read the runs
         elif self.path == "/":
             self._send("text/html", self.server.page())
         elif self.path == "/data.json":
@@ -88,4 +92,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing: the terminal is for the address."""
+        """Logs nothing, so that the address stays visible in the terminal."""

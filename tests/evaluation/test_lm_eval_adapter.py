@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from rwkv_train.cli.main import main as cli
+from rwkv_train.cli import main as cli
 from rwkv_train.data.tokenizers import ByteTokenizer
 from rwkv_train.errors import UserError
-from rwkv_train.evaluation import harness, prefixes
-from rwkv_train.evaluation.harness import Harness, find_tasks, run_tasks
+from rwkv_train.evaluation import lm_eval_adapter, prefixes
+from rwkv_train.evaluation.lm_eval_adapter import LmEvalAdapter, find_tasks, run_tasks
 from rwkv_train.inference.export import export
 from rwkv_train.models import LanguageModel
 from tests.evaluation.tasks import write_tasks
@@ -36,15 +36,15 @@ PAIRS = [
 ]
 
 
-class Asked:
-    """What lm-eval hands over: the arguments of a request."""
+class Request:
+    """The part of an lm-eval request that the adapter uses."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
 
 
-def asked(pairs: Sequence[Sequence[Any]]) -> list[Asked]:
-    return [Asked(*pair) for pair in pairs]
+def requests_of(pairs: Sequence[Sequence[Any]]) -> list[Request]:
+    return [Request(*pair) for pair in pairs]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def theirs(exported: Path) -> Any:
     return HFLM(str(exported), device="cpu", dtype="float32", batch_size=1, max_length=MAX_LENGTH)
 
 
-def ours(model: LanguageModel, batch: int, **words: Any) -> Harness:
-    return Harness(model, ByteTokenizer(), batch, **words)
+def ours(model: LanguageModel, batch: int, **words: Any) -> LmEvalAdapter:
+    return LmEvalAdapter(model, ByteTokenizer(), batch, **words)
 
 
 def close(found: Sequence[float], wanted: Sequence[float]) -> None:
@@ -77,8 +77,8 @@ def close(found: Sequence[float], wanted: Sequence[float]) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_loglikelihoods_are_those_of_transformers(model: LanguageModel, theirs: Any, batch: int) -> None:
-    found = ours(model, batch, max_length=MAX_LENGTH).loglikelihood(asked(PAIRS))
-    wanted = theirs.loglikelihood(asked(PAIRS), disable_tqdm=True)
+    found = ours(model, batch, max_length=MAX_LENGTH).loglikelihood(requests_of(PAIRS))
+    wanted = theirs.loglikelihood(requests_of(PAIRS), disable_tqdm=True)
     close([nats for nats, _ in found], [nats for nats, _ in wanted])
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
 
@@ -93,7 +93,7 @@ def test_rolling_loglikelihoods_are_those_of_transformers(
 
     words = {"device": "cpu", "dtype": "float32", "logits_cache": False}
     theirs = HFLM(str(exported), batch_size=4, max_length=max_length, **words)
-    texts = asked([(text,) for text in TEXTS])
+    texts = requests_of([(text,) for text in TEXTS])
     close(
         ours(model, batch, max_length=max_length).loglikelihood_rolling(texts),
         theirs.loglikelihood_rolling(texts, disable_tqdm=True),
@@ -104,14 +104,14 @@ def test_rolling_loglikelihoods_are_those_of_transformers(
 def test_generation_is_that_of_transformers_one_by_one(model: LanguageModel, theirs: Any, batch: int) -> None:
     settings = {"until": ["e", "\n\n"], "max_gen_toks": 40, "do_sample": False}
     other = {"until": [], "max_gen_toks": 7}
-    requests = asked([(text, settings) for text in TEXTS] + [(text, other) for text in TEXTS[:3]])
+    requests = requests_of([(text, settings) for text in TEXTS] + [(text, other) for text in TEXTS[:3]])
     assert ours(model, batch).generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
 
 
-def test_no_length_is_too_long(model: LanguageModel) -> None:
+def test_the_length_of_a_text_is_unlimited(model: LanguageModel) -> None:
     """Without a max_length the whole text is seen: as the model's own loss says."""
     text = "to be or not to be " * 150
-    (found,) = ours(model, 2).loglikelihood_rolling(asked([(text,)]))
+    (found,) = ours(model, 2).loglikelihood_rolling(requests_of([(text,)]))
     tokens = torch.tensor([[0, *text.encode()]])
     with torch.no_grad():
         logits, _ = model(tokens[:, :-1])
@@ -120,10 +120,10 @@ def test_no_length_is_too_long(model: LanguageModel) -> None:
 
 
 def test_an_empty_text_costs_nothing(model: LanguageModel) -> None:
-    assert ours(model, 2).loglikelihood_rolling(asked([("",)])) == [0.0]
+    assert ours(model, 2).loglikelihood_rolling(requests_of([("",)])) == [0.0]
 
 
-def test_shared_beginnings_are_read_once(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_prefixes_are_read_once(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [("few shots " * 50 + f"question {number}", f" {answer}") for number in range(8) for answer in "abcd"]
     read = {"tokens": 0}
     forward = model.forward
@@ -134,7 +134,7 @@ def test_shared_beginnings_are_read_once(model: LanguageModel, monkeypatch: pyte
 
     def cost() -> tuple[list[float], int]:
         read["tokens"] = 0
-        found = [nats for nats, _ in ours(model, 8).loglikelihood(asked(pairs))]
+        found = [nats for nats, _ in ours(model, 8).loglikelihood(requests_of(pairs))]
         return found, read["tokens"]
 
     monkeypatch.setattr(model, "forward", counted)
@@ -149,7 +149,7 @@ def test_shared_beginnings_are_read_once(model: LanguageModel, monkeypatch: pyte
 def test_sampling_does_not_depend_on_the_batch(model: LanguageModel) -> None:
     settings = {"until": ["e"], "max_gen_toks": 30, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 50}
     penalised = {**settings, "repetition_penalty": 1.3}
-    requests = asked([(text, kind) for kind in (settings, penalised) for text in [*TEXTS, *TEXTS]])
+    requests = requests_of([(text, kind) for kind in (settings, penalised) for text in [*TEXTS, *TEXTS]])
     one, many = (ours(model, batch, seed=7).generate_until(requests) for batch in (1, 6))
     assert one == many
     assert len(set(one)) > 10
@@ -174,17 +174,17 @@ def test_the_command_runs_tasks(model: LanguageModel, tmp_path: Path, capsys: py
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     words = ["eval", str(tmp_path / "weights.pth"), "--tasks", "our_choice,our_until", "--include", str(tmp_path)]
     assert cli([*words, "--limit", "2", "--shots", "1", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert set(told["tasks"]) == {"our_choice", "our_until"}
-    assert "sources" not in told
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed["tasks"]) == {"our_choice", "our_until"}
+    assert "sources" not in printed
     assert cli([*words, "--limit", "2"]) == 0
     assert "acc_norm" in capsys.readouterr().out
 
 
-def test_mistakes(model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_messages(model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tasks(tmp_path, 2)
-    quick = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda include_path, **_: quick(None, include_path, False))
+    quick = lm_eval_adapter.TaskManager
+    monkeypatch.setattr(lm_eval_adapter, "TaskManager", lambda include_path, **_: quick(None, include_path, False))
     with pytest.raises(UserError, match=r"--tasks our_choise: there is no such task\n  nearest: our_choice; `lm-"):
         find_tasks(["our_until", "our_choise"], [tmp_path])
     with pytest.raises(UserError, match=r"--include .*nowhere: there is no such directory"):
