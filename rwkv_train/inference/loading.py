@@ -75,7 +75,7 @@ def tokenizer_of(checkpoint: Path, vocab_size: int, name: str | None = None) -> 
     """
     meta = description_of(checkpoint)
     if name is None:
-        tokenizer = _by_size(vocab_size) if meta is None else _recalled(checkpoint, meta)
+        tokenizer = _by_size(vocab_size) if meta is None else _from_meta(checkpoint, meta)
     else:
         tokenizer = load_tokenizer(name, () if meta is None else meta.config.get("vocab", {}).get("extend", ()))
     if tokenizer is None or tokenizer.vocab_size > vocab_size:
@@ -105,7 +105,7 @@ def _by_size(vocab_size: int) -> Tokenizer | None:
     return None if known is None else load_tokenizer(known)
 
 
-def _recalled(checkpoint: Path, meta: CheckpointMeta) -> Tokenizer:
+def _from_meta(checkpoint: Path, meta: CheckpointMeta) -> Tokenizer:
     identity = meta.tokenizer
     try:
         config = from_tree(meta.config)

@@ -17,12 +17,12 @@ def test_states_are_bounded_in_bytes(at_once: int, monkeypatch: pytest.MonkeyPat
     draw = torch.Generator().manual_seed(1)
     shots = torch.randint(50, (60,), generator=draw).tolist()
     texts = [[*shots, *torch.randint(50, (5 + n,), generator=draw).tolist()] for n in range(8)]
-    monkeypatch.setattr(prefixes, "MAX_STATE_BYTES", at_once * model.empty_state(1).row_bytes())
+    monkeypatch.setattr(prefixes, "STATE_BYTES", at_once * model.empty_state(1).row_bytes())
     groups: list[int] = []
-    plain = prefixes._share
-    monkeypatch.setattr(prefixes, "_share", lambda *args: groups.append(len(args[3])) or plain(*args))
+    plain = prefixes._read_prefixes
+    monkeypatch.setattr(prefixes, "_read_prefixes", lambda *args: groups.append(len(args[3])) or plain(*args))
     seen = []
-    for batch in share(model, texts, [len(text) - 1 for text in texts], 4):
+    for batch in share_prefixes(model, texts, [len(text) - 1 for text in texts], 4):
         for text in batch:
             seen.append(text.number)
             rest = texts[text.number][text.read :]
