@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
-from tests.runs import words_for
+from tests.runs import rows, words_for
 
 
 def test_the_order_of_the_callbacks(tmp_path: Path) -> None:
@@ -28,3 +28,13 @@ def test_the_order_of_the_callbacks(tmp_path: Path) -> None:
         "LambdaCallback",  # the sample before the first step
         "Order",
     ]
+
+
+def test_the_state_after_a_bad_step_is_not_saved(tmp_path: Path) -> None:
+    """A checkpoint is due after the very step that is bad: the run is rewound first."""
+    fault = ["packages=[tests]", "+callbacks.fault._target_=tests.training.faults.Fault", "+callbacks.fault.steps=[10]"]
+    more = ["budget.steps=12", "checkpoint.every.steps=5", "validation.every.steps=50", "health.nonfinite=rewind"]
+    assert train(launcher.load(words_for(tmp_path, "run", *fault, *more))) == 0
+    events = [(row["event"], row["step"]) for row in rows(tmp_path / "runs" / "run", "events.jsonl")]
+    before = events[: events.index(("rewound", 5))]
+    assert [step for event, step in before if event == "checkpoint"] == [5]
