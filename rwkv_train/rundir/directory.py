@@ -36,7 +36,7 @@ class RunDirectory:
         self.number = 0  # of this attempt, once it is claimed
 
     def claim_attempt(self) -> int:
-        """Takes the number of this start; its files are written in the attempt's own folder from now on."""
+        """Takes the number of this attempt; its files are written to the attempt's own directory from now on."""
         self.number = self.attempts.claim()
         return self.number
 

@@ -242,10 +242,14 @@ class World:
                 if whose != [name.attempt, name.step, rank]:
                     return f"{path.name} has for rank {rank} the part of {whose}"
         starts = run.attempts.starts()
-        base = starts[-1].step if starts else 0
+        base, last = (starts[-1].step, starts[-1].number) if starts else (0, 0)
         found, _ = newest(run.checkpoints)
         if base and (found is None or CheckpointName.of(found).step < base):
             return f"the checkpoint of step {base}, from which the newest attempt continued, is gone"
+        complete = [path for path in run.checkpoints.glob("step_*") if verify(path) is None]
+        own = [name for path in complete if (name := CheckpointName.of(path)).attempt == last]
+        if own and (found is None or CheckpointName.of(found) < max(own)):
+            return f"{max(own)} of the newest attempt does not count"
         number = run.attempts.claim()
         step = self.begin(number, found)
         rows = [json.loads(line) for line in run.attempts.metrics()]

@@ -152,7 +152,7 @@ def test_a_run_that_a_newer_start_has_taken_over_ends_and_deletes_nothing(
         train(launcher.load(words_for(tmp_path, "run", *NINE, "checkpoint.keep=1", "checkpoint.background=false"))) == 4
     )
     monkeypatch.undo()
-    assert f"a newer start of {run} goes on with it; this one ends at step 9" in capsys.readouterr().out
+    assert f"a newer start of {run} has taken over; this one ends at step 9" in capsys.readouterr().out
     assert list_checkpoints(run / "checkpoints")[-1].name == "step_000000006-0001"
     assert not (run / "weights.pth").exists()
     assert train(launcher.load(words_for(tmp_path, "run", *NINE))) == 0

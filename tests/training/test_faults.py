@@ -16,7 +16,8 @@ from rwkv_train.cli import launcher
 from rwkv_train.rundir.jsonl import JsonLines
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, start, train_ranks, words_for, write_text
+from tests.runs import losses, rows, start_ranks, train_ranks, words_for, write_text
+from tests.training.faults import SmallFiles
 
 
 @contextmanager
@@ -64,17 +65,16 @@ def test_a_full_disk_refuses_everything(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_disk_that_fills_up_under_two_ranks(tmp_path: Path) -> None:
-    """Both write; the command ends with 3 when all steps are done, and the earlier checkpoint is kept."""
+    """Both write; rank 0 ends with 3 when all steps are done, and the earlier checkpoint is kept."""
     words = words_for(tmp_path, "run", "strategy=fsdp", "checkpoint.every.steps=5", "run.allow_changes=true")
     train_ranks([*words, "budget.steps=10"], 2)
     run = tmp_path / "runs" / "run"
-    more = [*words, "budget.steps=30", "trainer.devices=2"]
-    with disk_with_room_for(40_000), start(more) as process:  # a file of weights has 90,000 bytes
-        try:
-            said = process.communicate(timeout=170)[0]
-        finally:
-            process.kill()
-    assert process.returncode == 3, said
+    processes = start_ranks([*words, "budget.steps=30"], 2, SmallFiles(40_000))  # a file of weights has 90,000 bytes
+    for process in processes:
+        process.join(170)
+        process.kill()
+    said = next((run / "logs").glob("rank_0000_*.log")).read_text()
+    assert [process.exitcode for process in processes] == [3, 0], said
     assert said.count("could not be written: File too large\n  training continues") == 4  # 15, 20, 25, 30
     kept, damaged = newest(run / "checkpoints")
     assert kept == run / "checkpoints" / "step_000000010-0001"

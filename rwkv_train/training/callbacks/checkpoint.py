@@ -120,8 +120,8 @@ class CheckpointCallback(Callback):
         strategy.settle()
         self._report(strategy)
 
-    def leave_out_the_end(self) -> None:
-        """The end of the training is not saved: there is no time."""
+    def skip_last_save(self) -> None:
+        """The last step is not saved when training ends: there is no time."""
         self.at_end = False
 
     def save(self, trainer: L.Trainer) -> None:

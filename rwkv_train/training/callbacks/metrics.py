@@ -123,6 +123,7 @@ class Metrics(Callback):
     ) -> None:
         assert isinstance(pl_module, RWKVModule)
         self._watch.mark("optimizer")
+        now = time.perf_counter()  # the same instant: statistics count for the next step, in `seconds` and in its parts
         statistics, verdict = pl_module.statistics, pl_module.verdict
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -133,7 +134,7 @@ class Metrics(Callback):
         values = {key: value.to(strategy.root_device) for key, value in values.items()}
         if statistics.due:
             values |= statistics.layer_values(strategy)
-        now, step = time.perf_counter(), trainer.global_step
+        step = trainer.global_step
         row: Row = {"step": step, "tokens": pl_module.tokens_seen, "lr": pl_module.lr}
         row |= {"seconds": round(now - self._began, 6), "time": round(time.time(), 3), "memory": _memory(strategy)}
         if len(statistics.sources) > 1:

@@ -50,7 +50,7 @@ class StopOnSignal(Callback):
         self._exchange: dist.Work | None = None
 
     def connect(self, saving: CheckpointCallback) -> None:
-        """Gives it the callback that saves where the run stops; signals are heard before there is one."""
+        """Sets the callback that saves when the run stops; signals are handled before it exists."""
         self._saving = saving
 
     @contextmanager
@@ -114,7 +114,7 @@ class StopOnSignal(Callback):
         takes = self._saving.takes
         short = left is not None and takes is not None and left < takes
         if trainer.strategy.broadcast(short):
-            self._saving.leave_out_the_end()
+            self._saving.skip_last_save()
             if short:
                 self.too_late = f"{max(left or 0, 0):.0f} s are left and a checkpoint takes {takes:.0f} s"
 
