@@ -41,7 +41,7 @@ def share_prefixes(
         batch: texts per batch; those of a batch have similar numbers of tokens left.
     """
     ordered = sorted(range(len(texts)), key=lambda number: list(texts[number]))
-    at_once = max(2, STATE_BYTES // max(1, model.empty_state(1).row_bytes()))
+    at_once = max(2, MAX_STATE_BYTES // max(1, model.empty_state(1).row_bytes()))
     for first in range(0, len(ordered), at_once):
         prefixed = _read_prefixes(model, texts, limits, ordered[first : first + at_once])
         prefixed.sort(key=lambda text: text.read - len(texts[text.number]))  # longest rest first
