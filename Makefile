@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser train test test-slow test-long test-kernels test-slurm lint format check golden bench gpu
+.PHONY: help setup browser train test test-slow test-long test-kernels test-slurm test-pythons lint format check golden bench gpu
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -22,8 +22,8 @@ setup: $(STAMP) ## .venv with the exact versions of constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3 python3-venv"; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
-	  || { echo "$$($(PYTHON) --version) is not supported, 3.10 to 3.13 are: make PYTHON=python3.11 …"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "$$($(PYTHON) --version) is not supported, 3.11 to 3.13 are: make PYTHON=python3.11 …"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "venv is missing: apt-get install python3-venv"; exit 2; }
 	@command -v $${CXX:-g++} >/dev/null || echo "g++ is missing, training will be slow: apt-get install g++"
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,9 @@ test-kernels: setup ## the CUDA kernels on a CPU: every shape, planted errors, n
 
 test-slurm: setup ## a SLURM of six nodes on this machine, installed where it is not there (root, Debian); at most 7 minutes
 	$(RUN) -m pytest -m slurm $(ARGS)
+
+test-pythons: setup ## install, train, prepare and export on each other Python that we support and this machine has
+	TORCH_INDEX="$(TORCH_INDEX)" $(RUN) scripts/pythons.py $(ARGS)
 
 lint: setup ## format, lint, types, spelling, import layers
 	$(RUN) -m ruff format --check .

@@ -20,7 +20,7 @@ import measure
 import torch
 
 from rwkv_train.inference.generate import generate
-from rwkv_train.models import RWKV, ModelConfig, build_model
+from rwkv_train.models import LanguageModel, ModelConfig, build_model
 from rwkv_train.training.loss import language_model_loss
 from rwkv_train.training.throughput import keep_freed_memory
 
@@ -28,11 +28,11 @@ LENGTHS = (512, 1024, 2048, 4096, 8192)
 TOKENS = 8192  # per step, for every length
 
 
-def model() -> RWKV:
+def model() -> LanguageModel:
     return build_model(ModelConfig("rwkv4", n_layer=4, n_embd=128, vocab_size=256))
 
 
-def step(network: RWKV, length: int, tokens: int = TOKENS) -> None:
+def step(network: LanguageModel, length: int, tokens: int = TOKENS) -> None:
     text = torch.randint(256, (tokens // length, length + 1), generator=torch.Generator().manual_seed(length))
     logits, _ = network(text[:, :-1])
     language_model_loss(logits, text[:, 1:]).backward()

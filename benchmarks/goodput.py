@@ -12,6 +12,7 @@ import json
 
 from measure import table
 
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.models import ModelConfig
 from rwkv_train.planning.cards import CARDS
 from rwkv_train.planning.goodput import RATES, USUAL, between_failures, goodput, interval, saving
@@ -29,7 +30,7 @@ def main() -> None:
     card, counts = CARDS["h100-80g"], count(FOURTEEN, "bf16-mixed")
     lines, figures = [], {}
     for nodes in (8, 16, 32, 64, 128, 256, 512, 1024):
-        layout = Layout("deepspeed_3", 8 * nodes, 2, 4096, 1, 1, True)
+        layout = Layout("deepspeed_3", Mesh(8 * nodes), 2, 4096, 1, 1, True)
         needs, pace = memory(counts, layout), speed(counts, layout, card, "bf16-mixed")
         cost = saving(needs, layout, card.per_machine, pace.seconds)
         cells = [f"{nodes:,}", f"{cost.pause:.1f}", f"{cost.write:.0f}"]

@@ -79,7 +79,7 @@ def measure(size: str, compiled: bool, rate: float, rounds: int) -> dict[str, An
             torch.cuda.empty_cache()
             continue
         speed = B * T / seconds
-        flops = 6 * model.matmul_parameters() * speed
+        flops = model.flops_per_token(T) * speed
         peak = next((peak for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()), None)
         row |= {"B": B, "tokens_per_s": round(speed), "matmul_fraction": round(flops / rate, 3)}
         row["mfu"] = None if peak is None else round(flops / peak, 3)

@@ -11,6 +11,7 @@ import json
 
 from measure import table
 
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.models import ModelConfig
 from rwkv_train.planning.cards import CARDS, Card
 from rwkv_train.planning.memory import Layout, memory
@@ -44,7 +45,7 @@ def main() -> None:
     parser.parse_args()
     counts, figures = count(FOURTEEN, "bf16-mixed"), {}
     for strategy in ("ddp", "deepspeed_1", "deepspeed_2", "deepspeed_3", "fsdp", "deepspeed_3_offload"):
-        layout = Layout(strategy, 64, 2, 4096, 2, 1, True)
+        layout = Layout(strategy, Mesh(64), 2, 4096, 2, 1, True)
         figures[strategy] = row(counts, layout, CARDS["a100-80g"])
     head = list(figures["ddp"])
     print("14B, 64 × A100-80G, context 4096 × micro-batch 2 × 2 passes, blocks recomputed")
@@ -53,7 +54,7 @@ def main() -> None:
     for name, (layers, channels) in LARGER.items():
         counts = count(ModelConfig("rwkv4", layers, channels, 65536), "bf16-mixed")
         for devices, micro in ((256, 2), (1024, 1), (1024, 2)):
-            found = row(counts, Layout("deepspeed_3", devices, micro, 4096, 1, 1, True), CARDS["h100-80g"])
+            found = row(counts, Layout("deepspeed_3", Mesh(devices), micro, 4096, 1, 1, True), CARDS["h100-80g"])
             lines.append(
                 [name, f"{counts.parameters / 1e9:.1f}", str(devices), str(micro), *(f"{found[k]:,.1f}" for k in head)]
             )

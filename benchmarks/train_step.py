@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, RwkvConfig, RwkvForCausalLM
 
-from rwkv_train.models import RWKV, ModelConfig, build_model
+from rwkv_train.models import LanguageModel, ModelConfig, build_model
 from rwkv_train.training.loss import language_model_loss
 from rwkv_train.training.throughput import keep_freed_memory
 
@@ -117,14 +117,14 @@ def main() -> None:
         rounds, slow_rounds = (6 if T == 128 else 4, 1) if quick else (25 if T == 128 else 15, 3)
         found = compare(B, T, trainees, rounds, slow_rounds)
         speed = found["speed"]
-        assert isinstance(ours, RWKV)
+        assert isinstance(ours, LanguageModel)
         result[name] = {
-            "matmul_fraction": round(6 * ours.matmul_parameters() * speed["ours"] / found["rate"], 3),
+            "matmul_fraction": round(ours.flops_per_token(T) * speed["ours"] / found["rate"], 3),
             "vs_hf_rwkv": round(speed["ours"] / speed["hf_rwkv"], 3),
             "vs_hf_llama": round(speed["ours"] / speed["hf_llama"], 3),
             "tokens_per_s": round(speed["ours"]),
         }
-        llama_fraction = 6 * ours.matmul_parameters() * speed["hf_llama"] / found["rate"]
+        llama_fraction = ours.flops_per_token(T) * speed["hf_llama"] / found["rate"]
         rows.append(
             [
                 name.replace("_", " "),

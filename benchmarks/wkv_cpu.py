@@ -3,7 +3,7 @@
     python benchmarks/wkv_cpu.py [--quick]
 
 The floor of forward + backward is the larger of moving 36 bytes an element (forward: k, v, y; backward: k, v, the
-gradient of y, dk, dv; and one to spare) at the measured copy bandwidth, and 6 exponentials an element at the faster of
+gradient of y, dk, dv; and one more) at the measured copy bandwidth, and 6 exponentials an element at the faster of
 torch.exp and ours. The last line is one JSON object.
 """
 
@@ -21,6 +21,7 @@ import torch
 
 from rwkv_train import ops
 from rwkv_train.ops import build
+from rwkv_train.ops.families import FAMILIES
 from rwkv_train.training.throughput import keep_freed_memory
 
 EXPONENTIAL = """
@@ -84,8 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repeats, under 50 seconds")
     rounds = 7 if parser.parse_args().quick else 25
-    assert build.CPP.load(), "the C++ engine is not available"
-    memory = extra_memory(1, 65536, 512)  # before the allocator is told to keep what is freed
+    engine = FAMILIES["wkv4"].cpp
+    assert engine.load(), engine.error
+    memory = extra_memory(1, 65536, 512)  # before the allocator is set to keep freed memory
     keep_freed_memory()
     threads = torch.get_num_threads()
 
@@ -95,7 +97,7 @@ def main() -> None:
     alone: list[float] = []
     together: list[float] = []
     case.step()
-    for _ in range(rounds):  # the floor is measured beside the operator, in every round
+    for _ in range(rounds):  # the floor and the operator are measured in turn, in every round
         bandwidths.append(measure.copy_bytes_per_second(8 * case.elements, 2))  # far beyond any cache
         exponentials = max(exponentials, our_exponentials_per_second() * threads, torch_exponentials_per_second())
         together.append(measure.seconds(case.step))
@@ -137,7 +139,7 @@ def main() -> None:
         ],
         ["memory beyond inputs and outputs", f"{memory:.3f}", "of one (B, T, C) tensor, B1 T65536 C512"],
     ]
-    print(measure.table(["what", "measured", "beside it"], rows))
+    print(measure.table(["what", "measured", "for comparison"], rows))
     print(json.dumps(result))
 
 

@@ -1,10 +1,11 @@
-"""wkv4 on a GPU: measured beside predicted, against a copy of the same bytes, one thread a channel, and other kernels.
+"""wkv4 on a GPU, measured and predicted, against a copy of the same bytes, one thread a channel, and other kernels.
 
     python benchmarks/wkv_gpu.py [--quick]
 
 Forward + backward in bfloat16. The floor is 16 bytes an element (k, v, y; k, v, the gradient of y, dk, dv) at the
-bandwidth of a large copy that is measured in the same run; flash-linear-attention's RWKV-4 kernel takes part where it
-is installed. Without a card the prediction alone is printed, for an A100 and an H100. The last line is one JSON object.
+bandwidth of a large copy that is measured in the same run; flash-linear-attention's RWKV-4 kernel is measured too
+where it is installed. Without a GPU only the prediction is printed, for an A100 and an H100. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import wkv_cost as cost
 from measure import table
 from torch import Tensor
 
-from rwkv_train.ops import cost, library, reference
+from rwkv_train.ops import reference
+from rwkv_train.ops.families import FAMILIES
+from rwkv_train.ops.registration.wkv4 import segments_on
 
 CHANNELS = {"169m": 768, "430m": 1024, "1b5": 2048, "3b": 2560, "7b": 4096, "14b": 5120}
 LENGTHS = ((8, 1024), (2, 4096), (1, 16384), (1, 65536))
 
 
-def predicted(card: cost.Card) -> list[dict[str, Any]]:
+def predicted(gpu: cost.Gpu) -> list[dict[str, Any]]:
     rows = []
     for size, C in CHANNELS.items():
         for B, T in LENGTHS:
-            ours, alone = cost.predict(card, B, T, C), cost.predict(card, B, T, C, 0)
+            ours, alone = cost.predict(gpu, B, T, C), cost.predict(gpu, B, T, C, 0)
             rows.append(
                 {
-                    "card": card.name,
+                    "card": gpu.name,
                     "size": size,
                     "B": B,
                     "T": T,
@@ -46,7 +50,7 @@ def predicted(card: cost.Card) -> list[dict[str, Any]]:
 
 
 def milliseconds(run: Callable[[], object], seconds: float) -> float:
-    """Median over as many calls as fit into about `seconds`, timed on the card."""
+    """Median over as many calls as fit into about `seconds`, timed on the GPU."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -71,7 +75,7 @@ def fla_kernel() -> Callable[..., Any] | None:
     try:
         from fla.ops.rwkv4 import fused_recurrent_rwkv4
     except Exception as error:  # not installed, or it does not import on this machine
-        print(f"flash-linear-attention's kernel takes no part: {type(error).__name__}: {error}")
+        print(f"flash-linear-attention's kernel is not measured: {type(error).__name__}: {error}")
         return None
     kernel: Callable[..., Any] = fused_recurrent_rwkv4
     return kernel
@@ -108,20 +112,26 @@ class Case:
 
 
 def measured(quick: bool) -> list[dict[str, Any]]:
-    assert library.CUDA.load(), library.CUDA.error
+    engine = FAMILIES["wkv4"].cuda
+    assert engine.load(), engine.error
     budget = 0.1 if quick else 0.5
     bandwidth, other = copy_bytes_per_second(budget), fla_kernel()
     name, count = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).multi_processor_count
-    card = min((cost.A100, cost.H100), key=lambda card: abs(card.multiprocessors - count))
+    nearest = min((cost.A100, cost.H100), key=lambda gpu: abs(gpu.multiprocessors - count))
     rows = []
-    for row in predicted(card):
+    for row in predicted(nearest):
         B, T, C = row["B"], row["T"], row["C"]
         if quick and (row["size"] not in ("430m", "1b5") or (B, T) not in ((8, 1024), (1, 16384))):
             continue
         try:
-            case, segments = Case(B, T, C), cost.segments_on(B, T, C, count)
+            case, segments = Case(B, T, C), segments_on(B, T, C, count)
             time, floor = milliseconds(lambda: case.ours(segments), budget), 16e3 * B * T * C / bandwidth  # noqa: B023
-            row |= {"card": name, "predicted_for": card.name, "us": round(time * 1e3), "ratio": round(time / floor, 2)}
+            row |= {
+                "card": name,
+                "predicted_for": nearest.name,
+                "us": round(time * 1e3),
+                "ratio": round(time / floor, 2),
+            }
             row |= {"copy_GBps": round(bandwidth / 1e9), "error": case.error(segments)}
             row["us_one_thread_a_channel"] = round(1e3 * milliseconds(lambda: case.ours(0), budget))  # noqa: B023
             if other is not None:

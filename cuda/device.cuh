@@ -1,4 +1,4 @@
-// The words that the CUDA kernels share: storage types, vector loads, launches.
+// What the CUDA kernels of every operator family share: storage types, vector loads, launches.
 // Free of torch headers. Without nvcc the same sources compile on a CPU: tests/ops/emulator has the `emulator.h`.
 #pragma once
 
@@ -69,7 +69,7 @@ template <class S, int V> __device__ __forceinline__ Pack<S, V> pack(const float
   return to;
 }
 
-// One access of so many bytes; of a struct of pairs nvcc makes an access for each.
+// A type of BYTES bytes that one access moves; for a struct of pairs nvcc makes an access for each pair.
 template <int BYTES> struct WordOf;
 template <> struct WordOf<2> { using type = uint16_t; };
 template <> struct WordOf<4> { using type = uint32_t; };
@@ -91,7 +91,7 @@ template <class S, int V> __device__ __forceinline__ void store(S *to, const flo
   *reinterpret_cast<Word<sizeof(packed)> *>(to) = word;
 }
 
-// Asks for a line that will be read soon. It costs no register, unlike a load ahead of time.
+// Prefetches a cache line that will be read soon. Unlike an early load it costs no register.
 __device__ __forceinline__ void prefetch(const void *address) {
 #ifdef __CUDACC__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
@@ -105,7 +105,7 @@ template <class S, int V, class... P> bool aligned(int64_t C, const P *...pointe
   return C % V == 0 && ((reinterpret_cast<uintptr_t>(pointers) % (V * sizeof(S)) == 0) && ...);
 }
 
-// What a launch brought: null, or the error in words.
+// The result of a launch: null, or the error message.
 inline const char *launched() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

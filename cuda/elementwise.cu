@@ -1,5 +1,4 @@
-// The element-wise parts of a block on a GPU, each in one pass over memory; wkv4_cpu.cpp's neighbour elementwise_cpu.cpp
-// is the same for CPUs.
+// The element-wise parts of a block on a GPU, each in one pass over memory; elementwise_cpu.cpp has them for CPUs.
 #include "device.cuh"
 
 #include "kernels.h"
@@ -9,14 +8,14 @@ namespace rwkv {
 namespace {
 
 constexpr int MIX_LANES = 32, MIX_WARPS = 8, MIX_STEPS = 8, MIX_ROWS = MIX_WARPS * MIX_STEPS;
-constexpr int MOST_MIXES = MOST_SUMS, FLAT_THREADS = 256, WIDE = 4;  // WIDE: a thread's channels; half as many back
+constexpr int MAX_MIXES = MAX_SUMS, FLAT_THREADS = 256, WIDE = 4;  // WIDE: channels of a thread, backward half
 
 struct ShiftMix {
   int64_t B, T, C, count;
   const void *x, *previous;       // (B, T, C); (B, C) or null
-  const float *mix[MOST_MIXES];   // (C) each
-  void *out[MOST_MIXES];          // forward
-  const void *grad[MOST_MIXES];   // backward: gradients of the outputs
+  const float *mix[MAX_MIXES];    // (C) each
+  void *out[MAX_MIXES];           // forward
+  const void *grad[MAX_MIXES];    // backward: gradients of the outputs
   void *dx, *dprevious;
   float *parts;                   // (B · ceil(T / MIX_ROWS), count, C)
   __host__ __device__ int64_t blocks() const { return (T + MIX_ROWS - 1) / MIX_ROWS; }
@@ -87,7 +86,7 @@ template <class S, int V> __global__ __launch_bounds__(MIX_LANES * MIX_WARPS, 2)
 #pragma unroll
       for (int i = 0; i < V; ++i) mix[i] = a.mix[which][at.c + i];
     }
-    Pack<S, V> g[MIX_STEPS + 1] = {};  // the last: of the row behind, whose shift reaches back to this thread's last row
+    Pack<S, V> g[MIX_STEPS + 1] = {};  // the last: of the next row, whose shift reaches this thread's last row
 #pragma unroll
     for (int j = 0; j <= MIX_STEPS; ++j)
       if (j < at.count || (j == at.count && at.count > 0 && at.t + j < a.T)) g[j] = load<S, V>(from + j * a.C);
@@ -209,13 +208,13 @@ template <class F> const char *on_elements(int storage, const Flat &a, void *str
     using S = decltype(kind);
     constexpr int V = 16 / sizeof(S);
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
-    const bool whole = aligned<S, V>(V, a.in[0], a.in[1], a.in[2], a.out[0], a.out[1]);  // null pointers are aligned
-    return whole ? launch_flat<S, F, V>(a, on) : launch_flat<S, F, 1>(a, on);
+    const bool aligned_all = aligned<S, V>(V, a.in[0], a.in[1], a.in[2], a.out[0], a.out[1]);  // null pointers are aligned
+    return aligned_all ? launch_flat<S, F, V>(a, on) : launch_flat<S, F, 1>(a, on);
   });
 }
 
 template <class Body> const char *on_rows(int storage, const ShiftMix &a, int width, const Body &body) {
-  if (a.B < 1 || a.T < 1 || a.C < 1 || a.count < 1 || a.count > MOST_MIXES)
+  if (a.B < 1 || a.T < 1 || a.C < 1 || a.count < 1 || a.count > MAX_MIXES)
     return "shift_mix needs B, T and C of at least 1 and 1 to 8 mixes";
   return with_storage(storage, [&](auto kind) {
     using S = decltype(kind);
@@ -226,11 +225,11 @@ template <class Body> const char *on_rows(int storage, const ShiftMix &a, int wi
 }
 
 // Whether all tensors of a can be read WIDE elements at a time.
-bool whole(int storage, const ShiftMix &a) {
+bool aligned_all(int storage, const ShiftMix &a) {
   const uintptr_t bytes = WIDE * (storage == 0 ? 4 : 2);
   uintptr_t all = reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.previous);
   all |= reinterpret_cast<uintptr_t>(a.dx) | reinterpret_cast<uintptr_t>(a.dprevious);
-  for (int i = 0; i < MOST_MIXES; ++i) all |= reinterpret_cast<uintptr_t>(a.out[i]) | reinterpret_cast<uintptr_t>(a.grad[i]);
+  for (int i = 0; i < MAX_MIXES; ++i) all |= reinterpret_cast<uintptr_t>(a.out[i]) | reinterpret_cast<uintptr_t>(a.grad[i]);
   return a.C % WIDE == 0 && all % bytes == 0;
 }
 
@@ -244,8 +243,8 @@ extern "C" const char *rwkv_shift_mix(int storage, int64_t B, int64_t T, int64_t
                                       void *stream) {
   ShiftMix a{};
   a.B = B, a.T = T, a.C = C, a.count = count, a.x = x, a.previous = previous;
-  for (int i = 0; i < count && i < MOST_MIXES; ++i) a.mix[i] = mixes[i], a.out[i] = outputs[i];
-  const bool wide = whole(storage, a);
+  for (int i = 0; i < count && i < MAX_MIXES; ++i) a.mix[i] = mixes[i], a.out[i] = outputs[i];
+  const bool wide = aligned_all(storage, a);
   return on_rows(storage, a, wide ? WIDE : 1, [&](auto kind, dim3 grid, dim3 block) {
     using S = decltype(kind);
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
@@ -263,9 +262,9 @@ extern "C" const char *rwkv_shift_mix_backward(int storage, int64_t B, int64_t T
   Sums sums{scratch, 0, C, count * C, C, int(count), {}};
   a.B = B, a.T = T, a.C = C, a.count = count, a.x = x, a.previous = previous;
   a.dx = dx, a.dprevious = dprevious, a.parts = scratch, sums.rows = B * a.blocks();
-  for (int i = 0; i < count && i < MOST_MIXES; ++i)
+  for (int i = 0; i < count && i < MAX_MIXES; ++i)
     a.mix[i] = mixes[i], a.grad[i] = gradients[i], sums.out[i] = dmixes[i];
-  const bool wide = whole(storage, a);
+  const bool wide = aligned_all(storage, a);
   return on_rows(storage, a, wide ? WIDE / 2 : 1, [&](auto kind, dim3 grid, dim3 block) {
     using S = decltype(kind);
     const cudaStream_t on = static_cast<cudaStream_t>(stream);

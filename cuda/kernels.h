@@ -1,8 +1,8 @@
-// The launchers of the CUDA kernels, as plain C functions: the binding calls them, and so do the tests, by ctypes.
+// The launchers of the CUDA kernels, as plain C functions: the bindings call them, and so do the tests, by ctypes.
 //
-// Each returns null, or what is wrong in words. `storage` is the dtype of k, v, y, x …: 0 float, 1 bfloat16, 2 half;
-// everything else is float. All tensors are contiguous and on one card; `stream` is a cudaStream_t. Nothing here
-// waits for the card or allocates on it.
+// Each returns null, or an error message. `storage` is the dtype of k, v, y, x …: 0 float, 1 bfloat16, 2 half;
+// everything else is float. All tensors are contiguous and on one GPU; `stream` is a cudaStream_t. Nothing here
+// waits for the GPU or allocates on it.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ extern "C" {
 constexpr int64_t RWKV_CHUNK = 64;
 
 // wkv4: k, v, y (B, T, C); w, u (C); state, new_state (B, 3, C); saved (B, (T - 1) / 64, 3, C).
-// `segments`: 0 runs the sequential kernel, n > 0 the time-parallel one with time cut into n pieces (at most one a
+// `segments`: 0 runs the sequential kernel, n > 0 the time-parallel one with time cut into n segments (at most one per
 // chunk). scratch: 6 · B · segments · C floats, where segments > 1.
 const char *rwkv_wkv4_forward(int storage, int64_t B, int64_t T, int64_t C, int64_t segments, const float *w,
                               const float *u, const void *k, const void *v, const float *state, void *y,

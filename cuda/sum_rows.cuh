@@ -6,13 +6,13 @@
 
 namespace rwkv {
 
-constexpr int MOST_SUMS = 8, SUM_LANES = 32, SUM_ROWS = 8;
+constexpr int MAX_SUMS = 8, SUM_LANES = 32, SUM_ROWS = 8;
 
 struct Sums {
   const float *in;
   int64_t rows, n, stride, offset;  // out[i][c] = Σ over row of in[i · offset + row · stride + c] for c < n
   int count;
-  float *out[MOST_SUMS];
+  float *out[MAX_SUMS];
 };
 
 static __global__ __launch_bounds__(SUM_LANES * SUM_ROWS) void sum_rows_kernel(const __grid_constant__ Sums a) {

@@ -8,7 +8,6 @@
 namespace rwkv {
 namespace {
 
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class S, int V> const char *forward(const Forward &a, cudaStream_t stream) {

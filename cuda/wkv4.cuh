@@ -1,5 +1,5 @@
-// The recurrence of RWKV-4's wkv and its gradient, as both ways to cut it use them. The equations, those of the gradient
-// too, stand at the head of wkv4_cpu.cpp.
+// The recurrence of RWKV-4's wkv and its gradient, shared by the sequential and the parallel kernels. The equations of
+// both are at the head of wkv4_cpu.cpp.
 #pragma once
 
 #include "device.cuh"
@@ -11,7 +11,7 @@ namespace {
 constexpr int LANES = 32, WARPS = 8, STEPS = 8;  // a chunk is WARPS · STEPS steps
 constexpr int CHUNK = int(RWKV_CHUNK), ALONE = 64;  // ALONE: threads in a block of the sequential kernels
 constexpr float EMPTY_MAXIMUM = -1e38f;
-constexpr float NEAR = 40.f;  // |u + w| up to here: y does with the weights of the new state, as in wkv4_cpu.cpp
+constexpr float NEAR = 40.f;  // |u + w| up to here: the weights of the new state serve y too, as in wkv4_cpu.cpp
 static_assert(CHUNK == WARPS * STEPS, "a block of the parallel kernels works on one chunk at a time");
 
 struct Inputs {
@@ -26,7 +26,7 @@ struct Inputs {
 struct Forward : Inputs {
   void *y;
   float *new_state, *saved;       // saved: (B, chunks - 1, 3, C), the states before each chunk but the first
-  float *summaries, *starts;      // (B, segments, 3, C) of each segment from nothing; the states before each segment
+  float *summaries, *starts;      // (B, segments, 3, C) of each segment from the empty one; the states before each segment
 };
 
 struct Backward : Inputs {
@@ -35,7 +35,7 @@ struct Backward : Inputs {
   const float *gstate;            // of new_state, or null
   void *dk, *dv;
   float *dstate, *parts;          // parts: (2, B · segments, C), of dw and du
-  float *maps, *ends;             // (B, segments, 5, C) what a segment does to a gradient; the gradients behind each
+  float *maps, *ends;             // (B, segments, 5, C) a segment's map of gradients; the gradients after each
 };
 
 struct State {
@@ -47,7 +47,7 @@ struct Gradient {
   float n, d, q;
 };
 
-// What some steps do to the gradient behind them: n → n_out + factor · n, d likewise, q → keep · q.
+// How some steps map the gradient of the state after them: n → n_out + factor · n, d likewise, q → keep · q.
 struct Map {
   float factor, keep, n, d;
 };
@@ -71,7 +71,7 @@ __device__ __forceinline__ State then(State before, State part, float decay) {
 
 __device__ __forceinline__ State step(State s, float w, float k, float v) { return then(s, {v, 1.f, k}, w); }
 
-// PLAIN is the usual case, without what it does not need: all STEPS steps of a thread are there, |u + w| is at most NEAR,
+// PLAIN is the usual case, without what it does not need: a thread has all its STEPS steps, |u + w| is at most NEAR,
 // and going back there is no gradient of new_state, which alone needs q. The `u` of the functions is then e^(u+w).
 template <int V> __device__ __forceinline__ bool near(const float *w, const float *u, float *bonus) {
   bool all = true;
@@ -92,7 +92,7 @@ template <bool PLAIN> __device__ __forceinline__ Output output(State s, Weights 
   return {e, inverse, fmaf(e.past, s.n, e.now * v) * inverse};
 }
 
-// How much of q passes a step: all of it where the past has won the maximum, half at a tie.
+// The share of q that passes a step: 1 where the past has the larger exponent, half at a tie.
 __device__ __forceinline__ float kept(float decayed, float k) { return decayed < k ? 0.f : decayed == k ? 0.5f : 1.f; }
 
 __device__ __forceinline__ Gradient through(Map m, Gradient g) {
@@ -109,19 +109,19 @@ struct Slopes {
   float dk, dv, dw, du;
 };
 
-// One step back: s is the state before it, g the gradient of y_t; `behind` becomes the gradient of s.
+// One step back: s is the state before it, g the gradient of y_t; `after` becomes the gradient of s.
 template <bool PLAIN>
-__device__ __forceinline__ Slopes step_back(State s, float w, float u, float k, float v, float g, Gradient &behind) {
+__device__ __forceinline__ Slopes step_back(State s, float w, float u, float k, float v, float g, Gradient &after) {
   const float decayed = s.p + w;
   const Weights next = weigh(decayed, k);
   const Output out = output<PLAIN>(s, next, u, k, v);
   const float scaled = g * out.inverse;
   const float bonus = out.e.past * out.e.now * scaled * fmaf(v, s.d, -s.n) * out.inverse;
-  const float q = PLAIN ? 0.f : kept(decayed, k) * behind.q, won = PLAIN ? 0.f : behind.q - q;
-  const Slopes result = {bonus + next.now * fmaf(v, behind.n, behind.d) + won,
-                         fmaf(out.e.now, scaled, next.now * behind.n),
-                         next.past * fmaf(s.n, behind.n, s.d * behind.d) + q, bonus};
-  behind = {fmaf(out.e.past, scaled, next.past * behind.n), fmaf(next.past, behind.d, -out.e.past * scaled * out.y), q};
+  const float q = PLAIN ? 0.f : kept(decayed, k) * after.q, won = PLAIN ? 0.f : after.q - q;
+  const Slopes result = {bonus + next.now * fmaf(v, after.n, after.d) + won,
+                         fmaf(out.e.now, scaled, next.now * after.n),
+                         next.past * fmaf(s.n, after.n, s.d * after.d) + q, bonus};
+  after = {fmaf(out.e.past, scaled, next.past * after.n), fmaf(next.past, after.d, -out.e.past * scaled * out.y), q};
   return result;
 }
 
@@ -140,17 +140,17 @@ __device__ __forceinline__ void write_state(float *to, int64_t at, int64_t C, St
   to[at] = s.n, to[at + C] = s.d, to[at + 2 * C] = s.p;
 }
 
-// dn_0, dd_0 and dp_0 from the gradient that arrives at the first state.
+// dn_0, dd_0 and dp_0 from the gradient of the first state.
 __device__ __forceinline__ void write_dstate(float *to, int64_t at, int64_t C, State first, Gradient g) {
   write_state(to, at, C, {g.n, g.d, g.q + first.n * g.n + first.d * g.d});
 }
 
-// How many of a thread's next STEPS steps there are, given how many are left in all; STEPS + 1 where more follow them.
+// How many of its next STEPS steps a thread has, given how many are left; STEPS + 1 where more follow them.
 __device__ __forceinline__ int steps_of(int64_t left) {
   return left < 0 ? 0 : left > STEPS ? STEPS + 1 : int(left);
 }
 
-// `count` rows of V channels, at most STEPS; the rest of `to` stays as it is. APART: the usual case, all of them, costs no
+// `count` rows of V channels, at most STEPS; the rest of `to` is not written. APART: the usual case, all of them, needs no
 // predicates, but registers for its addresses.
 template <class S, int V, bool APART = true>
 __device__ __forceinline__ void load_steps(Pack<S, V> *to, const void *from, int64_t at, int64_t C, int count) {
@@ -165,7 +165,7 @@ __device__ __forceinline__ void load_steps(Pack<S, V> *to, const void *from, int
   }
 }
 
-// The state that STEPS steps give from nothing. Where there are fewer it is of no use, and nobody uses it.
+// The state that STEPS steps give from the empty one. With fewer steps it is not used.
 template <class S, int V>
 __device__ __forceinline__ void summarise(const Pack<S, V> *k, const Pack<S, V> *v, const float *w, State *local) {
   float x[STEPS][V];
@@ -192,7 +192,7 @@ __device__ __forceinline__ void summarise(const Pack<S, V> *k, const Pack<S, V> 
   }
 }
 
-// The outputs of STEPS steps; s becomes the state behind them.
+// The outputs of STEPS steps; s becomes the state after them.
 template <bool PLAIN, class S, int V>
 __device__ __forceinline__ void go_forward(const Pack<S, V> *k, const Pack<S, V> *v, int count, const float *w,
                                            const float *u, State *s, S *y, int64_t C) {
@@ -211,8 +211,9 @@ __device__ __forceinline__ void go_forward(const Pack<S, V> *k, const Pack<S, V>
   }
 }
 
-// The gradients of STEPS steps, from the last back to the first; g is that of the state behind them and becomes that of
-// the state before them; dw and du are added to. `before` holds the states before the even steps, the odd ones cost less than their registers.
+// The gradients of STEPS steps, from the last back to the first; g is that of the state after them and becomes that of
+// the state before them; dw and du are added to. `before` holds the states before the even steps only: computing the
+// odd ones again costs less than their registers.
 template <bool PLAIN, class S, int V>
 __device__ __forceinline__ void go_back(const Pack<S, V> *k, const Pack<S, V> *v, const Pack<S, V> *gy,
                                         const State (*before)[V], int count, const float *w, const float *u, Gradient *g,
@@ -236,7 +237,7 @@ __device__ __forceinline__ void go_back(const Pack<S, V> *k, const Pack<S, V> *v
 }
 
 // Where a thread works: V channels from c on of sequence b; its segment of time where there are several.
-struct Place {
+struct Position {
   int64_t b, c;
   int segment;
   bool inside;

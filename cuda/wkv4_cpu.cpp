@@ -22,7 +22,7 @@
 // The backward pass goes chunk by chunk from the end: it recomputes a chunk's states from the saved one into scratch
 // that stays in the second-level cache. The sums over time for dw and du are taken per chunk first, which keeps their
 // rounding error small, and per sequence and channel, so that results do not depend on the number of threads.
-#include "cpu.h"
+#include "wkv4_cpu.h"
 
 #include <algorithm>
 
@@ -46,7 +46,7 @@ struct State {
   void read(const float *from, int64_t C, int64_t lanes) {
     std::copy_n(from, lanes, n), std::copy_n(from + C, lanes, d), std::copy_n(from + 2 * C, lanes, p);
   }
-  void empty(int64_t lanes) {  // that of reference.py: nothing was seen
+  void empty(int64_t lanes) {  // the initial state of reference.py
     std::fill_n(n, lanes, 0.0f), std::fill_n(d, lanes, 0.0f), std::fill_n(p, lanes, -1e38f);
   }
   void write(float *to, int64_t C, int64_t lanes) const {
@@ -78,7 +78,7 @@ template <bool WRITE, class S> void prefetch(const S *row, int64_t lanes) {
 }
 
 // Some channels of one sequence through one chunk of time. `next` is how far on in memory the next block's rows are: a
-// block fetches them while it computes, since the hardware's prefetchers see only short pieces of rows, often a page apart.
+// block fetches them while it computes, since the hardware's prefetchers see only short parts of rows, often a page apart.
 struct Block {
   int64_t b, first, lanes, begin, end, next;
 
@@ -160,7 +160,7 @@ void recompute(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &at, St
   }
 }
 
-// Between chunks Gn, Gd and q wait in dstate, the sums for w and u in dw and du. WITH_STATE: q is carried too.
+// Between chunks Gn, Gd and q are kept in dstate, the sums for w and u in dw and du. WITH_STATE: q is carried too.
 template <bool WITH_STATE, bool NEAR_BONUS, class S>
 void backward_block(const Wkv4Shape &s, const Wkv4Backward<S> &a, const Block &at, const Bonus &bonus, float *scratch) {
   const float *w = a.w + at.first, *u = a.u + at.first, *start = state_before(s, a, at);

@@ -1,7 +1,7 @@
 // wkv4 parallel in time. A block takes 32 V channels, its 8 warps take 8 steps each of a chunk of 64. The recurrence is
-// associative: a warp summarises its steps as the state that they give from nothing; each warp then puts together the
-// summaries before its own and runs its steps again, from registers, from the right state. Where there are fewer blocks
-// than the card has room for, time is cut into segments as well: a first launch summarises each segment, a second scans
+// associative: a warp summarises its steps as the state that they give from the empty one; each warp then combines
+// the summaries before its own and runs its steps again, from registers, from the right state. Where there are fewer blocks
+// than the GPU can hold, time is cut into segments as well: a first launch summarises each segment, a second scans
 // the summaries by warp shuffles, a third does the work.
 #pragma once
 
@@ -11,20 +11,20 @@ namespace rwkv {
 namespace {
 
 // A block of the parallel kernels; `segments` of them are launched.
-template <int V> __device__ __forceinline__ Place place(int64_t C, int64_t segments) {
+template <int V> __device__ __forceinline__ Position position(int64_t C, int64_t segments) {
   const int64_t columns = (C + LANES * V - 1) / (LANES * V), block = blockIdx.x;
   const int64_t c = block % columns * (LANES * V) + threadIdx.x * V;
   return {block / columns / segments, c, int(block / columns % segments), c < C};
 }
 
 
-constexpr int WIDTH = 2 * LANES;  // the most channels that a block has
+constexpr int WIDTH = 2 * LANES;  // the largest number of channels of a block
 
-// SUMMARY: only the state that a segment gives from nothing, for all segments but the last.
+// SUMMARY: only the state that a segment gives from the empty one, for all segments but the last.
 template <class S, int V, bool SUMMARY> __global__ __launch_bounds__(LANES * WARPS) void wkv4_forward_kernel(const __grid_constant__ Forward a) {
   __shared__ float part[2][WARPS][3][WIDTH], carry[2][3][WIDTH];
   const int warp = threadIdx.y, lane = threadIdx.x;
-  const Place at = place<V>(a.C, SUMMARY ? a.segments - 1 : a.segments);
+  const Position at = position<V>(a.C, SUMMARY ? a.segments - 1 : a.segments);
   const int first = int(a.first_chunk(at.segment)), last = int(a.first_chunk(at.segment + 1));
   const int64_t C = a.C;
   const int64_t rows = at.b * a.T * C + at.c, states = at.b * 3 * C + at.c;
@@ -101,7 +101,8 @@ template <class S, int V, bool SUMMARY> __global__ __launch_bounds__(LANES * WAR
   }
 }
 
-// What STEPS steps do to the gradient behind them, and the states before the even ones; s becomes the state behind them.
+// How STEPS steps map the gradient of the state after them, and the states before the even ones; s becomes the state
+// after them.
 template <bool PLAIN, class S, int V>
 __device__ __forceinline__ void map_steps(const Pack<S, V> *k, const Pack<S, V> *v, const Pack<S, V> *gy, int count,
                                           const float *w, const float *u, State *s, State (*before)[V], Map *steps) {
@@ -126,13 +127,13 @@ __device__ __forceinline__ void map_steps(const Pack<S, V> *k, const Pack<S, V> 
   }
 }
 
-// SUMMARY: only what a segment does to a gradient, for all segments but the first.
+// SUMMARY: only how a segment maps a gradient, for all segments but the first.
 template <class S, int V, bool SUMMARY>
 __global__ __launch_bounds__(LANES * WARPS, sizeof(S) == 2 ? 2 : 1) void wkv4_backward_kernel(const __grid_constant__ Backward a) {
   __shared__ float part[WARPS][3][WIDTH], map[WARPS][4][WIDTH], carry[2][3][WIDTH];
   __shared__ float slopes[WARPS][2][WIDTH];  // of w and u: a column belongs to one thread until the end
   const int warp = threadIdx.y, lane = threadIdx.x;
-  const Place at = place<V>(a.C, SUMMARY ? a.segments - 1 : a.segments);
+  const Position at = position<V>(a.C, SUMMARY ? a.segments - 1 : a.segments);
   const int segment = SUMMARY ? at.segment + 1 : at.segment;
   const int first = int(a.first_chunk(segment)), last = int(a.first_chunk(segment + 1));
   const int64_t C = a.C;
@@ -152,11 +153,11 @@ __global__ __launch_bounds__(LANES * WARPS, sizeof(S) == 2 ? 2 : 1) void wkv4_ba
   if (warp == 0) {  // in the last segment the thread with the last step fills it in
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      State behind = {0.f, 0.f, 0.f};
-      if (!SUMMARY && at.inside && segment + 1 < a.segments) behind =
+      State after = {0.f, 0.f, 0.f};
+      if (!SUMMARY && at.inside && segment + 1 < a.segments) after =
             read_state(a.ends, (at.b * a.segments + segment) * 3 * C + at.c + i, C);
       float(*to)[WIDTH] = carry[0];
-      to[0][i * LANES + lane] = behind.n, to[1][i * LANES + lane] = behind.d, to[2][i * LANES + lane] = behind.p;
+      to[0][i * LANES + lane] = after.n, to[1][i * LANES + lane] = after.d, to[2][i * LANES + lane] = after.p;
     }
   }
   for (int chunk = last - 1; chunk >= first; --chunk) {
@@ -174,7 +175,7 @@ __global__ __launch_bounds__(LANES * WARPS, sizeof(S) == 2 ? 2 : 1) void wkv4_ba
         s[i] = chunk == 0 ? read_state(a.state, states + i, C)
                           : read_state(a.saved, (at.b * (a.chunks() - 1) + chunk - 1) * 3 * C + at.c + i, C);
     }
-    if (chunk > first && lane < 3 * STEPS) {  // a lane asks for a row of one tensor: that is a line, two in float32
+    if (chunk > first && lane < 3 * STEPS) {  // a lane prefetches a row of one tensor: one cache line, two in float32
       const void *from = lane < STEPS ? a.k : lane < 2 * STEPS ? a.v : a.gy;
       const S *row = static_cast<const S *>(from) + rows - lane * V + (t - CHUNK + lane % STEPS) * C;
       prefetch(row);
@@ -289,7 +290,7 @@ __device__ __forceinline__ Map shift_up(Map m, int lanes) {
 // starts[s] for s > 0: the state, then the segments before s.
 __global__ __launch_bounds__(LANES * WARPS) void wkv4_starts_kernel(const __grid_constant__ Forward a) {
   const int64_t channel = int64_t(blockIdx.x) * WARPS + threadIdx.y, b = channel / a.C, c = channel % a.C;
-  if (b >= a.B) return;  // a whole warp
+  if (b >= a.B) return;  // for all lanes of a warp
   const int lane = threadIdx.x;
   const float w = a.w[c];
   State carry = read_state(a.state, b * 3 * a.C + c, a.C);
@@ -313,12 +314,12 @@ __global__ __launch_bounds__(LANES * WARPS) void wkv4_starts_kernel(const __grid
   }
 }
 
-// ends[s] for s < segments - 1: the gradient behind segment s, from the maps of the segments after it.
+// ends[s] for s < segments - 1: the gradient after segment s, from the maps of the segments after it.
 __global__ __launch_bounds__(LANES * WARPS) void wkv4_ends_kernel(const __grid_constant__ Backward a) {
   const int64_t channel = int64_t(blockIdx.x) * WARPS + threadIdx.y, b = channel / a.C, c = channel % a.C;
   if (b >= a.B) return;
   const int lane = threadIdx.x;
-  Gradient carry = {0.f, 0.f, 0.f};  // the last segment's map has the gradient of new_state in it
+  Gradient carry = {0.f, 0.f, 0.f};  // the last segment's map contains the gradient of new_state
   for (int64_t base = 0; base < a.segments - 1; base += LANES) {
     const int64_t segment = a.segments - 1 - base - lane;  // lane by lane back in time
     Map m = {1.f, 1.f, 0.f, 0.f};

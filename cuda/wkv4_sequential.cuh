@@ -7,15 +7,15 @@ namespace rwkv {
 namespace {
 
 
-// A thread's sequence and first channel; false behind the last one.
-template <int V> __device__ __forceinline__ bool alone(const Inputs &a, Place *at) {
+// A thread's sequence and first channel; false after the last one.
+template <int V> __device__ __forceinline__ bool alone(const Inputs &a, Position *at) {
   const int64_t thread = int64_t(blockIdx.x) * ALONE + threadIdx.x, columns = (a.C + V - 1) / V;
   *at = {thread / columns, thread % columns * V, 0, thread < a.B * columns};
   return at->inside;
 }
 
 template <class S, int V> __global__ __launch_bounds__(ALONE) void wkv4_forward_sequential_kernel(const __grid_constant__ Forward a) {
-  Place at;
+  Position at;
   if (!alone<V>(a, &at)) return;
   const int64_t C = a.C, rows = at.b * a.T * C + at.c, states = at.b * 3 * C + at.c;
   State s[V];
@@ -43,11 +43,11 @@ template <class S, int V> __global__ __launch_bounds__(ALONE) void wkv4_forward_
   for (int i = 0; i < V; ++i) write_state(a.new_state, states + i, C, s[i]);
 }
 
-// Chunk by chunk from the end; a chunk in eighths: their first states wait in shared memory, the states of one eighth
+// Chunk by chunk from the end; a chunk in eighths: their first states are kept in shared memory, the states of one eighth
 // in registers.
 template <class S, int V> __global__ __launch_bounds__(ALONE, sizeof(S) == 2 ? 6 : 4) void wkv4_backward_sequential_kernel(const __grid_constant__ Backward a) {
   __shared__ float eighth[WARPS][3][V][ALONE];  // a column belongs to one thread: no barrier is needed
-  Place at;
+  Position at;
   if (!alone<V>(a, &at)) return;
   const int me = threadIdx.x;
   const int64_t C = a.C, rows = at.b * a.T * C + at.c, states = at.b * 3 * C + at.c;

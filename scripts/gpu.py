@@ -1,7 +1,7 @@
 """Everything that only a GPU can show: `make gpu`, at most 12 minutes; `make gpu ARGS=--quick`, 3.
 
-Each part runs in a process of its own, with a time limit, and the next one runs whatever became of it. What they found
-goes to benchmarks/results/<card>.json, and is printed as tables. Exit code 1 where a part failed.
+Each part runs in a process of its own, with a time limit, and the next one runs whether it failed or not. Results are
+written to benchmarks/results/<GPU>.json and printed as tables. Exit code 1 where a part failed.
 """
 
 from __future__ import annotations
@@ -24,38 +24,27 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def correctness(quick: bool) -> dict[str, Any]:
-    """Every kernel on the card against the definition in float64, eager, compiled and in a CUDA graph."""
+    """Every kernel on the GPU against the definition in float64, eager, compiled and in a CUDA graph."""
     import torch
 
     from rwkv_train import ops
-    from rwkv_train.ops import library, reference
+    from rwkv_train.ops import reference
+    from rwkv_train.ops.families import FAMILIES
     from tests.ops.cases import assert_as_good_as, value_and_gradients, wkv4_inputs
 
-    assert library.CUDA.load(), library.CUDA.error
+    for family in FAMILIES.values():
+        assert family.cuda.load(), family.cuda.error
     worst, cases = 0.0, 0
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def in_segments(segments: int) -> Any:
+        """The kernels with the cut given, which the operator chooses by size; inputs and results are on the CPU."""
+
         def run(*x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return Cut.apply(segments, *x)
-
-        return run
-
-    class Cut(torch.autograd.Function):
-        """The kernels with the cut given, where the operator would choose it."""
-
-        @staticmethod
-        def forward(ctx: Any, segments: int, *x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            given = [tensor.detach().cuda() for tensor in x]
-            y, state, saved = torch.ops.rwkv_train.wkv4_in_segments(*given, segments)
-            ctx.segments, ctx.given = segments, (*given, saved)
+            y, state, _ = torch.ops.rwkv_train.wkv4_in_segments(*(tensor.cuda() for tensor in x), segments)
             return y.cpu(), state.cpu()
 
-        @staticmethod
-        def backward(ctx: Any, *g: torch.Tensor) -> tuple[Any, ...]:
-            gy, gstate = (x.cuda().contiguous() for x in g)
-            back = torch.ops.rwkv_train.wkv4_in_segments_backward
-            return None, *(x.cpu() for x in back(*ctx.given, gy, gstate, ctx.segments))
+        return run
 
     shapes = [(2, 17, 3), (1, 130, 66)] if quick else [(1, 1, 1), (2, 15, 3), (2, 63, 64), (1, 130, 66), (3, 1000, 130)]
     for dtype in dtypes:
@@ -123,8 +112,10 @@ def sanitized(quick: bool) -> dict[str, Any]:
     import torch
 
     from rwkv_train import ops
+    from rwkv_train.ops.families import FAMILIES
     from tests.ops.cases import wkv4_inputs
 
+    assert FAMILIES["wkv4"].cuda.load(), FAMILIES["wkv4"].cuda.error  # wkv4_in_segments does not load it
     for dtype in (torch.float32, torch.bfloat16):
         w, u, k, v, state = (x.float().cuda() for x in wkv4_inputs(1, 200, 66))
         k, v = k.to(dtype), v.to(dtype)
@@ -142,7 +133,7 @@ IN_PROCESS = {"correctness": correctness, "sanitized": sanitized}
 
 
 def parts(quick: bool) -> dict[str, tuple[list[str], int]]:
-    """Commands, each with its limit in seconds; the last line of what they print is one JSON object or nothing."""
+    """Commands, each with its limit in seconds; the last line of their output is one JSON object, or empty."""
     python, own = sys.executable, [sys.executable, __file__, *(["--quick"] if quick else [])]
     flags, limit = ["--quick"] if quick else [], (lambda long, short: short if quick else long)
     found: dict[str, tuple[list[str], int]] = {"correctness": ([*own, "--part", "correctness"], limit(150, 60))}
@@ -155,9 +146,9 @@ def parts(quick: bool) -> dict[str, tuple[list[str], int]]:
     if not quick and importlib.util.find_spec("deepspeed") and importlib.util.find_spec("lightning"):
         for strategy in ("fsdp", "deepspeed_2"):
             if (ROOT / "conf" / "strategy" / f"{strategy}.yaml").exists():
-                words = f"model=tiny strategy={strategy} budget.steps=2 trainer.accelerator=gpu trainer.devices=1"
-                words += f" resume=never run.root=runs/gpu run.name={strategy}"
-                found[f"one step of {strategy}"] = ([python, "train.py", *words.split()], 45)
+                settings = f"model=tiny strategy={strategy} budget.steps=2 trainer.accelerator=gpu trainer.devices=1"
+                settings += f" resume=never run.root=runs/gpu run.name={strategy}"
+                found[f"one step of {strategy}"] = ([python, "train.py", *settings.split()], 45)
     return found
 
 
@@ -184,7 +175,7 @@ def run(name: str, command: list[str], seconds: int) -> dict[str, Any]:
 
 
 def facts() -> dict[str, Any]:
-    """The card, and what was built with."""
+    """The GPU, and the versions of the software."""
     import torch
 
     from rwkv_train.ops import build_cuda
@@ -227,7 +218,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="in three minutes")
+    parser.add_argument("--quick", action="store_true", help="at most three minutes")
     parser.add_argument("--part", choices=IN_PROCESS, help="one part in this process")
     arguments = parser.parse_args()
     if arguments.part:
@@ -240,7 +231,7 @@ def main() -> int:
         return 2
     if not torch.cuda.is_available():
         why = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
-        print(f"make gpu needs a GPU: {why}\n  what a CPU can show of the kernels: make test-kernels")
+        print(f"make gpu needs a GPU: {why}\n  the checks that need no GPU: make test-kernels")
         return 2
     results = facts()
     print(results)
@@ -251,7 +242,7 @@ def main() -> int:
     file.write_text(json.dumps(results, indent=1) + "\n")
     failed = [name for name, value in results.items() if isinstance(value, dict) and "failed" in value]
     print(f"\n{table(results)}\n\nwritten: {file.relative_to(ROOT)}")
-    print(f"failed: {', '.join(failed)}" if failed else "every part went through")
+    print(f"failed: {', '.join(failed)}" if failed else "every part succeeded")
     return 1 if failed else 0
 
 

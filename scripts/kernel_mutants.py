@@ -1,7 +1,7 @@
-"""Plants one error after the other in the CUDA kernels and says what catches it in the emulator.
+"""Plants one error after the other in the CUDA kernels and prints what catches it in the emulator.
 
     python scripts/kernel_mutants.py            # prints the table of docs/kernels.md, about four minutes
-    python scripts/kernel_mutants.py --write    # and puts it there
+    python scripts/kernel_mutants.py --write    # and writes it there
     python scripts/kernel_mutants.py --one 7    # one of them
 
 Exit code 1 where a mutant survives.
@@ -33,7 +33,7 @@ DOCUMENT = ROOT / "docs" / "kernels.md"
 ELEMENTWISE = ("elementwise.cu", "sum_rows.cuh")
 MARKS = "<!-- mutants -->", "<!-- end of mutants -->"
 
-# What is wrong, the file, the text there, the text instead.
+# What is wrong, the file, the right text, the wrong text.
 MUTANTS: list[tuple[str, str, str, str]] = [
     ("no rescaling to the new maximum", "wkv4.cuh", "Weights{e, 1.f, now}", "Weights{1.f, 1.f, now}"),
     ("the smaller exponent as maximum", "wkv4.cuh", "Weights{1.f, e, past}", "Weights{1.f, e, now}"),
@@ -74,14 +74,14 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("the barrier of the row sums dropped", "sum_rows.cuh", "  __syncthreads();\n", ""),
     ("a row summed twice", "sum_rows.cuh", "for (int row = 1;", "for (int row = 0;"),
     ("the row before the first", "elementwise.cu", "if (at.t > 0) x[0]", "if (at.t >= 0) x[0]"),
-    ("the row behind the last", "elementwise.cu", "at.t + j < a.T)) g[j]", "at.t + j <= a.T)) g[j]"),
+    ("the row after the last", "elementwise.cu", "at.t + j < a.T)) g[j]", "at.t + j <= a.T)) g[j]"),
     ("sums of two mixes in one buffer", "elementwise.cu", "part[which & 1]", "part[0]"),
     ("the tail read as a whole vector", "elementwise.cu", "if (at + V <= a.n) {", "if (at < a.n) {"),
 ]  # fmt: skip
 
 
 def planted(index: int, folder: Path) -> Path:
-    """Puts a copy of cuda/ with one error into `folder`: what to compile.
+    """Puts a copy of cuda/ with one error into `folder`; returns the file to compile.
 
     Only the file in question, in float32 and two channels a thread, compiles in an eighth of the time.
     """
@@ -102,7 +102,7 @@ def planted(index: int, folder: Path) -> Path:
 
 
 def caught(unit: Path) -> str | None:
-    """What the emulator says of a mutant: shadow memory and values; then the values in three orders."""
+    """What catches a mutant: shadow memory and values, then the values in three orders; None when nothing does."""
     single, elementwise = torch.float32, "elementwise" in unit.read_text()
     for mode, orders in (("check", proofs.ORDERS[:1]), ("plain", proofs.ORDERS[:3])):
         kernels = loader.Kernels(loader.compiled(mode, unit.parent, unit))
@@ -140,7 +140,7 @@ def look_at_elements(kernels: loader.Kernels, single: torch.dtype) -> None:
 
 
 def one(index: int) -> tuple[str, str, str | None]:
-    """What is wrong, where, and what caught it; in a process of its own, which a mutant may take down."""
+    """What is wrong, where, and what caught it; in a process of its own, which a mutant may crash."""
     what, file, _, _ = MUTANTS[index]
     receiver, sender = FORK.Pipe(duplex=False)
     process = FORK.Process(target=in_a_process, args=(index, sender))
@@ -158,8 +158,8 @@ def one(index: int) -> tuple[str, str, str | None]:
 
 def in_a_process(index: int, sender: Connection) -> None:
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
-        sender.send(caught(planted(index, Path(place) / "cuda")))
+    with tempfile.TemporaryDirectory() as folder:
+        sender.send(caught(planted(index, Path(folder) / "cuda")))
 
 
 def table(results: list[tuple[str, str, str | None]]) -> str:

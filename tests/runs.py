@@ -6,11 +6,12 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.cli import launcher
-from rwkv_train.training import setup
+from rwkv_train.training import resolved
 from rwkv_train.training.run import train
 from tests import PRELOAD
 
@@ -113,9 +115,18 @@ def start_slow_saving(words: Sequence[str], saving: Path) -> ForkServerProcess:
     return process
 
 
-def train_ranks(words: Sequence[str], ranks: int, seconds: float = 150) -> None:
-    """A run of several ranks, started as torchrun would, in processes whose imports are done already."""
-    processes = start_ranks(words, ranks)
+def train_ranks(
+    words: Sequence[str], ranks: int, seconds: float = 150, prepare: Callable[[], None] | None = None
+) -> None:
+    """A run of several ranks, started as torchrun would, in processes whose imports are done already.
+
+    Args:
+        words: of the command line.
+        ranks: processes.
+        seconds: after which the test fails.
+        prepare: a function of a test module that each process calls before it trains.
+    """
+    processes = start_ranks(words, ranks, prepare=prepare)
     try:
         end = time.monotonic() + seconds
         for process in processes:
@@ -127,13 +138,16 @@ def train_ranks(words: Sequence[str], ranks: int, seconds: float = 150) -> None:
             process.join()
 
 
-def start_ranks(words: Sequence[str], ranks: int, storage: Storage | None = None) -> list[ForkServerProcess]:
+def start_ranks(
+    words: Sequence[str], ranks: int, storage: Storage | None = None, prepare: Callable[[], None] | None = None
+) -> list[ForkServerProcess]:
     """The same, not waited for.
 
     Args:
         words: of the command line.
         ranks: processes.
         storage: of the checkpoints, each rank has its own copy.
+        prepare: as in `train_ranks`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -141,18 +155,29 @@ def start_ranks(words: Sequence[str], ranks: int, storage: Storage | None = None
     words = [*(word for word in words if not word.startswith("trainer.devices=")), f"trainer.devices={ranks}"]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    processes = [context.Process(target=_train_rank, args=(words, rank, ranks, port, storage)) for rank in range(ranks)]
+    processes = [
+        context.Process(target=_train_rank, args=(words, rank, ranks, port, storage, prepare)) for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     return processes
 
 
-def _train_rank(words: Sequence[str], rank: int, ranks: int, port: int, storage: Storage | None) -> None:
+def _train_rank(
+    words: Sequence[str],
+    rank: int,
+    ranks: int,
+    port: int,
+    storage: Storage | None,
+    prepare: Callable[[], None] | None,
+) -> None:
+    if prepare is not None:
+        prepare()
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in numbers.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
-    for room in (launcher, setup):  # more ranks than cores: fine for a test, and refused to users
-        room.__dict__["cores" if room is launcher else "_cores"] = lambda: max(ranks, os.cpu_count() or 1)
+    for room in (launcher, resolved):  # more ranks than cores: fine for a test, and refused to users
+        room.__dict__["cores"] = lambda: max(ranks, os.cpu_count() or 1)
     sys.exit(
         launcher.main(list(words)) if storage is None else train(launcher.load(words), storage, launcher.rank_info())
     )
@@ -169,6 +194,16 @@ def losses(run: Path) -> list[float]:
     return [row["train/loss"] for row in found]
 
 
+def stopped_at(run: Path, step: int, name: str) -> Path:
+    """A copy of a run as if it had been stopped after a step."""
+    copy = run.with_name(name)
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").glob("step_*"):
+        if CheckpointName.of(checkpoint).step > step:
+            shutil.rmtree(checkpoint)
+    return copy
+
+
 def same_weights(one: Path, other: Path) -> bool:
     """Whether the final weights of two runs are equal to the last bit."""
     first, second = (torch.load(run / "weights.pth", weights_only=True) for run in (one, other))
@@ -178,7 +213,7 @@ def same_weights(one: Path, other: Path) -> bool:
 def save_weights(path: Path, n_layer: int, n_embd: int, vocab_size: int = 256) -> Path:
     weights: dict[str, torch.Tensor] = {"emb.weight": torch.zeros(vocab_size, n_embd)}
     for layer in range(n_layer):
-        weights[f"blocks.{layer}.att.time_first"] = torch.zeros(n_embd)
+        weights |= {f"blocks.{layer}.att.{name}": torch.zeros(n_embd) for name in ("time_first", "time_decay")}
         weights[f"blocks.{layer}.ffn.key.weight"] = torch.zeros(4 * n_embd, n_embd, dtype=torch.bfloat16)
     torch.save(weights, path)
     return path

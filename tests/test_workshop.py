@@ -75,7 +75,7 @@ def test_a_missing_tool_is_named_with_its_package(machine: Machine, tmp_path: Pa
     )
     assert "venv is missing: apt-get install python3-venv" in machine("make setup", venv=1).stdout
     assert (
-        "Python 3.9.2 is not supported, 3.10 to 3.13 are: make PYTHON=python3.11"
+        "Python 3.9.2 is not supported, 3.11 to 3.13 are: make PYTHON=python3.11"
         in machine("make setup", version=1).stdout
     )
     assert not (tmp_path / ".venv").exists(), "nothing is begun that cannot be ended"

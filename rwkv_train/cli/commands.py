@@ -68,7 +68,7 @@ class OverridesCommand:
 def _prepare(argv: Sequence[str]) -> int:
     if argv[:1] == ["show"]:
         return launcher.show(argv[1:])
-    from rwkv_train.data.prepare.command import run
+    from rwkv_train.data.prepare.prepare_command import run
 
     return run(argv, launcher.cores())
 
@@ -164,9 +164,9 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(given: argparse.Namespace) -> int:
-    from rwkv_train.evaluation import command
+    from rwkv_train.evaluation import eval_command
 
-    return command.run(command.Wanted(**vars(given)))
+    return eval_command.run(eval_command.EvalOptions(**vars(given)))
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,10 +189,10 @@ def _report(given: argparse.Namespace) -> int:
         from rwkv_train.trackers.launch import push_all
 
         return push_all([Path(run) for run in given.runs], given.push)
-    from rwkv_train.evaluation.report import command
+    from rwkv_train.evaluation.report import report_command
 
     options = {name: value for name, value in vars(given).items() if name != "push"}
-    return command.run(command.Wanted(**options))
+    return report_command.run(report_command.ReportOptions(**options))
 
 
 def _doctor(given: argparse.Namespace) -> int:
@@ -213,7 +213,7 @@ def _build_ops_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _build_ops(given: argparse.Namespace) -> int:
-    from rwkv_train.ops.build_cuda import build_ahead
+    from rwkv_train.ops.families import build_ahead
 
     for library in build_ahead(given.arch, given.cache):
         print(library)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,13 @@ class Composed:
     Attributes:
         settings: name → plain value, without the open trees; interpolations are resolved.
         open_trees: logger, callbacks and launcher as they are written; they may refer to settings not known yet.
+        sources: what sets each setting above the published configuration of the size, weakest first: another optim
+            than the default's, the groups of LAYERED, the command line.
     """
 
     settings: FlatSettings
     open_trees: dict[str, Any]
+    sources: list[FlatSettings]
 
 
 def compose_settings(conf: ConfFolders, overrides: Overrides) -> Composed:
@@ -53,8 +56,13 @@ def compose_settings(conf: ConfFolders, overrides: Overrides) -> Composed:
         raise UserErrors([UserError(" ".join(str(error).split()))]) from None
     tree.get("model", {}).pop("published", None)
     settings = flatten(tree)
-    _settle_durations(settings, [*(conf.read(group, chosen.get(group)) for group in LAYERED), overrides.typed])
-    return Composed(settings, open_trees)
+    sources = [*(conf.read(group, chosen.get(group)) for group in LAYERED), overrides.typed]
+    if overrides.chooses("optim") or chosen.get("optim") != conf.default("optim"):
+        held = conf.read("optim", chosen.get("optim"))
+        optim = {f"optim.{n}": value for n, value in held.items() if value is not None and n != "defaults"}
+        settings.update({n: value for n, value in optim.items() if not any(n in source for source in sources)})
+        sources = [optim, *sources]
+    return Composed(settings, open_trees, sources)
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -71,7 +79,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
-def _settle_durations(settings: FlatSettings, sources: list[Mapping[str, Any]]) -> None:
+def settle_durations(settings: FlatSettings, sources: Sequence[Mapping[str, Any]]) -> None:
     """Where both units of a duration are set, keeps the one that the last of the sources sets.
 
     Merging cannot do that: budget.tokens=1B on the command line leaves the budget.steps of train.yaml. A source that

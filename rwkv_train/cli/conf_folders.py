@@ -48,6 +48,11 @@ class ConfFolders:
                     raise not_yaml(error) from None
         return {}
 
+    def default(self, group: str) -> str | None:
+        """The choice of a group in train.yaml."""
+        listed = self.read(".", "train").get("defaults", [])
+        return next((entry[group] for entry in listed if isinstance(entry, dict) and group in entry), None)
+
     @cached_property
     def published(self) -> dict[str, dict[str, FlatSettings]]:
         """The published configurations: size → arch → row, as in the files of conf/model."""

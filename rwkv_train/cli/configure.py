@@ -17,7 +17,7 @@ from rwkv_train.cli.checks import Machine, check
 from rwkv_train.cli.compose import compose_settings, resolve
 from rwkv_train.cli.conf_folders import ConfFolders
 from rwkv_train.cli.overrides import OverrideParser
-from rwkv_train.cli.published import fill_open_settings
+from rwkv_train.cli.published import fill_open_settings, weights_config
 from rwkv_train.config import Config
 from rwkv_train.config.schema import OPEN, FlatSettings, as_tree, identity, read
 from rwkv_train.errors import UserError, UserErrors
@@ -52,11 +52,14 @@ class ConfigBuilder:
         overrides = self.parser.sort(texts)
         try:
             composed = compose_settings(self.conf, overrides)
+            weights = weights_config(composed.settings)
+            if weights is not None and weights.arch != composed.settings["arch"] and not overrides.chooses("arch"):
+                composed = compose_settings(self.conf, overrides.choosing(f"arch={weights.arch}"))
         except UserErrors as error:
             raise UserErrors([*overrides.problems, *error.problems]) from None
         problems = [
             *overrides.problems,
-            *fill_open_settings(composed.settings, self.conf, overrides.typed, overrides.chooses("model")),
+            *fill_open_settings(composed, self.conf, weights, overrides.typed, overrides.chooses("model")),
         ]
         config, found = self._read_and_check(composed.settings, composed.open_trees)
         problems += found

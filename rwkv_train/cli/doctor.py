@@ -122,11 +122,12 @@ def devices(cores: int) -> Iterator[Finding]:
     """The processor and the GPUs that torch can use."""
     import torch
 
-    capability = torch.backends.cpu.get_cpu_capability()
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    # The build (+cpu, +cu130) is named here: PyPI's packages of torch leave it out of their metadata.
     yield Finding(
-        "ok", f"CPU: {cores} cores for this process, torch uses {torch.get_num_threads()} threads, {capability}"
+        "ok", f"CPU: {cores} cores for this process, torch {torch.__version__} uses {threads} threads, {capability}"
     )
-    if torch.get_num_threads() > cores:
+    if threads > cores:
         yield Finding("note", f"torch uses more threads than there are cores ({cores})", f"threads={cores}")
     if not torch.cuda.is_available():
         why = "torch was built without CUDA" if torch.version.cuda is None else "torch finds none (driver?)"

@@ -18,11 +18,8 @@ from typing import Literal
 from rwkv_train.cluster.rank_info import RankInfo, rank_info_of
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError, UserErrors
+from rwkv_train.exit_codes import ExitCode
 from rwkv_train.resources import resource
-
-MISTAKE = 2  # exit codes
-STOPPED = 75
-INTERRUPTED = 130
 
 # Iterations that a waiting OpenMP thread spins before it sleeps, about 25 µs. With free cores a step is as fast as with
 # the default of 300,000.
@@ -46,7 +43,7 @@ def main(argv: Sequence[str], submitted: bool = False) -> int:
         code = _main(argv, submitted)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        code = INTERRUPTED
+        code = ExitCode.INTERRUPTED
     if os.environ.get("RWKV_EXIT") and rank() == 0:
         Path(os.environ["RWKV_EXIT"]).write_text(f"{code}\n")
     return code
@@ -86,7 +83,7 @@ def _report_from_rank(error: UserError, here: RankInfo) -> int:
         from rwkv_train.cluster.preflight import tell
 
         tell(here, error)
-    return MISTAKE
+    return ExitCode.MISTAKE
 
 
 def plan(argv: Sequence[str]) -> int:
@@ -107,7 +104,7 @@ def plan(argv: Sequence[str]) -> int:
         return show_plan(config, "--json" in argv)
     except UserError as error:
         report(error)
-        return MISTAKE
+        return ExitCode.MISTAKE
 
 
 def load(overrides: Sequence[str]) -> Config:
@@ -126,7 +123,7 @@ def show(overrides: Sequence[str]) -> int:
     Raises:
         UserError: an error in the overrides, or in the data.
     """
-    from rwkv_train.data.preview import preview
+    from rwkv_train.data.batch_preview import preview
 
     preview(load(overrides))
     return 0
@@ -267,7 +264,7 @@ def _run_all(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_d
     for number, (line, config) in enumerate(zip(lines, configs, strict=True), 1):
         print(f"\n[{number}/{len(lines)}] {config.run.name}: {' '.join(line)}", flush=True)
         codes.append(subprocess.run([sys.executable, *program, *extra, *line], check=False).returncode)
-        if codes[-1] in (INTERRUPTED, STOPPED):
+        if codes[-1] in (ExitCode.INTERRUPTED, ExitCode.STOPPED):
             break
     for config, code in zip(configs, codes, strict=False):
         print(f"exit code {code}  {config.run.root}/{config.run.name}")

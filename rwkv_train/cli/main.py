@@ -10,6 +10,7 @@ from rwkv_train.cli import launcher
 from rwkv_train.cli.commands import COMMANDS
 from rwkv_train.config.suggestions import suggestion
 from rwkv_train.errors import UserError
+from rwkv_train.exit_codes import ExitCode
 
 _INTRODUCTION = """\
 usage: rwkv-train COMMAND …
@@ -36,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(argv[0], argv[1:])
     except UserError as error:
         launcher.report(error)
-        return launcher.MISTAKE
+        return ExitCode.MISTAKE
     except BrokenPipeError:  # `… | head` has closed its end
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
         print()
-        return launcher.INTERRUPTED
+        return ExitCode.INTERRUPTED
 
 
 def _without_command(argv: Sequence[str]) -> int:
@@ -56,7 +57,7 @@ def _without_command(argv: Sequence[str]) -> int:
         return 0
     what = f"{argv[0]}: there is no such command" if argv else "no command is given"
     launcher.report(UserError(what, suggestion(argv[0] if argv else "", list(COMMANDS))))
-    return launcher.MISTAKE
+    return ExitCode.MISTAKE
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -41,6 +41,10 @@ class Overrides:
     values: list[str] = field(default_factory=list)
     typed: FlatSettings = field(default_factory=dict)
     problems: list[UserError] = field(default_factory=list)
+
+    def choosing(self, choice: str) -> Overrides:
+        """The same overrides with one more choice, such as "arch=rwkv4"."""
+        return replace(self, choices=[*self.choices, choice])
 
     def chooses(self, group: str) -> bool:
         """Whether a choice of the group was typed."""

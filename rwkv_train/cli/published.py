@@ -6,28 +6,44 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from rwkv_train.cli.compose import Composed, settle_durations
 from rwkv_train.cli.conf_folders import ConfFolders
 from rwkv_train.config.schema import FlatSettings, schema
 from rwkv_train.config.suggestions import suggestion
 from rwkv_train.config.values import convert
 from rwkv_train.errors import UserError, UserErrors
-from rwkv_train.weights_header import read_shape
+from rwkv_train.models.config import ModelConfig
+from rwkv_train.models.detect import detect_file
+from rwkv_train.models.registry import ARCHITECTURES
 
 SECTIONS = ("model", "optim", "batch")  # a row of conf/model may hold any setting of these, without the section's name
-SHAPE = ("n_layer", "n_embd", "dim_ffn", "vocab_size")  # what is read from weights
+SHAPE = ("n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size", "extra")  # what is read from weights
 DEFAULT_BATCH = {"batch.tokens": 1024, "batch.context": 256}  # for sizes that were published without a batch
 
 
+def weights_config(settings: FlatSettings) -> ModelConfig | None:
+    """Architecture and shape of init.weights; None: not set, or no such file (checks.py reports that).
+
+    Raises:
+        UserError: the weights cannot be read, or are of an architecture that cannot be trained.
+    """
+    path = settings.get("init.weights")
+    return None if path is None else detect_file(Path(str(path)).expanduser())
+
+
 def fill_open_settings(
-    settings: FlatSettings, conf: ConfFolders, typed: Collection[str], size_typed: bool
+    composed: Composed, conf: ConfFolders, weights: ModelConfig | None, typed: Collection[str], size_typed: bool
 ) -> list[UserError]:
-    """Fills settings that are null from the row of (size, arch) in conf/model, or from init.weights.
+    """Fills settings from the row of (size, arch) in conf/model, and the shape from init.weights.
+
+    A value of the row is taken where none is set, or where only conf/optim, conf/arch or train.yaml set one.
 
     A null that was typed for a setting that accepts it (optim.clip=null: no clipping) stays.
 
     Args:
-        settings: all settings by name; changed in place.
+        composed: its settings are changed in place.
         conf: the conf folders.
+        weights: architecture and shape of init.weights; None: there are none.
         typed: names of the settings on the command line.
         size_typed: whether `model=` was typed. If not, init.weights decides about the size.
 
@@ -35,23 +51,48 @@ def fill_open_settings(
         contradictions between what was typed and the weights, and settings that nothing gives a value.
 
     Raises:
-        UserError: the weights cannot be read, or a row of conf/model holds an unknown setting.
+        UserError: a row of conf/model holds an unknown setting.
     """
     problems: list[UserError] = []
-    arch, published = settings["arch"], _published(conf)
-    row = published.get(settings["model.size"], {}).get(arch, {})
-    shape = _shape_of_weights(settings)
-    if shape is not None:
-        problems += _contradictions(settings, shape, row if size_typed else {})
+    settings, published = composed.settings, _published(conf)
+    row = published.get(settings["model.size"], {}).get(settings["arch"], {})
+    if weights is not None and weights.arch != settings["arch"]:
+        what = f"arch={settings['arch']}, but init.weights={settings['init.weights']} is {weights.arch}"
+        problems.append(UserError(what, "leave the arch out: it is read from the weights"))
+    elif weights is not None:
+        problems += _contradictions(settings, weights, row if size_typed else {})
         if not size_typed:
-            settings["model.size"], row = _size_of(arch, shape, published)
-        settings.update({f"model.{key}": value for key, value in shape.items()})
+            settings["model.size"], row = _size_of(weights, published)
+        settings.update({f"model.{key}": getattr(weights, key) for key in SHAPE})
         settings["model.vocab_size"] += len(settings.get("vocab.extend") or ())
+        settings["model.extra"] = dict(weights.extra)
     known = schema()
     for name, value in {**DEFAULT_BATCH, **row}.items():
-        if settings.get(name) is None and not (name in typed and _accepts_null(known[name])):
+        if name == "model.extra":
+            settings[name] = {**value, **(settings.get(name) or {})}
+        elif name in typed and settings.get(name) is None and _accepts_null(known[name]):
+            continue
+        elif settings.get(name) is None or (name in row and not any(name in source for source in composed.sources)):
             settings[name] = value
-    return problems + _fill_missing(settings, published)
+    settle_durations(settings, [conf.read("arch", settings["arch"]), row, *composed.sources])
+    return problems + _unknown_widths(settings) + _fill_missing(settings, published)
+
+
+def _unknown_widths(settings: FlatSettings) -> list[UserError]:
+    """Settings of the shape that the architecture does not know."""
+    arch, extra = settings["arch"], settings.get("model.extra")
+    if arch not in ARCHITECTURES:
+        return []
+    known = ARCHITECTURES[arch].settings
+    given = {"head_size": settings.get("model.head_size"), **(extra if isinstance(extra, dict) else {})}
+    return [
+        UserError(
+            f"model.{key if key == 'head_size' else f'extra.{key}'}={value}: arch={arch} has no such width",
+            f"valid: {', '.join(sorted(known))}" if known else f"leave it out: arch={arch} has none of them",
+        )
+        for key, value in given.items()
+        if value is not None and key not in known
+    ]
 
 
 def _published(conf: ConfFolders) -> dict[str, dict[str, FlatSettings]]:
@@ -67,6 +108,9 @@ def _with_sections(where: str, row: Mapping[str, Any]) -> FlatSettings:
     known = schema()
     full: FlatSettings = {}
     for key, value in row.items():
+        if key.startswith("extra."):
+            full.setdefault("model.extra", {})[key.partition(".")[2]] = value
+            continue
         name = next((f"{section}.{key}" for section in SECTIONS if f"{section}.{key}" in known), None)
         if name is None:
             valid = [name.partition(".")[2] for name in known if name.startswith(tuple(f"{s}." for s in SECTIONS))]
@@ -75,21 +119,14 @@ def _with_sections(where: str, row: Mapping[str, Any]) -> FlatSettings:
     return full
 
 
-def _shape_of_weights(settings: FlatSettings) -> dict[str, int] | None:
-    """The values of SHAPE in init.weights; None: not set, or no such file (checks.py reports that)."""
-    path = settings.get("init.weights")
-    found = None if path is None else read_shape(Path(str(path)).expanduser())
-    return None if found is None else {key: getattr(found, key) for key in SHAPE}
-
-
-def _contradictions(settings: FlatSettings, shape: Mapping[str, int], row: FlatSettings) -> list[UserError]:
+def _contradictions(settings: FlatSettings, weights: ModelConfig, row: FlatSettings) -> list[UserError]:
     """Where a shape that was asked for is not that of the weights."""
     problems = []
-    for key, value in shape.items():
-        name = f"model.{key}"
+    for key in SHAPE:
+        name, value = f"model.{key}", getattr(weights, key)
         asked = settings.get(name)
         asked = row.get(name) if asked is None else asked
-        if asked is not None and str(asked) != str(value):
+        if asked not in (None, {}) and str(asked) != str(value):
             problems.append(
                 UserError(
                     f"{name}={asked}, but init.weights={settings['init.weights']} has {value}",
@@ -99,15 +136,13 @@ def _contradictions(settings: FlatSettings, shape: Mapping[str, int], row: FlatS
     return problems
 
 
-def _size_of(
-    arch: str, shape: Mapping[str, int], published: Mapping[str, Mapping[str, FlatSettings]]
-) -> tuple[str, FlatSettings]:
+def _size_of(weights: ModelConfig, published: Mapping[str, Mapping[str, FlatSettings]]) -> tuple[str, FlatSettings]:
     """The published size with that shape and its row; otherwise a name made of the shape, and an empty row."""
     for size, rows in published.items():
-        row = rows.get(arch, {})
-        if (row.get("model.n_layer"), row.get("model.n_embd")) == (shape["n_layer"], shape["n_embd"]):
+        row = rows.get(weights.arch, {})
+        if (row.get("model.n_layer"), row.get("model.n_embd")) == (weights.n_layer, weights.n_embd):
             return size, row
-    return f"L{shape['n_layer']}C{shape['n_embd']}", {}
+    return f"L{weights.n_layer}C{weights.n_embd}", {}
 
 
 def _fill_missing(settings: FlatSettings, published: Mapping[str, Mapping[str, FlatSettings]]) -> list[UserError]:

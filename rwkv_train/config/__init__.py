@@ -1,6 +1,7 @@
 """The configuration: typed settings (settings.py), read from and written as plain values (schema.py). No torch."""
 
 from rwkv_train.config.settings import (
+    EVIDENCE_BYTES,
     LOGITS_AT_ONCE,
     BatchSettings,
     Bound,
@@ -27,6 +28,7 @@ from rwkv_train.config.settings import (
 )
 
 __all__ = [
+    "EVIDENCE_BYTES",
     "LOGITS_AT_ONCE",
     "BatchSettings",
     "Bound",

@@ -19,6 +19,7 @@ from rwkv_train.errors import UserError, UserErrors
 FlatSettings = dict[str, Any]  # name → plain value; lists of settings stay lists, the open trees stay trees
 
 OPEN = ("logger", "callbacks", "launcher")  # trees that take any keys: the arguments of classes that are not ours
+TREES = (*OPEN, "model.extra")  # settings whose value is a tree
 UNITS = ("steps", "tokens")
 
 
@@ -69,11 +70,11 @@ def durations() -> dict[str, DurationHint]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> FlatSettings:
-    """{"model": {"n_layer": 4}} → {"model.n_layer": 4}. The open trees, lists and empty trees stay as they are."""
+    """{"model": {"n_layer": 4}} → {"model.n_layer": 4}. TREES, lists and empty trees stay as they are."""
     flat: FlatSettings = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        inner = isinstance(value, Mapping) and value and name not in OPEN
+        inner = isinstance(value, Mapping) and value and name not in TREES
         flat.update(flatten(value, f"{name}.") if inner else {name: value})
     return flat
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 LOGITS_AT_ONCE = 2**24  # logits that the head and the loss process at a time at most (64 MiB in float32)
+EVIDENCE_BYTES = 2**28  # bytes of recurrent state that statistics copy at a time at most
 
 # Roles of a setting, as metadata of its field; a field of a settings class gives its role to all fields inside.
 # Without a role, a setting defines the run: with another value it is another run, under another name.
@@ -67,6 +68,8 @@ class ModelSettings:
     n_embd: Annotated[int, Bound("at least 2", lambda n: n >= 2)]  # channels; initial values divide by n_embd - 1
     dim_ffn: Positive | None  # channels inside the channel mix; None: the architecture's default (RWKV-4: 4 n_embd)
     vocab_size: Positive | None  # number of tokens; None: that of the tokenizer
+    head_size: Positive | None = None  # channels of one head; None: the architecture's default, or it has no heads
+    extra: dict[str, Positive] = field(default_factory=dict)  # further widths that the architecture knows, by name
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ def convert(hint: Any, value: Any) -> Any:
         kinds = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
         return tuple(convert(kind, one) for kind, one in zip(kinds, value, strict=True))
     elif origin is dict and isinstance(value, Mapping):
-        return dict(value)
+        kind = arguments[1]
+        return {str(key): one if kind is Any else convert(kind, one) for key, one in value.items()}
     elif is_dataclass(hint) and isinstance(value, Mapping):
         hints = get_type_hints(hint, include_extras=True)
         if set(value) <= set(hints):
@@ -96,6 +97,8 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(argument) for argument in arguments)
     if origin is Literal:
         return ", ".join(map(str, arguments))
+    if origin is dict and arguments[1] is not Any:
+        return f"{{name: {describe(arguments[1])}}}"
     if origin is tuple and arguments[-1] is ...:
         return f"a list of {describe(arguments[0])}"
     if origin is tuple:

@@ -1,10 +1,11 @@
 """From files to batches: corpus → tokenizer → store → order → Batches → DataModule.
 
-batches.py imports torch, datamodule.py Lightning, and nothing else here does: a mistake in a path is told quickly.
+Only batches.py and its users (ahead.py, batch_preview.py, datamodule.py) import torch, so that errors in the data
+settings are reported before torch is loaded.
 """
 
 from rwkv_train.data.corpus import Corpus, Document, read_corpus
-from rwkv_train.data.order import Order, Split, split_batch
+from rwkv_train.data.order import ShuffledOrder, Split, split_batch
 from rwkv_train.data.store import MemoryStore, Store
 from rwkv_train.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -13,7 +14,7 @@ __all__ = [
     "Corpus",
     "Document",
     "MemoryStore",
-    "Order",
+    "ShuffledOrder",
     "Split",
     "Store",
     "Tokenizer",

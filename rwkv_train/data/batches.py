@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rwkv_train.config import BatchSettings, DataSettings
-from rwkv_train.data.ahead import Ahead, Batch, MaskedBatch
-from rwkv_train.data.mixture import Mixture, Share
-from rwkv_train.data.order import Ints, Order, ReferenceOrder, split_batch
+from rwkv_train.config.mesh import ONE_RANK, Mesh
+from rwkv_train.data.ahead import Ahead
+from rwkv_train.data.arrays import Ints
+from rwkv_train.data.batch import Batch
+from rwkv_train.data.mixture import Mixture, SourceShare
+from rwkv_train.data.order import ReferenceOrder, ShuffledOrder, split_batch
 from rwkv_train.data.packing import pack
-from rwkv_train.data.rows import IGNORED, Block, InOrder, Packed, Rows, Windows
-from rwkv_train.data.sources import Source, open_sources, refuse_large
+from rwkv_train.data.rows import IGNORED, BatchArrays, PackedRows, Rows, SequentialWindows, Windows
+from rwkv_train.data.sources import DataSource, check_token_in_vocabulary, open_sources
 from rwkv_train.data.store import MemoryStore, Store
 from rwkv_train.data.stream import StreamRows, open_stream
 from rwkv_train.errors import UserError
@@ -35,11 +37,12 @@ class Batches:
         data: which data, which tokenizer, what share is held out.
         batch: global batch, context and micro-batch.
         seed: of the order.
-        world_size: number of devices; DataModule checks that the trainer has as many.
+        mesh: all ranks; DataModule checks that the trainer has as many.
         validation_batches: at most so many batches per device in a validation, spread evenly over the held-out text;
             None: all of it.
         validation_context: tokens of one window of held-out text; None: batch.context.
         extend: texts that become a token each, behind the tokenizer's own.
+        vocabulary: tokens that the model knows; a larger one that is read is refused. None: the tokenizer's.
 
     Attributes:
         tokenizer: between bytes and tokens; vocab_size is its.
@@ -48,11 +51,10 @@ class Batches:
         description: one line for people and source: what it holds, its hash, what is held out, what was skipped.
         digest: hash of the data and its split, 16 hexadecimal digits.
         micro, accumulation: samples of a pass on one device; passes of a step.
-        start_step: the step that training() begins with; set it before fit() to resume.
+        start_step: the step that training() begins with: `begin` sets it.
         skips: (step, steps of data) pairs: from that step of the run on, so much data is passed over.
-        rank: which device this process drives; DataModule sets it.
+        rank: data-parallel index of this process; DataModule sets it.
         pinned: whether training batches are made ahead in pinned memory; DataModule sets it.
-        vocabulary: tokens that the model knows; a larger one that is read is refused. None: the tokenizer's.
 
     Raises:
         UserError: no data there, fewer tokens than one sample, or a batch that cannot be shared out.
@@ -63,12 +65,13 @@ class Batches:
         data: DataSettings,
         batch: BatchSettings,
         seed: int,
-        world_size: int = 1,
+        mesh: Mesh = ONE_RANK,
         validation_batches: int | None = None,
         validation_context: int | None = None,
         extend: Sequence[str] = (),
+        vocabulary: int | None = None,
     ) -> None:
-        self.split = split_batch(batch.tokens, batch.context, batch.micro, world_size)
+        self.split = split_batch(batch.tokens, batch.context, batch.micro, mesh)
         self.context = batch.context
         self.validation_batches = validation_batches
         self.validation_context = validation_context or batch.context
@@ -76,7 +79,6 @@ class Batches:
         self.skips: list[tuple[int, int]] = []
         self.rank = 0
         self.pinned = False
-        self.vocabulary: int | None = None
         self.packed, self.reset = data.documents == "packed", data.documents == "packed" and data.reset
         self.stream: StreamRows | None = None
         if data.source == "stream":
@@ -84,11 +86,12 @@ class Batches:
             self.sources = [source]
         else:
             self.tokenizer, self.sources = open_sources(data, extend)
+        self.vocabulary = vocabulary or self.tokenizer.vocab_size
         self._rows = [self._training_rows(data, source, seed, number) for number, source in enumerate(self.sources)]
         self._held_out = [self._held_out_rows(source) for source in self.sources]
         self.mixture = self._mix(data, batch.tokens)
 
-    def _training_rows(self, data: DataSettings, source: Source, seed: int, number: int) -> Rows:
+    def _training_rows(self, data: DataSettings, source: DataSource, seed: int, number: int) -> Rows:
         if self.stream is not None:
             self.stream.keep = 8 * self.split.samples  # loaders are some passes ahead of the step that is saved
             return self.stream
@@ -96,19 +99,21 @@ class Batches:
             return self._pack(source.train, self.context, seed + (number << 32))
         if data.order == "reference":
             return Windows(source.train, ReferenceOrder(len(source.train), self.context), self.context)
-        return Windows(source.train, Order(seed + (number << 32), len(source.train), self.context), self.context)
+        return Windows(
+            source.train, ShuffledOrder(seed + (number << 32), len(source.train), self.context), self.context
+        )
 
-    def _held_out_rows(self, source: Source) -> Rows:
+    def _held_out_rows(self, source: DataSource) -> Rows:
         if self.packed:
             return self._pack(source.held_out, self.validation_context, None)
-        return InOrder(source.held_out, self.validation_context, self.tokenizer.end_of_text)
+        return SequentialWindows(source.held_out, self.validation_context, self.tokenizer.end_of_text)
 
-    def _pack(self, store: Store, context: int, seed: int | None) -> Packed:
+    def _pack(self, store: Store, context: int, seed: int | None) -> PackedRows:
         starts, lengths = store.documents()
         packing = pack(starts, lengths, context)
         if seed is not None and not len(packing):
             raise UserError("the training data has no document with a token in it", "give more text: data.path=…")
-        return Packed(store, packing, seed, self.tokenizer.end_of_text, self.reset)
+        return PackedRows(store, packing, seed, self.tokenizer.end_of_text, self.reset)
 
     def _mix(self, data: DataSettings, tokens_per_step: int) -> Mixture:
         given = data.sources if data.source == "mixture" else [None] * len(self.sources)
@@ -116,7 +121,9 @@ class Batches:
         for source, rows, settings in zip(self.sources, self._rows, given, strict=True):
             weight = settings.weight if settings is not None else 1
             epochs = settings.epochs if settings is not None else None
-            shares.append(Share(source.name, len(source.train) if weight is None else weight, rows.per_epoch, epochs))
+            shares.append(
+                SourceShare(source.name, len(source.train) if weight is None else weight, rows.per_epoch, epochs)
+            )
         # rounded up to steps: a batch has the weights of one stage
         steps = [-(-stage.tokens // tokens_per_step) for stage in data.curriculum]
         stages = zip(steps, data.curriculum, strict=True)
@@ -161,9 +168,9 @@ class Batches:
             weights = self.mixture.weights()
             lines = [f"{s.name} {weights[s.name]:.2%}: {line}" for s, line in zip(self.sources, lines, strict=True)]
         if self.packed:
-            fills = [rows.packing.fill for rows in self._rows if isinstance(rows, Packed)]
-            apart = "they know nothing of each other" if self.reset else "the state runs on, the loss does not"
-            lines.append(f"packed documents, {min(fills):.1%} of the places filled; {apart}")
+            fills = [rows.packing.fill for rows in self._rows if isinstance(rows, PackedRows)]
+            state = "the state is reset at each" if self.reset else "the state continues across them"
+            lines.append(f"packed documents, {min(fills):.1%} of the positions filled; {state}")
         return "\n        ".join(lines)
 
     @property
@@ -202,7 +209,7 @@ class Batches:
 
     def share_out(self, micro: int) -> None:
         """Cuts a device's share of each step into passes of so many samples; the samples of a step stay the same."""
-        self.split = split_batch(self.split.samples * self.context, self.context, micro, self.split.ranks)
+        self.split = split_batch(self.split.samples * self.context, self.context, micro, self.split.mesh)
 
     def position(self, step: int) -> dict[str, Any] | None:
         """Where a stream is to be read from to go on with that step; None: the step alone says all."""
@@ -212,9 +219,11 @@ class Batches:
         """Which step of the data a step of the run reads: a pure function of the step and of what is passed over."""
         return step + sum(steps for first, steps in self.skips if first <= step)
 
-    def begin(self, step: int, position: dict[str, Any] | None) -> None:
-        """Lets training() begin with that step, at that position of a stream."""
+    def begin(self, step: int, position: dict[str, Any] | None, skips: Sequence[tuple[int, int]] | None = None) -> None:
+        """Lets training() begin with that step, at that position of a stream; None: with the skips there are."""
         self.start_step = step
+        if skips is not None:
+            self.skips = list(skips)
         if self.stream is not None and position is not None:
             self.stream.go_to(position)
 
@@ -238,9 +247,7 @@ class Batches:
         first = np.arange(data_step * self.split.samples, data_step * self.split.samples + 1, dtype=np.int64)
         sources, places = self.located(first)
         block = self._fill(self._rows, sources, places, self.context)
-        if not self.masked:
-            return _tensor(block.tokens), _tensor(block.targets)
-        return _alone(block)
+        return _batch(block, np.zeros(1, np.int64), sources, _mean(block) if self.masked else None)
 
     def places(self, step: int, steps: int = 1) -> tuple[Ints, Ints]:
         """Sources and places of all samples of `steps` steps, in the order of their numbers."""
@@ -251,12 +258,12 @@ class Batches:
     def located(self, samples: Ints) -> tuple[Ints, Ints]:
         """Sources and places of the samples with these numbers, same shape."""
         if len(self._rows) == 1 and self.mixture.samples is None:
-            return np.zeros_like(samples), self._rows[0].places(samples)
+            return np.zeros_like(samples), self._rows[0].offsets(samples)
         sources, numbers = self.mixture.locate(samples)
         places = np.empty_like(numbers)
         for source in np.unique(sources):
             here = sources == source
-            places[here] = self._rows[source].places(numbers[here])
+            places[here] = self._rows[source].offsets(numbers[here])
         return sources, places
 
     def sample(self, step: int, number: int) -> dict[str, Any]:
@@ -268,30 +275,25 @@ class Batches:
         block = self._fill(self._rows, sources, places, self.context)
         return {**told, "text": bytes(self.tokenizer.decode(block.tokens[0].tolist())).decode("utf-8", "replace")}
 
-    def sources_of_pass(self, step: int, index: int) -> list[int]:
-        """The number of the source of each sample of this rank's micro-batch `index` of a step."""
-        found: list[int] = self.places(step)[0][self.split.share(0, index, self.rank)].tolist()
-        return found
-
     def assemble(self, sources: Ints, places: Ints, index: int) -> Batch:
         """This rank's micro-batch of the step with these samples."""
         share = self.split.share(0, index, self.rank)
         block = self._fill(self._rows, sources[share], places[share], self.context)
         if not self.masked:
-            return _tensor(block.tokens), _tensor(block.targets)
-        predicted = sum(int(rows.predicted(places[sources == n]).sum()) for n, rows in enumerate(self._rows))
-        return _masked(block, max(1, predicted) / (self.split.ranks * self.accumulation))
+            return _batch(block, share, sources[share])
+        predicted = sum(int(rows.count_predictions(places[sources == n]).sum()) for n, rows in enumerate(self._rows))
+        return _batch(block, share, sources[share], max(1, predicted) / (self.split.mesh.data * self.accumulation))
 
-    def _fill(self, rows: Sequence[Rows], sources: Ints, places: Ints, context: int) -> Block:
-        block = Block.empty(len(places), context, self.reset)
+    def _fill(self, rows: Sequence[Rows], sources: Ints, places: Ints, context: int) -> BatchArrays:
+        block = BatchArrays.empty(len(places), context, self.reset)
         for number, (source, place) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
             rows[source].fill(place, block.row(number))
-        limit = self.vocabulary or self.tokenizer.vocab_size
+        limit = self.vocabulary
         unsure = any(source.bound >= limit for source in self.sources)
         if unsure and (largest := int(block.tokens.max())) >= limit:
             row = int(block.tokens.max(axis=1).argmax())
             where = f"{self.sources[int(sources[row])].name}, sample at token {int(places[row]):,},"
-            refuse_large(largest, limit, where)
+            check_token_in_vocabulary(largest, limit, where)
         return block
 
     def training(self) -> TrainBatches | Ahead:
@@ -304,7 +306,7 @@ class Batches:
         Only the end-of-text that it begins with is no target. The last window is filled up with ignored targets,
         and so are windows that make the number of batches the same on every rank: a whole batch may be ignored.
         """
-        length, ranks, windows = self.validation_context, self.split.ranks, self._held_out[source].per_epoch
+        length, ranks, windows = self.validation_context, self.split.mesh.data, self._held_out[source].per_epoch
         if windows == 0:
             return ()  # Lightning's word for no validation
         micro = min(
@@ -323,24 +325,25 @@ class Batches:
 
     def validation_batch(self, source: int, numbers: Ints) -> Batch:
         """The held-out rows of a source with these numbers (B,); what lies past the end of the text is ignored."""
-        block = self._fill(self._held_out, np.full_like(numbers, source), numbers, self.validation_context)
-        if block.starts is None:
-            return _tensor(block.tokens), _tensor(block.targets)
-        return _alone(block)
+        sources = np.full_like(numbers, source)
+        block = self._fill(self._held_out, sources, numbers, self.validation_context)
+        return _batch(block, numbers, sources, None if block.starts is None else _mean(block))
 
 
-def _tensor(array: Any) -> Tensor:
-    return torch.from_numpy(array)
+def _batch(block: BatchArrays, samples: Ints, sources: Ints, predictions: float | None = None) -> Batch:
+    return Batch(
+        torch.from_numpy(block.tokens),
+        torch.from_numpy(block.targets),
+        samples,
+        sources,
+        None if block.starts is None else torch.from_numpy(block.starts),
+        None if predictions is None else torch.tensor(predictions),
+    )
 
 
-def _masked(block: Block, predictions: float) -> MaskedBatch:
-    starts = None if block.starts is None else _tensor(block.starts)
-    return MaskedBatch(_tensor(block.tokens), _tensor(block.targets), starts, torch.tensor(predictions))
-
-
-def _alone(block: Block) -> MaskedBatch:
-    """A batch of its own, whose loss is the mean over its predictions."""
-    return _masked(block, float(max(1, (block.targets != IGNORED).sum())))
+def _mean(block: BatchArrays) -> float:
+    """The `predictions` of a batch of its own, whose loss is the mean over them."""
+    return float(max(1, (block.targets != IGNORED).sum()))
 
 
 class TrainBatches:

@@ -1,7 +1,7 @@
-"""Conversations: one JSON object with `messages` a line, of which the assistant's tokens are to be predicted.
+"""Conversations in JSON Lines files, one object with `messages` per line; the loss is on the assistant's tokens.
 
-A template says how a message of each role is written. What stands before `{content}` in it is given, what stands behind
-it is the mark that ends the message: the assistant's is predicted, so that the model learns to stop.
+A template says how a message of each role is written. Its text after `{content}` ends the message; the assistant's has
+a loss, so that the model learns to stop.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import Tokenizer, Tokens
 from rwkv_train.errors import UserError
 
-WORLD = {  # what the World models were tuned on
+WORLD_TEMPLATE = {  # the format that the RWKV World models were fine-tuned on
     "system": "System: {content}\n\n",
     "user": "User: {content}\n\n",
     "assistant": "Assistant: {content}\n\n",
@@ -29,31 +29,42 @@ WORLD = {  # what the World models were tuned on
 
 
 @dataclass(frozen=True)
-class Template:
-    """How messages are written: role → what stands before and behind the content."""
+class ChatTemplate:
+    """How messages are written.
 
-    around: Mapping[str, tuple[str, str]]
+    Attributes:
+        affixes: the texts before and after the content, by role.
+    """
+
+    affixes: Mapping[str, tuple[str, str]]
 
     def write(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> tuple[Tokens, Tokens]:
-        """A conversation as tokens and which of them are predicted (bool), an end-of-text behind it.
+        """Tokenises a conversation, with an end-of-text after it.
 
-        Each message is tokenised in three pieces, so that no token belongs to the content and its surroundings at once.
+        Prefix, content and suffix of a message are tokenised separately, so that no token spans two of them.
+
+        Args:
+            messages: objects with `role` and `content`.
+            tokenizer: of the run.
+
+        Returns:
+            The tokens (N,), and whether each has a loss, bool (N,).
 
         Raises:
-            ValueError: a message has no content, or a role that the template does not know.
+            ValueError: a message has no text as its content, or a role that the template lacks.
         """
         pieces: list[Tokens] = []
         predicted: list[bool] = []
         for message in messages:
             role, content = message.get("role"), message.get("content")
-            if not isinstance(role, str) or role not in self.around or not isinstance(content, str):
+            if not isinstance(role, str) or role not in self.affixes or not isinstance(content, str):
                 raise ValueError(
-                    f"a message with role {role!r}; the template knows {', '.join(self.around)}"
-                    if role not in self.around
-                    else f"a message of {role} whose content is no text"
+                    f"message with role {role!r}; the template has the roles {', '.join(self.affixes)}"
+                    if role not in self.affixes
+                    else f"message of role {role}: its content is not a string"
                 )
-            before, behind = self.around[role]
-            pieces += [tokenizer.encode(piece.encode()) for piece in (before, content, behind)]
+            prefix, suffix = self.affixes[role]
+            pieces += [tokenizer.encode(piece.encode()) for piece in (prefix, content, suffix)]
             predicted += [False, role == "assistant", role == "assistant"]
         end = np.full(1, tokenizer.end_of_text, tokenizer.encode(b"").dtype)
         pieces.append(end)
@@ -62,38 +73,48 @@ class Template:
         return np.concatenate(pieces), flags
 
 
-def read_template(path: str | None) -> Template:
-    """The template of a YAML file, `role: "text with {content}"` for each role; None: RWKV World's.
+def read_template(path: str | None) -> ChatTemplate:
+    """Reads the template from a YAML file with a line `role: "text with {content}"` per role.
+
+    Args:
+        path: None: the template of the RWKV World models.
 
     Raises:
-        UserError: no such file, no such mapping, or no assistant in it.
+        UserError: the file cannot be read, is not such a mapping, or has no role `assistant`.
     """
-    texts: Any = WORLD
+    texts: Any = WORLD_TEMPLATE
     if path is not None:
         try:
             texts = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"data.template={path} cannot be read: {error.strerror}", _TEMPLATE) from None
+            raise UserError(f"data.template={path} cannot be read: {error.strerror}", _TEMPLATE_REMEDY) from None
         except yaml.YAMLError as error:
-            raise UserError(f"data.template={path} is no YAML: {' '.join(str(error).split())}", _TEMPLATE) from None
-    whole = isinstance(texts, dict) and all(isinstance(t, str) and t.count("{content}") == 1 for t in texts.values())
-    if not whole or "assistant" not in texts:
-        raise UserError(f"data.template={path} is no template: each role needs a text with one {{content}}", _TEMPLATE)
-    around = {}
+            raise UserError(
+                f"data.template={path} is not valid YAML: {' '.join(str(error).split())}", _TEMPLATE_REMEDY
+            ) from None
+    valid = isinstance(texts, dict) and all(isinstance(t, str) and t.count("{content}") == 1 for t in texts.values())
+    if not valid or "assistant" not in texts:
+        raise UserError(
+            f"data.template={path} is not a template: each role needs a text that contains {{content}} once",
+            _TEMPLATE_REMEDY,
+        )
+    affixes = {}
     for role, text in texts.items():
-        before, _, behind = text.partition("{content}")
-        around[str(role)] = (before, behind)
-    return Template(around)
+        prefix, _, suffix = text.partition("{content}")
+        affixes[str(role)] = (prefix, suffix)
+    return ChatTemplate(affixes)
 
 
-_TEMPLATE = 'a YAML file with a line for each role, the assistant among them: assistant: "Assistant: {content}\\n\\n"'
+_TEMPLATE_REMEDY = (
+    'give a YAML file with a line for each role, the assistant among them: assistant: "Assistant: {content}\\n\\n"'
+)
 
 
 def conversations(path: Path) -> Iterator[tuple[int, Sequence[Mapping[str, Any]]]]:
-    """(line, messages) of every conversation of a .jsonl file.
+    """Yields the line number (from 1) and the messages of every conversation of a .jsonl file.
 
     Raises:
-        UserError: a line is not JSON, or has no messages.
+        UserError: a line is not JSON, or has no `messages`.
     """
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -102,49 +123,53 @@ def conversations(path: Path) -> Iterator[tuple[int, Sequence[Mapping[str, Any]]
             try:
                 messages = json.loads(line)["messages"]
                 if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-                    raise TypeError("`messages` is no list of objects")
+                    raise TypeError("`messages` is not a list of objects")
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{path}, line {number}: no conversation ({type(error).__name__}: {error})",
-                    'a line is like {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}',
+                    f"{path}, line {number}: not a conversation ({type(error).__name__}: {error})",
+                    'write each line as {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}',
                 ) from None
             yield number, messages
 
 
 def read_chat(data: DataSettings, tokenizer: Tokenizer) -> tuple[MemoryStore, MemoryStore, str, str]:
-    """Training and held-out conversations, a line for people, and a digest.
+    """Reads and tokenises the conversations of `data.path`.
+
+    Returns:
+        Training and held-out tokens, a one-line description, and a hash of content, template and split (16 hexadecimal
+        digits).
 
     Raises:
-        UserError: a line that is no conversation, an unknown role, or no token of an assistant in all of it.
+        UserError: a line is not a conversation, has an unknown role, or no token of the training part has a loss.
     """
     template, path = read_template(data.template), Path(str(data.path)).expanduser()
     parts: tuple[list[tuple[Tokens, Tokens]], list[tuple[Tokens, Tokens]]] = ([], [])
-    digest = hashlib.sha256(repr(sorted(template.around.items())).encode())
+    digest = hashlib.sha256(repr(sorted(template.affixes.items())).encode())
     try:
         for number, messages in conversations(path):
             try:
                 written = template.write(messages, tokenizer)
             except ValueError as error:
-                raise UserError(f"{path}, line {number}: {error}", _TEMPLATE) from None
+                raise UserError(f"{path}, line {number}: {error}", _TEMPLATE_REMEDY) from None
             text = json.dumps(messages, sort_keys=True).encode()
             digest.update(text + b"\n")
             fraction = int.from_bytes(hashlib.blake2s(text).digest()[:7], "big") / 2**56
             parts[fraction < data.hold_out].append(written)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8: {error.reason} at byte {error.start}", "convert it to UTF-8") from None
+        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}", "convert it to UTF-8") from None
     except OSError as error:
         raise UserError(f"data.path={path} cannot be read: {error.strerror}", "name a .jsonl file") from None
     train, held_out = (_stored(part, tokenizer) for part in parts)
     if not train.predicted.any():  # type: ignore[union-attr]
         raise UserError(
-            f"{path} has no token of an assistant to be predicted ({len(parts[0])} conversations to train on)",
-            "give conversations with messages of the role assistant, or a smaller data.hold_out",
+            f"{path}: no token has a loss ({len(parts[0])} conversations to train on, none with text of the assistant)",
+            "add conversations with messages of the role assistant, or lower data.hold_out",
         )
     predicted = int(train.predicted.sum())  # type: ignore[union-attr]
     digest.update(str(data.hold_out).encode())
     description = (
-        f"{path}: {len(parts[0]):,} conversations, {len(train):,} tokens, of which {predicted:,} "
-        f"({predicted / len(train):.0%}) are the assistant's, hash {digest.hexdigest()[:16]}; held out: "
+        f"{path}: {len(parts[0]):,} conversations, {len(train):,} tokens, {predicted:,} of them "
+        f"({predicted / len(train):.0%}) the assistant's, hash {digest.hexdigest()[:16]}; held out: "
         f"{len(parts[1]):,} conversations"
     )
     return train, held_out, description, digest.hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Text files to train on: which ones, in which order, and which of them are held out.
+"""Text files to train on: which files, in which order, and which of them are held out.
 
-Everything here is a function of the files alone: they are taken in the order of their names, and a hash of its name
-says whether a file is held out, so that a new file moves no other one between training and validation.
+All of it depends on the files alone: they are read in the order of their names, and a hash of a file's name decides
+whether it is held out, so that adding a file moves no other one between training and validation.
 """
 
 from __future__ import annotations
@@ -20,33 +20,59 @@ from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
 
-# Of the standard library, what has near-copies of itself elsewhere in it (character tables, the tests, the generated
-# build description): held out, it would be known by heart.
-LIBRARY_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3", "idlelib"}
-LIBRARY_GENERATED = "_sysconfigdata_"
+# Directories of the standard library whose files have near-copies elsewhere in it (character tables, tests, the
+# generated build description): a model would have memorised them if they were held out.
+SKIPPED_LIBRARY_DIRECTORIES = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "lib2to3",
+    "idlelib",
+}
+GENERATED_LIBRARY_FILE = "_sysconfigdata_"
 
 
 @dataclass(frozen=True)
 class Document:
-    name: str  # path below the root, with /
+    """A text file, or a part of one.
+
+    Attributes:
+        name: path relative to the corpus root, with / as the separator.
+        text: content of the file, not necessarily UTF-8.
+    """
+
+    name: str
     text: bytes
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, shared out between training and validation."""
+    """Documents, split into training and validation.
+
+    Attributes:
+        root: the directory or file that was read.
+        train: training documents in the order of their names.
+        held_out: validation documents in the order of their names.
+        hold_out_rule: how the held-out part was chosen, for the description.
+        digest: hash over names, contents and split, 16 hexadecimal digits.
+        hidden: number of files and directories skipped because they are hidden.
+        binary: number of files skipped because of a zero byte among their first 8 KiB.
+    """
 
     root: Path
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
-    hold_out_rule: str  # how the held-out part was chosen, for people
-    digest: str  # 16 hexadecimal digits over names, contents and split
-    hidden: int  # files and directories skipped since they are hidden
-    binary: int  # files skipped since they hold a zero byte near their start
+    hold_out_rule: str
+    digest: str
+    hidden: int
+    binary: int
 
     @property
     def description(self) -> str:
-        """One line for the start of a run: root, files, bytes, hash, what was held out, what was skipped."""
+        """One line for the log at the start of a run: root, files, bytes, hash, held-out part, skipped files."""
         files = len({document.name for document in self.train + self.held_out})
         held = sum(len(document.text) for document in self.held_out)
         total = held + sum(len(document.text) for document in self.train)
@@ -61,14 +87,14 @@ def read_corpus(data: DataSettings) -> Corpus:
     """Reads the files that `data` names.
 
     Raises:
-        UserError: the path does not exist or cannot be read, or there is no text in it.
+        UserError: the path does not exist, cannot be read, or contains no text.
     """
     library = data.source == "stdlib" and data.path is None
     if data.path is None and not library:
-        raise UserError("data.path is not given", "name a text file or a directory of them: data.path=…")
+        raise UserError("data.path is not set", "give a text file or a directory of text files: data.path=…")
     root = Path(sysconfig.get_paths()["stdlib"] if data.path is None else data.path).expanduser()
     if not root.exists():
-        raise UserError(f"data.path={root} does not exist", "name a text file or a directory of them")
+        raise UserError(f"data.path={root} does not exist", "give a text file or a directory of text files")
     documents, binary = [], 0
     try:
         files, hidden = (_library_files(root), 0) if library else find_files(root)
@@ -80,22 +106,31 @@ def read_corpus(data: DataSettings) -> Corpus:
                 documents.append(Document(name, text))
     except OSError as error:
         raise UserError(
-            f"{error.filename} cannot be read: {error.strerror}", "mend its permissions, or move it"
+            f"{error.filename} cannot be read: {error.strerror}", "fix its permissions, or move it out of data.path"
         ) from None
     if not documents:
         raise UserError(
-            f"data.path={root} holds no text (skipped: {binary} binary and {hidden} hidden files)",
-            "name a text file, or a directory with at least one",
+            f"data.path={root} contains no text (skipped: {binary} binary and {hidden} hidden files)",
+            "give a text file, or a directory that contains one",
         )
     train, held_out, rule = _hold_out(documents, data.hold_out)
     return Corpus(root, train, held_out, rule, _digest(train, held_out), hidden, binary)
 
 
 def find_files(root: Path, pruned: Set[str] = frozenset()) -> tuple[list[tuple[str, Path]], int]:
-    """Names and paths of all files below a directory (or of the one file) in the order of their names.
+    """Finds all files below a directory, in the order of their names.
 
-    Left out are directories called as in `pruned`, links to nothing, and what is hidden; of the last the number of
-    files and directories is returned too.
+    Hidden files, broken links and directories named in `pruned` are left out.
+
+    Args:
+        root: a directory, or a single file.
+        pruned: names of directories that are not searched.
+
+    Returns:
+        (name relative to root, path) of each file, and the number of hidden files and directories.
+
+    Raises:
+        OSError: a directory cannot be read.
     """
     if not root.is_dir():
         return [(root.name, root)], 0
@@ -110,9 +145,9 @@ def find_files(root: Path, pruned: Set[str] = frozenset()) -> tuple[list[tuple[s
 
 
 def _library_files(root: Path) -> list[tuple[str, Path]]:
-    """The Python sources of the standard library, without LIBRARY_SKIPS."""
-    found, _ = find_files(root, LIBRARY_SKIPS)
-    return [(name, path) for name, path in found if name.endswith(".py") and LIBRARY_GENERATED not in name]
+    """The Python sources of the standard library, without SKIPPED_LIBRARY_DIRECTORIES."""
+    found, _ = find_files(root, SKIPPED_LIBRARY_DIRECTORIES)
+    return [(name, path) for name, path in found if name.endswith(".py") and GENERATED_LIBRARY_FILE not in name]
 
 
 def _raise(error: OSError) -> None:
@@ -120,7 +155,11 @@ def _raise(error: OSError) -> None:
 
 
 def _hold_out(documents: Sequence[Document], share: float) -> tuple[tuple[Document, ...], tuple[Document, ...], str]:
-    """Splits by a hash of the name; where that leaves one side empty (a single file), the end of the text is taken."""
+    """Splits by a hash of the name; if that leaves one side empty (a single file), holds out the end of the text.
+
+    Returns:
+        Training documents, held-out documents, and the rule that chose them.
+    """
     if share == 0:
         return tuple(documents), (), "nothing"
     chosen = [_fraction(document.name) < share for document in documents]
@@ -133,7 +172,7 @@ def _hold_out(documents: Sequence[Document], share: float) -> tuple[tuple[Docume
     while left > 0:
         last = train_end.pop()
         cut = max(0, len(last.text) - left)
-        line = last.text.find(b"\n", cut) + 1  # the cut is moved to the next line, if one is left behind it
+        line = last.text.find(b"\n", cut) + 1  # move the cut to the next line, if there is one after it
         cut = line if 0 < line < len(last.text) else cut
         left -= len(last.text)
         held_end.append(Document(last.name, last.text[cut:]))
@@ -144,10 +183,10 @@ def _hold_out(documents: Sequence[Document], share: float) -> tuple[tuple[Docume
 
 
 def _fraction(name: str) -> float:
-    """A number in [0, 1) that the name alone decides.
+    """A number in [0, 1) that depends on the name alone.
 
-    BLAKE2s, since of the common hashes it holds out a representative twentieth of the standard library: near 5 % of the
-    bytes too, and the n-grams' losses there are those of the library at large.
+    Of the common hashes, BLAKE2s holds out a representative twentieth of the standard library: about 5 % of the bytes
+    too, with the n-gram losses of the complete library.
     """
     return int.from_bytes(hashlib.blake2s(name.encode("utf-8", "surrogateescape")).digest()[:7], "big") / 2**56
 
@@ -163,9 +202,9 @@ def _digest(*parts: Sequence[Document]) -> str:
 
 
 def join(documents: Sequence[Document], tokenizer: Tokenizer) -> MemoryStore:
-    """All documents as one stream, an end-of-text before each, so that its first token too is predicted."""
+    """Tokenises documents into one stream, with an end-of-text before each so that its first token is predicted too."""
     kind = tokenizer.encode(b"").dtype
     end = np.full(1, tokenizer.end_of_text, kind)
     pieces = [piece for document in documents for piece in (end, tokenizer.encode(document.text))]
-    starts = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)[::2]  # each behind its end-of-text
+    starts = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)[::2]  # after each document's end-of-text
     return MemoryStore(np.concatenate(pieces) if pieces else end[:0], starts)

@@ -1,4 +1,4 @@
-"""Lightning's view of the batches: the only file of this room that knows a trainer."""
+"""Lightning's view of the batches: the only file of this folder that imports Lightning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import lightning as L
 
-from rwkv_train.data.ahead import Batch
+from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 
 
@@ -25,10 +25,10 @@ class DataModule(L.LightningDataModule):
         """Called by Lightning in every process before it asks for batches."""
         trainer = self.trainer
         assert trainer is not None
-        ranks = self.batches.split.ranks
-        if trainer.world_size != ranks:
-            raise RuntimeError(f"the trainer has {trainer.world_size} ranks, the data was split for {ranks}")
-        self.batches.rank = trainer.global_rank
+        mesh = self.batches.split.mesh
+        if trainer.world_size != mesh.ranks:
+            raise RuntimeError(f"the trainer has {trainer.world_size} ranks, the data was split for {mesh.ranks}")
+        self.batches.rank = mesh.data_rank(trainer.global_rank)
         self.batches.pinned = trainer.strategy.root_device.type == "cuda"
 
     def train_dataloader(self) -> Iterable[Batch]:

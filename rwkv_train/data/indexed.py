@@ -1,16 +1,16 @@
-r"""The field's token store: NAME.bin (the tokens, nothing else) and NAME.idx, Megatron-LM's "MMIDIDX".
+r"""Token stores on disk in Megatron-LM's format MMIDIDX: NAME.bin has the tokens and nothing else, NAME.idx the index.
 
     9 bytes   MMIDIDX\0\0
     uint64    version, 1
-    uint8     type of a token: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16
+    uint8     token type: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16
     uint64    number of sequences S
     uint64    number of document boundaries D + 1
-    int32[S]  tokens of each sequence
-    int64[S]  the byte in NAME.bin at which each sequence begins
-    int64[D + 1]  the sequence with which each document begins, and S
+    int32[S]  number of tokens of each sequence
+    int64[S]  byte offset of each sequence in NAME.bin
+    int64[D + 1]  number of the first sequence of each document, then S
 
-Everything is little-endian. RWKV-LM and GPT-NeoX write one sequence a document, with an end-of-text behind it, and so
-do we. Both files are mapped into memory: opening one costs the same whatever its size.
+All values are little-endian. Like RWKV-LM and GPT-NeoX we write one sequence per document, with an end-of-text after
+it. Both files are memory-mapped: opening a store takes the same time whatever its size.
 """
 
 from __future__ import annotations
@@ -26,74 +26,80 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rwkv_train.data.arrays import Ints
 from rwkv_train.errors import UserError
-
-Ints = npt.NDArray[np.int64]
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 TYPES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-_SAMPLED = 64  # places of a .bin that its fingerprint looks at
-_PAGE = 4096
+_SAMPLED_PAGES = 64  # of a .bin, for its fingerprint
+_PAGE_BYTES = 4096
 
 
 def stem_of(path: Path) -> Path:
-    """NAME for NAME, NAME.bin and NAME.idx."""
+    """The path of a store without its suffix: NAME for NAME, NAME.bin and NAME.idx."""
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
 
-def beside(stem: Path, suffix: str) -> Path:
-    """NAME.suffix; a dot in NAME is no suffix."""
+def store_file(stem: Path, suffix: str) -> Path:
+    """One of a store's files: appends a suffix to NAME, which may contain dots."""
     return stem.with_name(stem.name + suffix)
 
 
 class IndexedStore:
-    """A store on disk, read-only.
+    """A token store on disk, read-only and memory-mapped.
+
+    Args:
+        path: NAME, NAME.bin or NAME.idx.
 
     Attributes:
-        tokens: (N,) all tokens, mapped.
-        lengths, pointers: (S,) of the sequences: tokens, and where each begins in bytes; mapped.
-        boundaries: (D + 1,) the sequence that each document begins with, and S; mapped.
+        tokens: all tokens, (N,).
+        lengths: number of tokens of each sequence, int32 (S,).
+        pointers: byte offset of each sequence in NAME.bin, int64 (S,).
+        boundaries: number of the first sequence of each document, then S; int64 (D + 1,).
+        dtype: type of a token.
 
     Raises:
-        UserError: a file is missing, torn, no index, or they do not belong together.
+        UserError: a file is missing, truncated or not an index, or the two files do not match.
     """
 
     def __init__(self, path: Path) -> None:
         self.stem = stem_of(path)
-        self.bin, self.idx = beside(self.stem, ".bin"), beside(self.stem, ".idx")
+        self.bin, self.idx = store_file(self.stem, ".bin"), store_file(self.stem, ".idx")
         for file in (self.idx, self.bin):
             if not file.is_file():
                 raise UserError(
-                    f"there is no file {file}", f"a store is two files, {self.bin.name} and {self.idx.name}: copy both"
+                    f"there is no file {file}", f"copy both files of the store, {self.bin.name} and {self.idx.name}"
                 )
         index = _map(self.idx)
         if len(index) < _HEADER.size or index[: len(MAGIC)] != MAGIC:
-            raise UserError(f"{self.idx} is no index of a token store (MMIDIDX)", "`rwkv-train prepare` makes one")
+            raise UserError(
+                f"{self.idx} is not the index of a token store (MMIDIDX)", "make a store with `rwkv-train prepare`"
+            )
         _, version, code, sequences, boundaries = _HEADER.unpack_from(index)
         if version != 1 or code not in TYPES:
             raise UserError(
-                f"{self.idx} has version {version} and token type {code}; known are version 1 and types "
+                f"{self.idx} has version {version} and token type {code}; supported are version 1 and types "
                 f"{', '.join(map(str, TYPES))}",
-                "write it anew with `rwkv-train prepare`",
+                "make the store again with `rwkv-train prepare`",
             )
-        wanted = _HEADER.size + 12 * sequences + 8 * boundaries
-        if len(index) != wanted:
+        expected = _HEADER.size + 12 * sequences + 8 * boundaries
+        if len(index) != expected:
             raise UserError(
-                f"{self.idx} has {len(index):,} bytes, its {sequences:,} sequences need {wanted:,}", _COPY_ANEW
+                f"{self.idx} has {len(index):,} bytes, its {sequences:,} sequences need {expected:,}", _COPY_AGAIN
             )
-        at = _HEADER.size
-        self.lengths = np.frombuffer(index, np.int32, sequences, at)
-        self.pointers = np.frombuffer(index, np.int64, sequences, at + 4 * sequences)
-        self.boundaries = np.frombuffer(index, np.int64, boundaries, at + 12 * sequences)
+        offset = _HEADER.size
+        self.lengths = np.frombuffer(index, np.int32, sequences, offset)
+        self.pointers = np.frombuffer(index, np.int64, sequences, offset + 4 * sequences)
+        self.boundaries = np.frombuffer(index, np.int64, boundaries, offset + 12 * sequences)
         self.dtype = np.dtype(TYPES[code])
         size = self.bin.stat().st_size
-        told = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
-        if size != told:
+        indexed = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        if size != indexed:
             raise UserError(
-                f"{self.bin} has {size:,} bytes, {self.idx.name} tells of {told:,}: "
-                + ("it is cut short" if size < told else "the one is not the other's"),
-                _COPY_ANEW,
+                f"{self.bin} has {size:,} bytes, according to {self.idx.name} {indexed:,}: "
+                + ("it is truncated" if size < indexed else "the files belong to different stores"),
+                _COPY_AGAIN,
             )
         self.tokens = np.frombuffer(_map(self.bin) if size else b"", self.dtype)
 
@@ -108,37 +114,40 @@ class IndexedStore:
         return starts, np.diff(starts, append=len(self.tokens))
 
     def document(self, number: int) -> npt.NDArray[Any]:
-        """The tokens of one document."""
+        """The tokens of a document, with its end-of-text."""
         first, last = self.boundaries[number : number + 2]
         begin = int(self.pointers[first])
         end = int(self.pointers[last - 1]) + int(self.lengths[last - 1]) * self.dtype.itemsize
         return self.tokens[begin // self.dtype.itemsize : end // self.dtype.itemsize]
 
     def document_of(self, token: int) -> int:
-        """The document that holds a token."""
+        """The number of the document that contains the token at this offset."""
         sequence = int(np.searchsorted(self.pointers, token * self.dtype.itemsize, side="right")) - 1
         return int(np.searchsorted(self.boundaries, sequence, side="right")) - 1
 
     def fingerprint(self) -> str:
-        """A hash over sizes and a few pages of both files: another content is noticed, a flipped bit is `verify`'s."""
+        """A hash over the sizes and a few pages of both files, 16 hexadecimal digits.
+
+        It notices a store with different content; a single flipped bit only `rwkv-train prepare verify` finds.
+        """
         digest = hashlib.sha256(f"{self.dtype} {len(self.tokens)} {len(self.lengths)}".encode())
         for array in (self.tokens, self.lengths, self.boundaries):
-            page = _PAGE // array.itemsize
+            page = _PAGE_BYTES // array.itemsize
             last = max(0, len(array) - page)
-            for place in range(_SAMPLED):
-                at = last * place // (_SAMPLED - 1)
-                digest.update(array[at : at + page].tobytes())
+            for number in range(_SAMPLED_PAGES):
+                offset = last * number // (_SAMPLED_PAGES - 1)
+                digest.update(array[offset : offset + page].tobytes())
         return digest.hexdigest()[:16]
 
     def sampled_maximum(self) -> int:
-        """The largest token among a few pages."""
-        page = _PAGE // self.dtype.itemsize
+        """The largest token in a few pages."""
+        page = _PAGE_BYTES // self.dtype.itemsize
         last = max(0, len(self.tokens) - page)
-        places = {last * place // (_SAMPLED - 1) for place in range(_SAMPLED)}
-        return max(int(self.tokens[at : at + page].max(initial=0)) for at in places)
+        offsets = {last * number // (_SAMPLED_PAGES - 1) for number in range(_SAMPLED_PAGES)}
+        return max(int(self.tokens[offset : offset + page].max(initial=0)) for offset in offsets)
 
 
-_COPY_ANEW = "copy both files of the store anew, or make it again with `rwkv-train prepare`"
+_COPY_AGAIN = "copy both files of the store again, or make it again with `rwkv-train prepare`"
 
 
 def _map(path: Path) -> mmap.mmap | bytes:
@@ -147,12 +156,15 @@ def _map(path: Path) -> mmap.mmap | bytes:
 
 
 def write_index(path: Path, dtype: npt.DTypeLike, lengths: Callable[[], Iterable[npt.NDArray[np.int32]]]) -> None:
-    """Writes and syncs the index of a .bin whose sequences are documents and lie one behind the other.
+    """Writes and syncs the index of a .bin file that contains one sequence per document, without gaps.
 
     Args:
         path: NAME.idx.
-        dtype: of a token.
-        lengths: gives the tokens of each document, in parts; called for each of the index's columns.
+        dtype: type of a token.
+        lengths: returns the number of tokens of each document in blocks, int32; called once per column of the index.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     kind = np.dtype(dtype)
     code = next(code for code, known in TYPES.items() if np.dtype(known) == kind)

@@ -1,4 +1,4 @@
-"""STORE.json, beside STORE.bin and STORE.idx: what is in a store, who made it of what, and its checksums."""
+"""STORE.json next to STORE.bin and STORE.idx: content, tokenizer, sources and checksums of a token store."""
 
 from __future__ import annotations
 
@@ -7,69 +7,85 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rwkv_train.data.indexed import beside
+from rwkv_train.data.indexed import store_file
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_train.errors import UserError
 
-FORMAT = 1
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What STORE.json holds."""
+    """The content of STORE.json.
 
-    tokenizer: str  # as --tokenizer names it
+    Attributes:
+        tokenizer: value of --tokenizer: bytes, world, or the path of a tokenizer.json.
+        extend: texts that --extend made single tokens.
+        identity: name and hash of the tokenizer.
+        documents: number of documents.
+        tokens: number of tokens, with an end-of-text per document.
+        bytes: size of the documents' texts.
+        largest_token: largest token in the store.
+        fingerprint: IndexedStore.fingerprint of the store.
+        sha256: SHA-256 of each file's content, by file name.
+        sources: files, directories and data sets that were read, as they were typed.
+        skipped: number of documents left out, by reason.
+        version: version of rwkv-train that made the store.
+        format: version of this file's format.
+    """
+
+    tokenizer: str
     extend: list[str]
-    identity: str  # of the tokenizer: its name and a hash
+    identity: str
     documents: int
     tokens: int
-    bytes: int  # of the text
+    bytes: int
     largest_token: int
-    fingerprint: str  # IndexedStore.fingerprint
-    sha256: dict[str, str]  # file name → of its content
+    fingerprint: str
+    sha256: dict[str, str]
     sources: list[str]
-    skipped: dict[str, int] = field(default_factory=dict)  # why → how many documents
-    version: str = ""  # of rwkv-train
-    format: int = FORMAT
+    skipped: dict[str, int] = field(default_factory=dict)
+    version: str = ""
+    format: int = FORMAT_VERSION
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the store.
+        """Loads the tokenizer that made the store.
 
         Raises:
-            UserError: it is not here, or it is another one by now.
+            UserError: its file is missing, or has changed since.
         """
         tokenizer = load_tokenizer(self.tokenizer, self.extend)
         if tokenizer.identity != self.identity:
             raise UserError(
                 f"the store was made with the tokenizer {self.identity}; {self.tokenizer} is {tokenizer.identity} now",
-                "bring back the tokenizer's file as it was, or prepare the store anew",
+                "restore the original tokenizer file, or prepare the store again",
             )
         return tokenizer
 
 
 def write_manifest(stem: Path, manifest: Manifest) -> None:
-    beside(stem, ".json").write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False), encoding="utf-8")
+    store_file(stem, ".json").write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def read_manifest(stem: Path) -> Manifest | None:
-    """The manifest of a store; None: it has none, as other tools' stores.
+    """Reads the manifest of a store; None if it has none, like the stores of other tools.
 
     Raises:
-        UserError: the file is no manifest, or of a later version.
+        UserError: the file is not a manifest, or has another format version.
     """
-    path = beside(stem, ".json")
+    path = store_file(stem, ".json")
     if not path.is_file():
         return None
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
+        if content["format"] != FORMAT_VERSION:
             raise UserError(
-                f"{path} has format {content['format']}, this version reads {FORMAT}",
-                "update rwkv-train, or prepare anew",
+                f"{path} has format {content['format']}, this version reads {FORMAT_VERSION}",
+                "update rwkv-train, or prepare the store again",
             )
         return Manifest(**content)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is no manifest of a store ({type(error).__name__}: {error})",
-            "move it away: a store without one needs data.tokenizer=…",
+            f"{path} is not the manifest of a store ({type(error).__name__}: {error})",
+            "remove it and set data.tokenizer=…, or prepare the store again",
         ) from None

@@ -1,8 +1,8 @@
-"""Several sources in one run: which source sample n comes from, and how many of that source were before.
+"""Mixtures of sources: which source sample n comes from, and its number within that source.
 
-Within a stage, a span of samples with fixed weights, the sources follow one another in a pattern that is repeated:
-before every sample each source has had its weight's share of the samples, to within one sample. A stage ends where the
-curriculum says, or where a source has been read as often as it may be. So everything is a function of n alone.
+A stage is a range of samples with fixed weights. Within it the sources follow a repeated pattern: at every sample, each
+source has had its share of the samples, to within one sample. A stage ends where the curriculum says, or where a source
+has been read for its last epoch. Everything is a function of n alone.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from rwkv_train.data.order import Ints
+from rwkv_train.data.arrays import Ints
 from rwkv_train.errors import UserError
 
-LONGEST_PATTERN = 2**16  # weights that would need a longer one are rounded to multiples of 1/65536
+MAX_PATTERN_SAMPLES = 2**16  # weights that need a longer pattern are rounded to multiples of 1/65536
 
 
 @dataclass(frozen=True)
-class Share:
-    """One source of a mixture.
+class SourceShare:
+    """The part of one source in a mixture.
 
-    Args:
-        name: for people.
-        weight: of its tokens in the mixture, relative to the others'.
-        per_epoch: samples of one epoch.
-        epochs: how often it may be read at most; None: without end.
+    Attributes:
+        name: name of the source.
+        weight: its share of the samples, relative to the other sources' weights.
+        per_epoch: number of samples of one epoch.
+        epochs: maximum number of epochs, not necessarily an integer; None: unlimited.
     """
 
     name: str
@@ -40,52 +40,65 @@ class Share:
 
     @property
     def limit(self) -> int | None:
-        """Samples that may be taken of it."""
+        """Maximum number of samples that are read from the source; None: unlimited."""
         return None if self.epochs is None else max(1, math.floor(self.epochs * self.per_epoch))
 
 
 @dataclass(frozen=True)
 class _Stage:
-    first: int  # sample that it begins with
-    before: Ints  # (S,) samples taken of each source before it
-    shares: Ints  # (S,) samples of each source in one pattern
-    pattern: Ints  # (P,) the source of each sample of a pattern
-    places: Ints  # (P,) how many samples of the same source stand before it in the pattern
+    """A range of samples with fixed weights.
+
+    Attributes:
+        first: number of its first sample.
+        before: samples taken from each source before the stage, (S,).
+        shares: samples of each source in one pattern, (S,).
+        pattern: source of each sample of the pattern, (P,).
+        ranks_in_source: number of earlier samples of the same source in the pattern, (P,).
+    """
+
+    first: int
+    before: Ints
+    shares: Ints
+    pattern: Ints
+    ranks_in_source: Ints
 
     def locate(self, samples: Ints) -> tuple[Ints, Ints]:
-        round_, place = np.divmod(samples - self.first, len(self.pattern))
-        source = self.pattern[place]
-        return source, self.before[source] + self.places[place] + np.asarray(round_ * self.shares[source], np.int64)
+        repetition, index = np.divmod(samples - self.first, len(self.pattern))
+        source = self.pattern[index]
+        in_earlier_patterns = np.asarray(repetition * self.shares[source], np.int64)
+        return source, self.before[source] + in_earlier_patterns + self.ranks_in_source[index]
 
     def counts(self, samples: int) -> Ints:
-        """(S,) samples of each source among the first `samples` of the run, which must reach into this stage."""
-        round_, place = divmod(samples - self.first, len(self.pattern))
-        return self.before + round_ * self.shares + np.bincount(self.pattern[:place], minlength=len(self.shares))
+        """Samples of each source among the first `samples` of the run, (S,); `samples` must lie in this stage."""
+        repetitions, rest = divmod(samples - self.first, len(self.pattern))
+        return self.before + repetitions * self.shares + np.bincount(self.pattern[:rest], minlength=len(self.shares))
 
     def exhausted(self, source: int, limit: int) -> int | None:
-        """The sample before which the source has been taken `limit` times; None: it is not in this stage."""
+        """Number of the sample before which the source has provided `limit` samples; None: it has no weight here."""
         if not self.shares[source]:
             return None
-        round_, place = divmod(limit - 1 - int(self.before[source]), int(self.shares[source]))
-        return self.first + round_ * len(self.pattern) + int(np.flatnonzero(self.pattern == source)[place]) + 1
+        repetitions, rest = divmod(limit - 1 - int(self.before[source]), int(self.shares[source]))
+        return self.first + repetitions * len(self.pattern) + int(np.flatnonzero(self.pattern == source)[rest]) + 1
 
 
 class Mixture:
-    """The order of sources.
+    """The order in which samples are taken from several sources.
 
     Args:
-        shares: at least one.
-        curriculum: (first sample, weights by name) of later stages, in their order; a source that is not named there
-            has weight 0 from then on.
+        shares: the sources, at least one.
+        curriculum: first sample and weights by name of each later stage, in order; a source without a weight there has
+            weight 0 from then on.
 
     Attributes:
-        samples: how many there are until every source is used up; None: without end.
+        samples: number of samples until the last epoch of every source has ended; None: unlimited.
 
     Raises:
-        UserError: a stage in which no source has a weight, or names an unknown one.
+        UserError: a stage has no source with a weight above 0, or names an unknown source.
     """
 
-    def __init__(self, shares: Sequence[Share], curriculum: Sequence[tuple[int, Mapping[str, float]]] = ()) -> None:
+    def __init__(
+        self, shares: Sequence[SourceShare], curriculum: Sequence[tuple[int, Mapping[str, float]]] = ()
+    ) -> None:
         self.shares = tuple(shares)
         self.samples: int | None = None
         self._stages: list[_Stage] = []
@@ -96,22 +109,22 @@ class Mixture:
         first, taken = 0, np.zeros(len(self.shares), np.int64)
         for number, (_, weights) in enumerate(spans):
             end = spans[number + 1][0] if number + 1 < len(spans) else None
-            self._refuse(first, weights)
+            self._check_weights(first, weights)
             while end is None or first < end:
-                left = [
+                remaining = [
                     Fraction(str(weights.get(share.name, 0))) if share.limit is None or taken[i] < share.limit else 0
                     for i, share in enumerate(self.shares)
                 ]
-                if not any(left):
+                if not any(remaining):
                     self.samples = first
                     return
-                counts = settle(left)
+                counts = pattern_shares(remaining)
                 stage = _Stage(first, taken, counts, *interleave(counts))
                 self._stages.append(stage)
                 ends = [
                     stage.exhausted(i, share.limit)
                     for i, share in enumerate(self.shares)
-                    if share.limit is not None and left[i]
+                    if share.limit is not None and remaining[i]
                 ]
                 limits = [at for at in (*ends, end) if at is not None]
                 if not limits:
@@ -119,24 +132,34 @@ class Mixture:
                 first = min(limits)
                 taken = stage.counts(first)
 
-    def _refuse(self, first: int, weights: Mapping[str, float]) -> None:
+    def _check_weights(self, first: int, weights: Mapping[str, float]) -> None:
         names = [share.name for share in self.shares]
         for name in weights:
             if name not in names:
-                raise UserError(f"data.curriculum names the source {name}", f"there is: {', '.join(names)}")
+                raise UserError(
+                    f"data.curriculum names the unknown source {name}", f"known sources: {', '.join(names)}"
+                )
         if not any(weights.values()):
-            raise UserError(f"no source has a weight from sample {first:,} on", "give at least one a weight above 0")
+            raise UserError(
+                f"no source has a weight above 0 from sample {first:,} on", "give at least one source a weight above 0"
+            )
 
     def locate(self, samples: Ints) -> tuple[Ints, Ints]:
-        """The sources of the samples with these numbers, and their numbers within the sources; same shape.
+        """The source of each sample, and its number within that source.
+
+        Args:
+            samples: numbers of samples of the run, ≥ 0.
+
+        Returns:
+            Two arrays of the same shape.
 
         Raises:
-            UserError: the sources are used up before one of them.
+            UserError: the last epoch of every source ends before one of the samples.
         """
         if self.samples is not None and samples.size and int(samples.max()) >= self.samples:
             raise UserError(
-                f"the sources are used up after {self.samples:,} samples",
-                "a shorter budget, more epochs for a source (epochs: null is without end), or more data",
+                f"the last epoch of every source ends after {self.samples:,} samples",
+                "lower the budget, allow a source more epochs (epochs: null is unlimited), or add data",
             )
         stages = np.searchsorted(self._firsts, samples, side="right") - 1
         if samples.size and stages.min() == stages.max():
@@ -148,53 +171,56 @@ class Mixture:
         return sources, numbers
 
     def counts(self, samples: int) -> Ints:
-        """(S,) how many of the first `samples` samples come from each source."""
+        """How many of the first `samples` samples come from each source, (S,)."""
         return self._stages[int(np.searchsorted(self._firsts, samples, side="right")) - 1].counts(samples)
 
     def weights(self, sample: int = 0) -> dict[str, float]:
-        """The share of each source from a sample on, as they are settled."""
+        """The share of each source in the stage of a sample, by name, as rounded by `pattern_shares`."""
         stage = self._stages[int(np.searchsorted(self._firsts, sample, side="right")) - 1]
         return {share.name: int(n) / len(stage.pattern) for share, n in zip(self.shares, stage.shares, strict=True)}
 
 
-def settle(weights: Sequence[Fraction | int]) -> Ints:
-    """Weights as whole numbers of samples in a pattern: exact where that is short enough, else rounded (none to 0)."""
+def pattern_shares(weights: Sequence[Fraction | int]) -> Ints:
+    """The number of samples of each source in a pattern, (S,).
+
+    Exact if the pattern has at most MAX_PATTERN_SAMPLES samples, otherwise rounded; no weight above 0 becomes 0.
+    """
     total = sum(weights)
     parts = [Fraction(weight) / total for weight in weights]
     period = math.lcm(*(part.denominator for part in parts))
-    if period <= LONGEST_PATTERN:
+    if period <= MAX_PATTERN_SAMPLES:
         return np.array([int(part * period) for part in parts], np.int64)
-    whole = np.array([max(part > 0, int(part * LONGEST_PATTERN)) for part in parts], np.int64)
-    order = np.argsort([float(int(n) - part * LONGEST_PATTERN) for n, part in zip(whole, parts, strict=True)])
-    for i in range(LONGEST_PATTERN - int(whole.sum())):  # largest remainders first
-        whole[order[i % len(order)]] += 1
-    return whole
+    rounded = np.array([max(part > 0, int(part * MAX_PATTERN_SAMPLES)) for part in parts], np.int64)
+    order = np.argsort([float(int(n) - part * MAX_PATTERN_SAMPLES) for n, part in zip(rounded, parts, strict=True)])
+    for i in range(MAX_PATTERN_SAMPLES - int(rounded.sum())):  # largest remainders first
+        rounded[order[i % len(order)]] += 1
+    return rounded
 
 
 def interleave(shares: npt.ArrayLike) -> tuple[Ints, Ints]:
-    """One pattern in which source s has shares[s] places, spread evenly.
+    """A pattern of P samples in which source s has shares[s] samples, spread evenly.
 
-    Before place g, source s has had g · shares[s] / P places, more or less by under 1. The j-th place of s may be given
-    from ⌊j·P/shares[s]⌋ on and must be before ⌈(j+1)·P/shares[s]⌉; the earliest deadline goes first, which finds an
-    order that keeps all of them if there is one (Jackson 1955), and there is (Tijdeman 1980, chairman assignment).
+    Among the first g samples, source s has g · shares[s] / P, with an error below 1. Sample j of source s is released
+    at ⌊j·P/shares[s]⌋ and due before ⌈(j+1)·P/shares[s]⌉. Earliest deadline first finds an order that meets all
+    deadlines if one exists (Jackson 1955), and one does (Tijdeman 1980, chairman assignment problem).
 
     Args:
-        shares: (S,) whole numbers, P their sum.
+        shares: samples of each source, integers (S,) with sum P.
 
     Returns:
-        The source of each place (P,), and how many places of the same source are before it (P,).
+        The source of each sample (P,), and the number of earlier samples of the same source (P,).
     """
     counts = [int(n) for n in np.asarray(shares)]
     period = sum(counts)
-    waiting = [(0, source, 0) for source, n in enumerate(counts) if n]  # (from when on, source, number)
+    waiting = [(0, source, 0) for source, n in enumerate(counts) if n]  # (release, source, number)
     ready: list[tuple[int, int, int]] = []  # (deadline, source, number)
-    pattern, places = np.empty(period, np.int64), np.empty(period, np.int64)
-    for place in range(period):
-        while waiting and waiting[0][0] <= place:
+    pattern, ranks_in_source = np.empty(period, np.int64), np.empty(period, np.int64)
+    for index in range(period):
+        while waiting and waiting[0][0] <= index:
             _, source, number = heapq.heappop(waiting)
             heapq.heappush(ready, (-(-(number + 1) * period // counts[source]), source, number))
         _, source, number = heapq.heappop(ready)
-        pattern[place], places[place] = source, number
+        pattern[index], ranks_in_source[index] = source, number
         if number + 1 < counts[source]:
             heapq.heappush(waiting, ((number + 1) * period // counts[source], source, number + 1))
-    return pattern, places
+    return pattern, ranks_in_source

@@ -1,9 +1,9 @@
-"""Which samples step s has: a pure function of (seed, step), whatever the number of ranks.
+"""Which samples step s reads: a pure function of (seed, step), independent of the number of ranks.
 
-The stream of tokens is cut into windows of one context each. One epoch visits every window exactly once, in an order
-of its own, and the cuts of each epoch start at an offset of its own, so that no two epochs see the same windows. The
-order is a keyed bijection, evaluated where it is asked for: nothing is stored, resuming needs only the step.
-ReferenceOrder is that of RWKV-LM, for curves that are to be compared with published ones.
+The token stream is cut into windows of one context each. Every epoch visits each window exactly once, in a new order,
+and cuts the stream at a new offset, so that no two epochs have the same windows. The order is a keyed bijection that is
+evaluated when needed: nothing is stored, and resuming needs only the step. ReferenceOrder is RWKV-LM's, for loss curves
+that are compared with published ones.
 """
 
 from __future__ import annotations
@@ -14,35 +14,33 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from rwkv_train.config.mesh import Mesh
+from rwkv_train.data.arrays import Ints, UnsignedInts
 from rwkv_train.errors import UserError
 
-Ints = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
-
-ROUNDS = 6  # four make a Feistel network pseudo-random (Luby and Rackoff 1988), two more for a modest round function
+FEISTEL_ROUNDS = 6  # four suffice with a pseudo-random round function (Luby and Rackoff 1988); ours is weaker
 
 
 class StreamOrder(Protocol):
-    """Which windows of a stream of tokens are read, and when."""
+    """The order in which the windows of a token stream are read."""
 
     @property
     def windows(self) -> int:
-        """Windows of one epoch."""
+        """Number of windows of one epoch."""
 
     def starts(self, samples: Ints) -> Ints:
-        """Where in the stream the samples with these numbers (≥ 0) start, same shape."""
+        """The offset in the stream of each sample's first token, same shape; `samples` are numbers ≥ 0."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """The order of a stream of tokens.
+class ShuffledOrder:
+    """A new random order of the windows in each epoch.
 
-    Args:
+    Attributes:
         seed: any integer.
         tokens: length of the stream.
-        context: tokens of one window; its targets reach one token further.
+        context: tokens of a window; its targets reach one token further.
 
     Raises:
         UserError: the stream is shorter than one window and its last target.
@@ -57,36 +55,36 @@ class Order:
 
     @property
     def windows(self) -> int:
-        """Windows of one epoch: as many as fit behind every offset below one context, and at least one."""
+        """Number of windows of one epoch: those that fit after any offset below one context, at least one."""
         return max(1, self.tokens // self.context - 1)
 
     def starts(self, samples: Ints) -> Ints:
-        """Where in the stream the samples with these numbers start.
+        """The offset in the stream of each sample's first token.
 
         Args:
-            samples: numbers in the endless order of samples, ≥ 0: step · samples of one global batch + place in it.
+            samples: numbers of samples, ≥ 0: step · samples per global batch + index in the batch.
 
         Returns:
-            The first token of each, same shape; its targets end at start + context, inclusive.
+            Offsets of the same shape; the last target of a sample is at offset + context.
         """
-        epoch, place = np.divmod(samples, self.windows)
+        epoch, index = np.divmod(samples, self.windows)
         key = _key(self.seed, epoch)
-        room = self.tokens - self.windows * self.context  # offsets that leave the last target: one to two contexts
+        room = self.tokens - self.windows * self.context  # offsets that keep the last target: one to two contexts
         offset = (_mix(key) % np.uint64(room)).astype(np.int64)
-        return offset + permute(place, self.windows, key) * self.context
+        return offset + permute(index, self.windows, key) * self.context
 
 
 @dataclass(frozen=True)
 class ReferenceOrder:
-    """RWKV-LM's walk (dataset.py of its v4neo to v7 trainers), without the prime having to be looked up.
+    """RWKV-LM's order (dataset.py of its v4neo to v7 trainers); the prime is computed instead of looked up.
 
     Sample n starts at context · (⌊p·(√5-1)/2⌋ · i³ mod p), where i = n + 1 and p is the largest prime below
-    tokens/context - 1 that is 2 modulo 3: for such p, and no other, cubing is a bijection modulo p.
-    Every epoch of p samples has the same order, and a seed plays no part.
+    tokens/context - 1 that is 2 modulo 3: cubing is a bijection modulo a prime above 3 only if it is 2 modulo 3.
+    Every epoch of p samples has the same order, whatever the seed.
 
-    Args:
+    Attributes:
         tokens: length of the stream.
-        context: tokens of one window.
+        context: tokens of a window.
 
     Raises:
         UserError: the stream is too short for such a prime.
@@ -97,7 +95,7 @@ class ReferenceOrder:
 
     def __post_init__(self) -> None:
         _refuse_short(self.tokens, self.context)
-        if self.tokens // self.context < 4:  # the smallest prime is 2, and the walk must leave a window behind it
+        if self.tokens // self.context < 4:  # the smallest prime is 2, and p is below tokens/context - 1
             raise UserError(
                 f"data.order=reference needs four windows of batch.context={self.context}: {4 * self.context:,} "
                 f"tokens, not {self.tokens:,}",
@@ -106,13 +104,13 @@ class ReferenceOrder:
 
     @cached_property
     def windows(self) -> int:
-        """The prime."""
+        """Number of windows of one epoch: the prime p."""
         from sympy import isprime
 
         return next(p for p in range(self.tokens // self.context - 2, 1, -1) if p % 3 == 2 and isprime(p))
 
     def starts(self, samples: Ints) -> Ints:
-        """Where in the stream the samples with these numbers start, same shape."""
+        """The offset in the stream of each sample's first token, same shape."""
         prime = self.windows
         factor = int(prime * (math.sqrt(5) - 1) / 2)
         walk = [factor * pow(int(n) + 1, 3, prime) % prime * self.context for n in samples.ravel()]
@@ -128,30 +126,33 @@ def _refuse_short(tokens: int, context: int) -> None:
 
 
 def shuffled(samples: Ints, size: int, seed: int) -> Ints:
-    """Which of `size` things the samples with these numbers are: all of them in each epoch, in an order of its own."""
-    epoch, place = np.divmod(samples, size)
-    return permute(place, size, _key(seed, epoch))
+    """The item of each sample, same shape, in 0 … size - 1: every epoch has all items, each in a new order."""
+    epoch, index = np.divmod(samples, size)
+    return permute(index, size, _key(seed, epoch))
 
 
-def _key(seed: int, epoch: Ints) -> Words:
+def _key(seed: int, epoch: Ints) -> UnsignedInts:
     return _mix(_mix(np.full(epoch.shape, seed % 2**64, np.uint64)) ^ epoch.astype(np.uint64))
 
 
-def permute(place: Ints, size: int, key: Words) -> Ints:
-    """A bijection of 0 … size-1 for every key: where `place` goes.
+def permute(index: Ints, size: int, key: UnsignedInts) -> Ints:
+    """Applies a bijection of 0 … size - 1 that depends on the key.
 
-    A Feistel network over the next larger even number of bits; what lands outside goes through again until it is
-    inside ("cycle walking", Black and Rogaway 2002), 4 times at most on average.
+    A Feistel network over the next larger even number of bits. A result outside the range goes through again until it
+    is inside (cycle walking, Black and Rogaway 2002): at most 4 rounds on average.
 
     Args:
-        place: numbers in 0 … size-1.
+        index: numbers in 0 … size - 1.
         size: ≥ 1.
-        key: one for each place, same shape.
+        key: a key per index, same shape.
+
+    Returns:
+        The images, same shape.
     """
     half = np.uint64(max(2, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = [_mix(key ^ np.uint64(round_ + 1)) for round_ in range(ROUNDS)]
-    out = place.astype(np.uint64)
+    keys = [_mix(key ^ np.uint64(round_ + 1)) for round_ in range(FEISTEL_ROUNDS)]
+    out = index.astype(np.uint64)
     todo = np.arange(out.size)
     while todo.size:
         left, right = out[todo] >> half, out[todo] & mask
@@ -162,45 +163,52 @@ def permute(place: Ints, size: int, key: Words) -> Ints:
     return out.astype(np.int64)
 
 
-def _mix(word: Words) -> Words:
-    """A bijection of 64-bit words in which every bit of the input moves every bit of the output (splitmix64)."""
-    word = word + np.uint64(0x9E3779B97F4A7C15)
-    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return word ^ (word >> np.uint64(31))
+def _mix(value: UnsignedInts) -> UnsignedInts:
+    """A bijection of 64-bit values in which every bit of the input moves every bit of the output (splitmix64)."""
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
 
 
 @dataclass(frozen=True)
 class Split:
-    """How a global batch is shared out: `accumulation` passes × `ranks` × `micro` samples."""
+    """How a global batch is divided: `accumulation` passes × `mesh.data` × `micro` samples.
 
-    ranks: int
+    Attributes:
+        mesh: all ranks of the run.
+        micro: samples of a micro-batch, on one rank in one pass.
+        accumulation: passes of a rank in one step.
+    """
+
+    mesh: Mesh
     micro: int
     accumulation: int
 
     @property
     def samples(self) -> int:
         """Samples of one global batch."""
-        return self.accumulation * self.ranks * self.micro
+        return self.accumulation * self.mesh.data * self.micro
 
     def share(self, step: int, index: int, rank: int) -> Ints:
-        """The numbers of the samples, (micro,), of pass `index` of `step` on `rank`; every sample is in one share."""
-        first = step * self.samples + (index * self.ranks + rank) * self.micro
+        """The sample numbers, (micro,), of pass `index` of `step` on `rank`; every sample is in exactly one share."""
+        first = step * self.samples + (index * self.mesh.data + rank) * self.micro
         return np.arange(first, first + self.micro, dtype=np.int64)
 
 
-def split_batch(tokens: int, context: int, micro: int | None, ranks: int) -> Split:
+def split_batch(tokens: int, context: int, micro: int | None, mesh: Mesh) -> Split:
     """Derives micro-batch and accumulation from the global batch.
 
     Args:
-        tokens: of the global batch (`batch.tokens`).
+        tokens: tokens of the global batch (`batch.tokens`).
         context: tokens of a sample (`batch.context`).
-        micro: samples per device and pass (`batch.micro`); None: a device takes its whole share in one pass.
-        ranks: number of devices.
+        micro: samples per device and pass (`batch.micro`); None: each device has a single pass.
+        mesh: all ranks; those of one data-parallel group have the same samples.
 
     Raises:
-        UserError: the parts do not divide the whole; names the nearest `batch.tokens` that does.
+        UserError: `tokens` is not a multiple of context × micro × ranks; names the nearest values that are.
     """
+    ranks = mesh.data
     unit = context * ranks * (micro or 1)
     if tokens <= 0 or tokens % unit:
         lower, parts = tokens // unit * unit, [f"batch.context={context}"]
@@ -213,4 +221,4 @@ def split_batch(tokens: int, context: int, micro: int | None, ranks: int) -> Spl
         )
     samples = tokens // context
     micro = micro or samples // ranks
-    return Split(ranks, micro, samples // (ranks * micro))
+    return Split(mesh, micro, samples // (ranks * micro))

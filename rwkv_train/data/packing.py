@@ -1,7 +1,7 @@
-"""Whole documents packed into rows: each row holds as many as fit, and what fits into a row is not cut.
+"""Packs documents into rows: several to a row, and none is cut that fits into a row.
 
-A document of n tokens takes n places of a row: at each, one of its tokens is predicted from the one before it, the
-first from an end-of-text. What is longer than a row is cut into pieces of a row's length.
+A document of n tokens takes n positions of a row: each of its tokens is predicted there from the one before it, the
+first one from an end-of-text. A document longer than a row is cut into pieces of a row's length.
 """
 
 from __future__ import annotations
@@ -9,29 +9,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from rwkv_train.data.order import Ints
+from rwkv_train.data.arrays import Bools, Ints
 
-BLOCK = 2**16  # documents that are packed together: near ones, so that a row's are read from near places
+DOCUMENTS_PER_BLOCK = 2**16  # packed together: the documents of a row lie near each other on disk
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Which pieces each row holds.
+    """The pieces of each row.
 
     Attributes:
-        rows: (R + 1,) row r holds the pieces rows[r] … rows[r + 1] - 1.
-        begins: (P,) where each piece begins, in tokens of the stream.
-        lengths: (P,) its tokens, at least 1.
-        heads: (P,) bool, whether it is the beginning of a document.
-        fill: share of all places that hold a token.
+        rows: row r has the pieces rows[r] … rows[r + 1] - 1, (R + 1,).
+        begins: offset of each piece in the token stream, (P,).
+        lengths: number of tokens of each piece, at least 1, (P,).
+        heads: whether each piece is the beginning of a document, bool (P,).
+        fill: share of all positions that have a token, 0 to 1.
     """
 
     rows: Ints
     begins: Ints
     lengths: Ints
-    heads: npt.NDArray[np.bool_]
+    heads: Bools
     fill: float
 
     def __len__(self) -> int:
@@ -39,20 +38,20 @@ class Packing:
 
 
 def pack(starts: Ints, lengths: Ints, context: int) -> Packing:
-    """Packs documents into rows of `context` places.
+    """Packs documents into rows of `context` positions.
 
-    Best-fit decreasing, a block of documents at a time: the longest piece first, into the fullest row that has room.
+    Best-fit decreasing within each block of documents: the longest piece first, into the fullest row that has room.
 
     Args:
-        starts: (D,) the first token of each document.
-        lengths: (D,) its tokens; empty documents are left out.
-        context: places of a row.
+        starts: offset of the first token of each document, (D,).
+        lengths: number of tokens of each document, (D,); empty documents are left out.
+        context: positions of a row.
     """
     begins, sizes, heads = _pieces(starts, lengths, context)
     order, row_sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for first in range(0, len(sizes), BLOCK):
-        placed, counts = _pack_block(sizes[first : first + BLOCK], context)
-        order.append(placed + first)
+    for first in range(0, len(sizes), DOCUMENTS_PER_BLOCK):
+        packed, counts = _pack_block(sizes[first : first + DOCUMENTS_PER_BLOCK], context)
+        order.append(packed + first)
         row_sizes.append(counts)
     chosen, counts = np.concatenate(order), np.concatenate(row_sizes)
     rows = np.concatenate(([0], np.cumsum(counts)))
@@ -60,8 +59,8 @@ def pack(starts: Ints, lengths: Ints, context: int) -> Packing:
     return Packing(rows, begins[chosen], sizes[chosen], heads[chosen], fill)
 
 
-def _pieces(starts: Ints, lengths: Ints, context: int) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
-    """Documents → pieces of at most `context` tokens: where each begins, its tokens, whether it begins a document."""
+def _pieces(starts: Ints, lengths: Ints, context: int) -> tuple[Ints, Ints, Bools]:
+    """Cuts documents into pieces of at most `context` tokens: offsets, lengths, and whether each begins a document."""
     counts = -(-lengths // context)
     document = np.repeat(np.arange(len(lengths)), counts)
     number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -70,10 +69,10 @@ def _pieces(starts: Ints, lengths: Ints, context: int) -> tuple[Ints, Ints, npt.
 
 
 def _pack_block(sizes: Ints, context: int) -> tuple[Ints, Ints]:
-    """Pieces in the order of the rows, and how many pieces each row has."""
+    """Packs one block: pieces in the order of the rows, and the number of pieces of each row."""
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(context + 1)]  # the rows with so many places left
-    rooms = 0  # bit n: some row has n places left; its lowest set bit from a size on is the tightest fit
+    with_room: list[list[int]] = [[] for _ in range(context + 1)]  # rows by free positions
+    rooms = 0  # bit n: some row has n free positions; the lowest set bit from bit `size` on is the tightest fit
     for piece in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[piece])
         fitting = rooms >> size

@@ -1,54 +1,71 @@
-"""How the samples of one source are filled into the rows of a batch: windows of its stream, or packed documents."""
+"""The rows of a batch filled from one source: windows of its token stream, or packed documents."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from rwkv_train.data.order import Ints, StreamOrder, shuffled
+from rwkv_train.data.arrays import Bools, Ints
+from rwkv_train.data.order import StreamOrder, shuffled
 from rwkv_train.data.packing import Packing
 from rwkv_train.data.store import MemoryStore, Store
 
-IGNORED = -100  # the target of what is no prediction: torch's own default
+IGNORED = -100  # target without a loss: the default ignore_index of torch's cross entropy
 
 
-class Block(NamedTuple):
-    """The arrays of a batch, to be filled."""
+class BatchArrays(NamedTuple):
+    """The arrays of a batch, or of one of its rows.
 
-    tokens: Ints  # (B, T)
-    targets: Ints  # (B, T)
-    starts: npt.NDArray[np.bool_] | None  # (B, T), where a document begins that knows nothing of those before it
+    Attributes:
+        tokens: the model's input, int64 (B, T).
+        targets: the next token of each, IGNORED where there is no loss, int64 (B, T).
+        starts: whether a document starts here that must not see the tokens before it, bool (B, T); None if documents
+            share their state.
+    """
+
+    tokens: Ints
+    targets: Ints
+    starts: Bools | None
 
     @staticmethod
-    def empty(rows: int, context: int, with_starts: bool) -> Block:
+    def empty(rows: int, context: int, with_starts: bool) -> BatchArrays:
+        """Arrays of (rows, context) whose tokens and targets are not initialised; no document starts."""
         starts = np.zeros((rows, context), bool) if with_starts else None
-        return Block(np.empty((rows, context), np.int64), np.empty((rows, context), np.int64), starts)
+        return BatchArrays(np.empty((rows, context), np.int64), np.empty((rows, context), np.int64), starts)
 
-    def row(self, number: int) -> Block:
-        return Block(self.tokens[number], self.targets[number], None if self.starts is None else self.starts[number])
+    def row(self, number: int) -> BatchArrays:
+        """Views of one row, (T,)."""
+        starts = None if self.starts is None else self.starts[number]
+        return BatchArrays(self.tokens[number], self.targets[number], starts)
 
 
 class Rows(Protocol):
-    """The rows that a source can give."""
+    """The rows that a source provides, each addressed by an offset: of a window, or in the list of packed rows."""
 
     @property
     def per_epoch(self) -> int:
-        """Samples of one epoch."""
+        """Number of samples of one epoch."""
 
-    def places(self, samples: Ints) -> Ints:
-        """Where the samples with these numbers (≥ 0) lie, same shape; fill and predicted take it."""
+    def offsets(self, samples: Ints) -> Ints:
+        """The offset of each sample, same shape.
 
-    def fill(self, place: int, row: Block) -> None:
-        """Fills one row, arrays of (T,)."""
+        Args:
+            samples: numbers of the source's samples, ≥ 0, counted through all epochs.
+        """
 
-    def predicted(self, places: Ints) -> Ints:
-        """How many targets of each row are predictions, same shape."""
+    def fill(self, offset: int, row: BatchArrays) -> None:
+        """Writes the row at an offset into arrays of (T,)."""
+
+    def count_predictions(self, offsets: Ints) -> Ints:
+        """Number of targets with a loss in each row, same shape."""
 
 
 class Windows:
-    """Contexts cut from the stream: tokens, and what follows each."""
+    """Windows of the token stream in the order of training: tokens, and the next token of each.
+
+    Offsets are token positions in the stream.
+    """
 
     def __init__(self, store: Store, order: StreamOrder, context: int) -> None:
         self.store, self.order, self.context = store, order, context
@@ -57,19 +74,23 @@ class Windows:
     def per_epoch(self) -> int:
         return self.order.windows
 
-    def places(self, samples: Ints) -> Ints:
+    def offsets(self, samples: Ints) -> Ints:
         return self.order.starts(samples)
 
-    def fill(self, place: int, row: Block) -> None:
-        self.store.read(place, row.tokens)
-        self.store.read(place + 1, row.targets)
+    def fill(self, offset: int, row: BatchArrays) -> None:
+        self.store.read(offset, row.tokens)
+        self.store.read(offset + 1, row.targets)
 
-    def predicted(self, places: Ints) -> Ints:
-        return np.full(places.shape, self.context, np.int64)
+    def count_predictions(self, offsets: Ints) -> Ints:
+        return np.full(offsets.shape, self.context, np.int64)
 
 
-class InOrder:
-    """The stream's windows one after the other, each token predicted once but for the first; the last is filled up."""
+class SequentialWindows:
+    """Windows of the token stream from its start to its end; each token but the first is predicted once.
+
+    Offsets are window numbers. The last window is padded with end-of-text tokens without a loss, and so are windows
+    beyond the end.
+    """
 
     def __init__(self, store: Store, context: int, end_of_text: int) -> None:
         self.store, self.context, self.end_of_text = store, context, end_of_text
@@ -78,41 +99,44 @@ class InOrder:
     def per_epoch(self) -> int:
         return -(-max(0, len(self.store) - 1) // self.context)
 
-    def places(self, samples: Ints) -> Ints:
+    def offsets(self, samples: Ints) -> Ints:
         return samples
 
-    def fill(self, place: int, row: Block) -> None:
-        begin, length = place * self.context, len(self.store)
+    def fill(self, offset: int, row: BatchArrays) -> None:
+        begin, length = offset * self.context, len(self.store)
         row.tokens[:], row.targets[:] = self.end_of_text, IGNORED
-        tokens, targets = (max(0, min(self.context, length - begin - ahead)) for ahead in (0, 1))
+        tokens, targets = (max(0, min(self.context, length - begin - shift)) for shift in (0, 1))
         self.store.read(begin, row.tokens[:tokens])
         self.store.read(begin + 1, row.targets[:targets])
 
-    def predicted(self, places: Ints) -> Ints:
-        return np.clip(len(self.store) - 1 - places * self.context, 0, self.context)
+    def count_predictions(self, offsets: Ints) -> Ints:
+        return np.clip(len(self.store) - 1 - offsets * self.context, 0, self.context)
 
 
-class Packed:
-    """Whole documents, several in a row; what is left of a row is not predicted.
+class PackedRows:
+    """Complete documents, several in a row; the rest of a row is padding without a loss.
 
-    Without `reset` a document's first token is no prediction, unless the document is the first of its row: it would be
-    guessed from the end of another text. With it, every document begins as a fresh text does.
+    Offsets are numbers of packed rows.
+
+    With `reset` every document is read as if it were alone. Without it the state continues from one document into the
+    next, and the first token of a document has no loss unless the document is the first of its row: it would be
+    predicted from the end of an unrelated text.
 
     Args:
-        store: that the packing was made for.
+        store: the token stream that the packing was made for.
         packing: which pieces each row holds.
-        seed: of the order of the rows, another in each epoch; None: as they are packed.
-        end_of_text: what stands before a document.
-        reset: whether rows say where documents begin.
+        seed: of the order of the rows, which differs between epochs; None: the order in which they were packed.
+        end_of_text: the input token before the first token of a document.
+        reset: whether `BatchArrays.starts` is filled.
     """
 
     def __init__(self, store: Store, packing: Packing, seed: int | None, end_of_text: int, reset: bool) -> None:
         self.store, self.packing, self.seed, self.end_of_text, self.reset = store, packing, seed, end_of_text, reset
         self.mask = store.predicted if isinstance(store, MemoryStore) else None
-        self._counts = self._count()
+        self._predictions_before = self._accumulate_predictions()
 
-    def _count(self) -> Ints:
-        """(R + 1,) predictions in the rows before each."""
+    def _accumulate_predictions(self) -> Ints:
+        """Number of predictions in the rows before each row, (R + 1,)."""
         pieces, mask = self.packing, self.mask
         counts, firsts = pieces.lengths, np.ones(len(pieces.lengths), np.int64)
         if mask is not None:
@@ -120,38 +144,39 @@ class Packed:
             counts = sums[pieces.begins + pieces.lengths] - sums[pieces.begins]
             firsts = mask[pieces.begins].astype(np.int64)
         if not self.reset:
-            crossing = np.ones(len(pieces.lengths), bool)
-            crossing[pieces.rows[:-1]] = False  # the first piece of a row
-            counts = counts - firsts * crossing
+            has_predecessor = np.ones(len(pieces.lengths), bool)
+            has_predecessor[pieces.rows[:-1]] = False  # the first piece of a row
+            counts = counts - firsts * has_predecessor
         return np.concatenate(([0], np.cumsum(counts)))[pieces.rows]
 
     @property
     def per_epoch(self) -> int:
         return len(self.packing)
 
-    def places(self, samples: Ints) -> Ints:
+    def offsets(self, samples: Ints) -> Ints:
         return samples if self.seed is None else shuffled(samples, len(self.packing), self.seed)
 
-    def fill(self, place: int, row: Block) -> None:
+    def fill(self, offset: int, row: BatchArrays) -> None:
         row.tokens[:], row.targets[:] = self.end_of_text, IGNORED
-        if place >= len(self.packing):
+        if offset >= len(self.packing):
             return
-        pieces, at = self.packing, 0
-        for number in range(int(pieces.rows[place]), int(pieces.rows[place + 1])):
-            begin, end = int(pieces.begins[number]), at + int(pieces.lengths[number])
-            targets = row.targets[at:end]
+        pieces, column = self.packing, 0
+        for number in range(int(pieces.rows[offset]), int(pieces.rows[offset + 1])):
+            begin, end = int(pieces.begins[number]), column + int(pieces.lengths[number])
+            targets = row.targets[column:end]
             self.store.read(begin, targets)
-            row.tokens[at + 1 : end] = targets[:-1]
-            if not pieces.heads[number]:
-                self.store.read(begin - 1, row.tokens[at : at + 1])
+            row.tokens[column + 1 : end] = targets[:-1]
+            if not pieces.heads[number]:  # the piece continues a document: its own previous token is the first input
+                self.store.read(begin - 1, row.tokens[column : column + 1])
             if self.mask is not None:
                 targets[~self.mask[begin : begin + len(targets)]] = IGNORED
-            if at and not self.reset:
+            if column and not self.reset:
                 targets[0] = IGNORED
             if row.starts is not None:
-                row.starts[at] = True
-            at = end
+                row.starts[column] = True
+            column = end
 
-    def predicted(self, places: Ints) -> Ints:
-        inside = np.minimum(places, len(self.packing) - 1)
-        return np.where(places < len(self.packing), self._counts[inside + 1] - self._counts[inside], 0)
+    def count_predictions(self, offsets: Ints) -> Ints:
+        inside = np.minimum(offsets, len(self.packing) - 1)
+        counts = self._predictions_before[inside + 1] - self._predictions_before[inside]
+        return np.where(offsets < len(self.packing), counts, 0)

@@ -1,4 +1,4 @@
-"""What `data=` names, opened: for each source its training and its held-out tokens, and the tokenizer they share."""
+"""Opens what `data=` names: training and held-out tokens of each source, and their common tokenizer."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ import numpy as np
 from rwkv_train.config import DataSettings
 from rwkv_train.data.chat import read_chat
 from rwkv_train.data.corpus import join, read_corpus
-from rwkv_train.data.indexed import IndexedStore, beside, stem_of
+from rwkv_train.data.indexed import IndexedStore, stem_of, store_file
 from rwkv_train.data.manifest import Manifest, read_manifest
-from rwkv_train.data.store import Joined, MemoryStore, Part, Store
+from rwkv_train.data.store import JoinedStore, MemoryStore, Store, StoreSlice
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_train.errors import UserError
 
-_MEASURED = 2**18  # held-out tokens that are decoded to see how many bytes they stand for
+_MEASURED_TOKENS = 2**18  # held-out tokens that are decoded to measure the bytes per token
 
 
 @dataclass(frozen=True)
-class Source:
-    """One source of tokens.
+class DataSource:
+    """A source of tokens: text, conversations, token stores or a stream.
 
     Attributes:
-        description: one line for people.
+        name: name of the source.
+        train: training tokens.
+        held_out: validation tokens.
+        description: one line for the log.
         digest: hash of the content and its split, 16 hexadecimal digits.
-        largest_token: the largest one in the source, as far as is known without reading it all.
+        largest_token: largest token found without reading the complete source.
+        bound: no token of the source is larger.
     """
 
     name: str
@@ -38,22 +42,29 @@ class Source:
     description: str
     digest: str
     largest_token: int
-    bound: int  # no token is larger, for certain
+    bound: int
 
     def bytes_per_token(self, tokenizer: Tokenizer) -> float:
-        """Of the held-out tokens (of the training tokens if there are none), an end-of-text counted as one byte."""
+        """Mean bytes per held-out token (per training token if none is held out); an end-of-text counts as one byte."""
         store = self.held_out if len(self.held_out) else self.train
-        tokens = np.empty(min(len(store), _MEASURED), np.int64)
+        tokens = np.empty(min(len(store), _MEASURED_TOKENS), np.int64)
         store.read(0, tokens)
         text = tokens[tokens != tokenizer.end_of_text]
         return (len(tokenizer.decode(text)) + len(tokens) - len(text)) / max(1, len(tokens))
 
 
-def open_sources(data: DataSettings, extend: Sequence[str] = ()) -> tuple[Tokenizer, list[Source]]:
-    """Opens everything that `data` names.
+def open_sources(data: DataSettings, extend: Sequence[str] = ()) -> tuple[Tokenizer, list[DataSource]]:
+    """Opens all sources that `data` names.
+
+    Args:
+        data: the data settings.
+        extend: texts that become single tokens (`vocab.extend`).
+
+    Returns:
+        The common tokenizer, and the sources.
 
     Raises:
-        UserError: a source is missing, torn, or made with another tokenizer than the others.
+        UserError: a source is missing or damaged, or its tokenizer differs from the others'.
     """
     if data.source == "mixture":
         parts = [(source.name, replace(data, path=source.path)) for source in data.sources]
@@ -64,19 +75,24 @@ def open_sources(data: DataSettings, extend: Sequence[str] = ()) -> tuple[Tokeni
 
 
 def stores_of(data: DataSettings) -> list[list[Path]]:
-    """The stores of each source that is one, as paths without their endings."""
+    """The token stores of each source that has some, as paths without suffix."""
     paths = [source.path for source in data.sources] if data.source == "mixture" else [data.path]
     return [stems for path in paths if (stems := store_stems(replace(data, path=path)))]
 
 
 def find_tokenizer(data: DataSettings, extend: Sequence[str], stores: Sequence[Sequence[Path]]) -> Tokenizer:
-    """The tokenizer that is asked for, or that the stores were made with.
+    """Loads the tokenizer that `data.tokenizer` names, or else the one that the stores were made with.
+
+    Args:
+        data: the data settings.
+        extend: texts that become single tokens (`vocab.extend`).
+        stores: the stores of each source, as paths without suffix.
 
     Raises:
-        UserError: they are different ones, or nothing tells which.
+        UserError: the stores were made with different tokenizers, or have no manifest and no tokenizer is set.
     """
-    made = {stem: manifest for stems in stores for stem in stems if (manifest := read_manifest(stem)) is not None}
-    first: Manifest | None = next(iter(made.values()), None)
+    manifests = {stem: manifest for stems in stores for stem in stems if (manifest := read_manifest(stem)) is not None}
+    first: Manifest | None = next(iter(manifests.values()), None)
     if data.tokenizer is not None:
         tokenizer = load_tokenizer(data.tokenizer, extend)
     elif first is not None:
@@ -85,31 +101,31 @@ def find_tokenizer(data: DataSettings, extend: Sequence[str], stores: Sequence[S
             tokenizer = load_tokenizer(first.tokenizer, extend)
     elif stores:
         raise UserError(
-            f"{stores[0][0]} has no manifest ({stores[0][0].name}.json), so nothing tells which tokenizer made it",
-            "data.tokenizer=world (or bytes, or the tokenizer.json): the one that it was made with",
+            f"{stores[0][0]} has no manifest ({stores[0][0].name}.json) that names its tokenizer",
+            "set data.tokenizer to the one it was made with: world, bytes, or the path of a tokenizer.json",
         )
     else:
         tokenizer = load_tokenizer("bytes", extend)
-    for stem, manifest in made.items():
-        grown = tokenizer.identity.split("+")[0] == manifest.identity  # tokens of its own are no other tokens
-        if tokenizer.identity != manifest.identity and not grown:
+    for stem, manifest in manifests.items():
+        is_extension = tokenizer.identity.split("+")[0] == manifest.identity  # it has the store's tokens, and more
+        if tokenizer.identity != manifest.identity and not is_extension:
             raise UserError(
                 f"{stem} was made with the tokenizer {manifest.identity}, the run's is {tokenizer.identity}",
-                "leave data.tokenizer out, or prepare the store with that tokenizer",
+                "remove data.tokenizer, or prepare the store again with that tokenizer",
             )
     return tokenizer
 
 
 def store_stems(data: DataSettings) -> list[Path]:
-    """The stores that `data.path` names: one, those of a directory, or those of a glob; none: it names text.
+    """The stores that `data.path` names: one, those of a directory, or those of a glob; empty if it names text.
 
     Raises:
-        UserError: a glob or a directory in which there is no store.
+        UserError: `data=store`, but there is no store; or the path of a mixture's source does not exist.
     """
     if data.source not in ("store", "mixture") or data.path is None:
         return []
     path = Path(data.path).expanduser()
-    if beside(stem_of(path), ".idx").exists() or beside(stem_of(path), ".bin").exists():
+    if store_file(stem_of(path), ".idx").exists() or store_file(stem_of(path), ".bin").exists():
         return [stem_of(path)]
     if path.is_dir():
         found = sorted(file.with_suffix("") for file in path.glob("*.idx"))
@@ -118,19 +134,19 @@ def store_stems(data: DataSettings) -> list[Path]:
         found = found or sorted({Path(name).with_suffix("") for name in glob.glob(f"{path}.idx")})
     if not found and (data.source == "store" or not path.exists()):
         name = stem_of(path).name
-        what = " holds no store: no file in it ends in .idx" if path.is_dir() else " is no store"
+        what = " contains no store: it has no .idx file" if path.is_dir() else " is not a store"
         raise UserError(
             f"data.path={data.path}" + (what if path.exists() else f": there is no store {name}.bin and {name}.idx"),
-            "`rwkv-train prepare TEXT --tokenizer world --out STORE` makes one; data=text reads text",
+            "make one with `rwkv-train prepare TEXT --tokenizer world --out STORE`, or read text with data=text",
         )
     return found
 
 
-def _open(name: str, data: DataSettings, tokenizer: Tokenizer) -> Source:
+def _open(name: str, data: DataSettings, tokenizer: Tokenizer) -> DataSource:
     if stems := store_stems(data):
         return _open_stores(name, stems, data, tokenizer)
     if data.source == "mixture":
-        data = replace(data, source="text")  # it may have text as well
+        data = replace(data, source="text")
     if data.source == "chat":
         train, held_out, description, digest = read_chat(data, tokenizer)
     else:
@@ -138,10 +154,10 @@ def _open(name: str, data: DataSettings, tokenizer: Tokenizer) -> Source:
         train, held_out = join(corpus.train, tokenizer), join(corpus.held_out, tokenizer)
         description, digest = corpus.description, corpus.digest
     largest = max(int(store.tokens.max(initial=0)) for store in (train, held_out))
-    return Source(name, train, held_out, description, digest, largest, largest)
+    return DataSource(name, train, held_out, description, digest, largest, largest)
 
 
-def _open_stores(name: str, stems: Sequence[Path], data: DataSettings, tokenizer: Tokenizer) -> Source:
+def _open_stores(name: str, stems: Sequence[Path], data: DataSettings, tokenizer: Tokenizer) -> DataSource:
     opened = [IndexedStore(stem) for stem in stems]
     manifests = [read_manifest(stem) for stem in stems]
     digest, largest, bound = hashlib.sha256(f"{data.hold_out}".encode()), 0, 0
@@ -150,49 +166,61 @@ def _open_stores(name: str, stems: Sequence[Path], data: DataSettings, tokenizer
         digest.update(fingerprint.encode())
         if manifest is not None and manifest.fingerprint != fingerprint:
             raise UserError(
-                f"{store.bin} is not what its manifest {store.stem.name}.json tells of: fingerprint {fingerprint}, not "
+                f"{store.bin} does not match its manifest {store.stem.name}.json: fingerprint {fingerprint}, not "
                 f"{manifest.fingerprint}",
-                f"`rwkv-train prepare verify {store.stem}` says what differs; or remove the manifest of another store",
+                f"`rwkv-train prepare verify {store.stem}` shows what differs; remove the manifest if it belongs to "
+                "another store",
             )
         largest = max(largest, store.sampled_maximum() if manifest is None else manifest.largest_token)
         bound = max(bound, int(np.iinfo(store.dtype).max) if manifest is None else manifest.largest_token)
-        refuse_large(largest, tokenizer.vocab_size, f"{store.bin}")
-    whole: Store = opened[0] if len(opened) == 1 else Joined(opened)
+        check_token_in_vocabulary(largest, tokenizer.vocab_size, f"{store.bin}")
+    stream: Store = opened[0] if len(opened) == 1 else JoinedStore(opened)
     cut = _cut(opened, data.hold_out)
-    held_out = Part(whole, cut - 1, len(whole)) if 0 < cut < len(whole) else MemoryStore(np.zeros(0, np.uint16))
+    held_out = (
+        StoreSlice(stream, cut - 1, len(stream)) if 0 < cut < len(stream) else MemoryStore(np.zeros(0, np.uint16))
+    )
     documents = sum(len(store.boundaries) - 1 for store in opened)
     many = f" in {len(stems)} stores" if len(stems) > 1 else ""
     description = (
-        f"{data.path}: {documents:,} documents, {len(whole):,} tokens ({tokenizer.identity}){many}, hash "
+        f"{data.path}: {documents:,} documents, {len(stream):,} tokens ({tokenizer.identity}){many}, hash "
         f"{digest.hexdigest()[:16]}; held out: the last {max(0, len(held_out) - 1):,} tokens"
     )
-    return Source(name, Part(whole, 0, cut), held_out, description, digest.hexdigest()[:16], largest, bound)
+    return DataSource(name, StoreSlice(stream, 0, cut), held_out, description, digest.hexdigest()[:16], largest, bound)
 
 
 def _cut(stores: Sequence[IndexedStore], share: float) -> int:
-    """The first token that is held out: the first of a document; all tokens where nothing is."""
+    """Offset of the first held-out token, which begins a document; the number of tokens if none is held out."""
     total = sum(len(store) for store in stores)
     if not share or not total:
         return total
-    wanted = total - round(share * total)
+    target = total - round(share * total)
     begin: int = 0
     for store in stores:
-        inside = max(0, wanted - begin)
+        inside = max(0, target - begin)
         if inside < len(store):
-            starts = store.pointers  # documents begin where sequences begin; looked up without reading all
+            starts = store.pointers  # documents begin where sequences do: a binary search reads little
             sequence = int(np.searchsorted(starts, inside * store.dtype.itemsize))
             number = int(np.searchsorted(store.boundaries, sequence))
             if number < len(store.boundaries) - 1:
                 return begin + int(starts[store.boundaries[number]]) // int(store.dtype.itemsize)
         begin += len(store)
     last = int(stores[-1].pointers[stores[-1].boundaries[-2]]) // stores[-1].dtype.itemsize
-    return total - len(stores[-1]) + last or total  # the last document reaches into what is wanted: it is held out
+    return total - len(stores[-1]) + last or total  # the target lies in the last document: hold out all of it
 
 
-def refuse_large(token: int, vocab_size: int, where: str) -> None:
-    """Raises a UserError if a token is not in the vocabulary."""
+def check_token_in_vocabulary(token: int, vocab_size: int, where: str) -> None:
+    """Refuses a token outside the vocabulary.
+
+    Args:
+        token: a token of the data.
+        vocab_size: size of the vocabulary.
+        where: file or source, for the message.
+
+    Raises:
+        UserError: token ≥ vocab_size.
+    """
     if token >= vocab_size:
         raise UserError(
-            f"{where} holds the token {token}; the vocabulary has {vocab_size:,}",
-            "the store was made with another tokenizer: data.tokenizer=…, or model.vocab_size=…",
+            f"{where} contains the token {token}; the vocabulary has {vocab_size:,}",
+            "set data.tokenizer to the one the store was made with, or raise model.vocab_size",
         )

@@ -1,4 +1,4 @@
-"""Where tokens lie, and how windows of them are read from there."""
+"""Token stores in memory: a stream of tokens made of documents, joined streams, and slices of them."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from rwkv_train.data.arrays import Ints
 from rwkv_train.data.tokenizers import Tokens
-
-Ints = npt.NDArray[np.int64]
 
 
 class Store(Protocol):
     """A stream of tokens of known length, made of documents."""
 
     def __len__(self) -> int:
-        """The number of tokens."""
+        """Number of tokens."""
 
     def read(self, start: int, out: Ints) -> None:
-        """Fills `out` (N,) with the tokens from `start` on."""
+        """Copies the tokens start … start + N - 1 into `out`, int64 (N,)."""
 
     def documents(self) -> tuple[Ints, Ints]:
-        """The first token and the length of each document (D,); its end-of-text, if it has one, is its last token."""
+        """Offset and length in tokens of each document, (D,) each; a trailing end-of-text belongs to its document."""
 
 
 class MemoryStore:
-    """Tokens in memory, in the smallest type that holds them.
+    """Tokens in memory.
 
     Args:
         tokens: (N,), any integer type.
-        starts: (D,) the first token of each document; a document reaches to the next one's. None: all are one.
-        predicted: (N,) bool, which tokens are to be predicted; None: all.
+        starts: offset of the first token of each document, (D,); a document ends where the next one starts. None: the
+            stream is a single document.
+        predicted: whether each token has a loss, bool (N,); None: all have.
     """
 
     def __init__(self, tokens: Tokens, starts: Ints | None = None, predicted: Tokens | None = None) -> None:
@@ -49,8 +48,8 @@ class MemoryStore:
         return self._starts, np.diff(self._starts, append=len(self.tokens))
 
 
-class Joined:
-    """Several stores as one stream, one behind the other."""
+class JoinedStore:
+    """Several stores concatenated into one stream."""
 
     def __init__(self, parts: Sequence[Store]) -> None:
         self.parts = tuple(parts)
@@ -69,25 +68,25 @@ class Joined:
             filled += count
 
     def documents(self) -> tuple[Ints, Ints]:
-        found = [part.documents() for part in self.parts]
+        documents = [part.documents() for part in self.parts]
         begins = self.ends - [len(part) for part in self.parts]
-        starts = [first + begin for (first, _), begin in zip(found, begins, strict=True)]
-        return np.concatenate(starts), np.concatenate([lengths for _, lengths in found])
+        starts = [first + begin for (first, _), begin in zip(documents, begins, strict=True)]
+        return np.concatenate(starts), np.concatenate([lengths for _, lengths in documents])
 
 
-class Part:
-    """The tokens of a store from `begin` to `end`, and the documents that begin there."""
+class StoreSlice:
+    """The tokens begin … end - 1 of a store, and the documents that start among them."""
 
-    def __init__(self, whole: Store, begin: int, end: int) -> None:
-        self.whole, self.begin, self.end = whole, begin, end
+    def __init__(self, store: Store, begin: int, end: int) -> None:
+        self.store, self.begin, self.end = store, begin, end
 
     def __len__(self) -> int:
         return self.end - self.begin
 
     def read(self, start: int, out: Ints) -> None:
-        self.whole.read(self.begin + start, out)
+        self.store.read(self.begin + start, out)
 
     def documents(self) -> tuple[Ints, Ints]:
-        starts, lengths = self.whole.documents()
+        starts, lengths = self.store.documents()
         first, last = np.searchsorted(starts, (self.begin, self.end))
         return starts[first:last] - self.begin, lengths[first:last]

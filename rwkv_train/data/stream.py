@@ -1,8 +1,8 @@
-"""Documents streamed from a data set of the `datasets` library, tokenised on the way and cut into contexts.
+"""Documents streamed from a data set of the `datasets` library, tokenised on the fly and cut into contexts.
 
-Every rank reads the whole stream and keeps its own rows: so the order is the same whatever the number of ranks, and a
-position in it is one small dict, which a checkpoint holds. Tokenising costs little beside training, and is done by
-processes of its own. The order is the data set's: nothing is shuffled beyond its files.
+Every rank reads the complete stream and keeps its own rows, so that the order does not depend on the number of ranks
+and a position in it is one small dict, which a checkpoint stores. Tokenising is cheap beside training and runs in
+separate processes. The order is the data set's own: nothing is shuffled.
 """
 
 from __future__ import annotations
@@ -21,80 +21,89 @@ import numpy as np
 
 from rwkv_train.config import DataSettings
 from rwkv_train.data import workers
-from rwkv_train.data.order import Ints
-from rwkv_train.data.rows import Block
-from rwkv_train.data.sources import Source
+from rwkv_train.data.arrays import Ints
+from rwkv_train.data.rows import BatchArrays
+from rwkv_train.data.sources import DataSource
 from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import Tokenizer, Tokens, load_tokenizer
 from rwkv_train.errors import UserError
 
-CHUNK = 64  # documents that are tokenised in one go
-READ_AHEAD = 4  # chunks that wait, per process
+DOCUMENTS_PER_CHUNK = 64  # tokenised by one call
+CHUNKS_AHEAD = 4  # queued per process
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some documents in a row, as tokens with an end-of-text before each."""
+    """Consecutive documents as tokens, with an end-of-text before each.
 
-    position: dict[str, Any]  # of the data set before the first of them
-    offset: int  # tokens of the stream before them
+    Attributes:
+        position: where the data set resumes to read them again.
+        offset: number of tokens of the stream before them.
+        tokens: their tokens, (N,).
+    """
+
+    position: dict[str, Any]
+    offset: int
     tokens: Tokens
 
 
 class StreamRows:
-    """Row n holds the tokens n·T … n·T + T of the stream; rows are asked for in about that order.
+    """Rows of a token stream: row n has the tokens n·T … n·T + T. Rows must be requested in about that order.
 
     Args:
         dataset: an IterableDataset.
-        settings: field, number of held-out documents, processes.
-        tokenizer: what is done in this process, and by name in the others.
-        context: T.
+        settings: the data settings: field, tokenizer, held-out documents, worker processes.
+        extend: texts that become single tokens (`vocab.extend`).
+        context: T, tokens of a row.
+
+    Attributes:
+        keep: number of rows behind the newest that may be requested again.
     """
 
-    per_epoch = 2**62  # it starts again at its end; nobody knows where that is
+    per_epoch = 2**62  # the length of an epoch is unknown; the data set is read again at its end
 
     def __init__(self, dataset: Any, settings: DataSettings, extend: Sequence[str], context: int) -> None:
         self.dataset, self.settings, self.extend, self.context = dataset, settings, tuple(extend), context
-        self.keep = 0  # rows that may be asked for again, behind the newest
+        self.keep = 0
         self._chunks: deque[_Chunk] = deque()
         self._arriving: Generator[_Chunk, None, None] | None = None
-        self._fresh = dataset.state_dict()
+        self._start_state = dataset.state_dict()
         self._position: dict[str, Any] = {"offset": 0, "epoch": 0, "dataset": None}
 
-    def places(self, samples: Ints) -> Ints:
+    def offsets(self, samples: Ints) -> Ints:
         return samples
 
-    def predicted(self, places: Ints) -> Ints:
-        return np.full(places.shape, self.context, np.int64)
+    def count_predictions(self, offsets: Ints) -> Ints:
+        return np.full(offsets.shape, self.context, np.int64)
 
-    def fill(self, place: int, row: Block) -> None:
-        window = self._window(place * self.context, self.context + 1)
+    def fill(self, offset: int, row: BatchArrays) -> None:
+        window = self._window(offset * self.context, self.context + 1)
         row.tokens[:], row.targets[:] = window[:-1], window[1:]
-        oldest = (place - self.keep) * self.context
+        oldest = (offset - self.keep) * self.context
         while len(self._chunks) > 1 and self._chunks[1].offset <= oldest:
             self._chunks.popleft()
 
     def position(self, sample: int) -> dict[str, Any]:
-        """Where the stream is to be read from, to go on with that sample; plain values."""
-        held = [chunk for chunk in self._chunks if chunk.offset <= sample * self.context]
-        return held[-1].position if held else self._position
+        """The position from which the stream resumes at a sample, for `go_to`; JSON values only."""
+        before = [chunk for chunk in self._chunks if chunk.offset <= sample * self.context]
+        return before[-1].position if before else self._position
 
     def go_to(self, position: dict[str, Any]) -> None:
-        """Reads from a position on, one that `position` gave."""
+        """Continues reading at a position that `position` returned."""
         self.close()
         self._position = position
         self._chunks.clear()
 
     def close(self) -> None:
-        """Ends the processes that tokenise."""
+        """Ends the tokenising processes."""
         if self._arriving is not None:
             self._arriving.close()
             self._arriving = None
 
     def _window(self, begin: int, length: int) -> Tokens:
         if self._arriving is None:
-            self._arriving = self._arrive()
+            self._arriving = self._tokenized_chunks()
         while not self._chunks or self._chunks[-1].offset + len(self._chunks[-1].tokens) < begin + length:
             self._chunks.append(next(self._arriving))
         pieces = [
@@ -102,8 +111,8 @@ class StreamRows:
         ]
         return np.concatenate(pieces)
 
-    def _arrive(self) -> Generator[_Chunk, None, None]:
-        """The chunks from the position on, tokenised in order while the next ones are read."""
+    def _tokenized_chunks(self) -> Generator[_Chunk, None, None]:
+        """Yields chunks in order from the current position, tokenised in parallel while the next ones are read."""
         offset, processes, tokenizer = self._position["offset"], self.settings.workers, str(self.settings.tokenizer)
         if not processes:
             workers.set_up(tokenizer, self.extend)
@@ -116,7 +125,7 @@ class StreamRows:
         with workers.pool(processes, tokenizer, self.extend) as pool:
             try:
                 while True:
-                    while len(waiting) < READ_AHEAD * processes:
+                    while len(waiting) < CHUNKS_AHEAD * processes:
                         position, texts = next(reading)
                         waiting.append((position, pool.submit(_encode, texts)))
                     position, future = waiting.popleft()
@@ -127,33 +136,34 @@ class StreamRows:
                 pool.shutdown(cancel_futures=True)
 
     def _read(self) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
-        """(position before them, some documents), without end: epoch after epoch."""
+        """Yields chunks of documents and the position before each, epoch after epoch without end."""
         epoch, state = self._position["epoch"], self._position["dataset"]
         while True:
             if state is not None:
                 self.dataset.load_state_dict(state)
             skip = self.settings.held_out_documents if state is None else 0
-            documents, found = texts_of(self.dataset, self.settings.field), 0
+            documents, count = texts_of(self.dataset, self.settings.field), 0
             for _ in range(skip):
                 next(documents, None)
             while True:
-                position = {"epoch": epoch, "dataset": self.dataset.state_dict() if skip or found or state else None}
-                texts = list(islice(documents, CHUNK))
+                position = {"epoch": epoch, "dataset": self.dataset.state_dict() if skip or count or state else None}
+                texts = list(islice(documents, DOCUMENTS_PER_CHUNK))
                 if not texts:
                     break
-                found += len(texts)
+                count += len(texts)
                 yield position, texts
-            if not found and state is None:
+            if not count and state is None:
                 raise UserError(
-                    f"data.path={self.settings.path} has no document to train on beyond the held-out ones",
-                    f"data.held_out_documents={self.settings.held_out_documents} is too many, or the data set is empty",
+                    f"data.path={self.settings.path} has no document to train on beyond the "
+                    f"{self.settings.held_out_documents} held-out ones",
+                    "lower data.held_out_documents, or give a data set with more documents",
                 )
             epoch, state = epoch + 1, None
-            self.dataset.load_state_dict(self._fresh)
+            self.dataset.load_state_dict(self._start_state)
 
 
 def texts_of(dataset: Any, field: str) -> Iterator[bytes]:
-    """The documents of a data set.
+    """Yields the documents of a data set: the texts of one column, as UTF-8.
 
     Raises:
         UserError: a row has no text in that column.
@@ -162,23 +172,27 @@ def texts_of(dataset: Any, field: str) -> Iterator[bytes]:
         text = row.get(field)
         if not isinstance(text, str):
             raise UserError(
-                f"data.field={field}: a row has no text there, its columns are {', '.join(row)}", "data.field=COLUMN"
+                f"data.field={field}: a row has no text in this column; its columns are {', '.join(row)}",
+                "set data.field to the column of the text",
             )
         yield text.encode()
 
 
 def _encode(texts: Sequence[bytes]) -> Tokens:
-    """Documents as one piece of stream, an end-of-text before each."""
+    """Tokenises documents into one array, with an end-of-text before each."""
     tokenizer = workers.tokenizer()
     end = np.full(1, tokenizer.end_of_text, tokenizer.encode(b"").dtype)
     return np.concatenate([piece for text in texts for piece in (end, tokenizer.encode(text))])
 
 
-def open_stream(data: DataSettings, extend: Sequence[str], context: int) -> tuple[Tokenizer, Source, StreamRows]:
-    """The tokenizer, the source with its held-out documents, and the rows of a streamed data set.
+def open_stream(data: DataSettings, extend: Sequence[str], context: int) -> tuple[Tokenizer, DataSource, StreamRows]:
+    """Opens a streamed data set.
+
+    Returns:
+        The tokenizer, the source with its held-out documents, and the rows to train on.
 
     Raises:
-        UserError: there is no such data set, or its rows have no text.
+        UserError: the data set cannot be opened, or a row has no text.
     """
     tokenizer = load_tokenizer(str(data.tokenizer), extend)
     dataset = open_dataset(str(data.path), data.split)
@@ -191,20 +205,20 @@ def open_stream(data: DataSettings, extend: Sequence[str], context: int) -> tupl
     for text in held:
         digest.update(text + b"\0")
     description = (
-        f"{data.path}: streamed in its own order, without a shuffle (`rwkv-train prepare` makes a store, which is "
+        f"{data.path}: streamed in its own order, without a shuffle (a store made by `rwkv-train prepare` is "
         f"shuffled); every rank reads all of it; held out: the first {len(held):,} documents, {len(held_out):,} tokens"
     )
     empty = MemoryStore(pieces[0][:0])
-    source = Source("stream", empty, held_out, description, digest.hexdigest()[:16], 0, tokenizer.vocab_size - 1)
+    source = DataSource("stream", empty, held_out, description, digest.hexdigest()[:16], 0, tokenizer.vocab_size - 1)
     rows = StreamRows(open_dataset(str(data.path), data.split), data, extend, context)
     return tokenizer, source, rows
 
 
 def open_dataset(path: str, split: str) -> Any:
-    """An IterableDataset: of local files (one, or a glob), or of the hub by its name.
+    """Opens local files (one, or a glob), or a data set of the hub by name, as an IterableDataset.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: the files are of several kinds, or nothing can be opened.
     """
     import datasets
 
@@ -215,16 +229,17 @@ def open_dataset(path: str, split: str) -> Any:
             kinds = {BUILDERS.get(next((s for s in Path(name).suffixes if s in BUILDERS), "")) for name in files}
             if len(kinds) > 1 or None in kinds:
                 raise UserError(
-                    f"data.path={path} names files of several or of unknown kinds", f"one kind of {', '.join(BUILDERS)}"
+                    f"data.path={path} names files of several or of unknown kinds",
+                    f"give files of one kind: {', '.join(BUILDERS)}",
                 )
-            more = {"sample_by": "document"} if kinds == {"text"} else {}
-            return datasets.load_dataset(kinds.pop(), data_files={split: files}, split=split, streaming=True, **more)
+            options = {"sample_by": "document"} if kinds == {"text"} else {}
+            return datasets.load_dataset(kinds.pop(), data_files={split: files}, split=split, streaming=True, **options)
         return datasets.load_dataset(path, split=split, streaming=True)
     except UserError:
         raise
     except Exception as error:  # the library and the hub's client raise many types
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"data.path={path}: no local file and no data set that can be reached ({type(error).__name__}: {reason})",
-            "data.path=FILES.jsonl (a glob), or the name of a data set on the hub and a connection to it",
+            f"data.path={path} is neither a local file nor a reachable data set ({type(error).__name__}: {reason})",
+            "give local files (data.path='DIRECTORY/*.jsonl'), or the name of a data set on the hub (needs network)",
         ) from None

@@ -1,15 +1,16 @@
-"""Between bytes and tokens.
+"""Tokenizers: bytes to tokens and back, and the tokenizer files that transformers loads.
 
-A tokenizer takes the bytes of a document and gives its tokens; going back, it gives bytes, since a token may end in
-the middle of a character. What is to be shown goes through `codecs.getincrementaldecoder("utf-8")("replace")`.
+Decoding returns bytes, because a token may end in the middle of a character. Text for a screen goes through
+`codecs.getincrementaldecoder("utf-8")("replace")`.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,39 +20,39 @@ import numpy.typing as npt
 
 from rwkv_train.errors import UserError
 
-Tokens = npt.NDArray[Any]  # one dimension, an unsigned integer type
+Tokens = npt.NDArray[Any]  # one-dimensional, of an integer type
 
-ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")  # what tokenizer.json files call it
+END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")  # in tokenizer.json files
 
 
 class Tokenizer(Protocol):
-    """What the rest of the house asks of a tokenizer."""
+    """The interface of a tokenizer."""
 
     @property
     def name(self) -> str:
-        """What `data.tokenizer=` calls it."""
+        """The value of `data.tokenizer=`."""
 
     @property
     def identity(self) -> str:
-        """Name and hash of all that decides its tokens: stores and checkpoints remember it."""
+        """Kind and hash of everything that determines its tokens; recorded in stores and checkpoints."""
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token."""
+        """Size of the vocabulary: one more than the largest token."""
 
     @property
     def end_of_text(self) -> int:
-        """The token between documents, which a fresh text starts from."""
+        """The token between documents, and the input before the first token of a text."""
 
     def encode(self, text: bytes) -> Tokens:
-        """The tokens of one document, without an end-of-text."""
+        """The tokens of a document, (N,), without an end-of-text."""
 
     def decode(self, tokens: Sequence[int] | Tokens) -> bytes:
-        """The bytes of some tokens; `decode(encode(text)) == text`."""
+        """The bytes of tokens; `decode(encode(text)) == text` for UTF-8."""
 
 
 class ByteTokenizer:
-    """Every byte is a token. Byte 0, which no text file has, stands between documents."""
+    """Every byte is a token; byte 0, which text files do not contain, is the end of text."""
 
     name = identity = "bytes"
     vocab_size = 256
@@ -65,19 +66,19 @@ class ByteTokenizer:
 
 
 class WorldTokenizer:
-    """RWKV World (vocabulary v20230424): the longest known piece of bytes is taken, again and again.
+    """RWKV World (vocabulary v20230424): greedy longest match of byte sequences.
 
-    Text goes through the Rust wheel; bytes that are no UTF-8 through the same rule here: the wheel knows text only.
+    UTF-8 is encoded by the pyrwkv_tokenizer package, which accepts nothing else; other bytes by the same rule here.
     """
 
     name = "world"
-    vocab_size = 65536  # what the World models have; the highest token in use is 65529
+    vocab_size = 65536  # of the World models; the largest token in use is 65529
     end_of_text = 0
 
     def __init__(self) -> None:
         from pyrwkv_tokenizer import RWKVTokenizer
 
-        self._wheel = RWKVTokenizer()
+        self._rust_tokenizer = RWKVTokenizer()
 
     @cached_property
     def identity(self) -> str:
@@ -85,7 +86,7 @@ class WorldTokenizer:
 
     def encode(self, text: bytes) -> Tokens:
         try:
-            tokens = self._wheel.encode(text.decode())
+            tokens = self._rust_tokenizer.encode(text.decode())
         except UnicodeDecodeError:
             tokens = self._encode_bytes(text)
         return np.fromiter(tokens, np.uint16, len(tokens))
@@ -102,7 +103,7 @@ class WorldTokenizer:
 
     @cached_property
     def _pieces(self) -> dict[int, bytes]:
-        """Token → bytes. A line of the vocabulary is: token, Python literal, number of bytes."""
+        """Token → bytes. A line of the vocabulary file is: token, Python literal, number of bytes."""
         pieces = {}
         for line in self._vocabulary.read_text(encoding="utf-8").splitlines():
             number, literal = line[: line.rindex(" ")].split(" ", 1)
@@ -116,35 +117,35 @@ class WorldTokenizer:
 
     @cached_property
     def _sizes(self) -> dict[bytes, list[int]]:
-        """The lengths of the pieces that begin with these (one or two) bytes, the longest first."""
+        """Lengths of the pieces that begin with one or two given bytes, longest first."""
         sizes: dict[bytes, set[int]] = {}
         for piece in self._numbers:
             sizes.setdefault(piece[:2], set()).add(len(piece))
         return {head: sorted(lengths, reverse=True) for head, lengths in sizes.items()}
 
     def _encode_bytes(self, text: bytes) -> list[int]:
-        tokens, at = [], 0
-        while at < len(text):
-            head = text[at : at + 2]
+        tokens, offset = [], 0
+        while offset < len(text):
+            head = text[offset : offset + 2]
             for size in (*self._sizes.get(head, ()), 1):  # every single byte is a piece
-                number = self._numbers.get(text[at : at + size])
+                number = self._numbers.get(text[offset : offset + size])
                 if number is not None:
                     tokens.append(number)
-                    at += size
+                    offset += size
                     break
         return tokens
 
 
 class JsonTokenizer:
-    """A tokenizer.json of Hugging Face's `tokenizers`, such as that of GPT-NeoX-20B, which the RWKV-4 Pile models use.
+    """A tokenizer.json file of Hugging Face's `tokenizers`, such as GPT-NeoX-20B's, which the RWKV-4 Pile models use.
 
-    Text that is no UTF-8 has its broken bytes replaced by U+FFFD.
+    Bytes that are not UTF-8 are replaced by U+FFFD.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
-        UserError: the file cannot be read as a tokenizer, or has no token for the end of a text.
+        UserError: the file cannot be read or is not a tokenizer, or has no end-of-text token.
     """
 
     def __init__(self, path: str) -> None:
@@ -156,23 +157,23 @@ class JsonTokenizer:
             content = file.read_bytes()
             self._tokenizer = Tokenizer.from_str(content.decode())
         except OSError as error:
-            raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}", _THERE_IS) from None
+            raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}", _KNOWN_TOKENIZERS) from None
         except Exception as error:  # the Rust side raises bare Exceptions
             reason = str(error).splitlines()[0][:120]
-            raise UserError(f"{path} is no tokenizer.json: {reason}", _THERE_IS) from None
+            raise UserError(f"{path} is not a tokenizer.json: {reason}", _KNOWN_TOKENIZERS) from None
         self.identity = f"json:{_hash(content)}"
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        ends = [number for name in ENDS_OF_TEXT if (number := self._tokenizer.token_to_id(name)) is not None]
+        ends = [number for name in END_OF_TEXT_NAMES if (number := self._tokenizer.token_to_id(name)) is not None]
         if not ends:
             raise UserError(
-                f"{path} has no token for the end of a text",
-                f"add one of {', '.join(ENDS_OF_TEXT)} to its added_tokens",
+                f"{path} has no end-of-text token",
+                f"add one of {', '.join(END_OF_TEXT_NAMES)} to its added_tokens",
             )
         self.end_of_text = ends[0]
 
     def encode(self, text: bytes) -> Tokens:
         tokens = self._tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False).ids
-        return np.fromiter(tokens, smallest(self.vocab_size), len(tokens))
+        return np.fromiter(tokens, token_dtype(self.vocab_size), len(tokens))
 
     def decode(self, tokens: Sequence[int] | Tokens) -> bytes:
         numbers = [int(token) for token in tokens]
@@ -182,39 +183,41 @@ class JsonTokenizer:
 
     @cached_property
     def _byte_level(self) -> dict[int, bytes] | None:
-        """Token → bytes where every character of a token stands for one byte (GPT-2's way), else None."""
+        """Token → bytes if every character of a token represents one byte (byte-level BPE, as in GPT-2), else None."""
         if type(self._tokenizer.decoder).__name__ != "ByteLevel":
             return None
-        byte_of = byte_signs()
+        byte_of = byte_characters()
         added = {number: token.content for number, token in self._tokenizer.get_added_tokens_decoder().items()}
         pieces = {}
         for piece, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            plain = number in added or any(sign not in byte_of for sign in piece)
-            pieces[number] = piece.encode() if plain else bytes(byte_of[sign] for sign in piece)
+            plain = number in added or any(character not in byte_of for character in piece)
+            pieces[number] = piece.encode() if plain else bytes(byte_of[character] for character in piece)
         return pieces
 
 
-def byte_signs() -> dict[str, int]:
-    """The character that GPT-2's byte-level tokenizers write for each byte."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+def byte_characters() -> dict[str, int]:
+    """The character that byte-level BPE (GPT-2) writes for each byte: character → byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # represent themselves
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-class Extended:
-    """A tokenizer with tokens of your own behind its vocabulary (`vocab.extend=[…]`).
+class ExtendedTokenizer:
+    """A tokenizer with additional tokens after its vocabulary (`vocab.extend=[…]`).
 
     Args:
-        base: the tokenizer.
-        extra: the texts that become one token each, whatever the base would make of them.
+        base: the tokenizer that is extended.
+        extra: texts that become a single token each, whatever `base` would make of them.
 
     Raises:
-        UserError: a text is empty or there twice.
+        UserError: a text is empty or occurs twice.
     """
 
     def __init__(self, base: Tokenizer, extra: Sequence[str]) -> None:
         if not all(extra) or len(set(extra)) < len(extra):
-            raise UserError(f"vocab.extend={list(extra)} has an empty token, or one twice", "give different texts")
+            raise UserError(
+                f"vocab.extend={list(extra)} has an empty or a repeated token", "give different, non-empty texts"
+            )
         self.base, self.extra = base, tuple(text.encode() for text in extra)
         self.name, self.end_of_text = base.name, base.end_of_text
         self.identity = f"{base.identity}+{len(extra)}:{_hash(chr(0).encode().join(self.extra))}"
@@ -224,13 +227,13 @@ class Extended:
         self._split = re.compile(b"(" + b"|".join(map(re.escape, longest_first)) + b")")
 
     def encode(self, text: bytes) -> Tokens:
-        kind = smallest(self.vocab_size)
+        dtype = token_dtype(self.vocab_size)
         pieces = [
-            np.full(1, self._number[piece], kind) if piece in self._number else self.base.encode(piece).astype(kind)
+            np.full(1, self._number[piece], dtype) if piece in self._number else self.base.encode(piece).astype(dtype)
             for piece in self._split.split(text)
             if piece
         ]
-        return np.concatenate(pieces) if pieces else np.zeros(0, kind)
+        return np.concatenate(pieces) if pieces else np.zeros(0, dtype)
 
     def decode(self, tokens: Sequence[int] | Tokens) -> bytes:
         first = self.base.vocab_size
@@ -239,16 +242,20 @@ class Extended:
         )
 
 
-def smallest(vocab_size: int) -> Any:
-    """The type that tokens are stored in: uint16 where it holds them all, else int32."""
+def token_dtype(vocab_size: int) -> Any:
+    """The type in which tokens are stored: uint16 for vocabularies up to 65,536, else int32."""
     return np.uint16 if vocab_size <= 2**16 else np.int32
 
 
 def load_tokenizer(name: str, extend: Sequence[str] = ()) -> Tokenizer:
-    """The tokenizer of that name: bytes, world, or the path of a tokenizer.json; with tokens of your own behind it.
+    """Loads a tokenizer.
+
+    Args:
+        name: bytes, world, or the path of a tokenizer.json (`data.tokenizer`).
+        extend: texts that become single tokens after its vocabulary (`vocab.extend`).
 
     Raises:
-        UserError: no tokenizer is called so, or its file cannot be read.
+        UserError: the name is unknown, its file cannot be read, or `extend` has an empty or a repeated text.
     """
     base: Tokenizer
     if name == "bytes":
@@ -258,8 +265,8 @@ def load_tokenizer(name: str, extend: Sequence[str] = ()) -> Tokenizer:
     elif name.endswith(".json"):
         base = JsonTokenizer(name)
     else:
-        raise UserError(f"data.tokenizer={name} is no tokenizer", _THERE_IS)
-    return Extended(base, extend) if extend else base
+        raise UserError(f"data.tokenizer={name} is not a known tokenizer", _KNOWN_TOKENIZERS)
+    return ExtendedTokenizer(base, extend) if extend else base
 
 
 @cache
@@ -267,8 +274,48 @@ def _world() -> WorldTokenizer:
     return WorldTokenizer()  # reading its vocabulary takes half a second
 
 
-_THERE_IS = "there is: bytes, world, or the path of a tokenizer.json"
+_KNOWN_TOKENIZERS = "give bytes, world, or the path of a tokenizer.json"
 
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
+
+
+_BYTE_END = "\0"  # byte 0, the end of text of ByteTokenizer
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files with which transformers loads a tokenizer: file name → content.
+
+    Empty for World and for extended vocabularies: transformers has no such tokenizer.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        return {"tokenizer.json": _byte_tokenizer_json(), "tokenizer_config.json": _tokenizer_config(_BYTE_END)}
+    if isinstance(tokenizer, JsonTokenizer):
+        content = Path(tokenizer.name).expanduser().read_text(encoding="utf-8")
+        end = tokenizer.decode([tokenizer.end_of_text]).decode()
+        return {"tokenizer.json": content, "tokenizer_config.json": _tokenizer_config(end)}
+    return {}
+
+
+def _byte_tokenizer_json() -> str:
+    """ByteTokenizer as a tokenizer.json: byte-level BPE without merges, with byte 0 as a special token."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as HubTokenizer
+
+    pieces = {character: byte for character, byte in byte_characters().items() if byte} | {_BYTE_END: 0}
+    tokenizer = HubTokenizer(models.BPE(vocab=pieces, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(_BYTE_END, normalized=False, special=True)])
+    return str(tokenizer.to_str(pretty=True))
+
+
+def _tokenizer_config(end: str) -> str:
+    settings: Mapping[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "clean_up_tokenization_spaces": False,
+    }
+    return json.dumps(settings, indent=2) + "\n"

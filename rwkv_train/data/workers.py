@@ -8,24 +8,34 @@ import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import forkserver, get_context, resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
-from types import FrameType
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 
 PRELOAD = ["rwkv_train.data.prepare.shards"]  # imported once, not once for each process
 FOR_THE_RUN = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}  # SLURM sends them to all processes of a job
-GRACE = 60.0  # seconds that a worker still works after a SIGTERM: the run saves meanwhile
 
 _tokenizer: Tokenizer  # of this process
+
+
+class _Worker(ForkServerProcess):
+    """A process whose SIGTERM is blocked. When a pool breaks, its executor terminates the others and joins them."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _WorkerContext(ForkServerContext):
+    Process = _Worker
 
 
 class _Pool(ProcessPoolExecutor):
     """Its processes hold one end of a pipe whose other end, never written to, closes with this process."""
 
     def __init__(self, workers: int, name: str, extend: Sequence[str]) -> None:
-        context = get_context("forkserver")
+        context = _WorkerContext()
         context.set_forkserver_preload(PRELOAD)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RUN)
         try:
@@ -36,6 +46,9 @@ class _Pool(ProcessPoolExecutor):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs, self._ours = context.Pipe(duplex=False)
         super().__init__(workers, context, _begin, (name, tuple(extend), theirs))
+        # All processes start with the first task. The death of one that a later task starts is noticed only at the
+        # executor's next event, possibly never: it is woken up before the new process is among those that it watches.
+        self._safe_to_dynamically_spawn_children = False
 
 
 def pool(workers: int, name: str, extend: Sequence[str]) -> ProcessPoolExecutor:
@@ -55,16 +68,9 @@ def tokenizer() -> Tokenizer:
 
 def _begin(name: str, extend: Sequence[str], lifeline: Connection) -> None:
     os.nice(1)  # a machine that prepares can still be worked on
+    signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RUN)  # the fork server may have been started by other code
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    signal.signal(signal.SIGTERM, _end_later)  # an executor that breaks ends its processes by it, and waits for them
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     set_up(name, extend)
-
-
-def _end_later(number: int, frame: FrameType | None) -> None:
-    timer = threading.Timer(GRACE, os._exit, (1,))
-    timer.daemon = True
-    timer.start()
 
 
 def _end_with(lifeline: Connection) -> None:

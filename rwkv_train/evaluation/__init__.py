@@ -1,4 +1,4 @@
-"""What a model's loss is measured against, and by."""
+"""Perplexity, lm-eval tasks, baselines for a loss, and reports of runs."""
 
 from rwkv_train.evaluation.baselines import baselines
 

@@ -1,8 +1,7 @@
-"""Perplexity and bits per byte of a model on tokens: in all, by source, and by position in the context.
+"""Perplexity and bits per byte of a model on token stores: by source, combined, and by position in the context.
 
-A source is cut into windows of the context's length, one behind the other, each read as a fresh text; every token but
-the first is predicted once. The loss by position shows whether the model uses what is far: it falls as long as more
-context helps.
+A source is cut into consecutive windows of the context length, each read as a new text; every token but the first is
+predicted once. The loss by position shows how much context the model uses: it falls as long as more context helps.
 """
 
 from __future__ import annotations
@@ -19,20 +18,21 @@ from rwkv_train.data.rows import IGNORED
 from rwkv_train.data.store import Store
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.evaluation.scoring import score
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a source costs.
+class PerplexityResult:
+    """The loss on one source, or on several combined.
 
     Attributes:
-        available: tokens that there are to predict.
-        tokens: that were predicted.
-        bytes: that these stand for; an end-of-text counts as one.
-        nats: of all of them.
-        positions: nats of the tokens at each position of the window (T,), the first one's is the first.
-        counts: how many tokens stood at each position (T,).
+        name: name of the source.
+        available: number of tokens that could be predicted.
+        tokens: number of tokens that were predicted.
+        bytes: bytes of the predicted tokens; an end-of-text counts as one.
+        nats: sum of the losses of the predicted tokens.
+        positions: sum of the losses at each position of the window, in nats, float64 (T,).
+        counts: number of predicted tokens at each position of the window, int64 (T,).
     """
 
     name: str
@@ -44,7 +44,7 @@ class Result:
     counts: np.ndarray[Any, np.dtype[np.int64]]
 
     def as_json(self) -> dict[str, Any]:
-        """The figures as they are written: nats/token, perplexity, bits/byte, and the loss by position."""
+        """The figures for eval.json: nats per token, perplexity, bits per byte, and the loss by position."""
         return {
             "name": self.name,
             "tokens": self.tokens,
@@ -60,7 +60,12 @@ class Result:
 def by_position(
     nats: np.ndarray[Any, np.dtype[np.float64]], counts: np.ndarray[Any, np.dtype[np.int64]]
 ) -> Iterator[dict[str, Any]]:
-    """Mean nats/token of the positions 1, 2, 3–4, 5–8 and so on: the tokens of context that a prediction has."""
+    """Yields the mean loss of positions 1, 2, 3–4, 5–8, …; a position is the number of context tokens of a prediction.
+
+    Args:
+        nats: sum of the losses at each position, (T,).
+        counts: number of predictions at each position, (T,).
+    """
     first = 0
     while first < len(counts):
         last = min(len(counts), max(1, 2 * first))
@@ -71,9 +76,9 @@ def by_position(
         first = last
 
 
-def together(results: Sequence[Result]) -> Result:
-    """Several sources as one."""
-    return Result(
+def combine(results: Sequence[PerplexityResult]) -> PerplexityResult:
+    """Several sources combined into one result."""
+    return PerplexityResult(
         "all",
         sum(result.available for result in results),
         sum(result.tokens for result in results),
@@ -85,37 +90,39 @@ def together(results: Sequence[Result]) -> Result:
 
 
 def measure(
-    model: RWKV,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     name: str,
     store: Store,
     context: int,
     batch: int,
     limit: int | None = None,
-    told: Callable[[int], None] | None = None,
-) -> Result:
+    on_progress: Callable[[int], None] | None = None,
+) -> PerplexityResult:
     """Scores the tokens of a store.
 
     Args:
-        name: of the source.
-        store: at least two tokens.
+        model: in evaluation mode, on any device.
+        tokenizer: that made the tokens; for the bytes per token.
+        name: name of the source.
+        store: tokens, at least two.
         context: tokens of a window.
-        batch: windows that are read at once.
-        limit: at most so many tokens (whole windows), taken evenly from the whole store; None: all.
-        told: is called with the number of tokens that were scored since it was called last.
+        batch: windows read at once.
+        limit: maximum number of tokens, in complete windows spread evenly over the store; None: all.
+        on_progress: called with the number of tokens scored since its last call.
     """
     available = len(store) - 1
     windows = -(-available // context)
     chosen = windows if limit is None else min(windows, max(1, limit // context))
-    places = np.arange(chosen) * windows // chosen  # all of them, or evenly spread ones
+    numbers = np.arange(chosen) * windows // chosen  # evenly spread over the store
     nats, counts = np.zeros(context), np.zeros(context, np.int64)
     bytes_ = 0
     for first in range(0, chosen, batch):
-        rows = places[first : first + batch]
+        rows = numbers[first : first + batch]
         tokens = np.zeros((len(rows), context), np.int64)
         targets = np.full((len(rows), context), IGNORED, np.int64)
-        for row, place in enumerate(rows):
-            begin = int(place) * context
+        for row, number in enumerate(rows):
+            begin = int(number) * context
             window = np.empty(min(context, available - begin) + 1, np.int64)
             store.read(begin, window)
             tokens[row, : len(window) - 1], targets[row, : len(window) - 1] = window[:-1], window[1:]
@@ -127,6 +134,6 @@ def measure(
         text = targets[predicted]
         ends = text == tokenizer.end_of_text
         bytes_ += len(tokenizer.decode(text[~ends])) + int(ends.sum())
-        if told is not None:
-            told(int(predicted.sum()))
-    return Result(name, available, int(counts.sum()), max(1, bytes_), float(nats.sum()), nats, counts)
+        if on_progress is not None:
+            on_progress(int(predicted.sum()))
+    return PerplexityResult(name, available, int(counts.sum()), max(1, bytes_), float(nats.sum()), nats, counts)

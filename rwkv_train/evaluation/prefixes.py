@@ -1,6 +1,6 @@
-"""Beginnings that several texts share are read once: a recurrent model's memory of them has constant size.
+"""Prefixes that several texts share are read once: a recurrent model's state after a prefix has constant size.
 
-Texts with the same few-shot examples, or the choices of one question, differ at their ends only.
+Texts with the same few-shot examples, and the choices of one question, differ only at their ends.
 """
 
 from __future__ import annotations
@@ -9,53 +9,65 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from rwkv_train.inference.continuation import read
-from rwkv_train.models import RWKV, State
+from rwkv_train.models import LanguageModel, State
 
-WORTH = 32  # tokens that must be saved for a beginning to be read by itself
-_MOST = 2048  # texts that are looked at together: so many memories may be held at once
-
-
-class Begun(NamedTuple):
-    """A text of which the first tokens have been read."""
-
-    number: int  # of the text
-    read: int  # tokens
-    state: State | None  # after them, of one row; None: none were read
+MIN_TOKENS_SAVED = 32  # by reading a prefix on its own
+MAX_STATE_BYTES = 2**31  # of all states that are held at a time at most
 
 
-def share(model: RWKV, texts: Sequence[Sequence[int]], limits: Sequence[int], batch: int) -> Iterator[list[Begun]]:
-    """Batches of texts to go on with, each with the memory of what it shares with others.
+class PrefixedText(NamedTuple):
+    """A text whose first tokens have been read.
+
+    Attributes:
+        number: index of the text.
+        read: number of tokens read.
+        state: state after them, with batch size 1; None: nothing was read.
+    """
+
+    number: int
+    read: int
+    state: State | None
+
+
+def share_prefixes(
+    model: LanguageModel, texts: Sequence[Sequence[int]], limits: Sequence[int], batch: int
+) -> Iterator[list[PrefixedText]]:
+    """Yields batches of texts to continue, each with the state after the prefix that it shares with others.
 
     Args:
-        texts: tokens of each.
-        limits: how many of them may be read beforehand (less than all).
-        batch: texts of a batch; those of one have nearly as many tokens left.
+        model: reads the prefixes.
+        texts: tokens of each text.
+        limits: maximum number of tokens of each text that may be read as a prefix, less than all of them.
+        batch: texts per batch; those of a batch have similar numbers of tokens left.
     """
     ordered = sorted(range(len(texts)), key=lambda number: list(texts[number]))
-    for first in range(0, len(ordered), _MOST):
-        begun = _share(model, texts, limits, ordered[first : first + _MOST])
-        begun.sort(key=lambda text: text.read - len(texts[text.number]))  # the longest first
-        for place in range(0, len(begun), batch):
-            yield begun[place : place + batch]
+    at_once = max(2, MAX_STATE_BYTES // max(1, model.empty_state(1).row_bytes()))
+    for first in range(0, len(ordered), at_once):
+        prefixed = _read_prefixes(model, texts, limits, ordered[first : first + at_once])
+        prefixed.sort(key=lambda text: text.read - len(texts[text.number]))  # longest rest first
+        for start in range(0, len(prefixed), batch):
+            yield prefixed[start : start + batch]
 
 
-def _share(model: RWKV, texts: Sequence[Sequence[int]], limits: Sequence[int], ordered: Sequence[int]) -> list[Begun]:
-    """Walks down the tree of beginnings; its leaves are the texts."""
-    leaves: list[Begun] = []
-    waiting: list[tuple[Sequence[int], int, State | None]] = [(ordered, 0, None)]  # texts that agree so far
+def _read_prefixes(
+    model: LanguageModel, texts: Sequence[Sequence[int]], limits: Sequence[int], ordered: Sequence[int]
+) -> list[PrefixedText]:
+    """Walks down the prefix tree of the sorted texts `ordered`; its leaves are the texts."""
+    leaves: list[PrefixedText] = []
+    waiting: list[tuple[Sequence[int], int, State | None]] = [(ordered, 0, None)]  # texts with a common prefix
     while waiting:
         group, done, state = waiting.pop()
         if len(group) == 1:
-            leaves.append(Begun(group[0], done, state))
+            leaves.append(PrefixedText(group[0], done, state))
             continue
-        agreed = _agreement(texts[group[0]], texts[group[-1]])  # of the first and the last of a sorted group: of all
+        agreed = _common_prefix(texts[group[0]], texts[group[-1]])  # of a sorted group's first and last text, so of all
         common = min(agreed, *(limits[number] for number in group))
-        if (common - done) * (len(group) - 1) >= WORTH:
+        if (common - done) * (len(group) - 1) >= MIN_TOKENS_SAVED:
             _, state = read(model, [(texts[group[0]][done:common], state)])
             done = common
         branch = min(agreed, *(len(texts[number]) for number in group))
-        ends = [number for number in group if limits[number] <= branch]  # nothing more of them can be shared
-        leaves += [Begun(number, done, state) for number in ends]
+        ends = [number for number in group if limits[number] <= branch]  # their rest cannot be shared
+        leaves += [PrefixedText(number, done, state) for number in ends]
         rest: dict[int, list[int]] = {}
         for number in group:
             if limits[number] > branch:
@@ -64,7 +76,7 @@ def _share(model: RWKV, texts: Sequence[Sequence[int]], limits: Sequence[int], o
     return leaves
 
 
-def _agreement(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens are the same."""
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """The length of the common prefix of two texts."""
     shorter = min(len(one), len(other))
-    return next((place for place in range(shorter) if one[place] != other[place]), shorter)
+    return next((index for index in range(shorter) if one[index] != other[index]), shorter)

@@ -1,4 +1,4 @@
-"""What a model gives to the tokens that came: their cost in nats, and whether each was the likeliest."""
+"""Scores of given tokens under a model: their loss in nats, and whether greedy decoding would choose them."""
 
 from __future__ import annotations
 
@@ -10,46 +10,51 @@ from torch import Tensor
 
 from rwkv_train.config import LOGITS_AT_ONCE
 from rwkv_train.data.rows import IGNORED
-from rwkv_train.models import RWKV, State
+from rwkv_train.models import LanguageModel, State
 
 
-class Scores(NamedTuple):
-    """Of each target, 0 and True where there is none."""
+class TokenScores(NamedTuple):
+    """Scores of the targets.
 
-    nats: Tensor  # (B, T) float32
-    greedy: Tensor  # (B, T) bool, whether the target is the likeliest token
+    Attributes:
+        nats: negative log-probability of each target, 0 where there is none; float32 (B, T).
+        greedy: whether the target is the most likely token, True where there is none; bool (B, T).
+    """
+
+    nats: Tensor
+    greedy: Tensor
 
 
 @torch.inference_mode()
 def score(
-    model: RWKV, tokens: Tensor, targets: Tensor, state: State | None = None, starts: Tensor | None = None
-) -> tuple[Scores, State]:
-    """Reads tokens and scores what follows each; logits exist for the targets alone, and not for all of them at once.
+    model: LanguageModel, tokens: Tensor, targets: Tensor, state: State | None = None, starts: Tensor | None = None
+) -> tuple[TokenScores, State]:
+    """Reads tokens and scores the target of each. Logits are computed for targets only, and in parts.
 
     Args:
-        tokens: (B, T) int64, on the model's device.
-        targets: (B, T) int64; -100 is not scored.
-        state: what was read before.
-        starts: (B, T) bool, where a fresh text begins.
+        tokens: input tokens, int64 (B, T), on the model's device.
+        targets: tokens to score, int64 (B, T), on the same device; -100 is not scored.
+        state: state after the tokens read before; None: of a new text.
+        starts: whether a new text starts at each token, bool (B, T); None: nowhere.
 
     Returns:
-        the scores, and the state after the last token.
+        The scores, and the state after the last token.
     """
     nats = torch.zeros(tokens.shape, device=tokens.device)
     greedy = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
-    wanted = targets != IGNORED
+    scored = targets != IGNORED
 
     def readout(hidden: Tensor, weight: Tensor) -> Tensor:
-        rows, goals = hidden[wanted], targets[wanted]  # (N, C), (N)
+        rows, goals = hidden[scored], targets[scored]  # (N, C), (N,)
         size = max(1, LOGITS_AT_ONCE // len(weight))
         parts = [
             (F.linear(part, weight).float(), goal)
             for part, goal in zip(rows.split(size), goals.split(size), strict=True)
         ]
         if len(goals):
-            nats[wanted] = torch.cat([F.cross_entropy(logits, goal, reduction="none") for logits, goal in parts])
-            greedy[wanted] = torch.cat([logits.argmax(-1) == goal for logits, goal in parts])
+            nats[scored] = torch.cat([F.cross_entropy(logits, goal, reduction="none") for logits, goal in parts])
+            greedy[scored] = torch.cat([logits.argmax(-1) == goal for logits, goal in parts])
         return hidden
 
-    _, after = model(tokens, state, starts, readout)
-    return Scores(nats, greedy), after
+    _, final = model(tokens, state, starts, readout)
+    return TokenScores(nats, greedy), final

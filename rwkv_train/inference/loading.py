@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from rwkv_train.checkpoint.meta import META, CheckpointMeta
+from rwkv_train.checkpoint.name import checkpoints_below
+from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
 from rwkv_train.config.schema import from_tree
 from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_train.errors import UserError
-from rwkv_train.models import RWKV, build_model
-from rwkv_train.models.weights import infer_config, load_weights, refuse_mismatches, shapes_of
+from rwkv_train.models import LanguageModel, build_model
+from rwkv_train.models.detect import detect
+from rwkv_train.models.weights import refuse_mismatches
 
-_NAMED = "--tokenizer names the one that it was trained with: bytes, world, or the path of a tokenizer.json"
+_REMEDY = "--tokenizer names the one that it was trained with: bytes, world, or the path of a tokenizer.json"
 
 
-def load_model(checkpoint: Path, device: str = "cpu") -> RWKV:
-    """The model of a checkpoint directory or a .pth file under the field's names; the tensors tell its shape.
+def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
+    """The model of a checkpoint directory, sharded or not, or of a .pth file under the field's names.
+
+    The tensors' names and shapes determine its architecture and shape.
 
     Args:
         checkpoint: the directory or file.
@@ -32,27 +36,30 @@ def load_model(checkpoint: Path, device: str = "cpu") -> RWKV:
     gpu = torch.cuda.is_available()
     if device.startswith("cuda") and not gpu:
         raise UserError(f"--device {device}: torch can use no GPU here", "--device cpu")
-    weights = load_weights(checkpoint)
-    model = build_model(infer_config(weights, str(checkpoint)), device="meta").to_empty(device="cpu")
-    refuse_mismatches(str(checkpoint), shapes_of(weights), model)
-    model.load_state_dict(weights)
+    final = checkpoint / "weights.pth"  # a run directory has its final weights there, and so may other directories
+    reader = Reader(final if final.exists() and not (checkpoint / "meta.json").exists() else checkpoint)
+    model = build_model(detect(reader.shapes, str(checkpoint)), device="meta")
+    refuse_mismatches(str(checkpoint), reader.shapes, model)
+    model = model.to_empty(device="cpu")
+    reader.fill(StateShard(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in model.named_parameters())
     return model.to(("cuda" if gpu else "cpu") if device == "auto" else device).eval()
 
 
-def remembered(checkpoint: Path) -> dict[str, Any]:
-    """meta.json of a checkpoint directory, or of the newest one of the run that a .pth file lies in; {}: there is none.
+def description_of(checkpoint: Path) -> CheckpointMeta | None:
+    """The description of a checkpoint directory, or of the newest checkpoint of the run that a .pth file belongs to.
 
-    It holds, among others, `config` (the run's, as a tree) and `tokenizer` (its identity).
+    Returns:
+        the description; None: these are weights without a run.
+
+    Raises:
+        UserError: meta.json of the checkpoint directory cannot be read.
     """
-    places = [checkpoint] if checkpoint.is_dir() else sorted(checkpoint.parent.glob("checkpoints/step_*"), reverse=True)
-    for place in places:
-        try:
-            meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(meta, dict):
-            return meta
-    return {}
+    if checkpoint.is_dir():
+        return CheckpointMeta.read(checkpoint) if (checkpoint / META).exists() else None
+    for path in reversed(checkpoints_below(checkpoint.parent)):
+        with suppress(UserError):  # one that is just being deleted
+            return CheckpointMeta.read(path)
+    return None
 
 
 def tokenizer_of(checkpoint: Path, vocab_size: int, name: str | None = None) -> Tokenizer:
@@ -66,17 +73,20 @@ def tokenizer_of(checkpoint: Path, vocab_size: int, name: str | None = None) -> 
     Raises:
         UserError: it is another one than the checkpoint's, it has more tokens than the model, or nothing tells which.
     """
-    meta = remembered(checkpoint)
-    identity = meta.get("tokenizer")
+    meta = description_of(checkpoint)
     if name is None:
-        tokenizer = _recalled(checkpoint, meta, identity) if identity else _by_size(vocab_size)
+        tokenizer = _by_size(vocab_size) if meta is None else _from_meta(checkpoint, meta)
     else:
-        extend = (meta.get("config") or {}).get("vocab", {}).get("extend", ())
-        tokenizer = load_tokenizer(name, extend)
+        tokenizer = load_tokenizer(name, () if meta is None else meta.config.get("vocab", {}).get("extend", ()))
     if tokenizer is None or tokenizer.vocab_size > vocab_size:
         has = "" if tokenizer is None else f", the tokenizer {tokenizer.name} {tokenizer.vocab_size:,}"
-        raise UserError(f"{checkpoint} has a vocabulary of {vocab_size:,} tokens{has}", _NAMED)
-    refuse_other(checkpoint, identity, tokenizer, f"--tokenizer {name}" if name else f"{tokenizer.name} here")
+        raise UserError(f"{checkpoint} has a vocabulary of {vocab_size:,} tokens{has}", _REMEDY)
+    refuse_other(
+        checkpoint,
+        None if meta is None else meta.tokenizer,
+        tokenizer,
+        f"--tokenizer {name}" if name else f"{tokenizer.name} here",
+    )
     return tokenizer
 
 
@@ -95,12 +105,15 @@ def _by_size(vocab_size: int) -> Tokenizer | None:
     return None if known is None else load_tokenizer(known)
 
 
-def _recalled(checkpoint: Path, meta: Mapping[str, Any], identity: str) -> Tokenizer:
+def _from_meta(checkpoint: Path, meta: CheckpointMeta) -> Tokenizer:
+    identity = meta.tokenizer
     try:
-        config = from_tree(meta["config"])
+        config = from_tree(meta.config)
         return find_tokenizer(config.data, config.vocab.extend, stores_of(config.data))
-    except (UserError, KeyError):  # of another version, or its data lies elsewhere
+    except UserError:  # the configuration of another version, or its data has moved
         kind, _, extended = identity.split(":")[0].partition("+")
         if kind in ("bytes", "world") and not extended:
             return load_tokenizer(kind)
-        raise UserError(f"{checkpoint} was trained with the tokenizer {identity}, which is not found", _NAMED) from None
+        raise UserError(
+            f"{checkpoint} was trained with the tokenizer {identity}, which is not found", _REMEDY
+        ) from None

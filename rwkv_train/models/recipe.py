@@ -1,8 +1,8 @@
 """A generation's recipe: for each parameter its initial value, learning-rate multiplier and weight decay.
 
-Every models/rwkvN.py ends in one table of `Row`s. `claim` gives each parameter of a model exactly one row; `initialise`
-fills the model from it. An initial value is a function of (seed, parameter name, shape, layer) and of nothing else: not
-of the construction order, the number of threads or of other parameters.
+Every architecture has one table of `RecipeRow`s. `claim` gives each parameter of a model exactly one row; `initialise`
+fills the model from it. An initial value is a function of (seed, parameter name, shape, model shape) and of nothing
+else: not of the construction order, the number of threads or of other parameters.
 """
 
 from __future__ import annotations
@@ -16,13 +16,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rwkv_train.models.config import ModelConfig
+
 
 @dataclass(frozen=True)
 class Site:
-    """Where a parameter stands: layer l of L, with the two depth ratios of the RWKV papers."""
+    """The position of a parameter in the model, with the two depth ratios of the RWKV papers.
+
+    Args:
+        layer: the layer l, 0 for parameters outside of the blocks.
+        n_layer: number of layers L.
+        head_size: channels of one head N; None: the architecture has no heads.
+    """
 
     layer: int
     n_layer: int
+    head_size: int | None = None
 
     @property
     def rho0(self) -> float:
@@ -39,20 +48,26 @@ Initialiser = Callable[[torch.Size, Site, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
-class Row:
+class RecipeRow:
     """One line of a recipe.
 
     Args:
-        names: a regular expression that matches whole parameter names.
+        names: a regular expression that matches complete parameter names.
         init: (shape, site, generator) → the initial value, float32 or float64, on the CPU.
         lr: multiplier of the learning rate.
         decay: whether weight decay, where it is asked for, applies.
+        product: whether every token is multiplied with it as a matrix. Such parameters count as FLOPs and may be
+            gathered in the dtype of products; all others stay float32 in the forward pass.
+        trained: whether the optimiser changes it. A tensor that published files hold and the forward pass does not use
+            (no gradient reaches it) is not trained: it is stored as it was initialised or loaded.
     """
 
     names: str
     init: Initialiser
     lr: float = 1.0
     decay: bool = False
+    product: bool = False
+    trained: bool = True
 
 
 def constant(value: float) -> Initialiser:
@@ -64,24 +79,33 @@ def uniform(bound: float) -> Initialiser:
 
 
 def curve(formula: Callable[[Tensor, int, Site], Tensor]) -> Initialiser:
-    """A value per channel: formula(c, C, site) with c = 0 … C-1 in float64, C channels in the last dimension."""
+    """A value per channel: formula(c, C, site) → (C), with c = 0 … C-1 in float64.
+
+    The channels of a parameter (C), (1, 1, C) or (H, N) are all its elements in row-major order: C = H · N.
+    """
 
     def init(shape: torch.Size, site: Site, generator: torch.Generator) -> Tensor:
-        channels = shape[-1]
-        return formula(torch.arange(channels, dtype=torch.float64), channels, site).expand(shape)
+        channels = shape.numel()
+        return formula(torch.arange(channels, dtype=torch.float64), channels, site).reshape(shape)
 
     return init
 
 
 @dataclass(frozen=True)
 class Orthogonal:
-    """Orthogonal rows or columns times scale, and times sqrt(rows / columns) where there are more rows."""
+    """A (rows, columns) matrix with orthogonal rows or columns, times a gain.
+
+    Args:
+        scale: the gain, that is the matrix's singular values.
+        tall_factor: whether the gain is multiplied by sqrt(rows / columns) where there are more rows than columns.
+    """
 
     scale: float
+    tall_factor: bool
 
     def __call__(self, shape: torch.Size, site: Site, generator: torch.Generator) -> Tensor:
         rows, columns = shape
-        gain = self.scale * math.sqrt(max(1.0, rows / columns))
+        gain = self.scale * (math.sqrt(max(1.0, rows / columns)) if self.tall_factor else 1.0)
         values = torch.empty(shape).normal_(generator=generator)
         tall = values if rows >= columns else values.T
         q, r = torch.linalg.qr(tall)
@@ -95,14 +119,14 @@ class Orthogonal:
         return shape.numel() * min(shape)
 
 
-def claim(names: Iterable[str], recipe: Sequence[Row]) -> dict[str, Row]:
+def claim(names: Iterable[str], recipe: Sequence[RecipeRow]) -> dict[str, RecipeRow]:
     """Gives each parameter name its row.
 
     Raises:
         ValueError: a name that no row or more than one row matches, or a row that matches nothing.
     """
     patterns = [re.compile(row.names) for row in recipe]
-    claimed: dict[str, Row] = {}
+    claimed: dict[str, RecipeRow] = {}
     used: set[int] = set()
     for name in names:
         found = [i for i, pattern in enumerate(patterns) if pattern.fullmatch(name)]
@@ -118,7 +142,7 @@ def claim(names: Iterable[str], recipe: Sequence[Row]) -> dict[str, Row]:
     return claimed
 
 
-def initial_value(name: str, shape: torch.Size, row: Row, n_layer: int, seed: int) -> Tensor:
+def initial_value(name: str, shape: torch.Size, row: RecipeRow, config: ModelConfig, seed: int) -> Tensor:
     """The initial value of one parameter, float32 on the CPU: a pure function of its arguments.
 
     It is made by one thread, since the orthogonalisation's last bits depend on how many share the work.
@@ -130,14 +154,15 @@ def initial_value(name: str, shape: torch.Size, row: Row, n_layer: int, seed: in
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
-            return row.init(shape, Site(int(layer[1]) if layer else 0, n_layer), generator).float()
+            site = Site(int(layer[1]) if layer else 0, config.n_layer, config.head_size)
+            return row.init(shape, site, generator).float()
     finally:
         torch.set_num_threads(threads)
 
 
-def initialise(model: nn.Module, recipe: Sequence[Row], n_layer: int, seed: int) -> None:
+def initialise(model: nn.Module, recipe: Sequence[RecipeRow], config: ModelConfig, seed: int) -> None:
     """Fills every parameter of the model in place with its initial value."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, row in claim(parameters, recipe).items():
-            parameters[name].copy_(initial_value(name, parameters[name].shape, row, n_layer, seed))
+            parameters[name].copy_(initial_value(name, parameters[name].shape, row, config, seed))

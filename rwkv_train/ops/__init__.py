@@ -1,7 +1,7 @@
 """The operators. Each has one definition (reference.py) and engines that compute the same faster (cuda/).
 
 `RWKV_OPS=reference|cpp|cuda` demands an engine; without it, or with `auto`, the fastest available one runs.
-`RWKV_OPS_CACHE=DIRECTORY` is where compiled engines are looked for and put first.
+`RWKV_OPS_CACHE=DIRECTORY` is where compiled engines are looked for, and built, before any other directory.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ import torch
 from torch import Tensor
 
 from rwkv_train.errors import UserError
-from rwkv_train.ops import build, library, reference
-from rwkv_train.ops.build import CPP
-from rwkv_train.ops.build_cuda import CUDA
-from rwkv_train.ops.health import EngineReport, engines
+from rwkv_train.ops import build, reference
+from rwkv_train.ops.build import CppEngine
+from rwkv_train.ops.build_cuda import CudaEngine
+from rwkv_train.ops.registration.wkv4 import CHUNK
+from rwkv_train.ops.selftest import EngineReport, engines
 
 __all__ = ["EngineReport", "engines", "relu_squared", "shift_mix", "sigmoid_gate", "wkv4"]
 
-ENGINES = ("auto", "reference", "cpp", "cuda")
+_DEVICES: dict[str, str] = {engine.name: engine.device for engine in (CppEngine, CudaEngine)}
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {engine.device: engine.dtypes for engine in (CppEngine, CudaEngine)}
+
+ENGINES = ("auto", "reference", *_DEVICES)
 ENGINE = os.environ.get("RWKV_OPS", "auto")
 if ENGINE not in ENGINES:
     raise UserError(f"RWKV_OPS={ENGINE} names no engine", f"valid are {', '.join(ENGINES)}")
-CPP.required, CUDA.required = ENGINE == "cpp", ENGINE == "cuda"
+build.SETTINGS.required = ENGINE if ENGINE in _DEVICES else None
 if cache := os.environ.get("RWKV_OPS_CACHE"):
-    build.CACHE = Path(cache).expanduser()
-
-_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
-_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+    build.SETTINGS.cache = Path(cache).expanduser()
 
 
-def _by_definition(x: Tensor) -> bool:
-    """Whether the definition runs on x: on demand, and where no engine knows the device or computes in the dtype.
+def _runs_by_definition(x: Tensor) -> bool:
+    """Whether the definition runs on x: on demand, and where no engine runs on the device or computes in the dtype.
 
     Raises UserError when an engine is demanded that does not run on x's device.
     """
@@ -62,9 +63,9 @@ def wkv4(
         u: (C) bonus of the current token: time_first.
         k: (B, T, C), T ≥ 1.
         v: (B, T, C) in the dtype of k.
-        state: (B, 3, C) numerator, denominator, running maximum after the tokens before; None: no tokens before.
-        starts: (B, T) bool, the first tokens of documents: each finds the empty state, whatever came before in its row.
-            None: one document.
+        state: (B, 3, C) numerator, denominator and running maximum before the first token; None: the empty state.
+        starts: (B, T) bool, true at the first token of each document: the state before it is the empty one. None: the
+            rows have no boundaries.
 
     Returns:
         wkv (B, T, C) in the dtype of k, and the state after the last token (B, 3, C).
@@ -77,13 +78,10 @@ def wkv4(
     accumulator = reference.accumulator(k)
     w, u = w.to(accumulator).contiguous(), u.to(accumulator).contiguous()
     state = reference.initial_state(k) if state is None else state.to(accumulator).contiguous()
-    if _by_definition(k):
+    if _runs_by_definition(k):
         return reference.wkv4(w, u, k, v, state, starts)
-    inputs = (w, u, k.contiguous(), v.contiguous(), state)
-    if starts is None:
-        y, new_state, _ = torch.ops.rwkv_train.wkv4(*inputs, library.CHUNK)
-    else:
-        y, new_state, _ = torch.ops.rwkv_train.wkv4_documents(*inputs, starts.contiguous(), library.CHUNK)
+    starts = None if starts is None else starts.contiguous()
+    y, new_state, _ = torch.ops.rwkv_train.wkv4(w, u, k.contiguous(), v.contiguous(), state, starts, CHUNK)
     return y, new_state
 
 
@@ -124,8 +122,9 @@ def shift_mix(x: Tensor, previous: Tensor | None, *mixes: Tensor, starts: Tensor
     Args:
         x: (B, T, C).
         previous: (B, C) the row before the first; None: zeros.
-        mixes: 1 to 8 of C elements each, any shape (the checkpoints have (1, 1, C)).
-        starts: (B, T) bool, the first tokens of documents: zeros are before each. None: one document.
+        mixes: 1 to 8 of C elements each, in any shape (checkpoints have (1, 1, C)).
+        starts: (B, T) bool, true at the first token of each document: the row before it counts as zeros. None: the
+            rows have no boundaries.
 
     Returns:
         One (B, T, C) in the dtype of x per mix.
@@ -141,23 +140,19 @@ def shift_mix(x: Tensor, previous: Tensor | None, *mixes: Tensor, starts: Tensor
     if not 1 <= len(mixes) <= 8 or any(mix.numel() != C for mix in mixes):
         raise ValueError(f"shift_mix: 1 to 8 mixes of {C} elements are needed, not {[tuple(m.shape) for m in mixes]}")
     _check_starts("shift_mix", x, starts)
-    if _by_definition(x):
+    if _runs_by_definition(x):
         return reference.shift_mix(x, previous, mixes, starts)
     before = None if previous is None else previous.to(x.dtype).contiguous()
     weights = [mix.float().contiguous() for mix in mixes]
-    if starts is None:
-        return cast("list[Tensor]", torch.ops.rwkv_train.shift_mix(x.contiguous(), before, weights))
-    mixed = torch.ops.rwkv_train.shift_mix_documents(x.contiguous(), before, weights, starts.contiguous())
-    return cast("list[Tensor]", mixed)
+    starts = None if starts is None else starts.contiguous()
+    return cast("list[Tensor]", torch.ops.rwkv_train.shift_mix(x.contiguous(), before, weights, starts))
 
 
 def relu_squared(k: Tensor) -> Tensor:
     """relu(k)², any shape and floating dtype. Only the result is kept for the backward pass, not k."""
-    return (
-        reference.relu_squared(k)
-        if _by_definition(k)
-        else cast(Tensor, torch.ops.rwkv_train.relu_squared(k.contiguous()))
-    )
+    if _runs_by_definition(k):
+        return reference.relu_squared(k)
+    return cast(Tensor, torch.ops.rwkv_train.relu_squared(k.contiguous()))
 
 
 def sigmoid_gate(r: Tensor, y: Tensor) -> Tensor:
@@ -166,6 +161,6 @@ def sigmoid_gate(r: Tensor, y: Tensor) -> Tensor:
         raise ValueError(
             f"sigmoid_gate: r {tuple(r.shape)} {r.dtype} and y {tuple(y.shape)} {y.dtype} must have one shape and dtype"
         )
-    if _by_definition(r):
+    if _runs_by_definition(r):
         return reference.sigmoid_gate(r, y)
     return cast(Tensor, torch.ops.rwkv_train.sigmoid_gate(r.contiguous(), y.contiguous()))

@@ -1,6 +1,7 @@
-"""Compiles and loads an operator engine, once per machine: inside the first real call of an operator, never at import.
+"""Compiles and loads the engines: one shared library per operator family and device, once per machine.
 
-Safe when several processes build at once, when a builder is killed and when the home directory cannot be written.
+A library is built inside the first call of an operator of its family, never at import. That is safe when several
+processes build at once, when a builder is killed and when the home directory cannot be written.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import ninja
 import torch
@@ -24,7 +28,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.resources import resource
 
 # -fno-math-errno and -fno-trapping-math let loops with a square root or a select become vector code; none of the flags
-# lets the compiler reorder sums or forget about NaN.
+# lets the compiler reorder sums or ignore NaN.
 FLAGS = (
     "-O3 -march=native -std=c++20 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math"
     " -ffp-contract=fast -DTORCH_TARGET_VERSION=0x020d000000000000"
@@ -32,8 +36,24 @@ FLAGS = (
 COMPILERS = ("g++", "c++", "clang++")
 
 
+@dataclass
+class BuildSettings:
+    """What the environment asks of all engines; rwkv_train.ops sets it at import.
+
+    Attributes:
+        required: name of the engine whose failed build raises UserError instead of warning once; None: no engine.
+        cache: directory where compiled libraries are looked for, and built, before any other; None: the usual ones.
+    """
+
+    required: str | None = None
+    cache: Path | None = None
+
+
+SETTINGS = BuildSettings()
+
+
 class BuildError(Exception):
-    """Why an engine cannot be had: `why` in one line, `command` that shows it to a person."""
+    """Why an engine is not available: `why` in one line, and the `command` that fixes or shows it."""
 
     def __init__(self, why: str, command: str) -> None:
         super().__init__(why)
@@ -41,7 +61,7 @@ class BuildError(Exception):
 
 
 def source_directory() -> Path:
-    """Where the kernels' sources are."""
+    """The directory of the kernels' sources."""
     return resource("cuda")
 
 
@@ -62,55 +82,76 @@ def run(*command: str) -> str:
         raise BuildError(str(error), " ".join(command)) from error
     output = done.stdout + done.stderr
     if done.returncode:
-        lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines() or ["?"]
-        raise BuildError(lines[0].strip()[:300], " ".join(command))
+        lines = output.splitlines() or ["it printed nothing"]
+        errors = [line for line in lines if re.search(r"\berror\b[^:]*: ", line, re.IGNORECASE)]
+        raise BuildError((errors or lines)[0].strip()[:300], " ".join(command))
     return output
 
 
-def sources_key(names: tuple[str, ...], headers: tuple[str, ...]) -> str:
-    """What a library is made of: the named files of cuda/ and its headers, as one text."""
+def sources_text(names: tuple[str, ...], header_patterns: tuple[str, ...]) -> str:
+    """The named files of cuda/ and its headers as one text, from which the digest of a library is made."""
     folder = source_directory()
-    files = [folder / name for name in names] + sorted(file for pattern in headers for file in folder.glob(pattern))
-    return "\0".join(file.read_text() for file in files)
+    headers = sorted(file for pattern in header_patterns for file in folder.glob(pattern))
+    return "\0".join(file.read_text() for file in [*(folder / name for name in names), *headers])
+
+
+def digest(*texts: str) -> str:
+    """16 hexadecimal digits that change with any of the texts."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 @dataclass
-class Engine:
-    """A shared library that registers implementations of our operators.
+class Engine(ABC):
+    """One family's operators on one kind of device: a shared library that registers their implementations.
 
     Attributes:
-        name: as in RWKV_OPS.
+        name: of the engine, as in RWKV_OPS; the same for every family.
+        device: type of the devices that it runs on, as torch names it.
+        dtypes: storage dtypes that it computes in.
+        family: of operators, as in families.FAMILIES.
         sources: file names in cuda/; the headers there count as sources too when the cache is looked up.
-        required: a failed build raises UserError instead of warning once.
+        library: path of the loaded library; None before `load` succeeded.
+        error: why it is not available; None before `load` failed.
     """
 
-    name: str
-    sources: tuple[str, ...]
-    required: bool = False
-    library: Path | None = None  # set once loaded
-    error: BuildError | None = None  # set once failed
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    name: ClassVar[Literal["cpp", "cuda"]]
+    device: ClassVar[str]
+    dtypes: ClassVar[tuple[torch.dtype, ...]]
 
-    def load(self) -> bool:
-        """Builds the engine where needed and loads it; True when its implementations are registered.
+    family: str
+    sources: tuple[str, ...]
+    library: Path | None = None
+    error: BuildError | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @abstractmethod
+    def build(self, cache: Path | None = None) -> Path:
+        """Path of the compiled library; compiles it unless the cache has it.
+
+        Args:
+            cache: where to look and build; None: BuildSettings.cache, then ~/.cache/rwkv_train, then a private
+                directory under the system's temporary one where the home cannot be written.
 
         Raises:
-            UserError: the engine is required and cannot be had.
+            BuildError: no compiler, the sources do not compile, or no directory that can be written.
         """
+
+    def load(self) -> bool:
+        """Builds the library where needed and loads it; True when its implementations are registered.
+
+        Raises:
+            UserError: BuildSettings.required names this engine, and it is not available.
+        """
+        required = SETTINGS.required == self.name
         with self._lock:
             if self.library is None and self.error is None:
                 try:
                     self.library = self._load()
                 except BuildError as error:
                     self.error = error
-                    if not self.required:
-                        warnings.warn(
-                            f"the {self.name} engine is not available: operators run by their definition, far slower\n"
-                            f"  why: {error.why}\n  try: {error.command}",
-                            RuntimeWarning,
-                            stacklevel=2,
-                        )
-        if self.required and self.error is not None:
+                    if not required:
+                        _warn_once(self.name, error)
+        if required and self.error is not None:
             raise UserError(
                 f"RWKV_OPS={self.name} demands an engine that is not available: {self.error.why}",
                 f"try: {self.error.command}; or unset RWKV_OPS, and the definition runs",
@@ -123,66 +164,51 @@ class Engine:
             try:
                 torch.ops.load_library(str(library))
                 return library
-            except OSError as error:  # a library that was damaged in the cache: once more from the sources
+            except OSError as error:  # a library that was damaged in the cache is built again, once
                 library.unlink(missing_ok=True)
                 if attempt:
                     raise BuildError(f"{library} cannot be loaded: {error}", "rwkv-train doctor") from error
         raise AssertionError
 
-    def build(self, cache: Path | None = None) -> Path:
-        """Path of the compiled library; compiles it unless the cache has it.
-
-        Args:
-            cache: where to look and build; None: ~/.cache/rwkv_train, or a private directory under the system's
-                temporary one where the home cannot be written.
-
-        Raises:
-            BuildError: no compiler, the sources do not compile, or nowhere to write.
-        """
-        compiler = find_compiler()
-        # What -march=native means here is asked of the compiler: a home shared by unlike machines stays right.
-        native = run(compiler, "-march=native", "-###", "-E", "-x", "c++", os.devnull)
-        texts = [sources_key(self.sources, ("*.h",)), FLAGS, torch.__version__, run(compiler, "--version"), native]
-        digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-        roots = [cache] if cache else cache_directories()
-        return self._build_in_one_of(roots, f"{self.name}-{digest}", compiler)
-
     @property
     def library_name(self) -> str:
-        """The file that a build ends in."""
-        return f"rwkv_train_{self.name}.so"
+        """File name of the compiled library."""
+        return f"rwkv_train_{self.name}_{self.family}.so"
 
-    def _build_in_one_of(self, roots: list[Path], name: str, compiler: str) -> Path:
-        failures = []
-        for root in roots:
-            try:
-                return self._build_in(root / name, compiler, source_directory())
-            except OSError as error:
-                failures.append(f"{root}: {error.strerror or error}")
-        raise BuildError(f"nowhere to write the compiled engine ({'; '.join(failures)})", "df -h ~ /tmp")
 
-    def _build_in(self, directory: Path, compiler: str, sources: Path) -> Path:
-        library = directory / self.library_name
-        if library.exists():  # it was renamed into place when whole
-            return library
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(directory / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when a builder dies, however it dies
-            if library.exists():
-                return library
-            for left_over in directory.glob("build-*"):  # of a builder that was killed
-                shutil.rmtree(left_over, ignore_errors=True)
-            workplace = Path(tempfile.mkdtemp(prefix="build-", dir=directory))
-            try:
-                (workplace / "build.ninja").write_text(self._ninja_file(compiler, sources))
-                run(str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(workplace))
-                os.replace(workplace / library.name, library)
-            finally:
-                shutil.rmtree(workplace, ignore_errors=True)
-        return library
+_warned: set[tuple[str, str]] = set()  # engine and reason: families that fail for one reason give one warning
 
-    def _ninja_file(self, compiler: str, sources: Path) -> str:
-        home = Path(torch.__file__).parent
+
+def _warn_once(name: str, error: BuildError) -> None:
+    if (name, error.why) in _warned:
+        return
+    _warned.add((name, error.why))
+    warnings.warn(
+        f"the {name} engine is not available: operators run by their definition, far slower\n"
+        f"  why: {error.why}\n  try: {error.command}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+class CppEngine(Engine):
+    """The CPU library of one operator family."""
+
+    name = "cpp"
+    device = "cpu"
+    dtypes = (torch.float32, torch.bfloat16)
+
+    def build(self, cache: Path | None = None) -> Path:
+        """As Engine.build."""
+        compiler = find_compiler()
+        # The compiler says what -march=native means here: a home shared by different machines stays right.
+        native = run(compiler, "-march=native", "-###", "-E", "-x", "c++", os.devnull)
+        key = digest(sources_text(self.sources, ("*.h",)), FLAGS, torch.__version__, run(compiler, "--version"), native)
+        roots = [cache] if cache else cache_directories()
+        return build_in_first(roots, f"{self.name}-{self.family}-{key}", self.library_name, self._ninja_file(compiler))
+
+    def _ninja_file(self, compiler: str) -> str:
+        home, sources = Path(torch.__file__).parent, source_directory()
         # The compiler calls as and ld by PATH, which a service may have stripped.
         call = f'PATH="$$PATH:{os.defpath}" {quoted(compiler)}'
         objects = [f"{Path(name).stem}.o" for name in self.sources]
@@ -200,28 +226,56 @@ class Engine:
         return "\n".join(lines) + "\n"
 
 
+def build_in_first(roots: list[Path], directory_name: str, library_name: str, ninja_file: str) -> Path:
+    """Builds a library in the first of `roots` that can be written; its path. Raises BuildError where none can be."""
+    failures = []
+    for root in roots:
+        try:
+            return _build_in(root / directory_name, library_name, ninja_file)
+        except OSError as error:
+            failures.append(f"{root}: {error.strerror or error}")
+    raise BuildError(f"nowhere to write the compiled engine ({'; '.join(failures)})", "df -h ~ /tmp")
+
+
+def _build_in(directory: Path, library_name: str, ninja_file: str) -> Path:
+    library = directory / library_name
+    if library.exists():  # complete: it is renamed to this name after the build
+        return library
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when a builder dies, however it dies
+        if library.exists():
+            return library
+        for left_over in directory.glob("build-*"):  # of a builder that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix="build-", dir=directory))
+        try:
+            (temporary / "build.ninja").write_text(ninja_file)
+            run(str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(temporary))
+            os.replace(temporary / library_name, library)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return library
+
+
 def quoted(path: str | Path) -> str:
-    return "'" + str(path).replace("'", "'\\''").replace("$", "$$") + "'"  # for the shell inside a ninja file
+    """A path for the shell inside a ninja file."""
+    return "'" + str(path).replace("'", "'\\''").replace("$", "$$") + "'"
 
 
 def escaped(path: Path) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # for a path in a ninja file
-
-
-CACHE: Path | None = None  # set by rwkv_train.ops: where to look and build before anywhere else
+    """A path for a build line of a ninja file."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def cache_directories() -> list[Path]:
-    """Where a built engine may lie, best first."""
-    roots = [] if CACHE is None else [CACHE]
+    """Where compiled libraries are looked for and built, best first."""
+    roots = [] if SETTINGS.cache is None else [SETTINGS.cache]
     with contextlib.suppress(RuntimeError):  # this user has no home
         roots.append(Path.home() / ".cache" / "rwkv_train")
     private = Path(tempfile.gettempdir()) / f"rwkv_train-{os.getuid()}"
     with contextlib.suppress(OSError):
         private.mkdir(mode=0o700, exist_ok=True)
-        if private.stat().st_uid == os.getuid():  # else somebody else's library would be loaded
+        if private.stat().st_uid == os.getuid():  # a library that another user put there is not loaded
             roots.append(private)
     return roots
-
-
-CPP = Engine("cpp", ("binding.cpp", "wkv4_cpu.cpp", "elementwise_cpu.cpp"))

@@ -1,6 +1,6 @@
 """The definition of every operator in plain PyTorch: any float dtype, autograd, any device.
 
-The engines are tested against it.
+Engines are tested against it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-EMPTY_MAXIMUM = -1e38  # running maximum of a state that has seen nothing: e^(it - anything) is 0 in float32 and float64
+EMPTY_MAXIMUM = -1e38  # running maximum of the empty state: e^(it - any exponent) is 0 in float32 and float64
 
 
 def initial_state(k: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def initial_state(k: Tensor) -> Tensor:
 
 
 def accumulator(k: Tensor) -> torch.dtype:
-    """The dtype of the recurrence: at least float32, whatever the inputs are."""
+    """The dtype of the recurrence: float64 for float64 inputs, else float32."""
     return torch.float64 if k.dtype == torch.float64 else torch.float32
 
 
@@ -32,7 +32,7 @@ def wkv4(
 
         wkv_t = (Σ_{i<t} e^{(t-1-i)w + k_i} v_i + e^{u+k_t} v_t) / (Σ_{i<t} e^{(t-1-i)w + k_i} + e^{u+k_t})
 
-    Both sums are carried divided by e^p, where p is the largest exponent met so far: nothing overflows.
+    Both sums are carried divided by e^p, where p is the largest exponent so far: nothing overflows.
 
     Args:
         w: (C) decay per step, negative.
@@ -40,7 +40,7 @@ def wkv4(
         k: (B, T, C).
         v: (B, T, C).
         state: (B, 3, C) numerator, denominator and running maximum p before the first token.
-        starts: (B, T) bool, the first tokens of documents: the state before each is the empty one.
+        starts: (B, T) bool, true at the first token of each document: the state before it is the empty one.
 
     Returns:
         wkv (B, T, C) in the dtype of k, and the state after the last token in the dtype of the recurrence.
@@ -66,7 +66,7 @@ def wkv4(
 def token_shift(x: Tensor, previous: Tensor | None, starts: Tensor | None = None) -> Tensor:
     """x_{t-1} for every t: x (B, T, C), previous (B, C) the row before the first (None: zeros) → (B, T, C).
 
-    Where `starts` (B, T) says that a document begins, there is no row before: zeros.
+    Where `starts` (B, T) is true a document begins: the row before it counts as zeros.
     """
     first = torch.zeros_like(x[:, :1]) if previous is None else previous.to(x.dtype).unsqueeze(1)
     shifted = torch.cat((first, x[:, :-1]), 1)

@@ -52,7 +52,7 @@ def saving(needs: Memory, layout: Layout, per_machine: int, step: float) -> Savi
         per_machine: devices of a node.
         step: seconds of one.
     """
-    writers = 1 if layout.strategy in ("single", "ddp") else layout.ranks
+    writers = 1 if layout.strategy in ("single", "ddp") else layout.mesh.ranks
     nodes = -(-writers // per_machine)
     pause = needs.checkpoint / writers / COPY + step / (3 * layout.micro * layout.accumulation)
     return Saving(pause, pause + needs.checkpoint / min(nodes * DISK, SYSTEM))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from rwkv_train.config import LOGITS_AT_ONCE
+from rwkv_train.config import EVIDENCE_BYTES, LOGITS_AT_ONCE
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.planning.model import Counts
 
 FLOAT = 4  # bytes: weights, gradients and Adam's moments are float32 under every strategy
@@ -22,7 +23,7 @@ class Layout:
 
     Args:
         strategy: single, or a name of conf/strategy but auto.
-        ranks: devices of all machines.
+        mesh: all ranks.
         micro: samples of one pass on one device.
         context: tokens of a sample.
         accumulation: passes of a step.
@@ -31,7 +32,7 @@ class Layout:
     """
 
     strategy: str
-    ranks: int
+    mesh: Mesh
     micro: int
     context: int
     accumulation: int
@@ -63,6 +64,7 @@ class Memory:
     activations: float
     logits: float
     buffers: float
+    statistics: float
     runtime: float
     apart: float  # less than 0: counted above, but not held at the same time as the rest
     host: float
@@ -83,7 +85,7 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         gpu: whether the devices have a memory of their own; else all is the host's.
         background: whether checkpoints are written from a copy.
     """
-    whole, part = FLOAT * counts.parameters, FLOAT * counts.parameters / layout.ranks
+    whole, part = FLOAT * counts.parameters, FLOAT * counts.parameters / layout.mesh.ranks
     stage, deepspeed = layout.stage, "deepspeed" in layout.strategy
     weights = part if stage == 3 else whole
     gradients = whole if stage < 2 else part
@@ -91,6 +93,7 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         gradients += part  # of the passes before, averaged, apart from this one's
     optimiser = (3 if deepspeed else 2) * part if stage else 2 * whole
     kept, at_once = activations(counts, layout), logits(counts, layout)
+    examined = statistics(counts, layout)
     buffers = _buffers(counts, layout)
     host = PROCESS
     if layout.offload:
@@ -103,10 +106,10 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         buffers += min(counts.block, BUCKET) * FLOAT  # gloo reduces and gathers in a copy of what it is given
     elif not gpu and stage:
         buffers = min(counts.block, BUCKET) * FLOAT + whole  # one bucket at a time; all weights are gathered in one go
-        apart = _not_at_once(counts, layout, gradients, kept + at_once, buffers)
+        apart = _not_at_once(counts, layout, gradients, kept + at_once + examined, buffers)
     state = 3 * FLOAT * counts.parameters
     if background:
-        host += state / layout.ranks if stage else state
+        host += state / layout.mesh.ranks if stage else state
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -114,6 +117,7 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         activations=kept,
         logits=at_once,
         buffers=buffers,
+        statistics=examined,
         runtime=RUNTIME if gpu else LOADED + DEEPSPEED * deepspeed,
         apart=apart,
         host=host,
@@ -137,6 +141,12 @@ def logits(counts: Counts, layout: Layout) -> float:
     at_once = min(layout.tokens * counts.vocab_size, LOGITS_AT_ONCE)
     hidden = layout.tokens * counts.n_embd * FLOAT
     return at_once * (counts.logit + 2 * FLOAT) + 2 * hidden
+
+
+def statistics(counts: Counts, layout: Layout) -> float:
+    """Of the copies of the recurrent state that are examined after each pass: EVIDENCE_BYTES, or one layer's state."""
+    states = layout.micro * counts.state_bytes
+    return max(min(states, EVIDENCE_BYTES), states / counts.n_layer)
 
 
 def _buffers(counts: Counts, layout: Layout) -> float:

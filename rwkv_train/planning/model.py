@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from rwkv_train.models import RWKV, ModelConfig, build_model
+from rwkv_train.config import Config
+from rwkv_train.models import LanguageModel, ModelConfig, build_model
+from rwkv_train.models.registry import architecture
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,9 @@ class Counts:
         block, block_matmul: the same of one block.
         vectors: parameters that are no matrices.
         largest: parameters of the largest single tensor.
-        n_layer, n_embd, vocab_size: the model's shape.
+        shape: the model's, complete.
+        n_layer, n_embd, vocab_size: of the shape.
+        state_bytes: of the state of one sequence.
         tensors: number of parameters' tensors.
         block_saved: bytes that one block keeps of a token for its backward pass.
         block_casts: bytes of weights in the products' dtype that autocast keeps for one block.
@@ -37,9 +41,11 @@ class Counts:
     block_matmul: int
     vectors: int
     largest: int
+    shape: ModelConfig
     n_layer: int
     n_embd: int
     vocab_size: int
+    state_bytes: int
     tensors: int
     block_saved: float
     block_casts: int
@@ -48,10 +54,34 @@ class Counts:
     ends_saved: float
     logit: int
 
-    @property
-    def flops_per_token(self) -> int:
-        """Of the matrix products of forward and backward pass: 6 for each parameter that takes part in one."""
-        return 6 * self.matmul
+    def flops_per_token(self, context: int) -> int:
+        """FLOPs of the forward and backward pass for one token of a context of that length."""
+        return architecture(self.shape.arch).flops_per_token(self.shape, self.matmul, context)
+
+
+def model_config(config: Config, vocab_size: int) -> ModelConfig:
+    """The shape of the model that a config asks for.
+
+    Args:
+        config: the settings.
+        vocab_size: that of the tokenizer; model.vocab_size comes first.
+    """
+    asked = config.model
+    return ModelConfig(
+        config.arch,
+        asked.n_layer,
+        asked.n_embd,
+        asked.vocab_size or vocab_size,
+        asked.dim_ffn,
+        asked.head_size,
+        asked.extra,
+    )
+
+
+@lru_cache(maxsize=8)
+def parameters(shape: ModelConfig) -> int:
+    """Number of parameters of a model."""
+    return sum(p.numel() for p in build_model(shape, device="meta").parameters())
 
 
 @lru_cache(maxsize=8)
@@ -67,15 +97,14 @@ def count(shape: ModelConfig, precision: str) -> Counts:
     in_block = {name: size for name, size in sizes.items() if name.startswith("blocks.1.")} or {
         name: size for name, size in sizes.items() if name.startswith("blocks.0.") and ".ln0." not in name
     }
-    matrices = {name for name, p in model.named_parameters() if p.squeeze().dim() > 1}
-    small = ModelConfig(shape.arch, 2, shape.n_embd, min(shape.vocab_size, 256), shape.dim_ffn)
-    one = ModelConfig(shape.arch, 1, shape.n_embd, min(shape.vocab_size, 256), shape.dim_ffn)
+    shape, matrices = model.config, model.products
+    small, one = (replace(shape, n_layer=layers, vocab_size=min(shape.vocab_size, 256)) for layers in (2, 1))
     short, long = 64, 128
     two_short, one_short = _saved(small, precision, short), _saved(one, precision, short)
     two_long, one_long = _saved(small, precision, long), _saved(one, precision, long)
     block_saved = ((two_long - one_long) - (two_short - one_short)) / (long - short)
     mixed = precision == "bf16-mixed"
-    width = shape.dim_ffn or 4 * shape.n_embd
+    widest = max(max(p.shape) for name, p in model.named_parameters() if name in matrices and name in in_block)
     return Counts(
         parameters=sum(sizes.values()),
         matmul=model.matmul_parameters(),
@@ -83,13 +112,15 @@ def count(shape: ModelConfig, precision: str) -> Counts:
         block_matmul=sum(size for name, size in in_block.items() if name in matrices),
         vectors=sum(size for name, size in sizes.items() if name not in matrices),
         largest=max(sizes.values()),
+        shape=shape,
         n_layer=shape.n_layer,
         n_embd=shape.n_embd,
         vocab_size=shape.vocab_size,
+        state_bytes=model.architecture.state_bytes(shape),
         tensors=len(sizes),
         block_saved=block_saved,
         block_casts=round((two_short - one_short) - block_saved * short),
-        block_extra=2 * width * (2 if mixed else 4),
+        block_extra=2 * widest * (2 if mixed else 4),
         stream=4 * shape.n_embd,
         ends_saved=(one_long - one_short) / (long - short) - block_saved,
         logit=2 if mixed else 4,
@@ -100,7 +131,7 @@ def _saved(shape: ModelConfig, precision: str, length: int) -> int:
     """Bytes that autograd keeps of a sample for the backward pass, without head, parameters left out."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import: only where there is a plan
 
-    model: RWKV = build_model(shape, device="meta")
+    model: LanguageModel = build_model(shape, device="meta")
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rwkv_train.config import Config
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.data.order import split_batch
 from rwkv_train.errors import UserError
-from rwkv_train.models import ModelConfig
 from rwkv_train.planning.cards import Card
 from rwkv_train.planning.memory import Layout, Memory, memory
-from rwkv_train.planning.model import Counts, count
+from rwkv_train.planning.model import Counts, count, model_config
 from rwkv_train.planning.speed import Speed, speed
 
 HEADROOM = 0.95  # share of a device's memory that a plan may fill
 SHARING = ("deepspeed_1", "deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_3_offload")  # ever more
-MOST_DEVICES = 4096
+MAX_DEVICES = 4096
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Plan:
         return self.card.memory - self.held
 
 
-def make_plan(config: Config, card: Card, ranks: int, vocab_size: int, gpu: bool = True) -> Plan:
+def make_plan(config: Config, card: Card, mesh: Mesh, vocab_size: int, gpu: bool = True) -> Plan:
     """The plan of a config; `strategy=auto` becomes the first that fits, from whole copies to ever more sharing.
 
     A micro-batch that is not given becomes the largest that fits: a device's whole share, or half of it, a quarter …
@@ -53,25 +52,18 @@ def make_plan(config: Config, card: Card, ranks: int, vocab_size: int, gpu: bool
     Args:
         config: settled and checked.
         card: the device.
-        ranks: devices of all machines.
+        mesh: all ranks.
         vocab_size: the tokenizer's; model.vocab_size counts before it.
         gpu: whether the device has a memory of its own.
 
     Raises:
         UserError: the global batch cannot be shared out over that many devices.
     """
-    shape = ModelConfig(
-        config.arch,
-        config.model.n_layer,
-        config.model.n_embd,
-        config.model.vocab_size or vocab_size,
-        config.model.dim_ffn,
-    )
-    counts = count(shape, config.trainer.precision)
-    split = split_batch(config.batch.tokens, config.batch.context, config.batch.micro, ranks)
+    counts = count(model_config(config, vocab_size), config.trainer.precision)
+    split = split_batch(config.batch.tokens, config.batch.context, config.batch.micro, mesh)
     layout = Layout(
-        "single" if ranks == 1 else "ddp",
-        ranks,
+        "single" if mesh.ranks == 1 else "ddp",
+        mesh,
         split.micro,
         config.batch.context,
         split.accumulation,
@@ -107,60 +99,48 @@ def why(plan: Plan) -> str:
 
 
 def smallest_change(config: Config, plan: Plan, vocab_size: int) -> tuple[str, Plan] | None:
-    """The words that make a plan fit which does not, fewest and mildest first; None: up to 4096 devices none do."""
-    for words, changed, ranks in _changes(config, plan):
+    """The settings that make a config fit whose plan does not; None: nothing does on up to 4096 devices.
+
+    Of the strategies it is the first of strategy=auto that fits; before more devices are taken, the micro-batch is
+    halved down to one sample, then every block is recomputed in the backward pass.
+
+    Args:
+        config: of the plan.
+        plan: one that does not fit.
+        vocab_size: as in `make_plan`.
+
+    Returns:
+        the settings to type, and the plan with them.
+    """
+    mesh, micro = plan.layout.mesh, config.batch.micro
+    micros = [micro] if micro is None else [micro >> n for n in range(micro.bit_length()) if micro % (1 << n) == 0]
+    recompute = dict.fromkeys((config.activation_checkpointing, True))
+    devices = [mesh.data << n for n in range(MAX_DEVICES.bit_length()) if mesh.data << n <= MAX_DEVICES]
+    for data, checkpointing, size in itertools.product(devices, recompute, micros):
+        batch = replace(config.batch, micro=size)
+        candidate = replace(config, strategy="auto", batch=batch, activation_checkpointing=checkpointing)
         try:
-            found = make_plan(changed, plan.card, ranks, vocab_size, plan.gpu)
+            found = make_plan(candidate, plan.card, replace(mesh, data=data), vocab_size, plan.gpu)
         except UserError:
             continue  # that many devices cannot share this batch
         if found.fits:
-            settled = changed.strategy == "auto" and found.layout.strategy not in ("single", "ddp")
-            return " ".join(words + [f"strategy={found.layout.strategy}"] * settled), found
+            return " ".join(_typed(config, plan, candidate, found)), found
     return None
 
 
-def _changes(config: Config, plan: Plan) -> Iterator[tuple[list[str], Config, int]]:
-    """Changed configs, mildest first: what costs nothing, what costs time, what costs devices."""
-    layout, ranks = plan.layout, plan.layout.ranks
-    name = layout.strategy
-    stronger = SHARING[SHARING.index(name) + 1 :] if name in SHARING else SHARING if name != "fsdp" else SHARING[4:]
-    strategies: list[tuple[int, str | None]] = [(0, None)]
-    strategies += [(1 + 2 * ("offload" in other), other) for other in stronger if ranks > 1 or "offload" in other]
-    checkpointing = [(0, False)] if layout.checkpointing == 1 else [(0, False), (1, True)]
-    micros: list[tuple[int, int | None]] = [(0, None)]
-    micros += [
-        (steps, micro)
-        for steps in range(1, 8)
-        if (micro := layout.micro >> steps) >= 1 and layout.micro % micro == 0 and micro << steps == layout.micro
-    ]
-    more = [(0, ranks)]
-    factor = 2
-    while ranks * factor <= MOST_DEVICES:
-        more.append((3 * factor.bit_length(), ranks * factor))
-        factor *= 2
-    found: list[tuple[int, int, str | None, bool, int | None, int]] = []
-    options = itertools.product(strategies, checkpointing, micros, more)
-    for number, ((strategy_cost, strategy), (time_cost, recompute), (micro_cost, fewer), (cost, devices)) in enumerate(
-        options
-    ):
-        if total := strategy_cost + time_cost + micro_cost + cost:
-            found.append((total, number, strategy, recompute, fewer, devices))
-    for _, _, strategy, recompute, fewer, devices in sorted(found, key=lambda change: change[:2]):
-        words, changed = [], config
-        if devices != ranks:
-            words += _devices(devices, plan.card.per_machine)
-            if strategy is None and name == "single":
-                changed = replace(changed, strategy="auto")
-        if strategy is not None:
-            words.append(f"strategy={strategy}")
-            changed = replace(changed, strategy=strategy)  # type: ignore[arg-type]
-        if recompute:
-            words.append("activation_checkpointing=true")
-            changed = replace(changed, activation_checkpointing=True)
-        if fewer is not None:
-            words.append(f"batch.micro={fewer}")
-            changed = replace(changed, batch=replace(changed.batch, micro=fewer))
-        yield words, changed, devices
+def _typed(config: Config, plan: Plan, candidate: Config, found: Plan) -> list[str]:
+    """The settings that lead from a config to a candidate, as they are typed."""
+    typed: list[str] = []
+    strategy = "auto" if found.layout.strategy == "single" else found.layout.strategy
+    if found.layout.mesh != plan.layout.mesh:
+        typed += _devices(found.layout.mesh.ranks, plan.card.per_machine)
+    if strategy != config.strategy and not (config.strategy == "auto" and strategy == "ddp"):
+        typed.append(f"strategy={strategy}")
+    if candidate.batch.micro != config.batch.micro:
+        typed.append(f"batch.micro={candidate.batch.micro}")
+    if candidate.activation_checkpointing != config.activation_checkpointing:
+        typed.append("activation_checkpointing=true")
+    return typed
 
 
 def _devices(devices: int, per_machine: int) -> list[str]:

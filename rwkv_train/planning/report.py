@@ -19,6 +19,7 @@ _WORDS = {
     "activations": "activations",
     "logits": "logits",
     "buffers": "communication buffers",
+    "statistics": "statistics of the state",
     "runtime": "libraries, allocator",
     "apart": "not at the same time",
 }
@@ -30,11 +31,11 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
     shape = plan.counts
     console.print(
         f"model   {config.arch} {config.model.size}: L{shape.n_layer} C{shape.n_embd} V{shape.vocab_size}, "
-        f"{shape.parameters:,} parameters, {shape.flops_per_token:,} FLOPs a token"
+        f"{shape.parameters:,} parameters, {shape.flops_per_token(layout.context):,} FLOPs a token"
     )
     console.print(
-        f"layout  {layout.strategy} on {layout.ranks} × {card.name}: context {layout.context} × micro-batch "
-        f"{layout.micro} × {layout.ranks} devices × {layout.accumulation} passes, {config.trainer.precision}"
+        f"layout  {layout.strategy} on {layout.mesh.ranks} × {card.name}: context {layout.context} × micro-batch "
+        f"{layout.micro} × {layout.mesh.ranks} devices × {layout.accumulation} passes, {config.trainer.precision}"
     )
     table = Table("of one device", "GB")
     for name, word in _WORDS.items():
@@ -44,7 +45,7 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
     console.print(table)
     console.print(f"checkpoint  {needs.checkpoint / 1e9:,.1f} GB on the disk, {config.checkpoint.keep} are kept")
     stated = "stated" if config.mfu is not None else "estimated"
-    link, kind = (card.network, "network") if layout.ranks > card.per_machine else (card.link, "link")
+    link, kind = (card.network, "network") if layout.mesh.ranks > card.per_machine else (card.link, "link")
     console.print(
         f"a step      {pace.seconds:.3g} s, {pace.flops:.4g} FLOPs, {pace.tokens_per_second:,.0f} tokens/s "
         f"(MFU {pace.mfu:.0%}, {stated})"
@@ -85,13 +86,13 @@ def as_json(plan: Plan, config: Config, change: tuple[str, Plan] | None) -> str:
     layout, needs, pace = plan.layout, plan.memory, plan.speed
     found: dict[str, Any] = {
         "device": plan.card.name,
-        "devices": layout.ranks,
+        "devices": layout.mesh.ranks,
         "strategy": layout.strategy,
         "micro": layout.micro,
         "accumulation": layout.accumulation,
         "activation_checkpointing": layout.checkpointing,
         "parameters": plan.counts.parameters,
-        "flops_per_token": plan.counts.flops_per_token,
+        "flops_per_token": plan.counts.flops_per_token(layout.context),
         "memory": {name: round(getattr(needs, name)) for name in _WORDS},
         "device_bytes": round(plan.held),
         "host_bytes": round(needs.host),
@@ -119,7 +120,7 @@ def _days(plan: Plan, config: Config) -> float | None:
 def _survival(plan: Plan) -> dict[str, Any]:
     """What failures cost, and how often to save."""
     layout, pace, per_machine = plan.layout, plan.speed.seconds, plan.card.per_machine
-    nodes = -(-layout.ranks // per_machine)
+    nodes = -(-layout.mesh.ranks // per_machine)
     cost, failures = saving(plan.memory, layout, per_machine, pace), between_failures(nodes)
     steps = max(1, round(interval(cost, failures) / pace))
     return {

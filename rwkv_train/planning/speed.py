@@ -47,25 +47,38 @@ def speed(counts: Counts, layout: Layout, card: Card, precision: str, mfu: float
         mfu: stated or measured; None: from the constants.
     """
     tokens = layout.tokens * layout.accumulation  # of one rank
-    rate, flops = card.rate(precision), tokens * counts.flops_per_token
+    rate, flops = card.rate(precision), tokens * counts.flops_per_token(layout.context)
     sent = traffic(counts, layout)
-    across = layout.ranks > card.per_machine
+    across = layout.mesh.ranks > card.per_machine
     network = sent / (card.network if across else card.link)
     if mfu is not None:
         seconds = flops / (rate * mfu)
     else:
         computing = tokens * seconds_per_token(
-            counts.matmul, counts.n_layer, counts.n_embd, recomputed_share(counts, layout), card, precision
+            counts.flops_per_token(layout.context),
+            counts.n_layer,
+            counts.n_embd,
+            recomputed_share(counts, layout),
+            card,
+            precision,
         )
         seconds = computing + max(0.0, network - OVERLAP * computing)
-    total = tokens * layout.ranks
-    return Speed(seconds, total / seconds, flops / seconds / rate, flops * layout.ranks, sent, network)
+    total = tokens * layout.mesh.data
+    return Speed(seconds, total / seconds, flops / seconds / rate, flops * layout.mesh.ranks, sent, network)
 
 
-def seconds_per_token(matmul: int, n_layer: int, n_embd: int, recomputed: float, card: Card, precision: str) -> float:
-    """Of one device's computing; `recomputed` is the share of the forward pass that runs twice."""
+def seconds_per_token(flops: int, n_layer: int, n_embd: int, recomputed: float, card: Card, precision: str) -> float:
+    """Of one device's computing.
+
+    Args:
+        flops: of the forward and backward pass for one token.
+        n_layer, n_embd: the model's shape.
+        recomputed: the share of the forward pass that runs twice.
+        card: the device.
+        precision: 32-true or bf16-mixed.
+    """
     again = 1 + recomputed / 3
-    products = 6 * matmul * again / (card.rate(precision) * PRODUCTS)
+    products = flops * again / (card.rate(precision) * PRODUCTS)
     return products + TRAFFIC * n_embd * n_layer * again / card.bandwidth
 
 
@@ -83,7 +96,7 @@ def traffic(counts: Counts, layout: Layout) -> float:
     DDP and ZeRO-1 reduce at the last pass of a step, the others in each; ZeRO-3 and FSDP2 gather the parameters for
     the forward and for the backward pass of each.
     """
-    ring = (layout.ranks - 1) / layout.ranks
+    ring = (layout.mesh.ranks - 1) / layout.mesh.ranks
     whole, passes = FLOAT * counts.parameters * ring, layout.accumulation
     gathered = (2 if layout.mixed else FLOAT) * counts.parameters * ring
     if layout.stage == 0:

@@ -1,4 +1,4 @@
-"""`dry_run=true` and `rwkv-train plan`: all that a run does before its first step, on devices that need not be here."""
+"""`dry_run=true` and `rwkv-train plan`: all that a run does before its first step, on devices that may be absent."""
 
 from __future__ import annotations
 
@@ -10,26 +10,39 @@ from rwkv_train.checkpoint.directory import newest
 from rwkv_train.config import Config
 from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.errors import UserError
-from rwkv_train.planning.cards import card_of, ranks_of, with_precision
-from rwkv_train.planning.plan import Plan, make_plan, smallest_change, why
+from rwkv_train.exit_codes import ExitCode
+from rwkv_train.planning.plan import make_plan, smallest_change, why
 from rwkv_train.planning.report import advice, as_json, show
 from rwkv_train.training.optim import describe_groups, parameter_groups
+from rwkv_train.training.resolved import find_devices
 from rwkv_train.training.setup import assemble, check_checkpoint
 
 
 def plan(config: Config, as_object: bool = False) -> int:
-    """Prints a config's plan, for people or as JSON; the exit code is 0 where it fits and 1 where it does not."""
-    console = Console(highlight=False, soft_wrap=True)
-    config = with_precision(config, card_of(config)[0].name != "cpu")
-    found, change, told = _plan(config)
+    """Prints a config's plan, without opening its data.
+
+    Args:
+        config: with dry_run.
+        as_object: whether to print it as JSON on one line, and not as a table.
+
+    Returns:
+        the exit code: 0 where it fits, 1 where it does not.
+    """
+    devices = find_devices(config)
+    settled = devices.recorded(config)
+    vocabulary = find_tokenizer(config.data, config.vocab.extend, stores_of(config.data)).vocab_size
+    vocab_size = config.model.vocab_size or vocabulary
+    found = make_plan(settled, devices.card, devices.mesh, vocab_size, devices.accelerator == "gpu")
+    change = None if found.fits else smallest_change(settled, found, vocab_size)
     if as_object:
-        print(as_json(found, config, change))
-        return 0 if found.fits else 1
-    console.print(f"device  {told}")
-    if config.strategy == "auto" and found.fits:
-        console.print(why(found))
-    show(found, config, change, console)
-    return 0 if found.fits else 1
+        print(as_json(found, settled, change))
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(f"device  {devices.source}")
+        if config.strategy == "auto" and found.fits:
+            console.print(why(found))
+        show(found, settled, change, console)
+    return ExitCode.FINISHED if found.fits else ExitCode.NEGATIVE
 
 
 def dry_run(config: Config) -> int:
@@ -39,16 +52,16 @@ def dry_run(config: Config) -> int:
         UserError: what would keep the run from starting.
     """
     setup = assemble(config)
-    config = setup.config
-    say, data, split = setup.console.print, setup.data, setup.data.split
-    found, change, told = _plan(config)
-    say(f"device  {told}")
+    say, data, devices = setup.console.print, setup.data, setup.resolved.devices
+    settled = devices.recorded(config)
+    found = setup.resolved.plan(config, data.vocabulary)
+    change = None if found.fits else smallest_change(settled, found, data.vocabulary)
+    say(f"device  {devices.source}")
     say(f"data    {data.description}")
-    for line in describe_groups(
-        parameter_groups(setup.model, setup.recipe, config.optim.weight_decay, config.optim.rules)
-    ):
+    groups = parameter_groups(setup.model, setup.recipe, config.optim.weight_decay, config.optim.rules)
+    for line in describe_groups(groups):
         say(f"group   {line}")
-    show(found, config, change, setup.console)
+    show(found, settled, change, setup.console)
     setup.directory.refuse_unusable()
     if not found.fits:
         raise UserError(f"model={config.model.size} does not fit", advice(change))
@@ -60,13 +73,6 @@ def dry_run(config: Config) -> int:
     elif config.resume != "never":
         checkpoint = Path(config.resume)
     where = "at step 0" if checkpoint is None else f"from {checkpoint}"
-    say(f"would start {where} in {setup.directory.path}, {split.ranks} processes, strategy={setup.strategy}")
-    return 0
-
-
-def _plan(config: Config) -> tuple[Plan, tuple[str, Plan] | None, str]:
-    card, told = card_of(config)
-    tokenizer = find_tokenizer(config.data, config.vocab.extend, stores_of(config.data))
-    vocabulary = config.model.vocab_size or tokenizer.vocab_size
-    found = make_plan(config, card, ranks_of(config, card), vocabulary, gpu=card.name != "cpu")
-    return found, None if found.fits else smallest_change(config, found, vocabulary), told
+    resolved = setup.resolved
+    say(f"would start {where} in {setup.directory.path}, {resolved.mesh.ranks} processes, strategy={resolved.strategy}")
+    return ExitCode.FINISHED

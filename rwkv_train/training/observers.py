@@ -1,136 +1,217 @@
-"""Everything that watches a run, put together: statistics, metrics, health, console, and the trackers' processes."""
+"""What follows a run beside its training step: our callbacks, in the order in which they are called, and trackers."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers import Logger
 
+from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.config.schema import differences
 from rwkv_train.errors import UserError
 from rwkv_train.instantiate import prepare
-from rwkv_train.planning.cards import cpu_card, present_card
-from rwkv_train.planning.plan import make_plan
 from rwkv_train.planning.report import as_json
-from rwkv_train.rundir.jsonl import Events, JsonLines, WriteErrors
-from rwkv_train.trackers import Tracker
-from rwkv_train.trackers.launch import PATIENCE, Processes
-from rwkv_train.training.callbacks.bad_steps import BadSteps, read_passed_over
+from rwkv_train.rundir.jsonl import Events, WriteErrors
+from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker
+from rwkv_train.trackers.launch import PATIENCE, Trackers
+from rwkv_train.training.attempt import RunAttempt
+from rwkv_train.training.callbacks.bad_steps import BadSteps
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
+from rwkv_train.training.callbacks.ending import StopAtBudget
 from rwkv_train.training.callbacks.metrics import Metrics, Spent
 from rwkv_train.training.callbacks.profiling import Profiling
 from rwkv_train.training.callbacks.progress import ProgressBar
+from rwkv_train.training.callbacks.stop import StopOnSignal
+from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.replay import Replay, read_replay
-from rwkv_train.training.setup import RunSetup
+from rwkv_train.training.setup import RunSetup, versions
 
 HURRY = 5.0  # seconds that trackers have where a signal has ended the run
 
 
+@dataclass(frozen=True)
 class Observers:
-    """What watches a run. As a context manager it ends the trackers' processes with the run.
+    """Our callbacks. Lightning calls each hook of them in the order of these fields.
+
+    What depends on the order:
+        - `metrics` writes a step's row, which `bad_steps` judges, before the next step begins.
+        - `bad_steps` rewinds the run before `checkpoint` could save the state after a bad step.
+        - `signals` stops a run at the step that `budget` may end: both before `watchdog`.
+        - `watchdog` comes after the callbacks that wait for other ranks: their waiting is part of the step.
+
+    Attributes:
+        metrics: writes metrics.jsonl.
+        bad_steps: leaves out, rewinds or stops.
+        checkpoint: saves when a save is due.
+        progress: the console's bar or lines.
+        profiling: with profile=true.
+        replay: with replay=FILE.
+        budget: stops at the last step or when the time is up.
+        signals: stops after a signal.
+        watchdog: reports the phase that the rank is in.
+        first_sample: generates text before the first step, where the first rank holds all weights.
+    """
+
+    metrics: Metrics
+    bad_steps: BadSteps
+    checkpoint: CheckpointCallback
+    progress: ProgressBar
+    profiling: Profiling | None
+    replay: Replay | None
+    budget: StopAtBudget
+    signals: StopOnSignal
+    watchdog: Watchdog
+    first_sample: LambdaCallback | None
+
+    def in_order(self) -> list[Callback]:
+        """The callbacks that this run has."""
+        return [callback for field in fields(self) if (callback := getattr(self, field.name)) is not None]
+
+
+def make_observers(
+    setup: RunSetup,
+    attempt: RunAttempt,
+    write_errors: WriteErrors,
+    signals: StopOnSignal,
+    trackers: RunTrackers,
+    first_sample: LambdaCallback | None = None,
+) -> Observers:
+    """Makes the callbacks of a run, and connects them with each other.
 
     Args:
         setup: of the run.
-        write_errors: of its records.
+        attempt: whose records they write.
+        write_errors: counts what the disk refuses.
+        signals: heard since before the attempt began.
+        trackers: started already.
+        first_sample: see Observers.
+    """
+    config, run, data, console = setup.config, setup.directory, setup.data, setup.console
+    events, lines = attempt.events, attempt.metrics
+    last_words = partial(events.refresh, force=True)
+    alone = setup.resolved.mesh.ranks == 1
+    watchdog = Watchdog(config.watchdog, run.attempts, setup.first, alone, setup.rank_info.node, last_words)
+    meta = {
+        "config": setup.tree,
+        "data": data.digest,
+        "tokenizer": data.tokenizer.identity,
+        "versions": versions(),
+    }
+    saving = CheckpointCallback(
+        run.checkpoints, config.checkpoint, config.batch.tokens, meta, events, setup.storage, watchdog.restoring
+    )
+    signals.connect(saving)
+    spent = Spent.of(run.attempts, lines)
+    metrics = Metrics(lines, data.bytes_per_token, config.optim.clip, lambda: saving.paused, spent)
+    trackers.follow(metrics, events)
+    bad_steps = BadSteps(
+        config.health, metrics, saving, data, run, setup.tree, events, write_errors, console, attempt.rewinds
+    )
+    hours = config.budget.hours
+    return Observers(
+        metrics=metrics,
+        bad_steps=bad_steps,
+        checkpoint=saving,
+        progress=ProgressBar(metrics, saving, setup.total_steps, console),
+        profiling=Profiling(run.path, console) if config.profile else None,
+        replay=None if config.replay is None else Replay(read_replay(Path(config.replay)), console),
+        budget=StopAtBudget(setup.total_steps, None if hours is None else hours * 3600),
+        signals=signals,
+        watchdog=watchdog,
+        first_sample=first_sample,
+    )
+
+
+class RunTrackers:
+    """The trackers of `logger=`, on the first rank; leaving the block ends them.
+
+    Args:
+        setup: of the run.
 
     Raises:
         UserErrors: a logger that cannot be found, or whose arguments do not fit.
     """
 
-    def __init__(self, setup: RunSetup, write_errors: WriteErrors) -> None:
-        self.setup, self.write_errors = setup, write_errors
-        self.patience = PATIENCE
-        self._processes: Processes | None = None
-        prepare("logger", setup.config.logger, (Tracker, Logger), setup.config.packages)  # made by their processes
+    def __init__(self, setup: RunSetup) -> None:
+        self.setup = setup
+        self._patience = PATIENCE
+        self._trackers: Trackers | None = None
+        kinds = (Tracker, LocalTracker, Logger)
+        prepare("logger", setup.config.logger, kinds, setup.config.packages)  # they are made by `start`
 
-    def __enter__(self) -> Observers:
+    def __enter__(self) -> RunTrackers:
         return self
 
-    def callbacks(self, lines: JsonLines, events: Events, saving: CheckpointCallback) -> list[Callback]:
-        """In the order in which they are to be called; the checkpoints' is among them."""
-        config, setup, run = self.setup.config, self.setup, self.setup.directory
-        spent = Spent.of(run.attempts, lines)
-        metrics = Metrics(lines, setup.data.bytes_per_token, config.optim.clip, lambda: saving.paused, spent)
-        self.health = BadSteps(
-            config.health, metrics, saving, setup.data, run, setup.tree, events, self.write_errors, setup.console
-        )
-        self.health.rewinds = read_passed_over(run)["rewinds"]
-        profiling = [Profiling(run.path, setup.console)] if config.profile else []
-        progress = ProgressBar(metrics, saving, setup.total_steps, setup.console)
-        self.replay = None if config.replay is None else Replay(read_replay(Path(config.replay)), setup.console)
-        replay = [] if self.replay is None else [self.replay]
-        return [metrics, self.health, saving, progress, *profiling, *replay]
-
-    def track(self, step: int, meta: Mapping[str, Any], versions: Any) -> None:
-        """Starts the trackers of a run that goes on from a step, by the first process.
+    def start(self, step: int, meta: CheckpointMeta | None) -> None:
+        """Starts them, on the first rank.
 
         Args:
-            step: 0 for a new run.
-            meta: of the checkpoint; empty: none.
-            versions: of the code, as checkpoints have them.
+            step: that the run resumes from; 0 for a new run.
+            meta: of the checkpoint; None: there is none.
         """
         config, run = self.setup.config, self.setup.directory
         if not self.setup.first or not config.logger:
             return
-        changed = bool(meta) and bool(differences(meta["config"], self.setup.tree) or meta.get("versions") != versions)
-        told = {
-            "path": str(run.path.absolute()),
-            "run": run.path.name,
-            "info": {"config": self.setup.tree, "versions": versions, **self._surroundings()},
-            "changed": changed,
-            "step": step,
-            "rows": str(run.metrics.absolute()),
-            "events": str(run.events.absolute()),
-        }
-        self._processes = Processes(config.logger, config.packages, told)
+        tree, code = self.setup.tree, versions()
+        changed = meta is not None and bool(differences(meta.config, tree) or meta.versions != code)
+        info = {"config": tree, "versions": code, **_surroundings(self.setup)}
+        tracked = TrackedRun(run.path.absolute(), run.path.name, info, changed)
+        self._trackers = Trackers(config.logger, config.packages, tracked, step, run)
 
-    def _surroundings(self) -> dict[str, Any]:
-        """Data, hardware and plan of the run."""
-        setup, data, config = self.setup, self.setup.data, self.setup.config
-        gpu = setup.accelerator == "gpu"
-        card = (present_card() if gpu else None) or cpu_card(setup.processes)
-        try:
-            plan = json.loads(
-                as_json(make_plan(config, card, data.split.ranks, data.vocabulary or 0, gpu), config, None)
-            )
-        except UserError as error:
-            plan = {"error": str(error)}
-        return {
-            "parameters": setup.parameters,
-            "data": {
-                "digest": data.digest,
-                "tokenizer": data.tokenizer.identity,
-                "sources": [
-                    {"name": s.name, "digest": s.digest, "tokens": len(s.train), "held_out": len(s.held_out)}
-                    for s in data.sources
-                ],
-                "description": data.description,
-            },
-            "hardware": {
-                "host": platform.node(),
-                "device": torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU",
-                "ranks": data.split.ranks,
-                "threads": torch.get_num_threads(),
-                "python": platform.python_version(),
-            },
-            "plan": plan,
-        }
+    def follow(self, metrics: Metrics, events: Events) -> None:
+        """Connects those that live in this process with the run's rows and events."""
+        if self._trackers is not None:
+            metrics.listeners.append(self._trackers.row)
+            events.listeners.append(self._trackers.event)
+
+    def hurry(self) -> None:
+        """A signal ends the run: they have little time for the last rows."""
+        self._patience = HURRY
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._processes is None:
+        if self._trackers is None:
             return
-        for name in self._processes.close(self.patience):
-            path: Path = self.setup.directory.path
+        for name in self._trackers.close(self._patience):
             self.setup.console.print(
-                f"logger={name} has not taken all rows within {self.patience:g} s and was ended; "
-                f"`rwkv-train report {path} --push {name}` sends them anew"
+                f"logger={name} has not taken all rows within {self._patience:g} s and was ended; "
+                f"`rwkv-train report {self.setup.directory.path} --push {name}` sends them again"
             )
+
+
+def _surroundings(setup: RunSetup) -> dict[str, Any]:
+    """Data, hardware and plan of a run, for trackers."""
+    data, resolved = setup.data, setup.resolved
+    try:
+        plan = json.loads(as_json(resolved.plan(setup.config, data.vocabulary), setup.config, None))
+    except UserError as error:
+        plan = {"error": str(error)}
+    return {
+        "parameters": setup.parameters,
+        "data": {
+            "digest": data.digest,
+            "tokenizer": data.tokenizer.identity,
+            "sources": [
+                {"name": s.name, "digest": s.digest, "tokens": len(s.train), "held_out": len(s.held_out)}
+                for s in data.sources
+            ],
+            "description": data.description,
+        },
+        "hardware": {
+            "host": platform.node(),
+            "device": torch.cuda.get_device_name() if resolved.gpu else f"{platform.machine()} CPU",
+            "ranks": resolved.mesh.ranks,
+            "threads": resolved.threads,
+            "python": platform.python_version(),
+        },
+        "plan": plan,
+    }

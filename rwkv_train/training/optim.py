@@ -12,16 +12,16 @@ from torch import nn
 
 from rwkv_train.config import GroupRule, OptimSettings
 from rwkv_train.errors import UserError
-from rwkv_train.models import Row
+from rwkv_train.models import RecipeRow
 
 
 def parameter_groups(
-    model: nn.Module, recipe: Mapping[str, Row], weight_decay: float, rules: Sequence[GroupRule] = ()
+    model: nn.Module, recipe: Mapping[str, RecipeRow], weight_decay: float, rules: Sequence[GroupRule] = ()
 ) -> list[dict[str, Any]]:
-    """Groups the parameters by (learning-rate multiplier, weight decay), every parameter in exactly one.
+    """Groups the trainable parameters by (learning-rate multiplier, weight decay), each in exactly one.
 
     Args:
-        model: its named parameters are grouped.
+        model: its named parameters are grouped; those with requires_grad=False are left out.
         recipe: each parameter's row, by name.
         weight_decay: the value for rows that decay; the others get 0.
         rules: overrides; of several that match a name, the last one counts.
@@ -30,13 +30,21 @@ def parameter_groups(
         groups for a torch optimiser: `params` as (name, parameter) pairs, `lr_multiplier`, `weight_decay`.
 
     Raises:
-        UserError: a rule that matches no parameter.
+        UserError: a rule that matches no trainable parameter, or a model without any.
     """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        raise UserError("no parameter of the model is trainable", "leave at least one with requires_grad=True")
     for rule in rules:
         if not any(re.fullmatch(rule.pattern, name) for name in recipe):
             raise UserError(f"optim.rules: the pattern {rule.pattern!r} matches no parameter", "e.g. .*time_decay")
+        if not any(re.fullmatch(rule.pattern, name) for name in trainable):
+            raise UserError(
+                f"optim.rules: the pattern {rule.pattern!r} matches only parameters that are not trained",
+                "remove the rule, or name trainable ones, e.g. .*time_decay",
+            )
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trainable.items():
         multiplier, decay = recipe[name].lr, recipe[name].decay
         for rule in rules:
             if re.fullmatch(rule.pattern, name):
@@ -50,29 +58,36 @@ def parameter_groups(
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each group: learning-rate multiplier, weight decay, tensors, values, and kinds of names."""
-    lines = []
-    for group in groups:
-        kinds = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name, _ in group["params"]})
-        values = sum(parameter.numel() for _, parameter in group["params"])
-        shown = ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more kinds" if len(kinds) > 4 else "")
-        lines.append(
-            f"lr ×{group['lr_multiplier']:g}, weight decay {group['weight_decay']:g}: "
-            f"{len(group['params'])} tensors, {values:,} values ({shown})"
-        )
-    return lines
+    """One line for each group: learning-rate multiplier, weight decay, number of tensors and values, kinds of names."""
+    return [
+        f"lr ×{group['lr_multiplier']:g}, weight decay {group['weight_decay']:g}: {_summary(group['params'])}"
+        for group in groups
+    ]
+
+
+def describe_frozen(model: nn.Module) -> list[str]:
+    """One line about the parameters that are not trained, in the form of `describe_groups`; none where all are."""
+    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    return [f"not trained: {_summary(frozen)}"] if frozen else []
+
+
+def _summary(members: Sequence[tuple[str, nn.Parameter]]) -> str:
+    kinds = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name, _ in members})
+    values = sum(parameter.numel() for _, parameter in members)
+    shown = ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more kinds" if len(kinds) > 4 else "")
+    return f"{len(members)} tensors, {values:,} values ({shown})"
 
 
 def build_optimizer(groups: list[dict[str, Any]], optim: OptimSettings) -> torch.optim.AdamW:
-    """AdamW in its fused form (with weight decay 0 it is Adam). Learning rates are written before each step."""
+    """Fused AdamW (Adam where weight decay is 0). The module sets the learning rates before each step."""
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def learning_rate(optim: OptimSettings, step: int, total_steps: int | None, tokens_per_step: int) -> float:
     """The base learning rate of optimiser step `step` (0 for the first): a pure function of its arguments.
 
-    Warm-up rises linearly from 1 % (factor 0.01 + 0.99 · step / warm-up, as in the reference code); after it and a
-    constant span of `hold` the rate decays to final_lr at the end of the budget, by the schedule's shape.
+    It rises linearly from 1 % (factor 0.01 + 0.99 · step / warm-up, as in the reference code), stays constant for
+    `hold`, and decays to final_lr at the end of the budget, in the shape of the schedule.
 
     Args:
         total_steps: length of the run; None (a run without end) is valid for the constant shape only.

@@ -9,62 +9,71 @@ from typing import Any
 from rwkv_train.cluster.rank_info import another_has_ended
 from rwkv_train.cluster.slurm import Job
 from rwkv_train.errors import UserError
-from rwkv_train.rundir.history import TRIES, History
-from rwkv_train.rundir.jsonl import Events, JsonLines
+from rwkv_train.exit_codes import Ending, ExitCode
+from rwkv_train.rundir.history import MAX_FAILURES, History
+from rwkv_train.rundir.jsonl import Events
+from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.stop import StopOnSignal
 from rwkv_train.training.setup import RunSetup
 from rwkv_train.training.strategy import ShardedStrategy
 
-_PATIENCE = 0.5  # seconds for the last words of another rank
-GIVEN_UP = 6  # exit code: the run has failed several times at one step, and another try would as well
+REASON_TIMEOUT = 0.5  # seconds that a rank waits for the reason of another one's failure
 
 
 class Requeue:
-    """What one start of a run owes to the next one.
+    """What this start of a run does for the next one.
 
     Args:
         setup: of the run.
 
     Attributes:
-        history: of its starts until now.
-        signals: the callback that stops it.
+        signals: the callback that stops the run after a signal.
     """
 
     def __init__(self, setup: RunSetup) -> None:
-        self.setup, self.history = setup, History([], [])
+        self.setup = setup
         self.signals = StopOnSignal(self.seconds_left)
         self._leaving: tuple[Events, int] | None = None
         rank_info, settings = setup.rank_info, setup.config.cluster
         self.job = None if rank_info.job is None else Job(rank_info.job, settings.requeue)
 
-    def hopeless(self, events: Events) -> bool:
-        """Whether the starts before have failed too often at one step; that is said, and counted no more."""
-        if self.history.failures() < TRIES:
-            return False
-        self._give_up(events, self.history.reached, self.history.last_words())
-        return True
-
     def seconds_left(self) -> float | None:
-        """Between a signal and the end, as SLURM or `cluster.grace` says."""
+        """Seconds between a signal and the end, as SLURM or `cluster.grace` says; None: not known."""
         left = self.job.seconds_left() if self.job is not None else None
         return self.setup.config.cluster.grace if left is None else left
 
-    def after_signal(self, events: Events, step: int, name: str, too_late: str | None, next_time: str) -> None:
-        """Tells what has stopped the run, and whether `requeue` will put its job back."""
-        say = self.setup.console.print
+    def give_up_at_start(self, attempt: RunAttempt) -> Ending | None:
+        """The ending of an attempt that does not begin, as those before it have failed too often at one step.
+
+        That ending is recorded, so that the next start tries again. On the first rank only; None elsewhere.
+        """
+        history = attempt.history
+        if not self.setup.first or history.failures() < MAX_FAILURES:
+            return None
+        return self._given_up(attempt.events, history.reached, history.last_failure())
+
+    def after_signal(self, events: Events, step: int, name: str, too_late: str | None, resumable: str) -> Ending:
+        """Records which signal has stopped the run, and decides whether `requeue` will put its job back.
+
+        Args:
+            events: of the attempt.
+            step: the last one.
+            name: of the signal.
+            too_late: why there is no checkpoint of that step; None: there is one.
+            resumable: what the next start does, for people.
+        """
         late = {} if too_late is None else {"no_checkpoint": too_late}
         events.add("interrupted" if name == "SIGINT" else "preempted", step, signal=name, **late)
-        if too_late is not None:
-            say(f"\nno checkpoint of step {step}: {too_late}")
-        say(f"\n{name} at step {step}; {next_time}")
-        if self.job is None or not self.setup.first or name == "SIGINT":
-            return
-        if (other := self.job.why_not()) is not None:
-            say(f"not put back into the queue by the run: {other}")
-            return
-        say(f"job {self.job.number} goes back into the queue")
-        events.add("requeued", step, job=self.job.number)
-        self._leaving = events, step
+        messages = [] if too_late is None else [f"\nno checkpoint of step {step}: {too_late}"]
+        messages.append(f"\n{name} at step {step}; {resumable}")
+        if self.job is not None and self.setup.first and name != "SIGINT":
+            if (reason := self.job.why_not()) is not None:
+                messages.append(f"not put back into the queue by the run: {reason}")
+            else:
+                messages.append(f"job {self.job.number} goes back into the queue")
+                events.add("requeued", step, job=self.job.number)
+                self._leaving = events, step
+        return Ending(ExitCode.STOPPED, "\n".join(messages))
 
     def requeue(self) -> None:
         """Puts the job back, where a signal has stopped the run; the first rank alone does, and once.
@@ -79,39 +88,44 @@ class Requeue:
             events.add("requeue_failed", step, reason=failure)
             events.close()
 
-    def after_failure(self, error: BaseException, events: Events, lines: JsonLines, strategy: ShardedStrategy) -> bool:
-        """Notes why this start ends, in the words of the rank that failed first, as far as they can be had.
+    def after_failure(self, error: BaseException, attempt: RunAttempt, strategy: ShardedStrategy) -> Ending | None:
+        """Records why this attempt fails, as the rank that failed first has put it, if that can be had.
 
         Returns:
-            whether it has failed too often at this step, which is said.
+            the ending where the run has failed too often at this step; None: the error is to be raised.
         """
         if isinstance(error, (UserError, KeyboardInterrupt, SystemExit)):
-            return False
-        rank_info, said = self.setup.rank_info, " ".join(str(error).split())
-        what = "another rank has ended" if another_has_ended(error) else f"{type(error).__name__}: {said[:200]}"
+            return None
+        reason = self._first_reason(error, strategy)
+        if not self.setup.first:
+            return None
+        events, rows = attempt.events, attempt.metrics.rows()
+        reached = int(rows[-1]["step"]) if rows else 0
+        events.add("failed", reached, reason=reason)
+        given_up = History(events.rows(), rows).failures() >= MAX_FAILURES
+        return self._given_up(events, reached, reason) if given_up else None
+
+    def _first_reason(self, error: BaseException, strategy: ShardedStrategy) -> str:
+        """Why the run fails; the first rank waits a moment for another rank's reason, which may be the cause."""
+        rank_info, text = self.setup.rank_info, " ".join(str(error).split())
+        what = "another rank has ended" if another_has_ended(error) else f"{type(error).__name__}: {text[:200]}"
         reason = f"rank {rank_info.rank} on {rank_info.node}: {what}"
-        board: Any = getattr(getattr(strategy, "writer", None), "board", None)
+        board: Any = getattr(getattr(strategy, "writer", None), "store", None)
         with suppress(Exception):  # the first rank may be the one that has ended, and its store with it
             if not rank_info.first:
                 board.set("failed", reason)
-            elif strategy.world_size > 1 and isinstance(error, RuntimeError):  # it may be the other one's failure
-                end = time.monotonic() + _PATIENCE
+            elif strategy.world_size > 1 and isinstance(error, RuntimeError):
+                end = time.monotonic() + REASON_TIMEOUT
                 while not board.check(["failed"]) and time.monotonic() < end:
                     time.sleep(0.05)
                 reason = board.get("failed").decode() if board.check(["failed"]) else reason
-        if not rank_info.first:
-            return False
-        rows = lines.rows()
-        reached = int(rows[-1]["step"]) if rows else 0
-        events.add("failed", reached, reason=reason)
-        hopeless = History(events.rows(), rows).failures() >= TRIES
-        if hopeless:
-            self._give_up(events, reached, reason)
-        return hopeless
+        return reason
 
-    def _give_up(self, events: Events, step: int, reason: str) -> None:
+    def _given_up(self, events: Events, step: int, reason: str) -> Ending:
         events.add("given_up", step, reason=reason)
-        self.setup.console.print(
-            f"[bold red]{self.setup.directory.path} has failed {TRIES} times at step {step}[/bold red]: {reason}\n"
-            f"  the same command tries again once that is mended; each rank's words: {self.setup.directory.logs}"
+        run = self.setup.directory
+        return Ending(
+            ExitCode.GIVEN_UP,
+            f"[bold red]{run.path} has failed {MAX_FAILURES} times at step {step}[/bold red]: {reason}\n"
+            f"  the same command tries again once the cause is removed; the logs of all ranks: {run.logs}",
         )

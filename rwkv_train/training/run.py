@@ -1,4 +1,4 @@
-"""From a checked config to a trained model: what both front doors call."""
+"""From a checked config to a trained model: what `python train.py` and `rwkv-train train` call."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.cluster.rank_info import RankInfo, another_has_ended
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError
+from rwkv_train.exit_codes import ExitCode
 from rwkv_train.training.setup import assemble
-
-RANK_LOST = 1  # exit code
 
 
 def train(config: Config, storage: Storage | None = None, rank_info: RankInfo | None = None) -> int:
-    """Trains as the config says; goes on where a run of that name was left.
+    """Trains as the config says, and resumes where a run of that name was left.
 
     Args:
         config: settled and checked.
         storage: of the checkpoints; None: the local file system.
-        rank_info: of this process, None: the only one; only the first one speaks and writes.
+        rank_info: of this process, None: the only one; only the first rank prints and writes.
 
     Returns:
-        the exit code: 0, 3 where the disk refused a checkpoint or a record, 75 where a signal stopped it.
+        the exit code: see exit_codes.py.
 
     Raises:
         UserError: what shows only with the data, the devices or the checkpoint at hand. Nothing was written then.
@@ -42,21 +41,21 @@ def train(config: Config, storage: Storage | None = None, rank_info: RankInfo | 
 
 def _train(config: Config, storage: Storage | None, rank_info: RankInfo | None) -> int:
     setup = assemble(config, storage, rank_info)
-    from rwkv_train.training.loop import fit  # Lightning takes seconds to import: after the mistakes
+    from rwkv_train.training.loop import fit  # Lightning takes seconds to import: user errors come first
 
     try:
         return fit(setup)
     except RuntimeError as error:
-        told = str(error)
-        if re.search("EADDRINUSE|address already in use", told, re.IGNORECASE):
+        message = str(error)
+        if re.search("EADDRINUSE|address already in use", message, re.IGNORECASE):
             raise UserError(
-                f"the port over which the processes find each other is in use: {told.splitlines()[0][:200]}",
+                f"the port over which the processes find each other is in use: {message.splitlines()[0][:200]}",
                 "MASTER_PORT=NUMBER before the command chooses another one",
             ) from None
-        if setup.data.split.ranks > 1 and another_has_ended(error):
+        if setup.resolved.mesh.ranks > 1 and another_has_ended(error):
             print(
                 f"rank {setup.rank_info.rank} on {setup.rank_info.node} ends: another rank of the run has ended",
                 file=sys.stderr,
             )
-            return RANK_LOST
+            return ExitCode.FAILED
         raise

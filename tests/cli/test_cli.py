@@ -19,6 +19,7 @@ from rwkv_train.inference import generate
 from rwkv_train.inference.generate import GenerateOptions
 from rwkv_train.inference.sampling import Sampling
 from rwkv_train.ops import EngineReport, build
+from rwkv_train.ops.families import FAMILIES
 
 
 def test_train_is_train_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,15 +99,24 @@ def healthy() -> list[EngineReport]:
 
 
 def test_the_doctor_reads_the_tested_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": ">=3.10,<3.14"}))
+    monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": ">=3.11,<3.14"}))
     python, good, missing, old = list(doctor.versions())  # pytest is an extra's
     assert (python.verdict, good.verdict) == ("ok", "ok")
-    assert torch.__version__ in good.what
+    assert good.what == f"torch {metadata.version('torch')} (<4,>=2)"
     assert (missing.verdict, missing.remedy) == ("BAD", "pip install 'nothing-like-this>=1'")
     assert old.verdict == "BAD"
     assert "is outside the tested <1" in old.what
     monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": "<3"}))
     assert next(doctor.versions()).verdict == "BAD"
+
+
+def test_the_doctor_names_the_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's CUDA build of 2.13.0 says `2.13.0` in its metadata, and `2.13.0+cu130` only in the module."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    monkeypatch.setattr(metadata, "version", lambda name: "2.13.0")
+    monkeypatch.setattr(metadata, "metadata", lambda name: Installed({"Requires-Python": ">=3.11,<3.14"}))
+    assert list(doctor.versions())[1].what == "torch 2.13.0 (<4,>=2)"
+    assert "torch 2.13.0+cu130 uses" in next(doctor.devices(2)).what
 
 
 def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,19 +134,19 @@ def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: p
     def none() -> str:
         raise build.BuildError("no C++ compiler was found", "sudo apt install g++")
 
-    broken = EngineReport("cpp", False, None, "no C++ compiler was found", "sudo apt install g++", None, 0.1)
+    broken = EngineReport("cpp wkv4", False, None, "no C++ compiler was found", "sudo apt install g++", None, 0.1)
     monkeypatch.setattr(doctor, "versions", lambda: iter([]))
     monkeypatch.setattr(build, "find_compiler", none)
     monkeypatch.setattr(ops, "engines", lambda: [*healthy(), broken])
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert shown.count("BAD   ") == 2
-    assert "cpp: no C++ compiler was found\n        sudo apt install g++" in shown
+    assert "cpp wkv4: no C++ compiler was found\n        sudo apt install g++" in shown
     assert "2 problems need attention." in shown
 
 
 def test_the_doctor_of_this_machine() -> None:
-    assert [finding.verdict for finding in doctor.engines()] == ["ok", "ok"]
+    assert [finding.verdict for finding in doctor.engines()] == ["ok"] * (1 + len(FAMILIES))
     assert {finding.verdict for finding in doctor.devices(launcher.cores())} <= {"ok", "note"}
 
 

@@ -20,7 +20,7 @@ import torch
 
 from rwkv_train.cli import launcher
 from rwkv_train.errors import UserError
-from rwkv_train.training import setup
+from rwkv_train.training import resolved
 from rwkv_train.training.run import train
 from rwkv_train.training.setup import assemble
 from tests.runs import ROOT, losses, rows, start, words_for
@@ -107,7 +107,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "data missing": (["data.path=no/such"], CONFIG, ["data.path=no/such: there is no such file"]),
     "data empty": (["data.path=nothing.txt"], CONFIG, ["data.path=nothing.txt is an empty file"]),
     "folder empty": (["data.path=nothing"], CONFIG, ["data.path=nothing is an empty directory"]),
-    "data binary": (["data.path=picture.txt"], TORCH, ["data.path=picture.txt holds no text (skipped: 1 binary"]),
+    "data binary": (["data.path=picture.txt"], TORCH, ["data.path=picture.txt contains no text (skipped: 1 binary"]),
     "data short": (  # on two devices: one message, and no rank waits for the other
         ["data.path=short.txt", "trainer.devices=2"],
         TORCH,
@@ -154,7 +154,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "another batch": (
         ["budget.steps=4", "checkpoint.every.steps=2", "batch.tokens=256"],
         LIGHTNING,
-        ["batch.tokens: 128 → 256\n  go on all the same: run.allow_changes=true"],
+        ["batch.tokens: 128 → 256\n  to resume all the same: run.allow_changes=true"],
     ),
     "resume a missing shard": (
         ["resume=lacking"],
@@ -262,10 +262,10 @@ def test_a_device_without_the_precision(monkeypatch: pytest.MonkeyPatch, tmp_pat
     words = words_for(tmp_path, "run", "trainer.accelerator=gpu")
     with pytest.raises(UserError, match=r"trainer\.precision=bf16-mixed: GeForce GTX 1080 has no bfloat16"):
         assemble(launcher.load([*words, "trainer.precision=bf16-mixed"]))
-    monkeypatch.setattr(setup, "present_card", lambda: None)
-    assert assemble(launcher.load(words)).config.trainer.precision == "32-true"
+    monkeypatch.setattr(resolved, "present_card", lambda: None)
+    assert assemble(launcher.load(words)).resolved.precision == "32-true"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert assemble(launcher.load(words)).config.trainer.precision == "bf16-mixed"
+    assert assemble(launcher.load(words)).resolved.precision == "bf16-mixed"
     with pytest.raises(UserError, match=r"trainer\.devices=2: torch can use 1 GPUs here\n  trainer\.devices=1"):
         assemble(launcher.load([*words[:-1], "trainer.accelerator=gpu", "trainer.devices=2"]))
 
@@ -313,7 +313,7 @@ def test_in_use_then_interrupted_then_resumed(tmp_path: Path) -> None:
     assert process.returncode == 75
     assert "Traceback" not in said
     step = len(losses(run))
-    last = re.search(r"\nSIGINT at step (\d+); the same command goes on from the checkpoint of step (\d+)\n$", said)
+    last = re.search(r"\nSIGINT at step (\d+); the same command resumes from the checkpoint of step (\d+)\n$", said)
     assert last is not None, said
     assert int(last[1]) == int(last[2]) == step
 

@@ -15,9 +15,10 @@ import pytest
 import torch.distributed as dist
 from rich.console import Console
 
-from rwkv_train.cluster.preflight import FAULT, Report, compare, meet, tell
+from rwkv_train.cluster.preflight import Report, compare, meet, tell
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.errors import UserError
+from rwkv_train.exit_codes import ExitCode
 from tests import PRELOAD
 
 FACTS = {"code": "c1", "torch": "2.13.0", "data": "d1"}
@@ -162,7 +163,7 @@ def test_the_first_one_speaks_for_all(ranks: Callable[..., Any]) -> None:
 def test_one_that_does_not_answer(ranks: Callable[..., Any], absent: int) -> None:
     began = time.monotonic()
     codes, said = ranks(*({"absent": rank == absent} for rank in range(2)), seconds=4)
-    assert codes == [FAULT]
+    assert codes == [ExitCode.FAILED]
     assert time.monotonic() - began < 40
     if absent:
         assert "error: 1 of 2 processes did not answer, on n2: ranks 1\n" in said

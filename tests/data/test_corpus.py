@@ -28,7 +28,7 @@ def write(root: Path, **files: bytes) -> Path:
     return root
 
 
-def test_the_library_is_there_without_its_near_copies() -> None:
+def test_the_library_is_read_without_its_near_copies() -> None:
     corpus = library()
     names = [document.name for document in corpus.train + corpus.held_out]
     assert len(names) > 300
@@ -56,7 +56,7 @@ def test_the_library_holds_out_a_twentieth() -> None:
     assert library().digest == corpus.digest
 
 
-def test_the_name_alone_says_whether_a_file_is_held_out(tmp_path: Path) -> None:
+def test_whether_a_file_is_held_out_depends_on_its_name_alone(tmp_path: Path) -> None:
     for number in range(100):
         (tmp_path / f"{number}.txt").write_bytes(b"some text")
     before = {document.name for document in read_corpus(text(tmp_path, 0.2)).held_out}
@@ -97,7 +97,7 @@ def test_stray_files_are_skipped_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.999])
-def test_of_a_single_file_the_end_is_held_out_from_a_line_on(tmp_path: Path, share: float) -> None:
+def test_the_last_lines_of_a_single_file_are_held_out(tmp_path: Path, share: float) -> None:
     lines = b"".join(b"line %d\n" % number for number in range(200))
     corpus = read_corpus(text(write(tmp_path, one=lines) / "one", share))
     train, held_out = corpus.train[0].text, corpus.held_out[0].text
@@ -107,12 +107,12 @@ def test_of_a_single_file_the_end_is_held_out_from_a_line_on(tmp_path: Path, sha
     assert f"held out: the last {share:.1%} of the text, {len(held_out):,} bytes" in corpus.description
 
 
-def test_a_single_line_is_cut_where_the_share_begins(tmp_path: Path) -> None:
+def test_a_single_line_is_cut_at_the_held_out_share(tmp_path: Path) -> None:
     corpus = read_corpus(text(write(tmp_path, one=b"x" * 100) / "one", 0.1))
     assert (len(corpus.train[0].text), len(corpus.held_out[0].text)) == (90, 10)
 
 
-def test_eighteen_short_samples_are_shared_out(tmp_path: Path) -> None:
+def test_eighteen_short_files_are_split(tmp_path: Path) -> None:
     for number in range(18):
         (tmp_path / f"sample{number:02}.txt").write_bytes(b"question? answer!\n")
     corpus = read_corpus(text(tmp_path))
@@ -121,7 +121,7 @@ def test_eighteen_short_samples_are_shared_out(tmp_path: Path) -> None:
     assert sum(len(document.text) for document in corpus.train + corpus.held_out) == 18 * 18
 
 
-def test_documents_are_joined_by_byte_0(tmp_path: Path) -> None:
+def test_documents_are_separated_by_byte_0(tmp_path: Path) -> None:
     corpus = read_corpus(text(write(tmp_path, a=b"ab", b=b"c"), 0.0))
     stream = join(corpus.train, ByteTokenizer())
     assert stream.tokens.dtype == np.uint8
@@ -130,11 +130,11 @@ def test_documents_are_joined_by_byte_0(tmp_path: Path) -> None:
     assert (starts.tolist(), lengths.tolist()) == (
         [1, 4],
         [3, 1],
-    )  # each with the end-of-text behind it, if there is one
+    )  # each with the end-of-text after it, if there is one
     assert len(join((), ByteTokenizer())) == 0
 
 
-def test_bytes_go_there_and_back() -> None:
+def test_bytes_are_encoded_and_decoded() -> None:
     tokenizer = load_tokenizer("bytes")
     everything = bytes(range(256))
     assert tokenizer.encode(everything).tolist() == list(everything)
@@ -143,22 +143,22 @@ def test_bytes_go_there_and_back() -> None:
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (256, 0)
 
 
-def test_mistakes_are_told_with_the_way_out(tmp_path: Path) -> None:
+def test_errors_name_the_cause_and_the_remedy(tmp_path: Path) -> None:
     def message(data: DataSettings) -> str:
         with pytest.raises(UserError) as error:
             read_corpus(data)
         return str(error.value)
 
     assert message(text(tmp_path / "gone")) == (
-        f"data.path={tmp_path}/gone does not exist\n  name a text file or a directory of them"
+        f"data.path={tmp_path}/gone does not exist\n  give a text file or a directory of text files"
     )
-    assert message(text(None)) == "data.path is not given\n  name a text file or a directory of them: data.path=…"
+    assert message(text(None)) == "data.path is not set\n  give a text file or a directory of text files: data.path=…"
     write(tmp_path, picture=b"\0\1\2", **{".hidden": b"x"})
     assert message(text(tmp_path)) == (
-        f"data.path={tmp_path} holds no text (skipped: 1 binary and 1 hidden files)\n"
-        "  name a text file, or a directory with at least one"
+        f"data.path={tmp_path} contains no text (skipped: 1 binary and 1 hidden files)\n"
+        "  give a text file, or a directory that contains one"
     )
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "loop" in message(text(tmp_path / "loop"))
-    with pytest.raises(UserError, match=r"data\.tokenizer=gpt5 is no tokenizer"):
+    with pytest.raises(UserError, match=r"data\.tokenizer=gpt5 is not a known tokenizer"):
         load_tokenizer("gpt5")

@@ -1,4 +1,4 @@
-"""Packed documents and chats in batches: borders, masks, the weight of a token, mixtures, pinned memory."""
+"""Packed documents and chats in batches: document starts, masks, the weight of a token, mixtures, pinned memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from rwkv_train.config import BatchSettings, DataSettings, SourceSettings, StageSettings
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.data import ahead
-from rwkv_train.data.ahead import Ahead, MaskedBatch
+from rwkv_train.data.ahead import Ahead
+from rwkv_train.data.batch_preview import BORDER, show_batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.chat import read_template
 from rwkv_train.data.rows import IGNORED
-from rwkv_train.data.show import BORDER, show_batch
 from rwkv_train.data.tokenizers import load_tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.training.loss import language_model_loss
@@ -63,7 +64,6 @@ def test_an_epoch_of_packed_documents_has_each_token_once(texts: Path, reset: bo
     seen: list[int] = []
     for step in range(rows):
         batch = data.batch(step)
-        assert isinstance(batch, MaskedBatch)
         starts = None if batch.starts is None else batch.starts[0].tolist()
         check_row(batch.tokens[0].tolist(), batch.targets[0].tolist(), starts, reset)
         real = batch.targets[0] != IGNORED
@@ -79,8 +79,8 @@ def test_an_epoch_of_packed_documents_has_each_token_once(texts: Path, reset: bo
 
 
 def test_rows_are_nearly_full_and_said_so(texts: Path) -> None:
-    assert "of the places filled; they know nothing of each other" in packed(texts, True).description
-    assert "the state runs on, the loss does not" in packed(texts, False).description
+    assert "of the positions filled; the state is reset at each" in packed(texts, True).description
+    assert "the state continues across them" in packed(texts, False).description
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -89,13 +89,12 @@ def test_every_predicted_token_counts_the_same(texts: Path, ranks: int, micro: i
     """The mean over passes and ranks is the mean over the batch's predicted tokens, computed by hand."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(256, 256, generator=generator, dtype=torch.float64)
-    data = packed(texts, False, world_size=ranks, micro=micro)
+    data = packed(texts, False, mesh=Mesh(ranks), micro=micro)
     losses, nats = [], []
     for rank in range(ranks):
         data.rank = rank
         for index in range(data.accumulation):
             batch = data.batch(3, index)
-            assert isinstance(batch, MaskedBatch)
             logits = table[batch.tokens]
             losses.append(language_model_loss(logits, batch.targets, 0.0, batch.predictions.double()))
             for row, targets in zip(logits, batch.targets, strict=True):
@@ -147,16 +146,15 @@ def test_the_loss_of_a_chat_is_on_the_assistants_tokens() -> None:
 def test_chats_are_packed_with_their_mask(tmp_path: Path) -> None:
     data = chat(write_chats(tmp_path / "chat.jsonl"))
     batch = data.batch(0)
-    assert isinstance(batch, MaskedBatch)
     for row in range(2):
         text = data.tokenizer.decode(batch.targets[row][batch.targets[row] != IGNORED]).decode()
         assert text.replace("2 😀\n\n", "").replace("Yes.\n\n", "") == ""
         assert "Yes." in text
-    assert "are the assistant's" in data.description
+    assert "the assistant's" in data.description
     assert len(data.validation()) > 0
 
 
-def test_a_template_of_ones_own(tmp_path: Path) -> None:
+def test_a_custom_template(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text('user: "<u>{content}"\nassistant: "<a>{content}<e>"\n')
     template, tokenizer = read_template(str(tmp_path / "t.yaml")), load_tokenizer("bytes", ["<u>", "<a>", "<e>"])
     tokens, predicted = template.write(CHAT[1:3], tokenizer)
@@ -164,7 +162,7 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
     assert tokens[predicted].tolist() == [*"2 😀".encode(), 258, 0]
 
 
-def test_mistakes_in_chats(tmp_path: Path) -> None:
+def test_error_messages_of_chats(tmp_path: Path) -> None:
     path = write_chats(tmp_path / "chat.jsonl")
 
     def message(text: str, **more: Any) -> str:
@@ -174,15 +172,17 @@ def test_mistakes_in_chats(tmp_path: Path) -> None:
         return str(error.value)
 
     good = json.dumps({"messages": CHAT}) + "\n"
-    assert "chat.jsonl, line 2: no conversation (JSONDecodeError" in message(good + "nonsense\n")
-    assert "line 1: no conversation (KeyError: 'messages')" in message('{"text": "x"}\n')
-    assert "line 1: a message with role 'robot'; the template knows system, user, assistant" in message(
+    assert "chat.jsonl, line 2: not a conversation (JSONDecodeError" in message(good + "nonsense\n")
+    assert "line 1: not a conversation (KeyError: 'messages')" in message('{"text": "x"}\n')
+    assert "line 1: message with role 'robot'; the template has the roles system, user, assistant" in message(
         json.dumps({"messages": [{"role": "robot", "content": "x"}]})
     )
-    assert "a message of user whose content is no text" in message('{"messages": [{"role": "user", "content": [1]}]}')
-    assert "has no token of an assistant to be predicted" in message(json.dumps({"messages": CHAT[:2]}))
+    assert "message of role user: its content is not a string" in message(
+        '{"messages": [{"role": "user", "content": [1]}]}'
+    )
+    assert "no token has a loss (1 conversations to train on" in message(json.dumps({"messages": CHAT[:2]}))
     (tmp_path / "t.yaml").write_text('user: "{content}"\n')
-    assert "is no template: each role needs a text with one {content}" in message(
+    assert "is not a template: each role needs a text that contains {content} once" in message(
         good, template=str(tmp_path / "t.yaml")
     )
     assert "t.yml cannot be read: No such file" in message(good, template=str(tmp_path / "t.yml"))
@@ -211,8 +211,10 @@ def test_a_mixture_of_texts(tmp_path: Path) -> None:
     )
     batches = Batches(data, BatchSettings(64, 8, None), seed=1)
     shares = []
-    for tokens, _ in islice(batches.training(), 20):
-        shares.append(float((tokens == ord("a")).sum() / (tokens != 0).sum()))
+    for batch in islice(batches.training(), 20):
+        letters = batch.tokens == ord("a")
+        shares.append(float(letters.sum() / (batch.tokens != 0).sum()))
+        assert batch.sources.tolist() == (~letters.any(1)).int().tolist()
     assert np.mean(shares[:10]) == pytest.approx(0.75, abs=0.02)
     assert np.mean(shares[10:]) == pytest.approx(0.25, abs=0.02)
     assert batches.tokens_by_source(10) == {"a": 480, "b": 160}
@@ -226,14 +228,14 @@ def test_a_mixture_of_texts(tmp_path: Path) -> None:
     assert torch.equal(next(iter(again.training()))[0], batches.batch(11)[0])
 
 
-def test_a_mixture_that_comes_to_an_end(tmp_path: Path) -> None:
+def test_a_mixture_with_limited_epochs_ends(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"a" * 90)
     data = DataSettings("mixture", None, "bytes", 0.0, sources=(SourceSettings("a", str(tmp_path), None, 2.0),))
     batches = Batches(data, BatchSettings(16, 8, None), seed=1)
     assert batches.mixture.samples == 2 * batches.order.windows == 20
     batches.refuse_budget(10)
-    told = r"may be read for 10 steps \(160 tokens\), the budget is 11 steps\n  budget.steps=10"
-    with pytest.raises(UserError, match=told):
+    message = r"may be read for 10 steps \(160 tokens\), the budget is 11 steps\n  budget.steps=10"
+    with pytest.raises(UserError, match=message):
         batches.refuse_budget(11)
     assert len(list(islice(batches.training(), 10))) == 10
 
@@ -253,8 +255,8 @@ def test_batches_made_ahead_are_the_same_and_pinned(texts: Path, monkeypatch: py
         ahead_of_use = iter(loader)
         for step in range(6):
             batch, expected = next(ahead_of_use), data.batch(step)
-            assert isinstance(batch, MaskedBatch)
-            assert all(a is b is None or torch.equal(a, b) for a, b in zip(batch, expected, strict=True))
+            for found, wanted in zip(batch, expected, strict=True):
+                assert found is wanted is None or (found == wanted).all()  # type: ignore[union-attr]
         ahead_of_use.close()  # type: ignore[attr-defined]
     assert len(pinned) >= 6 * 4
 

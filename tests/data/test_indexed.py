@@ -12,7 +12,7 @@ import pytest
 from rwkv_train.config import BatchSettings, DataSettings
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.indexed import IndexedStore, write_index
-from rwkv_train.data.store import Joined, MemoryStore, Part
+from rwkv_train.data.store import JoinedStore, MemoryStore, StoreSlice
 from rwkv_train.errors import UserError
 
 CODES = {"uint8": 1, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
@@ -65,7 +65,7 @@ def ours(stem: Path, documents: list[list[int]] = DOCUMENTS, dtype: Any = np.uin
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "int64"])
-def test_what_others_write_is_read(tmp_path: Path, dtype: str) -> None:
+def test_stores_of_megatron_are_read(tmp_path: Path, dtype: str) -> None:
     write_like_megatron(tmp_path / "a.b", DOCUMENTS, dtype)
     store = IndexedStore(tmp_path / "a.b.idx")
     assert [store.document(n).tolist() for n in range(4)] == DOCUMENTS
@@ -80,7 +80,7 @@ def test_what_others_write_is_read(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_what_we_write_others_read(tmp_path: Path, dtype: Any) -> None:
+def test_our_stores_are_read_by_rwkv_lm(tmp_path: Path, dtype: Any) -> None:
     assert read_like_rwkv_lm(ours(tmp_path / "x", dtype=dtype)) == DOCUMENTS
 
 
@@ -96,7 +96,7 @@ def test_a_document_may_have_several_sequences(tmp_path: Path) -> None:
     assert store.documents()[1].tolist() == [106, 3]
 
 
-def test_faults_are_told_with_the_way_out(tmp_path: Path) -> None:
+def test_errors_name_the_cause_and_the_remedy(tmp_path: Path) -> None:
     def message(path: Path) -> str:
         with pytest.raises(UserError) as error:
             IndexedStore(path)
@@ -105,30 +105,30 @@ def test_faults_are_told_with_the_way_out(tmp_path: Path) -> None:
     stem = ours(tmp_path / "x")
     whole, index = (tmp_path / "x.bin").read_bytes(), (tmp_path / "x.idx").read_bytes()
     (tmp_path / "x.bin").write_bytes(whole[:-7])
-    assert f"{stem}.bin has {len(whole) - 7} bytes, x.idx tells of {len(whole)}: it is cut short" in message(stem)
+    assert f"{stem}.bin has {len(whole) - 7} bytes, according to x.idx {len(whole)}: it is truncated" in message(stem)
     (tmp_path / "x.bin").write_bytes(whole + b"\0\0")
-    assert "the one is not the other's\n  copy both files" in message(stem)
+    assert "the files belong to different stores\n  copy both files" in message(stem)
     (tmp_path / "x.bin").write_bytes(whole)
     (tmp_path / "x.idx").write_bytes(index[:-1])
     assert f"its 4 sequences need {len(index)}" in message(stem)
     (tmp_path / "x.idx").write_bytes(b"something else, long enough to be an index")
-    assert "is no index of a token store (MMIDIDX)" in message(stem)
+    assert "is not the index of a token store (MMIDIDX)" in message(stem)
     (tmp_path / "x.idx").write_bytes(index[:9] + struct.pack("<Q", 2) + index[17:])
     assert "version 2" in message(stem)
     (tmp_path / "x.idx").unlink()
     assert f"there is no file {stem}.idx" in message(stem)
 
 
-def test_parts_and_joined_stores_are_one_stream(tmp_path: Path) -> None:
+def test_slices_and_joined_stores_are_one_stream(tmp_path: Path) -> None:
     first, second = IndexedStore(ours(tmp_path / "x")), MemoryStore(np.arange(10), np.array([0, 4]))
-    joined = Joined([first, second, first])
+    joined = JoinedStore([first, second, first])
     flat = np.concatenate([first.tokens, second.tokens, first.tokens]).astype(np.int64)
     assert len(joined) == len(flat)
     for start in range(len(flat) - 20):
         out = np.empty(20, np.int64)
         joined.read(start, out)
         assert np.array_equal(out, flat[start : start + 20])
-    part = Part(joined, 100, 130)
+    part = StoreSlice(joined, 100, 130)
     out = np.empty(30, np.int64)
     part.read(0, out)
     assert np.array_equal(out, flat[100:130])
@@ -152,23 +152,25 @@ def test_training_takes_a_store_a_glob_and_a_directory(tmp_path: Path) -> None:
         assert "6 documents, 201 tokens" in data.description
     held = batches(tmp_path, hold_out=0.2)
     assert len(held.train) == 109 + 51, "the last document is held out"
-    assert held.held_out.whole is held.train.whole
+    assert held.held_out.store is held.train.store
     out = np.empty(42, np.int64)
     held.held_out.read(0, out)
     assert out.tolist() == [0] + [4] * 40 + [0]
 
 
-def test_mistakes_with_stores(tmp_path: Path) -> None:
+def test_error_messages_of_stores(tmp_path: Path) -> None:
     ours(tmp_path / "x")
     with pytest.raises(UserError, match=r"gone: there is no store gone.bin and gone.idx\n.*rwkv-train prepare"):
         batches(tmp_path / "gone")
-    with pytest.raises(UserError, match=r"x has no manifest .*nothing tells which tokenizer made it"):
+    with pytest.raises(UserError, match=r"x has no manifest .*that names its tokenizer\n  set data.tokenizer"):
         batches(tmp_path / "x", None)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no store: no file in it ends in \.idx"):
+    with pytest.raises(UserError, match=r"contains no store: it has no \.idx file"):
         batches(tmp_path / "empty")
     ours(tmp_path / "large", [[300, 0] * 20])
-    with pytest.raises(UserError, match=r"large.bin holds the token 300; the vocabulary has 256\n.*another tokenizer"):
+    with pytest.raises(
+        UserError, match=r"large.bin contains the token 300; the vocabulary has 256\n  set data.tokenizer"
+    ):
         batches(tmp_path / "large", "bytes", hold_out=0.0)
 
 
@@ -179,12 +181,12 @@ def test_a_token_beyond_the_vocabulary_that_no_sample_showed_is_found_when_it_is
     data = Batches(DataSettings("store", str(tmp_path / "x"), "world", 0.0), BatchSettings(8192, 4096, None), seed=1)
     windows = np.arange(data.order.windows, dtype=np.int64)
     step = int(np.flatnonzero(np.abs(data.order.starts(windows) + 2048 - 1_000_123) <= 2048)[0]) // 2
-    with pytest.raises(UserError, match=r"store, sample at token [\d,]+, holds the token 70000"):
+    with pytest.raises(UserError, match=r"store, sample at token [\d,]+, contains the token 70000"):
         data.batch(step)
 
 
-def test_opening_costs_nothing_whatever_the_size(tmp_path: Path) -> None:
-    """A sparse file of a terabyte: only what is read is there."""
+def test_opening_a_store_does_not_read_it(tmp_path: Path) -> None:
+    """A sparse file of a terabyte, of which only the requested pages are read."""
     size = 2**40
     with open(tmp_path / "x.bin", "wb") as file:
         file.truncate(size)
@@ -193,7 +195,7 @@ def test_opening_costs_nothing_whatever_the_size(tmp_path: Path) -> None:
     write_index(tmp_path / "x.idx", np.uint16, lambda: iter([np.array([document] * count + [rest], np.int32)]))
     data = batches(tmp_path / "x", hold_out=0.0)
     assert len(data.train) == size // 2
-    tokens, targets = data.batch(10**6)
+    tokens, targets, *_ = data.batch(10**6)
     assert tokens.shape == (2, 8)
     assert not tokens.any()
     assert not targets.any()

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_train.data import Order
+from rwkv_train.config.mesh import Mesh
+from rwkv_train.data import ShuffledOrder
 from rwkv_train.data.order import ReferenceOrder, permute, shuffled, split_batch
 from rwkv_train.errors import UserError
 
@@ -16,7 +17,7 @@ def keys(seed: int, count: int) -> np.ndarray:
     return np.full(count, seed, np.uint64)
 
 
-def epoch(order: Order, number: int) -> np.ndarray:
+def epoch(order: ShuffledOrder, number: int) -> np.ndarray:
     return order.starts(np.arange(number * order.windows, (number + 1) * order.windows))
 
 
@@ -66,7 +67,7 @@ def test_epochs_are_independent_of_each_other() -> None:
 @pytest.mark.parametrize("context", [1, 2, 7, 32])
 @pytest.mark.parametrize("tokens", [33, 63, 64, 65, 1_000])
 def test_every_window_of_an_epoch_comes_once(tokens: int, context: int) -> None:
-    order = Order(seed=5, tokens=tokens, context=context)
+    order = ShuffledOrder(seed=5, tokens=tokens, context=context)
     offsets = set()
     for number in range(40):
         starts = np.sort(epoch(order, number))
@@ -81,7 +82,7 @@ def test_every_window_of_an_epoch_comes_once(tokens: int, context: int) -> None:
 
 
 def test_almost_no_text_is_left_out() -> None:
-    order = Order(seed=0, tokens=100_000, context=64)
+    order = ShuffledOrder(seed=0, tokens=100_000, context=64)
     seen = np.zeros(100_000, bool)
     for number in range(50):
         for start in epoch(order, number):
@@ -91,29 +92,36 @@ def test_almost_no_text_is_left_out() -> None:
 
 
 def test_order_differs_between_seeds_and_between_epochs() -> None:
-    one, other = Order(1, 10_000, 10), Order(2, 10_000, 10)
+    one, other = ShuffledOrder(1, 10_000, 10), ShuffledOrder(2, 10_000, 10)
     assert not np.array_equal(epoch(one, 0), epoch(other, 0))
     assert not np.array_equal(epoch(one, 0) // 10, epoch(one, 1) // 10)
-    assert np.array_equal(epoch(one, 3), epoch(Order(1, 10_000, 10), 3))
-    assert len(epoch(Order(-1, 10_000, 10), 0)) == 999, "a negative seed is a seed"
+    assert np.array_equal(epoch(one, 3), epoch(ShuffledOrder(1, 10_000, 10), 3))
+    assert len(epoch(ShuffledOrder(-1, 10_000, 10), 0)) == 999, "a negative seed is a seed"
 
 
 def test_a_batch_across_the_end_of_an_epoch_is_one_of_each() -> None:
-    order = Order(seed=1, tokens=101, context=10)
+    order = ShuffledOrder(seed=1, tokens=101, context=10)
     assert order.windows == 9
     across = order.starts(np.arange(5, 14))
     assert np.array_equal(across, np.concatenate((epoch(order, 0)[5:], epoch(order, 1)[:5])))
 
 
 def test_the_order_is_pinned() -> None:
-    """A checkpoint of an older version goes on with the same data: changing these numbers breaks every run's resume."""
-    assert Order(seed=0, tokens=1_000, context=16).starts(np.arange(6)).tolist() == [569, 761, 809, 425, 393, 521]
+    """Checkpoints of earlier versions must resume with the same data: other numbers here break every resume."""
+    assert ShuffledOrder(seed=0, tokens=1_000, context=16).starts(np.arange(6)).tolist() == [
+        569,
+        761,
+        809,
+        425,
+        393,
+        521,
+    ]
 
 
 @pytest.mark.parametrize("ranks", range(1, 65))
 def test_the_ranks_share_out_exactly_the_global_batch(ranks: int) -> None:
     for micro, accumulation in ((1, 1), (1, 3), (3, 1), (2, 5)):
-        split = split_batch(ranks * micro * accumulation * 8, 8, micro, ranks)
+        split = split_batch(ranks * micro * accumulation * 8, 8, micro, Mesh(ranks))
         assert (split.micro, split.accumulation, split.samples) == (micro, accumulation, ranks * micro * accumulation)
         for step in (0, 7):
             shares = [split.share(step, index, rank) for index in range(accumulation) for rank in range(ranks)]
@@ -123,13 +131,13 @@ def test_the_ranks_share_out_exactly_the_global_batch(ranks: int) -> None:
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 8), st.integers(1, 64))
 def test_a_step_has_the_same_samples_on_any_number_of_ranks(ranks: int, micro: int, passes: int, step: int) -> None:
     tokens = ranks * micro * passes * 4
-    many, one = split_batch(tokens, 4, micro, ranks), split_batch(tokens, 4, None, 1)
+    many, one = split_batch(tokens, 4, micro, Mesh(ranks)), split_batch(tokens, 4, None, Mesh(1))
     shares = [many.share(step, index, rank) for index in range(many.accumulation) for rank in range(ranks)]
     assert sorted(np.concatenate(shares)) == sorted(one.share(step, 0, 0))
 
 
 def test_without_micro_a_device_takes_its_share_in_one_pass() -> None:
-    assert (split_batch(4096, 128, None, 4).micro, split_batch(4096, 128, None, 4).accumulation) == (8, 1)
+    assert (split_batch(4096, 128, None, Mesh(4)).micro, split_batch(4096, 128, None, Mesh(4)).accumulation) == (8, 1)
 
 
 @pytest.mark.parametrize(
@@ -164,14 +172,14 @@ def test_a_batch_that_cannot_be_shared_out(
     tokens: int, context: int, micro: int | None, ranks: int, message: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        split_batch(tokens, context, micro, ranks)
+        split_batch(tokens, context, micro, Mesh(ranks))
     assert str(error.value) == message
 
 
 def test_less_text_than_one_sample() -> None:
-    assert Order(0, 65, 64).starts(np.arange(3)).tolist() == [0, 0, 0]
+    assert ShuffledOrder(0, 65, 64).starts(np.arange(3)).tolist() == [0, 0, 0]
     with pytest.raises(UserError, match=r"has 64 tokens; one sample of batch\.context=64 needs 65\n.*data\.path"):
-        Order(0, 64, 64)
+        ShuffledOrder(0, 64, 64)
 
 
 def test_the_reference_order_is_rwkv_lms() -> None:
@@ -212,7 +220,7 @@ def test_shuffled_things_come_once_an_epoch_in_another_order(size: int) -> None:
 @pytest.mark.parametrize("micro", [1, 3, None])
 def test_shares_of_any_number_of_ranks_are_the_batch(ranks: int, micro: int | None) -> None:
     samples = ranks * (micro or 1) * 4
-    split = split_batch(samples * 16, 16, micro, ranks)
+    split = split_batch(samples * 16, 16, micro, Mesh(ranks))
     for step in (0, 1, 10**6):
         shares = [split.share(step, index, rank) for index in range(split.accumulation) for rank in range(ranks)]
         assert np.concatenate(shares).tolist() == list(range(step * samples, (step + 1) * samples))

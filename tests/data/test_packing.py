@@ -1,4 +1,4 @@
-"""Packing: every token once, nothing cut that fits, rows nearly full."""
+"""Packing: every token once, no document cut that fits into a row, rows nearly full."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_every_token_is_in_one_row(lengths: list[int], context: int) -> None:
 
 @pytest.mark.parametrize("context", [1024, 4096])
 def test_rows_are_full(context: int) -> None:
-    """Lengths as the web has them: log-normal, half under 545 tokens, a tail of many thousands."""
+    """Lengths as in web text: log-normal, half under 545 tokens, a tail of many thousands."""
     draw = np.random.default_rng(0)
     sizes = np.clip(draw.lognormal(6.3, 1.2, 30_000), 8, 100_000).astype(np.int64)
     assert pack(np.cumsum(sizes) - sizes, sizes, context).fill >= 0.98
 
 
-def test_blocks_are_packed_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "BLOCK", 10)
+def test_blocks_are_packed_separately(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "DOCUMENTS_PER_BLOCK", 10)
     sizes = np.full(95, 3, np.int64)
     packed = pack(3 * np.arange(95), sizes, 9)
     assert len(packed) == 9 * 4 + 2

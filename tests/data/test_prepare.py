@@ -1,4 +1,4 @@
-"""`prepare`: every kind of source, faults, kills, full disks; and that a store is what was written."""
+"""`prepare`: every kind of source, broken documents, kills, full disks; and that a store has what was written."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import numpy as np
 import pytest
 import zstandard
 
-from rwkv_train.cli.main import main as cli
+from rwkv_train.cli import main as cli
+from rwkv_train.data import workers
 from rwkv_train.data.indexed import IndexedStore
 from rwkv_train.data.manifest import Manifest, read_manifest
-from rwkv_train.data.prepare import Job, pipeline, prepare, units
+from rwkv_train.data.prepare import PrepareOptions, pipeline, prepare, units
 from rwkv_train.data.prepare.examine import verify
-from rwkv_train.data.prepare.shards import Counts, Shard, make_shard
+from rwkv_train.data.prepare.shards import Shard, ShardCounts, make_shard
 from rwkv_train.data.prepare.units import Unit
 from rwkv_train.errors import UserError
 from tests.data.test_indexed import ours, read_like_rwkv_lm
@@ -31,8 +33,8 @@ from tests.data.test_indexed import ours, read_like_rwkv_lm
 TEXTS = [f"document {n}: häppy 😀 " + "words and more words\n" * (n % 23) for n in range(200)]
 
 
-def job(out: Path, *sources: Path | str, **more: Any) -> Job:
-    return Job(tuple(map(str, sources)), more.pop("tokenizer", "bytes"), out, **more)
+def options(out: Path, *sources: Path | str, **more: Any) -> PrepareOptions:
+    return PrepareOptions(tuple(map(str, sources)), more.pop("tokenizer", "bytes"), out, **more)
 
 
 def documents(stem: Path) -> list[str]:
@@ -47,17 +49,17 @@ def write_jsonl(path: Path, texts: list[str] = TEXTS) -> Path:
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units of 3,000 bytes, so that there are many."""
-    monkeypatch.setattr(units, "UNIT", 3000)
+    monkeypatch.setattr(units, "UNIT_BYTES", 3000)
 
 
 @pytest.mark.usefixtures("small_units")
-def test_jsonl_in_any_packing_is_the_same_store(tmp_path: Path) -> None:
+def test_compressed_jsonl_gives_the_same_store(tmp_path: Path) -> None:
     plain = write_jsonl(tmp_path / "a.jsonl")
     with gzip.open(tmp_path / "b.jsonl.gz", "wb") as file:
         file.write(plain.read_bytes())
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(plain.read_bytes()))
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
-        manifest = prepare(job(tmp_path / f"store-{name}", tmp_path / name, workers=2))
+        manifest = prepare(options(tmp_path / f"store-{name}", tmp_path / name, workers=2))
         assert documents(tmp_path / f"store-{name}") == TEXTS
         assert (manifest.documents, manifest.bytes) == (200, sum(len(text.encode()) for text in TEXTS))
         assert manifest.tokens == manifest.bytes + 200
@@ -65,14 +67,14 @@ def test_jsonl_in_any_packing_is_the_same_store(tmp_path: Path) -> None:
         assert not (tmp_path / f"store-{name}.parts").exists()
 
 
-def test_a_range_of_lines_has_the_lines_that_begin_there(tmp_path: Path) -> None:
+def test_a_byte_range_has_the_lines_that_begin_in_it(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS[:12])
     size = path.stat().st_size
     for step in (1, 2, 7, 50, size):
         found = [
             text
             for begin in range(0, size, step)
-            for text in units.Lines(str(path), begin, min(begin + step, size), "text").documents()
+            for text in units.JsonLinesRange(str(path), begin, min(begin + step, size), "text").documents()
         ]
         assert [text.decode() for text in found] == TEXTS[:12]  # type: ignore[union-attr]
 
@@ -89,22 +91,22 @@ def test_directories_parquet_and_text(tmp_path: Path, monkeypatch: pytest.Monkey
     (source / "picture").write_bytes(b"\0\1\2")
     write_jsonl(source / "c.jsonl", TEXTS[:3])
     parquet.write_table(pyarrow.table({"text": TEXTS[3:9]}), source / "d.parquet", row_group_size=2)
-    manifest = prepare(job(tmp_path / "s", source))
+    manifest = prepare(options(tmp_path / "s", source))
     assert documents(tmp_path / "s") == ["print()\n", *TEXTS[:9], "int main;\n"]
     assert manifest.skipped == {"binary": 1}
-    monkeypatch.setattr(units, "LONGEST", 100)
+    monkeypatch.setattr(units, "MAX_DOCUMENT_BYTES", 100)
     long = "".join(f"line {n}\n" for n in range(100))
     (tmp_path / "long.txt").write_text(long)
-    prepare(job(tmp_path / "t", tmp_path / "long.txt"))
+    prepare(options(tmp_path / "t", tmp_path / "long.txt"))
     pieces = documents(tmp_path / "t")
     assert "".join(pieces) == long
     assert len(pieces) > 5
     assert all(piece.endswith("\n") for piece in pieces)
 
 
-def test_world_and_tokens_of_ones_own(tmp_path: Path) -> None:
+def test_world_with_additional_tokens(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["hello <|user|> world", "😀"])
-    manifest = prepare(job(tmp_path / "s", path, tokenizer="world", extend=("<|user|>",)))
+    manifest = prepare(options(tmp_path / "s", path, tokenizer="world", extend=("<|user|>",)))
     store = IndexedStore(tmp_path / "s")
     tokenizer = manifest.load_tokenizer()
     assert store.dtype == np.int32
@@ -114,8 +116,8 @@ def test_world_and_tokens_of_ones_own(tmp_path: Path) -> None:
 
 
 BROKEN = {
-    "no UTF-8": b'{"text": "\xff\xfe"}\n',
-    "no JSON": b"{nonsense\n",
+    "not UTF-8": b'{"text": "\xff\xfe"}\n',
+    "not JSON": b"{nonsense\n",
     "empty": b'{"text": ""}\n',
     "without the text field": b'{"body": "x"}\n[1]\n',
     "a line of more than 16 MiB": b'{"text": "' + b"x" * 20_000_000 + b'"}\n',
@@ -127,34 +129,36 @@ def test_broken_documents_are_left_out_and_counted(tmp_path: Path, capsys: pytes
     path.write_bytes(good + b"".join(broken + good for broken in BROKEN.values()))
     assert cli.main(["prepare", str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "s")]) == 0
     assert documents(tmp_path / "s") == ["good"] * (1 + len(BROKEN))
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for why in BROKEN:
-        assert f"left out: {2 if why == 'without the text field' else 1} documents, {why}" in told
+        assert f"left out: {2 if why == 'without the text field' else 1} documents, {why}" in output
 
 
 @pytest.mark.parametrize("why", list(BROKEN)[:4])
-def test_broken_documents_stop_it_where_that_is_asked_for(tmp_path: Path, why: str) -> None:
+def test_broken_documents_stop_prepare_on_request(tmp_path: Path, why: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + BROKEN[why])
-    with pytest.raises(UserError, match=rf"a.jsonl, byte 17: a document that cannot be taken \({why}\)\n.*--broken"):
-        prepare(job(tmp_path / "s", path, stop=True))
+    with pytest.raises(UserError, match=rf"a.jsonl, byte 17: unusable document \({why}\)\n.*--broken"):
+        prepare(options(tmp_path / "s", path, stop_at_broken=True))
     assert not (tmp_path / "s.idx").exists()
 
 
-def flaky(unit: Unit, shard: Shard, stop: bool) -> Counts:
-    """Shard 3 finds the disk full while a file says so."""
+def disk_full(unit: Unit, shard: Shard, stop_at_broken: bool) -> ShardCounts:
+    """Shard 3 finds the disk full if the file `full` exists."""
     if shard.number == 3 and shard.folder.with_name("full").exists():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(shard.bin))
-    return make_shard(unit, shard, stop)
+    return make_shard(unit, shard, stop_at_broken)
 
 
 @pytest.mark.usefixtures("small_units")
 def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "make_shard", flaky)
+    monkeypatch.setattr(pipeline, "make_shard", disk_full)
     path = write_jsonl(tmp_path / "a.jsonl")
     (tmp_path / "full").touch()
-    with pytest.raises(UserError, match=r"000003.bin cannot be written: No space left on device\n  make room; the"):
-        prepare(job(tmp_path / "s", path))
+    with pytest.raises(
+        UserError, match=r"000003.bin cannot be written: No space left on device\n  free disk space; the"
+    ):
+        prepare(options(tmp_path / "s", path))
     assert not list(tmp_path.glob("s.[bi]*")), "nothing under the final names"
     finished = {file: file.stat().st_mtime_ns for file in (tmp_path / "s.parts").glob("*.json")}
     assert finished
@@ -162,7 +166,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.
     made: list[int] = []
     real = pipeline._submit
     monkeypatch.setattr(pipeline, "_submit", lambda *a: made.append(a[4].number) or real(*a))  # type: ignore[func-returns-value]
-    prepare(job(tmp_path / "s", path))
+    prepare(options(tmp_path / "s", path))
     assert documents(tmp_path / "s") == TEXTS
     assert not {int(file.stem) for file in finished} & set(made), "finished shards are not made again"
 
@@ -174,22 +178,22 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "_synced", refuse)
-        with pytest.raises(UserError, match=r"cannot be written: No space left on device\n.*goes on from the shards"):
-            prepare(job(tmp_path / "s", path))
+        patched.setattr(pipeline, "_sync", refuse)
+        with pytest.raises(UserError, match=r"cannot be written: No space left on device\n.*resumes from the shards"):
+            prepare(options(tmp_path / "s", path))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "s.parts"]
-    prepare(job(tmp_path / "s", path))
+    prepare(options(tmp_path / "s", path))
     assert documents(tmp_path / "s") == TEXTS
 
 
-def suicidal(unit: Unit, shard: Shard, stop: bool) -> Counts:
-    """The process of shard 2 is killed in its midst, once, or always while a file says so."""
+def killed_once(unit: Unit, shard: Shard, stop_at_broken: bool) -> ShardCounts:
+    """The process of shard 2 is killed while it writes: once, or every time if the file `always` exists."""
     once = shard.folder.with_name("killed")
     if shard.number == 2 and (not once.exists() or shard.folder.with_name("always").exists()):
         once.touch()
         shard.bin.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
-    return make_shard(unit, shard, stop)
+    return make_shard(unit, shard, stop_at_broken)
 
 
 @pytest.mark.usefixtures("small_units")
@@ -197,28 +201,28 @@ def suicidal(unit: Unit, shard: Shard, stop: bool) -> Counts:
 def test_a_killed_worker_costs_its_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
-    monkeypatch.setattr(pipeline, "make_shard", suicidal)
-    prepare(job(tmp_path / "s", write_jsonl(tmp_path / "a.jsonl"), workers=workers))
+    monkeypatch.setattr(pipeline, "make_shard", killed_once)
+    prepare(options(tmp_path / "s", write_jsonl(tmp_path / "a.jsonl"), workers=workers))
     assert documents(tmp_path / "s") == TEXTS
     assert "a process was killed (out of memory?)" in capsys.readouterr().err
     (tmp_path / "always").touch()
-    with pytest.raises(UserError, match=r"was killed 3 times\n.*fewer --workers; the same command goes on"):
-        prepare(job(tmp_path / "t", tmp_path / "a.jsonl", workers=workers))
+    with pytest.raises(UserError, match=r"was killed 3 times\n.*fewer --workers; the same command resumes"):
+        prepare(options(tmp_path / "t", tmp_path / "a.jsonl", workers=workers))
 
 
-def slow(unit: Unit, shard: Shard, stop: bool) -> Counts:
+def slow(unit: Unit, shard: Shard, stop_at_broken: bool) -> ShardCounts:
     time.sleep(0.1 if shard.number < 3 else 30)
-    return make_shard(unit, shard, stop)
+    return make_shard(unit, shard, stop_at_broken)
 
 
 def _prepare_slowly(source: Path, out: Path) -> None:
-    units.UNIT = 3000
+    units.UNIT_BYTES = 3000
     pipeline.make_shard = slow
-    prepare(job(out, source))
+    prepare(options(out, source))
 
 
 @pytest.mark.usefixtures("small_units")
-def test_a_killed_prepare_goes_on_and_two_into_one_place_are_refused(tmp_path: Path) -> None:
+def test_a_killed_prepare_resumes_and_a_second_one_into_the_same_store_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl")
     process = multiprocessing.get_context("forkserver").Process(target=_prepare_slowly, args=(path, tmp_path / "s"))
     process.start()
@@ -227,16 +231,33 @@ def test_a_killed_prepare_goes_on_and_two_into_one_place_are_refused(tmp_path: P
         assert process.is_alive()
         assert time.monotonic() < end
         time.sleep(0.05)
-    with pytest.raises(UserError, match=r"another `prepare` is writing to .*s.parts\n  wait for it, or another --out"):
-        prepare(job(tmp_path / "s", path))
+    with pytest.raises(
+        UserError, match=r"another `prepare` is writing to .*s.parts\n  wait until it ends, or give another --out"
+    ):
+        prepare(options(tmp_path / "s", path))
     process.kill()
     process.join()
-    with pytest.raises(UserError, match=r"holds the shards of an unfinished `prepare` of other files, or with"):
-        prepare(job(tmp_path / "s", path, tokenizer="world"))
+    with pytest.raises(UserError, match=r"has the shards of an unfinished `prepare` of other files or with"):
+        prepare(options(tmp_path / "s", path, tokenizer="world"))
     finished = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "s.parts").glob("*.json")}
     assert len(finished) == 3
-    prepare(job(tmp_path / "s", path))
+    prepare(options(tmp_path / "s", path))
     assert documents(tmp_path / "s") == TEXTS
+
+
+def test_a_broken_pool_ends_its_busy_workers_at_once() -> None:
+    """A broken executor terminates its other processes and joins them; Python 3.12 and later do nothing else."""
+    broken = workers.pool(2, "bytes", ())
+    busy = broken.submit(time.sleep, 100)
+    while not busy.running():
+        time.sleep(0.01)
+    started = time.monotonic()
+    with pytest.raises(BrokenProcessPool):
+        broken.submit(signal.raise_signal, signal.SIGKILL).result()
+    broken.shutdown()
+    assert time.monotonic() - started < 30
+    with pytest.raises(BrokenProcessPool):
+        busy.result()
 
 
 def test_workers_end_with_a_killed_prepare() -> None:
@@ -258,7 +279,7 @@ def test_workers_end_with_a_killed_prepare() -> None:
 
 
 def test_workers_outlive_the_signals_of_a_job() -> None:
-    """SLURM sends them to all processes; the run saves upon them, and needs its workers for that."""
+    """SLURM signals all processes of a job; the run then saves a checkpoint, and needs its workers for that."""
     code = (
         "import os, psutil; from signal import *; from rwkv_train.data import workers\n"
         "if __name__ == '__main__':\n"
@@ -273,23 +294,23 @@ def test_workers_outlive_the_signals_of_a_job() -> None:
 
 
 def test_verify_names_the_document_of_a_flipped_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prepare(job(tmp_path / "s", write_jsonl(tmp_path / "a.jsonl")))
+    prepare(options(tmp_path / "s", write_jsonl(tmp_path / "a.jsonl")))
     store = IndexedStore(tmp_path / "s")
     starts, _ = store.documents()
     with open(tmp_path / "s.bin", "r+b") as file:
         file.seek(2 * (int(starts[123]) + 5))
         file.write(b"\x01")
     assert cli.main(["prepare", "verify", str(tmp_path / "s")]) == 1
-    told = capsys.readouterr().out
-    assert f"s.bin, document 123 (token {int(starts[123]):,} on) is not what was written" in told
-    assert "1 faults" in told
+    output = capsys.readouterr().out
+    assert f"s.bin, document 123 (from token {int(starts[123]):,} on) differs from its checksum" in output
+    assert "1 fault\n" in output
     index = bytearray((tmp_path / "s.idx").read_bytes())
     index[34] ^= 1
     (tmp_path / "s.idx").write_bytes(index)
-    assert any("does not begin where the one before it ends" in fault.what for fault in verify(tmp_path / "s"))
+    assert any("does not begin at the end of the previous one" in fault.what for fault in verify(tmp_path / "s"))
 
 
-def test_verify_of_a_foreign_store_finds_tokens_that_do_not_exist(tmp_path: Path) -> None:
+def test_verify_finds_tokens_outside_the_vocabulary_in_a_store_without_manifest(tmp_path: Path) -> None:
     ours(tmp_path / "x", [[5, 6, 0], [7, 300, 0]])
     faults = list(verify(tmp_path / "x", "bytes"))
     assert "x.bin, document 1: token 4 is 300, the vocabulary of bytes has 256" in faults[0].what
@@ -298,45 +319,45 @@ def test_verify_of_a_foreign_store_finds_tokens_that_do_not_exist(tmp_path: Path
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prepare(job(tmp_path / "s", write_jsonl(tmp_path / "a.jsonl"), tokenizer="world"))
+    prepare(options(tmp_path / "s", write_jsonl(tmp_path / "a.jsonl"), tokenizer="world"))
     assert cli.main(["prepare", "inspect", str(tmp_path / "s"), "--document", "7"]) == 0
-    told = capsys.readouterr().out
-    assert "s: 200 documents, " in told
-    assert "tokenizer world:" in told
-    assert "document 7: häppy 😀 words and more words" in told
+    output = capsys.readouterr().out
+    assert "s: 200 documents, " in output
+    assert "tokenizer world:" in output
+    assert "document 7: häppy 😀 words and more words" in output
     assert cli.main(["prepare", "inspect", str(tmp_path / "s"), "--document", "200"]) == 2
-    assert "there is no document 200\n  " in capsys.readouterr().err
+    assert "has no document 200\n  give a number from 0 to 199" in capsys.readouterr().err
 
 
-def test_mistakes(tmp_path: Path) -> None:
+def test_error_messages(tmp_path: Path) -> None:
     def message(*sources: Path | str, **more: Any) -> str:
         with pytest.raises(UserError) as error:
-            prepare(job(tmp_path / "s", *sources, **more))
+            prepare(options(tmp_path / "s", *sources, **more))
         return str(error.value)
 
     path = write_jsonl(tmp_path / "a.jsonl")
     assert "gone.jsonl: there is no such file or directory" in message(tmp_path / "gone.jsonl")
     (tmp_path / "empty").mkdir()
     assert "is an empty directory" in message(tmp_path / "empty")
-    assert "data.tokenizer=gpt5 is no tokenizer\n  there is: bytes, world" in message(path, tokenizer="gpt5")
-    assert "no document could be taken (200 without the text field)\n  --field" in message(path, field="body")
+    assert "data.tokenizer=gpt5 is not a known tokenizer\n  give bytes, world" in message(path, tokenizer="gpt5")
+    assert "no usable document (200 without the text field)\n  give the column" in message(path, field="body")
     (tmp_path / "bad.jsonl.gz").write_bytes(b"no gzip")
-    assert "bad.jsonl.gz cannot be unpacked" in message(tmp_path / "bad.jsonl.gz")
+    assert "bad.jsonl.gz cannot be decompressed" in message(tmp_path / "bad.jsonl.gz")
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
-    assert "bad.parquet is no parquet file" in message(tmp_path / "bad.parquet")
+    assert "bad.parquet is not a parquet file" in message(tmp_path / "bad.parquet")
     assert not (tmp_path / "s.idx").exists()
-    assert not (tmp_path / "s.parts").exists(), "it would stand in the way of another try"
-    prepare(job(tmp_path / "s", path))
-    assert "s.bin is there already\n  another --out" in message(path)
+    assert not (tmp_path / "s.parts").exists(), "it would block another attempt"
+    prepare(options(tmp_path / "s", path))
+    assert "s.bin exists already\n  give another --out" in message(path)
 
 
-def test_a_manifest_that_is_none(tmp_path: Path) -> None:
+def test_invalid_manifests(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text("{}")
-    with pytest.raises(UserError, match=r"s.json is no manifest of a store .*\n  move it away"):
+    with pytest.raises(UserError, match=r"s.json is not the manifest of a store .*\n  remove it"):
         read_manifest(tmp_path / "s")
     (tmp_path / "s.json").write_text('{"format": 99}')
     with pytest.raises(UserError, match=r"has format 99, this version reads 1"):
         read_manifest(tmp_path / "s")
     manifest = Manifest("bytes", [], "other", 1, 1, 1, 1, "", {}, [])
-    with pytest.raises(UserError, match=r"made with the tokenizer other; bytes is bytes now\n  bring back"):
+    with pytest.raises(UserError, match=r"made with the tokenizer other; bytes is bytes now\n  restore"):
         manifest.load_tokenizer()

@@ -1,4 +1,4 @@
-"""Streams: three resumes in a row are one run, whatever the ranks; mistakes."""
+"""Streams: three consecutive resumes equal one run, on any number of ranks; error messages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rwkv_train.config import BatchSettings, DataSettings
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 
@@ -29,7 +30,7 @@ def files(tmp_path: Path) -> str:
 
 def stream(path: str, workers: int = 0, ranks: int = 1, **more: Any) -> Batches:
     data = DataSettings("stream", path, "bytes", 0.0, workers=workers, **{"held_out_documents": 5, **more})
-    return Batches(data, BatchSettings(512, 64, None), seed=1, world_size=ranks)
+    return Batches(data, BatchSettings(512, 64, None), seed=1, mesh=Mesh(ranks))
 
 
 def text_of(batches: list[Any]) -> bytes:
@@ -48,19 +49,19 @@ def test_the_stream_is_the_documents_in_their_order_epoch_after_epoch(files: str
 
 
 def test_three_resumes_in_a_row_are_one_run(files: str) -> None:
-    whole = stream(files)
-    expected = [whole.batch(step) for step in range(49)]
+    uninterrupted = stream(files)
+    expected = [uninterrupted.batch(step) for step in range(49)]
     position, begin = None, 0
     for end in (9, 23, 40, 48):  # the third lies in the second epoch
         part = stream(files)
         part.begin(begin, position)
         loader = iter(part.training())
         for step in range(begin, end):
-            tokens, targets = next(loader)
+            tokens, targets, *_ = next(loader)
             assert torch.equal(tokens, expected[step][0])
             assert torch.equal(targets, expected[step][1])
         for _ in range(3):
-            next(loader)  # loaders are ahead of the step that is saved
+            next(loader)  # a loader reads ahead of the step that is saved
         position, begin = json.loads(json.dumps(part.position(end))), end
         assert torch.equal(part.batch(end)[0], expected[end][0]), "the probe of a checkpoint"
     assert len(json.dumps(position)) < 2000
@@ -79,12 +80,12 @@ def test_ranks_and_workers_change_nothing(files: str) -> None:
         data.stream.close()  # type: ignore[union-attr]
 
 
-def test_mistakes(files: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.field=body: a row has no text there, its columns are text, id"):
+def test_error_messages(files: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.field=body: a row has no text in this column; its columns are text, id"):
         stream(files, field="body")
-    with pytest.raises(UserError, match="has no document to train on beyond the held-out ones"):
+    with pytest.raises(UserError, match="has no document to train on beyond the 500 held-out ones"):
         stream(files, held_out_documents=500).batch(0)
-    with pytest.raises(UserError, match=r"no local file and no data set that can be reached"):
+    with pytest.raises(UserError, match=r"is neither a local file nor a reachable data set"):
         stream(str(tmp_path / "gone.jsonl"))
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(UserError, match="names files of several or of unknown kinds"):

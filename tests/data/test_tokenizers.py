@@ -1,4 +1,4 @@
-"""Tokenizers: RWKV World against PyPI rwkv's own, tokenizer.json files, tokens of one's own."""
+"""Tokenizers: RWKV World against PyPI rwkv's own, tokenizer.json files, additional tokens, files for transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_train.data.tokenizers import load_tokenizer
+from rwkv_train.data.tokenizers import load_tokenizer, tokenizer_files
 from rwkv_train.errors import UserError
 
 TEXTS = {
@@ -54,7 +54,7 @@ def test_world_takes_any_bytes(original: Any) -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(text=st.text(max_size=200))
-def test_world_goes_there_and_back(text: str) -> None:
+def test_world_encodes_and_decodes_any_text(text: str) -> None:
     world = load_tokenizer("world")
     assert world.decode(world.encode(text.encode())) == text.encode()
 
@@ -99,19 +99,19 @@ def test_a_tokenizer_json(neox: Path, name: str) -> None:
     assert ours.identity.startswith("json:")
 
 
-def test_a_file_that_is_no_tokenizer(tmp_path: Path, neox: Path) -> None:
+def test_error_messages_of_tokenizer_files(tmp_path: Path, neox: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(UserError, match=r"x.json is no tokenizer.json: .*\n.*bytes, world, or the path"):
+    with pytest.raises(UserError, match=r"x.json is not a tokenizer.json: .*\n.*bytes, world, or the path"):
         load_tokenizer(str(tmp_path / "x.json"))
     with pytest.raises(UserError, match=r"gone\.json cannot be read: No such file"):
         load_tokenizer(str(tmp_path / "gone.json"))
     (tmp_path / "x.json").write_text(neox.read_text().replace("<|endoftext|>", "<|nothing|>"))
-    with pytest.raises(UserError, match="has no token for the end of a text"):
+    with pytest.raises(UserError, match="has no end-of-text token"):
         load_tokenizer(str(tmp_path / "x.json"))
 
 
 @pytest.mark.parametrize("base", ["bytes", "world"])
-def test_tokens_of_ones_own(base: str) -> None:
+def test_additional_tokens(base: str) -> None:
     extra = ["<|user|>", "<|user|>x", "日本"]
     plain, grown = load_tokenizer(base), load_tokenizer(base, extra)
     text = "a <|user|>x<|user|> 日本 日 b".encode()
@@ -126,7 +126,7 @@ def test_tokens_of_ones_own(base: str) -> None:
     assert grown.identity != load_tokenizer(base, extra[:2]).identity
     assert grown.identity.split("+")[0] == plain.identity
     for wrong in (["a", "a"], [""]):
-        with pytest.raises(UserError, match="has an empty token, or one twice"):
+        with pytest.raises(UserError, match="has an empty or a repeated token"):
             load_tokenizer(base, wrong)
 
 
@@ -134,5 +134,41 @@ def test_no_tokenizer_is_imported_before_it_is_needed() -> None:
     import subprocess
 
     check = "import sys, rwkv_train.data; print('tokenizers' in sys.modules, 'pyrwkv_tokenizer' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert told.stdout.split() == ["False", "False"]
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+HUB_TEXTS = ["", "def f(x):\n\treturn  x\n", "déf 你好 \0 z", "Ā Ġ <|endoftext|>", "n't 's .  , ", "\r\n\x7f\xa0\xad"]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """ByteTokenizer as transformers loads it from our files."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("bytes")
+    for name, content in tokenizer_files(load_tokenizer("bytes")).items():
+        (folder / name).write_text(content)
+    (folder / "config.json").write_text('{"model_type": "rwkv"}')
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", HUB_TEXTS)
+def test_bytes_are_bytes_in_transformers(loaded: object, text: str) -> None:
+    assert loaded.encode(text) == list(text.encode())  # type: ignore[attr-defined]
+    assert loaded.decode(loaded.encode(text)) == text  # type: ignore[attr-defined]
+    assert (loaded.bos_token_id, loaded.eos_token_id, len(loaded)) == (0, 0, 256)  # type: ignore[attr-defined, arg-type]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text())
+def test_any_text_is_bytes_in_transformers(loaded: object, text: str) -> None:
+    assert loaded.encode(text) == list(text.encode())  # type: ignore[attr-defined]
+
+
+def test_a_tokenizer_json_is_exported_unchanged(neox: Path) -> None:
+    files = tokenizer_files(load_tokenizer(str(neox)))
+    assert files["tokenizer.json"] == neox.read_text()
+    assert '"eos_token": "<|endoftext|>"' in files["tokenizer_config.json"]
+    assert tokenizer_files(load_tokenizer("world")) == {}
+    assert tokenizer_files(load_tokenizer("bytes", ["<new>"])) == {}

@@ -64,7 +64,7 @@ def test_a_repeated_text_costs_next_to_nothing_and_noise_all_of_it() -> None:
     for name, loss in unknown.items():
         assert math.log(256) - 0.01 < loss < math.log(256) + 0.7, (
             name
-        )  # nobody guesses noise; half of p is lost on trying
+        )  # noise cannot be predicted; interpolation costs up to half of p
 
 
 def test_lzma_is_what_the_held_out_text_adds() -> None:

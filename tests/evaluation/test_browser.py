@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
-from rwkv_train.evaluation.report.live import Server
+from rwkv_train.evaluation.report.live_server import ReportServer
 from rwkv_train.evaluation.report.page import payload, render
-from rwkv_train.evaluation.report.run import open_runs
+from rwkv_train.evaluation.report.recorded_run import open_runs
 from tests.evaluation.made_runs import make_run
 
 INSTALLED = ("chromium-headless-shell", "chromium", "google-chrome")
@@ -173,14 +173,14 @@ def test_events_can_be_hidden(opened: Any) -> None:
     assert page.locator("text=loss_spike").count() == 1, "the list of them stays"
 
 
-def test_the_cursor_tells_values_and_dragging_zooms(opened: Any) -> None:
+def test_the_cursor_shows_values_and_dragging_zooms(opened: Any) -> None:
     page = opened("single")
     loss = chart(page, "Loss")
     over = loss.locator(".u-over").bounding_box()
     page.mouse.move(over["x"] + over["width"] / 2, over["y"] + over["height"] / 2)
-    told = loss.locator(".read").inner_text()
-    assert re.match(r"30\d optimiser steps +● training \d\.\d+ +● validation \d\.\d+ +▏loss_spike, step 300", told), (
-        told
+    values = loss.locator(".read").inner_text()
+    assert re.match(r"30\d optimiser steps +● training \d\.\d+ +● validation \d\.\d+ +▏loss_spike, step 300", values), (
+        values
     )
     before = axis_values(loss)
     page.mouse.down()
@@ -221,7 +221,7 @@ def test_a_phone(opened: Any, scheme: str, name: str) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert chart(page, "Loss").bounding_box()["width"] > 340
     assert colours(chart(page, "Loss"))
-    told = page.evaluate(
+    contrasts = page.evaluate(
         """() => {
           const linear = c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
           const light = text => {
@@ -233,8 +233,8 @@ def test_a_phone(opened: Any, scheme: str, name: str) -> None:
             .map(ink => (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05));
         }"""
     )
-    assert told[0] > 12
-    assert told[1] > 4.5, "soft ink too"
+    assert contrasts[0] > 12
+    assert contrasts[1] > 4.5, "soft ink too"
     sizes = page.evaluate(
         """() => [...document.querySelectorAll("body *")]
           .filter(e => e.checkVisibility() && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
@@ -245,11 +245,11 @@ def test_a_phone(opened: Any, scheme: str, name: str) -> None:
     assert (background == "rgb(19, 20, 23)") == (scheme == "dark")
 
 
-def test_a_live_page_takes_what_is_new(browser: Browser, tmp_path: Path) -> None:
+def test_a_live_page_shows_new_steps(browser: Browser, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 50)
     rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(rows[:20]))
-    with Server(open_runs([run]), 0) as server:
+    with ReportServer(open_runs([run]), 0) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         page = browser.new_page()

@@ -1,4 +1,4 @@
-"""`rwkv-train eval`: its figures against the model's own logits, and what it says of mistakes."""
+"""`rwkv-train eval`: its figures against the model's logits, and its error messages."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import ByteTokenizer, load_tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation import scoring
-from rwkv_train.evaluation.command import Wanted, run
-from rwkv_train.evaluation.perplexity import measure, together
-from rwkv_train.models import RWKV, ModelConfig, build_model
+from rwkv_train.evaluation.eval_command import EvalOptions, run
+from rwkv_train.evaluation.perplexity import combine, measure
+from rwkv_train.models import LanguageModel, ModelConfig, build_model
 from rwkv_train.training.run import train
+from tests.checkpoint.metas import meta_of
 from tests.data.test_indexed import ours
 from tests.oracles.models import lively_model
 from tests.runs import rows, words_for
@@ -32,11 +33,11 @@ BYTES = ByteTokenizer()
 
 
 @pytest.fixture(scope="module")
-def model() -> RWKV:
+def model() -> LanguageModel:
     return lively_model(vocab_size=256).eval()
 
 
-def nats_of(model: RWKV, tokens: torch.Tensor) -> torch.Tensor:
+def nats_of(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
     """Of each token but the first (N - 1), by the definition."""
     with torch.no_grad():
         logits, _ = model(tokens[None, :-1])
@@ -45,7 +46,7 @@ def nats_of(model: RWKV, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("length", "context", "batch"), [(101, 10, 3), (96, 50, 1), (7, 50, 4), (65, 64, 4)])
 def test_every_token_is_predicted_once(
-    model: RWKV, length: int, context: int, batch: int, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, length: int, context: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 256 * 7)  # the head goes over them in parts
     text = torch.randint(1, 256, (length,), generator=torch.Generator().manual_seed(length))
@@ -56,29 +57,29 @@ def test_every_token_is_predicted_once(
     assert result.positions == pytest.approx(np.array(positions), rel=1e-5)
     assert result.counts.tolist() == [sum(len(part) > place for part in parts) for place in range(context)]
     assert (result.tokens, result.available, result.bytes) == (length - 1, length - 1, length - 1)
-    told = result.as_json()
+    figures = result.as_json()
     mean = float(torch.cat(parts).mean())
-    assert told["nats_per_token"] == pytest.approx(mean, rel=1e-5)
-    assert told["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
-    assert told["bits_per_byte"] == pytest.approx(mean / math.log(2), rel=1e-5)
-    bins = told["by_position"]
+    assert figures["nats_per_token"] == pytest.approx(mean, rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(mean / math.log(2), rel=1e-5)
+    bins = figures["by_position"]
     assert [row["from"] for row in bins] == [1, *(row["to"] + 1 for row in bins[:-1])]
     assert sum(row["tokens"] for row in bins) == length - 1
     assert sum(row["tokens"] * row["nats_per_token"] for row in bins) == pytest.approx(result.nats)
     assert [(row["from"], row["to"]) for row in bins[:4]] == [(1, 1), (2, 2), (3, 4), (5, 8)][: len(bins)]
 
 
-def test_a_limit_takes_windows_from_the_whole_store(model: RWKV) -> None:
+def test_a_limit_takes_windows_from_the_whole_store(model: LanguageModel) -> None:
     text = np.repeat(np.arange(1, 11, dtype=np.uint8), 100)
     part = measure(model, BYTES, "x", MemoryStore(text), 10, 4, limit=95)
     assert (part.tokens, part.available) == (90, 999)
     whole = measure(model, BYTES, "y", MemoryStore(text), 10, 4)
-    both = together([part, whole])
+    both = combine([part, whole])
     assert (both.name, both.tokens, both.nats) == ("all", 90 + 999, part.nats + whole.nats)
     assert both.positions.tolist() == (part.positions + whole.positions).tolist()
 
 
-def test_whether_the_context_is_used_shows() -> None:
+def test_the_loss_by_position_shows_whether_the_context_is_used() -> None:
     """A model that cannot mix over time has the same loss at every position; one that does has not."""
     blind = lively_model(vocab_size=256)
     with torch.no_grad():
@@ -88,9 +89,9 @@ def test_whether_the_context_is_used_shows() -> None:
     draw = np.random.default_rng(0)
     text = np.tile(draw.integers(1, 256, 64, dtype=np.uint8), 64)
 
-    def spread(model: RWKV) -> float:
+    def spread(model: LanguageModel) -> float:
         """Between the second and the last bin, in windows that begin at every place of the pattern alike."""
-        bins = measure(model, BYTES, "x", MemoryStore(text), 63, 8).as_json()["by_position"]
+        bins = measure(model, BYTES, "x", MemoryStore(text), 63, 65).as_json()["by_position"]
         return float(bins[1]["nats_per_token"] - bins[-1]["nats_per_token"])
 
     assert abs(spread(blind)) < 0.02
@@ -152,50 +153,51 @@ def test_text_stores_and_names(trained: Path, tmp_path: Path, capsys: pytest.Cap
     assert batches[0] == pytest.approx(batches[1], rel=1e-6)
 
 
-def refused(words: dict[str, Any]) -> str:
+def refused(options: dict[str, Any]) -> str:
     with pytest.raises(UserError) as error:
-        run(Wanted(**words))
+        run(EvalOptions(**options))
     return str(error.value)
 
 
-def test_mistakes(trained: Path, model: RWKV, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_messages(trained: Path, model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = str(trained / "weights.pth")
     for name, value, valid in (("context", 0, 1), ("batch", 0, 1), ("tokens", 0, 1), ("limit", 0, 1), ("shots", -1, 0)):
-        told = refused({"checkpoint": checkpoint, name: value})
-        assert told == f"--{name} {value} is out of range\n  valid: {valid} or more"
+        message = refused({"checkpoint": checkpoint, name: value})
+        assert message == f"--{name} {value} is out of range\n  valid: {valid} or more"
     assert refused({"checkpoint": checkpoint, "max_length": 1}).startswith("--max-length 1 is out of range")
-    assert "there is neither a store nor text" in refused({"checkpoint": checkpoint, "data": ["nowhere.txt"]})
-    assert "there is no directory for it" in refused({"checkpoint": checkpoint, "out": str(tmp_path / "no" / "x.json")})
+    assert "there is no such store or text" in refused({"checkpoint": checkpoint, "data": ["nowhere.txt"]})
+    assert "its directory does not exist" in refused({"checkpoint": checkpoint, "out": str(tmp_path / "no" / "x.json")})
     (tmp_path / "a.txt").write_text("x" * 9)
     twice = refused({"checkpoint": checkpoint, "data": [str(tmp_path / "a.txt")] * 2})
-    assert "there are two sources called a\n  name them: --data NAME=PATH" in twice
+    assert "there are two sources named a\n  name them: --data NAME=PATH" in twice
     torch.save(model.state_dict(), tmp_path / "bare.pth")
-    told = refused({"checkpoint": str(tmp_path / "bare.pth")})
-    assert "does not lead to the data that its run held out\n  --data names what to evaluate on" in told
-    monkeypatch.setattr("rwkv_train.evaluation.command.find_spec", lambda name: None)
-    told = refused({"checkpoint": checkpoint, "tasks": ["x"]})
-    assert told == "--tasks needs lm-eval, which is not installed\n  pip install 'rwkv-train[eval]'"
+    message = refused({"checkpoint": str(tmp_path / "bare.pth")})
+    assert "is not found\n  give the data to evaluate on" in message
+    monkeypatch.setattr("rwkv_train.evaluation.eval_command.find_spec", lambda name: None)
+    message = refused({"checkpoint": checkpoint, "tasks": ["x"]})
+    assert message == "--tasks needs lm-eval, which is not installed\n  pip install 'rwkv-train[eval]'"
 
 
-def test_another_tokenizer(trained: Path, tmp_path: Path) -> None:
-    """The checkpoint remembers its own; a store's and the one that is typed must be the same."""
+def test_a_mismatched_tokenizer_is_refused(trained: Path, tmp_path: Path) -> None:
+    """The checkpoint records its tokenizer; that of a store and --tokenizer must be the same."""
     checkpoint = str(*trained.glob("checkpoints/step_*"))
-    told = refused({"checkpoint": checkpoint, "tokenizer": "world"})
-    assert "has a vocabulary of 256 tokens, the tokenizer world 65,536" in told
+    message = refused({"checkpoint": checkpoint, "tokenizer": "world"})
+    assert "has a vocabulary of 256 tokens, the tokenizer world 65,536" in message
     store = IndexedStore(ours(tmp_path / "store"))
     identity = load_tokenizer("world").identity
     write_manifest(store.stem, Manifest("world", [], identity, 4, len(store), 1, 9, store.fingerprint(), {}, []))
-    told = refused({"checkpoint": checkpoint, "data": [str(store.stem)]})
-    assert "the store was made with the tokenizer world:" in told
-    assert f"{checkpoint} was trained with bytes" in told
+    message = refused({"checkpoint": checkpoint, "data": [str(store.stem)]})
+    assert "the store was made with the tokenizer world:" in message
+    assert f"{checkpoint} was trained with bytes" in message
 
     wide = build_model(ModelConfig("rwkv4", 1, 8, 65536))
-    folder = tmp_path / "step_000000001"
-    folder.mkdir()
-    torch.save(wide.state_dict(), folder / "weights.pth")
-    (folder / "meta.json").write_text(json.dumps({"step": 1, "tokenizer": "json:0123456789ab", "config": {}}))
-    told = refused({"checkpoint": str(folder), "tokenizer": "world"})
-    assert "was trained with the tokenizer json:0123456789ab, --tokenizer world is world:" in told
-    assert "would mean other texts\n  leave --tokenizer out" in told
-    told = refused({"checkpoint": str(folder)})
-    assert "was trained with the tokenizer json:0123456789ab, which is not found\n  --tokenizer names" in told
+    newest = tmp_path / "checkpoints" / "step_000000001-0001"
+    newest.mkdir(parents=True)
+    weights = str(tmp_path / "weights.pth")
+    torch.save(wide.state_dict(), weights)
+    (newest / "meta.json").write_text(json.dumps(meta_of(tokenizer="json:0123456789ab").as_json()))
+    message = refused({"checkpoint": weights, "tokenizer": "world"})
+    assert "was trained with the tokenizer json:0123456789ab, --tokenizer world is world:" in message
+    assert "would mean other texts\n  leave --tokenizer out" in message
+    message = refused({"checkpoint": weights})
+    assert "was trained with the tokenizer json:0123456789ab, which is not found\n  --tokenizer names" in message

@@ -9,7 +9,7 @@ from rwkv_train.data.tokenizers import ByteTokenizer
 from rwkv_train.inference import continuation
 from rwkv_train.inference.continuation import Continuation, Prompt, continue_texts, read
 from rwkv_train.inference.sampling import Sampling
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 from tests.oracles.models import lively_model
 
 BYTES = ByteTokenizer()
@@ -17,7 +17,7 @@ PROMPTS = ["a", "def f(", "to be or not to be", "x" * 33, "def g(", "z"]
 
 
 class Kept:
-    """Keeps the pieces that are told."""
+    """Collects the bytes that are shown."""
 
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = pieces
@@ -27,7 +27,7 @@ class Kept:
 
 
 @pytest.fixture(scope="module")
-def model() -> RWKV:
+def model() -> LanguageModel:
     return lively_model(vocab_size=256).eval()
 
 
@@ -36,31 +36,32 @@ def encode(*texts: str) -> list[Prompt]:
 
 
 def texts(
-    model: RWKV, prompts: list[Prompt], sampling: Sampling, first: int = 0, **words: object
+    model: LanguageModel, prompts: list[Prompt], sampling: Sampling, first: int = 0, **words: object
 ) -> list[Continuation]:
     seeds = [first + number for number in range(len(prompts))]
     return continue_texts(model, BYTES, prompts, 40, sampling, seeds, **words)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0), Sampling(0.9, 0.95, 50, 1.1)])
-def test_a_text_does_not_depend_on_its_batch(model: RWKV, sampling: Sampling) -> None:
+def test_a_text_does_not_depend_on_its_batch(model: LanguageModel, sampling: Sampling) -> None:
     together = texts(model, encode(*PROMPTS), sampling)
     alone = [texts(model, encode(prompt), sampling, number)[0] for number, prompt in enumerate(PROMPTS)]
     assert [text.tokens for text in together] == [text.tokens for text in alone]
     assert len({text.text for text in together}) > 3
 
 
-def test_reading_is_the_parallel_mode_of_each(model: RWKV, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(continuation, "_AT_ONCE", 7)  # long prompts are read in parts
+def test_reading_is_the_parallel_mode_of_each(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continuation, "MAX_PROMPT_CHUNK", 7)  # long prompts are read in parts
     with torch.no_grad():
         logits, state = read(model, encode(*PROMPTS))
         for row, (ids, _) in enumerate(encode(*PROMPTS)):
             expected, after = model(torch.tensor([ids]))
             torch.testing.assert_close(logits[row], expected[0, -1], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(state.wkv[:, row], after.wkv[:, 0], rtol=1e-4, atol=1e-5)
+            for found, wanted in zip(state.tensors(), after.tensors(), strict=True):
+                torch.testing.assert_close(found[row], wanted[0], rtol=1e-4, atol=1e-5)
 
 
-def test_prompts_go_on_from_what_was_read(model: RWKV) -> None:
+def test_prompts_go_on_from_what_was_read(model: LanguageModel) -> None:
     """Rows with a memory and rows of fresh texts in one batch."""
     with torch.no_grad():
         _, before = read(model, encode("to be or "))
@@ -75,35 +76,35 @@ def test_prompts_go_on_from_what_was_read(model: RWKV) -> None:
     ]
 
 
-def test_stop_strings_end_a_text(model: RWKV) -> None:
+def test_stop_strings_end_a_text(model: LanguageModel) -> None:
     (plain,) = texts(model, encode("def "), Sampling(0.9), 5)
     for stop in (plain.text[10:13], plain.text[20:21]):
-        told: list[bytes] = []
+        shown: list[bytes] = []
         stops = [b"\xff\xfe\xfd", stop]
-        (ended,) = texts(model, encode("def "), Sampling(0.9), 5, stops=stops, told=Kept(told))
+        (ended,) = texts(model, encode("def "), Sampling(0.9), 5, stops=stops, on_text=Kept(shown))
         assert ended.ended == "stop"
         assert ended.text == plain.text[: plain.text.find(stop)]
-        assert b"".join(told) == ended.text, "nothing of a stop string was shown"
+        assert b"".join(shown) == ended.text, "nothing of a stop string was shown"
     assert plain.ended == "length"
     assert len(plain.text) == 40
 
 
-def test_what_could_be_a_stop_string_is_held_back(model: RWKV) -> None:
-    told: list[bytes] = []
+def test_what_could_be_a_stop_string_is_held_back(model: LanguageModel) -> None:
+    shown: list[bytes] = []
     (plain,) = texts(model, encode("def "), Sampling(0.9), 5)
     never = plain.text[:3] + b"\xff"
-    (again,) = texts(model, encode("def "), Sampling(0.9), 5, stops=[never], told=Kept(told))
-    assert told[:3] == [b"", b"", b""]
-    assert b"".join(told) == again.text == plain.text
+    (again,) = texts(model, encode("def "), Sampling(0.9), 5, stops=[never], on_text=Kept(shown))
+    assert shown[:3] == [b"", b"", b""]
+    assert b"".join(shown) == again.text == plain.text
 
 
-def test_an_end_of_text_ends_one_where_it_should(model: RWKV) -> None:
+def test_an_end_of_text_ends_one_where_it_should(model: LanguageModel) -> None:
     seed = next(seed for seed in range(200) if 0 in texts(model, encode("q"), Sampling(), seed, at_end=False)[0].tokens)
     goes_on, ended = (texts(model, encode("q"), Sampling(), seed, at_end=end)[0] for end in (False, True))
     assert (goes_on.ended, ended.ended) == ("length", "end_of_text")
     assert ended.tokens == goes_on.tokens[: goes_on.tokens.index(0)]
 
 
-def test_nothing_to_do(model: RWKV) -> None:
+def test_nothing_to_do(model: LanguageModel) -> None:
     assert continue_texts(model, BYTES, [], 5, Sampling(), []) == []
     assert continue_texts(model, BYTES, encode("x"), 0, Sampling(), [0]) == [Continuation()]

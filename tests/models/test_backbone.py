@@ -9,7 +9,9 @@ from torch import Tensor
 
 from rwkv_train import ops
 from rwkv_train.models import ModelConfig, State, build_model
-from rwkv_train.models.weights import infer_config, mismatches, shapes_of
+from rwkv_train.models.detect import detect
+from rwkv_train.models.rwkv4 import LayerState
+from rwkv_train.models.weights import mismatches, shapes_of
 from tests.oracles.models import lively_model
 
 
@@ -22,8 +24,11 @@ def test_the_state_is_small_typed_and_of_constant_size() -> None:
     states = [model(text(2, length))[1] for length in (1, 7, 64)]
     for state in states:
         assert isinstance(state, State)
-        assert [tuple(part.shape) for part in state] == [(3, 2, 32), (3, 2, 32), (3, 2, 3, 32)]
-        assert state.wkv.dtype == torch.float32
+        assert len(state.layers) == 3
+        for layer in state.layers:
+            assert isinstance(layer, LayerState)
+            assert (layer.att_x.shape, layer.wkv.shape, layer.ffn_x.shape) == ((2, 32), (2, 3, 32), (2, 32))
+            assert layer.wkv.dtype == torch.float32
 
 
 def test_gradients_flow_through_the_state() -> None:
@@ -69,7 +74,7 @@ def test_compiles_into_one_graph(carried: bool) -> None:
     compiled = torch.compile(model, fullgraph=True)
     tokens = text(2, 16)
     state = model(text(2, 5))[1] if carried else None
-    state = State(*(part.detach() for part in state)) if state is not None else None
+    state = state.detach() if state is not None else None
     gradients = []
     for network in (model, compiled):
         logits, _ = network(tokens, state)
@@ -98,12 +103,12 @@ def test_vectors_are_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> 
         _, state = model(text(1, 4))
     assert seen.pop("k") == torch.bfloat16
     assert set(seen.values()) == {torch.float32}
-    assert state.wkv.dtype == torch.float32
+    assert state.layers[0].wkv.dtype == torch.float32
 
 
-def test_infer_config_and_mismatches() -> None:
+def test_detection_and_mismatches() -> None:
     model = build_model(ModelConfig("rwkv4", 2, 24, 60, dim_ffn=40))
-    assert infer_config(model.state_dict()) == model.config
+    assert detect(shapes_of(model.state_dict())) == model.config
     other = build_model(ModelConfig("rwkv4", 1, 24, 61, dim_ffn=40))
     found = mismatches(shapes_of(model.state_dict()), other)
     assert found[0] == "emb.weight has shape (60, 24), this model (61, 24)"

@@ -8,7 +8,7 @@ import torch
 from rwkv_train.config import GroupRule
 from rwkv_train.errors import UserError
 from rwkv_train.models import ModelConfig, build_model, recipe_of
-from rwkv_train.models.recipe import Orthogonal, Row, Site, claim, constant, initial_value
+from rwkv_train.models.recipe import Orthogonal, RecipeRow, Site, claim, constant, initial_value
 from rwkv_train.training.optim import parameter_groups
 
 L, C, V = 3, 24, 60
@@ -80,7 +80,7 @@ def test_orthogonal(vocab_size: int) -> None:
 
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9), (65536, 8)])
 def test_orthogonal_values_are_torch_s(shape: tuple[int, int]) -> None:
-    found = Orthogonal(0.5)(torch.Size(shape), Site(0, 1), torch.Generator().manual_seed(1))
+    found = Orthogonal(0.5, tall_factor=True)(torch.Size(shape), Site(0, 1), torch.Generator().manual_seed(1))
     gain = 0.5 * math.sqrt(max(1.0, shape[0] / shape[1]))
     wanted = torch.nn.init.orthogonal_(torch.empty(shape), gain, torch.Generator().manual_seed(1))
     assert torch.equal(found, wanted)
@@ -100,7 +100,7 @@ def test_a_value_depends_on_seed_name_and_shape_only(weights: dict[str, torch.Te
     for name in reversed(list(weights)):  # another order, after other draws, with another number of threads
         torch.manual_seed(len(name))
         torch.set_num_threads(1 + len(name) % 2)
-        assert torch.equal(initial_value(name, weights[name].shape, rows[name], L, 3), weights[name]), name
+        assert torch.equal(initial_value(name, weights[name].shape, rows[name], CONFIG, 3), weights[name]), name
     torch.set_num_threads(threads)
     other = build_model(CONFIG, seed=4).state_dict()
     assert not torch.equal(other["head.weight"], weights["head.weight"])
@@ -108,13 +108,13 @@ def test_a_value_depends_on_seed_name_and_shape_only(weights: dict[str, torch.Te
 
 
 def test_each_parameter_is_claimed_once() -> None:
-    row = Row("a", constant(0))
+    row = RecipeRow("a", constant(0))
     with pytest.raises(ValueError, match=r"parameter b must be claimed by exactly one row.*none"):
         claim(["a", "b"], [row])
     with pytest.raises(ValueError, match=r"parameter a must be claimed"):
-        claim(["a"], [row, Row(".*", constant(0))])
+        claim(["a"], [row, RecipeRow(".*", constant(0))])
     with pytest.raises(ValueError, match="match no parameter: idle"):
-        claim(["a"], [row, Row("idle", constant(0))])
+        claim(["a"], [row, RecipeRow("idle", constant(0))])
 
 
 def expected_group(name: str, weight_decay: float) -> tuple[float, float]:

@@ -36,7 +36,7 @@ def assert_as_good_as(
 ) -> None:
     """Error of ours against the float64 truth ≤ 2 × the definition's in the working dtype (gradients 3 ×).
 
-    Where luck made the definition nearly exact, one rounding of the result (epsilon) counts as its error.
+    Where the definition is nearly exact by chance, one rounding of the result (epsilon) counts as its error.
     """
     for index, (mine, plain, exact) in enumerate(zip(ours, definition, truth, strict=True)):
         assert mine.isfinite().all(), f"result {index} is not finite"

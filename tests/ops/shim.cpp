@@ -1,5 +1,6 @@
-// The kernels as plain C functions, so that tests call them on memory of their own: float32, one thread.
+// The CPU kernels as plain C functions, so that tests call them on memory of their own: float32, one thread.
 #include "elementwise_cpu.cpp"
+#include "shift_mix_backward_cpu.cpp"
 #include "wkv4_cpu.cpp"
 
 #include <vector>

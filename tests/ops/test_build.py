@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_train import ops
 from rwkv_train.ops import build
+from rwkv_train.ops.build import CppEngine
+from rwkv_train.ops.families import FAMILIES
 
 CALL = (
-    "import torch; from rwkv_train import ops; ops.relu_squared(torch.ones(3)); from rwkv_train.ops.build import CPP; "
+    "import torch; from rwkv_train import ops; ops.relu_squared(torch.ones(3)); "
+    "from rwkv_train.ops.families import FAMILIES; "
 )
-REPORT = CALL + "print('library', CPP.library)"
+REPORT = CALL + "print('library', FAMILIES['elementwise'].cpp.library)"
 
 
 def start(code: str, home: Path, **environment: str) -> subprocess.Popen[str]:
-    """Python on `code` with a home of its own, where no engine has been built."""
+    """Python on `code` with a home of its own, where no engine is built yet."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("RWKV_OPS", "HOME")}
     variables = {**inherited, "HOME": str(home), "PYTHONWARNINGS": "default", **environment}
     root = Path(__file__).resolve().parents[2]
@@ -37,10 +39,11 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def test_two_processes_at_once_build_one_library_with_a_stripped_path(tmp_path: Path) -> None:
+    """And it is that of the family whose operator was called; the other one is not compiled."""
     both = [start(REPORT, tmp_path, PATH="/nowhere") for _ in range(2)]
     lines = {line for process in both for line in finish(process)[0].splitlines()}
     libraries = list((tmp_path / ".cache" / "rwkv_train").rglob("*.so"))
-    assert len(libraries) == 1
+    assert [path.name for path in libraries] == ["rwkv_train_cpp_elementwise.so"]
     assert lines == {f"library {libraries[0]}"}
     assert {path.name for path in libraries[0].parent.iterdir()} == {libraries[0].name, "lock"}
 
@@ -51,10 +54,10 @@ def test_nothing_is_built_at_import(tmp_path: Path) -> None:
 
 
 def test_a_killed_builder_leaves_nothing_in_the_way(tmp_path: Path) -> None:
-    engine = build.Engine("cpp", ("elementwise_cpu.cpp",))
+    engine = CppEngine("elementwise", ("elementwise_cpu.cpp",))
     code = (
-        "import pathlib; from rwkv_train.ops import build; "
-        f"build.Engine('cpp', ('elementwise_cpu.cpp',)).build(pathlib.Path({str(tmp_path)!r}))"
+        "import pathlib; from rwkv_train.ops.build import CppEngine; "
+        f"CppEngine('elementwise', ('elementwise_cpu.cpp',)).build(pathlib.Path({str(tmp_path)!r}))"
     )
     process = start(code, tmp_path)
     deadline = time.monotonic() + 60
@@ -69,6 +72,7 @@ def test_a_killed_builder_leaves_nothing_in_the_way(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_one_warning_and_the_definition(tmp_path: Path) -> None:
+    """One for all families, as the reason is one."""
     code = (
         "from rwkv_train.ops import build; build.COMPILERS = ('no-such-compiler',); "
         "import torch; from rwkv_train import ops; one = torch.ones(4); "
@@ -86,7 +90,7 @@ def test_without_a_compiler_one_warning_and_the_definition(tmp_path: Path) -> No
     assert message[1:3] == ["  why: no C++ compiler (no-such-compiler) was found", "  try: sudo apt install g++"]
 
 
-def test_a_demanded_engine_that_cannot_be_had_is_an_error(tmp_path: Path) -> None:
+def test_a_demanded_engine_that_is_not_available_is_an_error(tmp_path: Path) -> None:
     code = "from rwkv_train.ops import build; build.COMPILERS = ('no-such-compiler',); " + CALL
     process = start(code, tmp_path, RWKV_OPS="cpp")
     _, errors = process.communicate(timeout=60)
@@ -103,13 +107,13 @@ def test_the_definition_on_demand_builds_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*"))
 
 
-def test_sources_that_do_not_compile_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_compiler_is_shown_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = tmp_path / "sources"
     sources.mkdir()
     (sources / "broken.cpp").write_text("int f() { return nothing; }\n")
     monkeypatch.setattr(build, "source_directory", lambda: sources)
     with pytest.raises(build.BuildError) as caught:
-        build.Engine("cpp", ("broken.cpp",)).build(tmp_path)
+        CppEngine("broken", ("broken.cpp",)).build(tmp_path)
     assert "nothing" in caught.value.why
     assert "\n" not in caught.value.why
     assert "ninja -C" in caught.value.command
@@ -120,44 +124,19 @@ def test_a_home_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch
     blocked.write_text("")
     monkeypatch.setattr(Path, "home", lambda: blocked)
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
-    library = build.Engine("cpp", ("elementwise_cpu.cpp",)).build()
+    library = CppEngine("elementwise", ("elementwise_cpu.cpp",)).build()
     assert library.is_relative_to(tmp_path / f"rwkv_train-{os.getuid()}")
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(blocked))
     with pytest.raises(build.BuildError, match="nowhere to write"):
-        build.Engine("cpp", ("elementwise_cpu.cpp",)).build()
+        CppEngine("elementwise", ("elementwise_cpu.cpp",)).build()
 
 
-def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
-    assert build.CPP.load()
-    assert build.CPP.library is not None
-    damaged = tmp_path / ".cache" / "rwkv_train" / build.CPP.library.parent.name / build.CPP.library.name
+def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
+    engine = FAMILIES["elementwise"].cpp
+    assert engine.load()
+    assert engine.library is not None
+    damaged = tmp_path / ".cache" / "rwkv_train" / engine.library.parent.name / engine.library.name
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(b"cut off")
     finish(start(REPORT, tmp_path))
     assert damaged.read_bytes()[:4] == b"\x7fELF"
-
-
-def test_doctors_report() -> None:
-    definition, cpp = ops.engines()
-    assert definition.name == "reference"
-    assert cpp.name == "cpp"
-    assert cpp.ready
-    assert cpp.problem is None
-    assert cpp.where is not None
-    assert Path(cpp.where).exists()
-    assert cpp.error_ratio is not None
-    assert cpp.error_ratio < 3
-
-
-def test_doctor_sees_a_wrong_engine_and_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rwkv_train.ops import health
-
-    monkeypatch.setattr(health, "_self_test", lambda device: 1e4)
-    wrong = ops.engines()[1]
-    assert not wrong.ready
-    assert "results are wrong" in str(wrong.problem)
-    broken = build.Engine("cpp", (), error=build.BuildError("no C++ compiler", "sudo apt install g++"))
-    monkeypatch.setattr(health, "CPP", broken)
-    missing = ops.engines()[1]
-    assert (missing.ready, missing.where, missing.problem) == (False, None, "no C++ compiler")
-    assert missing.remedy == "sudo apt install g++"

@@ -1,4 +1,4 @@
-"""The CUDA engine without a card: toolkits that do not fit, architectures, the cache, ptxas on the kernels."""
+"""The CUDA engine without a GPU: toolkits that do not fit, architectures, the cache, ptxas on the kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from rwkv_train import ops
 from rwkv_train.cli.main import main
 from rwkv_train.errors import UserError
 from rwkv_train.ops import build, build_cuda
-from rwkv_train.ops.build import BuildError
+from rwkv_train.ops.build import BuildError, CppEngine
+from rwkv_train.ops.build_cuda import CudaEngine
+from rwkv_train.ops.families import FAMILIES
+from rwkv_train.ops.registration.declaration import KERNELS
 from tests.ops.test_build import REPORT, start
 
 try:
@@ -74,8 +77,8 @@ def test_no_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_architectures() -> None:
     assert build_cuda.parse_architectures("9.0, 8.0,9.0") == ("8.0", "9.0")
-    for text, words in (("6.1", "older than 7.0"), ("sm_80", "no architecture"), ("8", "no architecture")):
-        with pytest.raises(BuildError, match=words):
+    for text, message in (("6.1", "older than 7.0"), ("sm_80", "no architecture"), ("8", "no architecture")):
+        with pytest.raises(BuildError, match=message):
             build_cuda.parse_architectures(text)
     assert build_cuda.covers(("8.0", "9.0"), ("8.6",))
     assert build_cuda.covers(("8.0", "9.0"), ("12.0",))  # by the PTX of the newest
@@ -83,16 +86,17 @@ def test_architectures() -> None:
     assert not build_cuda.covers(("8.0", "10.0"), ("9.0",))
 
 
-def test_a_card_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
     with pytest.raises(BuildError, match=r"compute capability 6\.1 is older than 7\.0") as caught:
-        build_cuda.cards()
+        build_cuda.local_architectures()
     assert "RWKV_OPS=reference" in caught.value.command
 
 
-def test_without_a_card_the_engine_says_so() -> None:
-    engine = build_cuda.CudaEngine("cuda", build_cuda.CUDA.sources, required=True)
+def test_without_a_gpu_a_demanded_engine_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.SETTINGS, "required", "cuda")
+    engine = CudaEngine("wkv4", FAMILIES["wkv4"].cuda.sources)
     with pytest.raises(UserError, match=r"RWKV_OPS=cuda demands an engine that is not available: .*(CUDA|GPU)"):
         engine.load()
 
@@ -106,7 +110,7 @@ def test_a_demanded_engine_on_the_wrong_device(monkeypatch: pytest.MonkeyPatch) 
 
         Somewhere.device = torch.device(other)  # type: ignore[attr-defined]
         with pytest.raises(UserError, match=f"RWKV_OPS={engine} demands an engine for .*, and a tensor is on {device}"):
-            ops._by_definition(Somewhere())  # type: ignore[arg-type]
+            ops._runs_by_definition(Somewhere())  # type: ignore[arg-type]
 
 
 def test_float16_runs_where_there_is_no_engine_for_it() -> None:
@@ -118,9 +122,9 @@ def test_a_source_that_does_not_compile_shows_the_first_error(tmp_path: Path, mo
     nvcc = fake_nvcc(tmp_path, "13.0", "echo 'wkv4.cu(7): error: no such thing'; exit 2")
     monkeypatch.setattr(build_cuda, "find_nvcc", lambda: str(nvcc))
     with pytest.raises(BuildError, match=r"wkv4\.cu\(7\): error: no such thing") as caught:
-        build_cuda.CudaEngine("cuda", build_cuda.CUDA.sources, architectures=("9.0",)).build(tmp_path / "cache")
+        FAMILIES["wkv4"].cuda.build(tmp_path / "cache", ("9.0",))
     assert "ninja -C" in caught.value.command
-    monkeypatch.setattr(build_cuda, "CPP", build_cuda.CudaEngine("cuda", build_cuda.CUDA.sources))
+    monkeypatch.setattr(CppEngine, "build", lambda self, cache: Path("built"))
     assert main(["build-ops", "--arch", "9.0", "--cache", str(tmp_path / "cache")]) == 2
     assert main(["build-ops", "--arch", "5.0"]) == 2
 
@@ -136,17 +140,24 @@ def test_the_cache_can_be_put_anywhere(tmp_path: Path) -> None:
 @pytest.mark.kernels
 @pytest.mark.timeout(600)
 @with_nvcc
-def test_built_ahead_into_one_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_built_ahead_into_one_library_for_several_architectures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["build-ops", "--arch", "8.0,9.0", "--cache", str(tmp_path)]) == 0
-    cpp, cuda = (Path(line) for line in capsys.readouterr().out.split())
-    assert cpp.exists()
-    assert cuda.parent.name.endswith("-8.0-9.0")
-    again = build_cuda.CudaEngine("cuda", build_cuda.CUDA.sources, architectures=("8.6",))
-    assert again.build(tmp_path) == cuda, "a build for more cards serves one of them"
-    torch.ops.load_library(str(cuda))  # every symbol is there, and torch's schemas fit
+    libraries = [Path(line) for line in capsys.readouterr().out.split()]
+    engines = [family.cpp for family in FAMILIES.values()] + [family.cuda for family in FAMILIES.values()]
+    assert [library.name for library in libraries] == [engine.library_name for engine in engines]
+    assert all(library.exists() for library in libraries)
+    for family, library in zip(FAMILIES.values(), libraries[len(FAMILIES) :], strict=True):
+        assert library.parent.name.endswith("-8.0-9.0")
+        assert family.cuda.build(tmp_path, ("8.6",)) == library, "a build for more architectures serves one of them"
+        torch.ops.load_library(str(library))  # every symbol is there, and the schemas fit
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
-    assert registered("rwkv_train::wkv4_in_segments", "CUDA")
-    assert registered("rwkv_train::shift_mix_backward", "CUDA")
+    own = {"wkv4": "wkv4_in_segments", "shift_mix": "shift_mix_one_document"}  # no starts in these kernels
+    for operators in KERNELS.values():
+        for name in operators:
+            base, backward = name.removesuffix("_backward"), "_backward" if name.endswith("_backward") else ""
+            assert registered(f"rwkv_train::{own.get(base, base)}{backward}", "CUDA"), name
 
 
 @pytest.mark.kernels
@@ -182,7 +193,7 @@ def test_ptxas_spills_nothing_and_keeps_to_what_occupancy_assumes(architecture: 
 @pytest.mark.timeout(300)
 @with_nvcc
 def test_vector_loads_are_really_there(tmp_path: Path) -> None:
-    """In the PTX: two float32, and four words of a 16-bit flat kernel, by one load. SASS where nvdisasm is at hand."""
+    """In the PTX: two float32, and four 32-bit words of a 16-bit flat kernel, by one load."""
     for source, kernel, wanted in (
         ("wkv4", "wkv4_forward_kernelIfLi2ELb0E", r"ld\.global\.v2\.(f32|b32|u32)"),
         ("elementwise", "flat_kernelI13__nv_bfloat16NS0_11ReluSquaredELi8E", r"ld\.global\.v4\.(f32|b32|u32)"),

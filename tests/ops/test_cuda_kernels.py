@@ -1,6 +1,6 @@
-"""The CUDA kernels in the emulator: values against float64, every order of threads, and what the detectors say.
+"""The CUDA kernels in the emulator: values against float64, every order of threads, and what the detectors report.
 
-The long form, with every dtype, cut and length, is marked `kernels` and is `make test-kernels`.
+The long form, with every dtype, cut and length, is marked `kernels` and runs by `make test-kernels`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from rwkv_train.ops import reference
+from rwkv_train.ops.families import FAMILIES
+from rwkv_train.ops.registration.wkv4 import CHUNK
 from tests.ops.cases import assert_as_good_as, value_and_gradients, wkv4_inputs
 from tests.ops.emulator import loader, proof
 from tests.ops.emulator.loader import Kernels
@@ -59,9 +61,9 @@ def error_ratios(
 ) -> dict[str, float]:
     """Largest error of each result in units of ε · condition."""
     inputs, gy, gstate = wkv4_case(*shape, dtype, **values)  # type: ignore[arg-type]
-    behind = gstate if with_state else None
-    found = proof.wkv4(kernels, inputs, gy, behind, segments, dtype)
-    exact, condition = proof.truth(inputs, gy, behind), proof.conditions(inputs, gy, behind)
+    of_state = gstate if with_state else None
+    found = proof.wkv4(kernels, inputs, gy, of_state, segments, dtype)
+    exact, condition = proof.truth(inputs, gy, of_state), proof.conditions(inputs, gy, of_state)
     return proof.worst(found, exact, condition, dtype)
 
 
@@ -76,7 +78,7 @@ def assert_bound(*case: Any, **values: Any) -> dict[str, float]:
 def test_wkv4_is_right(plain: Kernels, dtype: torch.dtype, segments: int) -> None:
     plain.schedule()
     for shape in [(1, 1, 1), (2, 15, 3), (1, 17, 6), (1, 63, 70), (2, 130, 4), (1, 193, 66)]:
-        if segments <= -(-shape[1] // proof.CHUNK):
+        if segments <= -(-shape[1] // CHUNK):
             assert_bound(plain, shape, segments, dtype, with_state=shape[0] == 2 or segments == 3)
 
 
@@ -178,8 +180,8 @@ def everything(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
     """All results of every kernel, for comparing orders bit by bit."""
     results: list[Tensor] = []
     inputs, gy, gstate = wkv4_case(1, 200, 66, dtype)
-    for segments, behind in ((0, gstate), (0, None), (1, None), (3, gstate), (3, None)):
-        results += proof.wkv4(kernels, inputs, gy, behind, segments, dtype).values()
+    for segments, of_state in ((0, gstate), (0, None), (1, None), (3, gstate), (3, None)):
+        results += proof.wkv4(kernels, inputs, gy, of_state, segments, dtype).values()
     return results + elementwise(kernels, dtype, (2, 70, 36), True)[0]
 
 
@@ -193,18 +195,18 @@ def test_every_order_of_threads_gives_the_same_bits(plain: Kernels) -> None:
 
 
 def test_no_race_and_no_access_out_of_bounds(check: Kernels) -> None:
-    """The shadow memory is asked about every load and store, of the kernels for even and for odd C."""
+    """The shadow memory checks every load and store, of the kernels for even and for odd C."""
     for order in (ORDERS[0], ORDERS[2]):
         check.schedule(*order)
         for shape, dtype in (((1, 200, 66), torch.bfloat16), ((2, 130, 3), torch.float32)):
             inputs, gy, gstate = wkv4_case(*shape, dtype)
-            for segments, behind in ((0, None), (1, gstate), (3, None)):
-                proof.wkv4(check, inputs, gy, behind, segments, dtype)
+            for segments, of_state in ((0, None), (1, gstate), (3, None)):
+                proof.wkv4(check, inputs, gy, of_state, segments, dtype)
             elementwise(check, dtype, (*shape[:2], 68) if shape[2] % 2 == 0 else shape, with_previous=True)
 
 
 def test_elements_beyond_two_to_the_31(plain: Kernels) -> None:
-    """Only the last block of a grid runs, on buffers that are there as addresses: its rows lie beyond 2^31 elements."""
+    """Only the last block of a grid runs, on buffers of reserved addresses: its rows are beyond 2^31 elements."""
     plain.schedule()
     B, T, C = 33_000, 64, 1024  # 2.16e9 elements
     elements = B * T * C
@@ -214,8 +216,8 @@ def test_elements_beyond_two_to_the_31(plain: Kernels) -> None:
     last = slice((elements - C) - (T - 1) * C, elements)
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(T, C, generator=generator).bfloat16() for _ in range(2)]
-    for place, draw in zip((k, v), draws, strict=True):
-        ctypes.memmove(ctypes.addressof(place) + 2 * last.start, draw.view(torch.int16).numpy().ctypes.data, 2 * T * C)
+    for memory, draw in zip((k, v), draws, strict=True):
+        ctypes.memmove(ctypes.addressof(memory) + 2 * last.start, draw.view(torch.int16).numpy().ctypes.data, 2 * T * C)
     state = reference.initial_state(torch.empty(1, 1, C)).expand(B, 3, C)[-1:].contiguous()
     states = mmap.mmap(-1, 4 * B * 3 * C, UNTOUCHED)
     new_states = mmap.mmap(-1, 4 * B * 3 * C, UNTOUCHED)
@@ -243,14 +245,14 @@ def test_elements_beyond_two_to_the_31(plain: Kernels) -> None:
 
 def test_launchers_refuse_what_they_cannot_do(plain: Kernels) -> None:
     buffers: list[None] = [None] * 9
-    for sizes, words in (
+    for sizes, message in (
         ((1, 0, 4, 1), "at least 1"),
         ((1, 64, 4, 2), "segments"),
         ((1, 64, 4, -1), "segments"),
         ((2**31, 64, 64, 1), "more blocks than a grid has"),
         ((1, 2**38, 1, 0), "beyond 2^37"),
     ):
-        with pytest.raises(loader.EmulatorError, match=words.replace("^", r"\^")):
+        with pytest.raises(loader.EmulatorError, match=message.replace("^", r"\^")):
             plain.call("rwkv_wkv4_forward", 0, *sizes, *buffers, None)
 
 
@@ -278,15 +280,13 @@ def test_wkv4_over_many_shapes(plain: Kernels, C: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("T", [65535, 65537, 262145])
 def test_wkv4_at_lengths_where_others_fail(plain: Kernels, T: int) -> None:
     """Against the C++ engine, which is another program: its float32 errors count as the definition's."""
-    from rwkv_train.ops import library
-
-    assert library.CPP.load()
+    assert FAMILIES["wkv4"].cpp.load()
     plain.schedule()
     inputs, gy, gstate = wkv4_case(1, T, 2, torch.float32, decay=-4.0)
     w, u, k, v, state = (x.float() for x in inputs)
-    y, new_state, saved = torch.ops.rwkv_train.wkv4(w, u, k, v, state, library.CHUNK)
+    y, new_state, saved = torch.ops.rwkv_train.wkv4(w, u, k, v, state, None, CHUNK)
     backward = torch.ops.rwkv_train.wkv4_backward
-    gradients = backward(w, u, k, v, state, saved, gy.float(), gstate.float(), library.CHUNK)
+    gradients = backward(w, u, k, v, state, None, saved, gy.float(), gstate.float(), CHUNK)
     theirs = dict(zip(proof.WKV4, (y, new_state, *gradients), strict=True))
     for segments in (0, 1, 40, T // 64 // 16):
         for name, ours in proof.wkv4(plain, inputs, gy, gstate, segments).items():

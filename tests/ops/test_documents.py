@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,16 +10,16 @@ from torch import Tensor
 
 from rwkv_train import ops
 from rwkv_train.models import ModelConfig, build_model
-from rwkv_train.ops import library, reference
+from rwkv_train.ops import reference
+from rwkv_train.ops.families import FAMILIES
 from tests.ops.cases import assert_as_good_as, value_and_gradients, wkv4_inputs
 
 EPSILON = torch.finfo(torch.float32).eps
 
 
-def boundaries(B: int, T: int, *places: int) -> Tensor:
+def boundaries(B: int, T: int, *positions: int) -> Tensor:
     starts = torch.zeros(B, T, dtype=torch.bool)
-    for place in places:
-        starts[:, place] = True
+    starts[:, list(positions)] = True
     starts[B - 1, T // 2] = True  # the rows differ
     return starts
 
@@ -41,21 +40,21 @@ def by_hand(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, starts: T
     return torch.cat(rows), torch.cat(states) + 0 * state  # so that every input has a gradient
 
 
-@pytest.mark.parametrize(("T", "places"), [(1, (0,)), (9, (0, 3, 4)), (130, (63, 64, 65, 129)), (200, (0, 1, 128))])
-def test_a_boundary_is_a_fresh_text(T: int, places: tuple[int, ...]) -> None:
-    inputs, starts = wkv4_inputs(2, T, 5), boundaries(2, T, *places)
+@pytest.mark.parametrize(("T", "positions"), [(1, (0,)), (9, (0, 3, 4)), (130, (63, 64, 65, 129)), (200, (0, 1, 128))])
+def test_a_boundary_is_a_fresh_text(T: int, positions: tuple[int, ...]) -> None:
+    inputs, starts = wkv4_inputs(2, T, 5), boundaries(2, T, *positions)
     double = [torch.float64] * 5
-    whole = value_and_gradients(lambda *x: ops.wkv4(*x, starts), inputs, double)
+    together = value_and_gradients(lambda *x: ops.wkv4(*x, starts), inputs, double)
     apart = value_and_gradients(lambda *x: by_hand(*x, starts), inputs, double)
-    for ours, expected in zip(whole, apart, strict=True):
+    for ours, expected in zip(together, apart, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("T", "places"), [(1, (0,)), (67, (0, 3, 64)), (300, (63, 64, 65, 128, 299))])
-def test_engine_against_definition(T: int, places: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert library.CPP.load()
-    starts, inputs = boundaries(3, T, *places), wkv4_inputs(3, T, 40)
+@pytest.mark.parametrize(("T", "positions"), [(1, (0,)), (67, (0, 3, 64)), (300, (63, 64, 65, 128, 299))])
+def test_engine_against_definition(T: int, positions: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert FAMILIES["wkv4"].cpp.load()
+    starts, inputs = boundaries(3, T, *positions), wkv4_inputs(3, T, 40)
     dtypes = [torch.float32, torch.float32, dtype, dtype, torch.float32]
     inputs = [x.to(kind).double() for x, kind in zip(inputs, dtypes, strict=True)]
     truth = value_and_gradients(lambda *x: reference.wkv4(*x, starts), inputs, [torch.float64] * 5)
@@ -96,27 +95,15 @@ def test_shift_mix_against_definition(previous: bool) -> None:
 def test_opcheck() -> None:
     starts = boundaries(2, 20, 0, 8, 13)
     inputs = [x.float().requires_grad_() for x in wkv4_inputs(2, 20, 12)]
-    torch.library.opcheck(torch.ops.rwkv_train.wkv4_documents.default, (*inputs, starts, 8))
+    torch.library.opcheck(torch.ops.rwkv_train.wkv4.default, (*inputs, starts, 8))
+    plain = [x.detach() for x in inputs]
+    saved = torch.ops.rwkv_train.wkv4(*plain, starts, 8)[2]
+    arguments = (*plain, starts, saved, torch.ones(2, 20, 12), torch.ones(2, 3, 12), 8)
+    torch.library.opcheck(torch.ops.rwkv_train.wkv4_backward.default, arguments)
     x, mixes = torch.randn(2, 20, 12).requires_grad_(), [torch.rand(12).requires_grad_() for _ in range(2)]
-    torch.library.opcheck(torch.ops.rwkv_train.shift_mix_documents.default, (x, None, mixes, starts))
-
-
-def test_a_card_without_such_an_operator_runs_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else its kernel for all devices would call itself for ever."""
-    card = SimpleNamespace(load=lambda: True)  # in the place of both engines, so that a tensor here counts as one there
-    monkeypatch.setattr(library, "CPP", card)
-    monkeypatch.setattr(library, "CUDA", card)
-    starts = boundaries(2, 20, 0, 8, 13)
-    inputs = [x.float() for x in wkv4_inputs(2, 20, 12)]
-    y, _, saved = library.KERNELS["wkv4_documents"](*inputs, starts, 8)
-    assert torch.equal(y, reference.wkv4(*inputs, starts)[0])
-    back = library.KERNELS["wkv4_documents_backward"](*inputs, starts, saved, torch.ones_like(y), None, 8)
-    assert [g.shape for g in back] == [x.shape for x in inputs]
-    x, mixes = torch.randn(2, 20, 12), [torch.rand(12), torch.rand(12)]
-    mixed = library.KERNELS["shift_mix_documents"](x, None, mixes, starts)
-    assert torch.equal(mixed[1], reference.shift_mix(x, None, mixes, starts)[1])
-    dx, *_ = library.KERNELS["shift_mix_documents_backward"](x, None, mixes, starts, mixed)
-    assert dx.shape == x.shape
+    torch.library.opcheck(torch.ops.rwkv_train.shift_mix.default, (x, None, mixes, starts))
+    given = (x.detach(), None, [mix.detach() for mix in mixes], starts, [torch.ones(2, 20, 12)] * 2)
+    torch.library.opcheck(torch.ops.rwkv_train.shift_mix_backward.default, given)
 
 
 def test_mistakes_are_named() -> None:
@@ -125,6 +112,22 @@ def test_mistakes_are_named() -> None:
         ops.wkv4(w, u, k, v, None, torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"shift_mix: starts must be .* of torch.int64"):
         ops.shift_mix(k, None, u, starts=torch.zeros(2, 6, dtype=torch.int64))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_compiled_in_one_graph() -> None:
+    starts = boundaries(2, 70, 0, 8, 64)
+    inputs = [x.float().requires_grad_() for x in wkv4_inputs(2, 70, 12)]
+
+    def loss(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
+        (mixed,) = ops.shift_mix(k, None, u, starts=starts)
+        y, new_state = ops.wkv4(w, u, mixed, v, state, starts)
+        return y.square().sum() + new_state.square().sum()
+
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for ours, plain in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
+        assert torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rwkv_train import ops
-from rwkv_train.ops import library, reference
+from rwkv_train.ops import reference
+from rwkv_train.ops.families import FAMILIES
 from tests.ops.cases import assert_as_good_as, value_and_gradients
 
 SHAPES = [(1, 1, 1), (2, 2, 7), (1, 63, 16), (2, 64, 33), (2, 65, 8), (3, 130, 100)]
@@ -63,7 +64,7 @@ def test_engine_against_definition(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert library.CPP.load()
+    assert FAMILIES["elementwise"].cpp.load()
     inputs = inputs_of(operator, *shape)
     # The mixes are parameters and stay float32 in the engine; the definition takes them in the dtype of x.
     dtypes = [
@@ -98,7 +99,7 @@ def test_the_shift_is_causal_and_starts_with_previous() -> None:
     assert torch.equal(carried, shifted[:, 2:])
 
 
-def test_an_output_that_nobody_uses() -> None:
+def test_an_unused_output() -> None:
     x = draw(2, 9, 4).float().requires_grad_()
     first, _ = ops.shift_mix(x, None, torch.full((4,), 0.25), torch.full((4,), 0.5))
     (gradient,) = torch.autograd.grad(first.sum(), x)
@@ -118,9 +119,9 @@ def test_opcheck() -> None:
     flat = [mix.detach().flatten().requires_grad_() for mix in mixes]
     plain = [mix.detach() for mix in flat]
     for before in (None, previous):
-        torch.library.opcheck(operators.shift_mix.default, (x, before, flat))
+        torch.library.opcheck(operators.shift_mix.default, (x, before, flat, None))
         detached = None if before is None else before.detach()
-        torch.library.opcheck(operators.shift_mix_backward.default, (x.detach(), detached, plain, grads))
+        torch.library.opcheck(operators.shift_mix_backward.default, (x.detach(), detached, plain, None, grads))
     torch.library.opcheck(operators.relu_squared.default, (x,))
     torch.library.opcheck(operators.sigmoid_gate.default, (x, x.detach()))
     for name in ("relu_squared_backward", "sigmoid_gate_backward"):

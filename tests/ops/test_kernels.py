@@ -172,8 +172,8 @@ def check(kernels: ctypes.CDLL) -> None:
         ("wkv4_cpu.cpp", "gd[c] = next.x * gd[c] - out.x * g * y;", "gd[c] = next.x * gd[c] + out.x * g * y;"),
         ("wkv4_cpu.cpp", "q[c] -= won;", "q[c] += won;"),
         ("wkv4_cpu.cpp", "q[c] -= state.n[c] * gn[c] + state.d[c] * gd[c];", "q[c] += state.n[c] * gn[c];"),
-        ("elementwise_cpu.cpp", "earlier += g - direct;", "earlier += g + direct;"),
-        ("elementwise_cpu.cpp", "carry[c] += load(g[c]) - load(g[c]) * mix[c];", "carry[c] += load(g[c]) * mix[c];"),
+        ("shift_mix_backward_cpu.cpp", "earlier += g - direct;", "earlier += g + direct;"),
+        ("shift_mix_backward_cpu.cpp", "carry[c] += load(g[c]) - load(g[c]) * mix[c];", "carry[c] += load(g[c]);"),
     ],
 )  # fmt: skip
 def test_a_mutated_kernel_goes_red(tmp_path: Path, source: str, old: str, new: str) -> None:

@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rwkv_train import ops
-from rwkv_train.ops import library, reference
+from rwkv_train.ops import reference
+from rwkv_train.ops.families import FAMILIES
+from rwkv_train.ops.registration.wkv4 import CHUNK
 from tests.ops.cases import assert_as_good_as, value_and_gradients, wkv4_inputs
 
 EPSILON = torch.finfo(torch.float32).eps
 
 
-def engine(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, chunk: int = library.CHUNK
-) -> tuple[Tensor, Tensor]:
+def engine(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """The operator as registered, with the C++ engine or not at all."""
-    assert library.CPP.load()
-    y, new_state, _ = torch.ops.rwkv_train.wkv4(w, u, k, v, state, chunk)
+    assert FAMILIES["wkv4"].cpp.load()
+    y, new_state, _ = torch.ops.rwkv_train.wkv4(w, u, k, v, state, None, chunk)
     return y, new_state
 
 
@@ -28,8 +28,8 @@ def rounded(inputs: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
     return [x.to(dtype).double() for x, dtype in zip(inputs, dtypes, strict=True)]
 
 
-def check_engine(*draws: list[Tensor], k_dtype: torch.dtype = torch.float32, chunk: int = library.CHUNK) -> None:
-    """Draws of one shape are judged together: with one channel alone the definition is exact by luck at times."""
+def check_engine(*draws: list[Tensor], k_dtype: torch.dtype = torch.float32, chunk: int = CHUNK) -> None:
+    """Draws of one shape are compared together: with a single channel the definition may be exact by chance."""
     dtypes = [torch.float32, torch.float32, k_dtype, k_dtype, torch.float32]
     runs: list[list[Tensor]] = []
     for operator, working in (
@@ -180,11 +180,11 @@ def test_not_a_number_is_not_swallowed() -> None:
 
 def test_opcheck() -> None:
     inputs = [x.float().requires_grad_() for x in wkv4_inputs(2, 20, 12)]
-    torch.library.opcheck(torch.ops.rwkv_train.wkv4.default, (*inputs, 8))
+    torch.library.opcheck(torch.ops.rwkv_train.wkv4.default, (*inputs, None, 8))
     plain = [x.detach() for x in inputs]
-    saved = torch.ops.rwkv_train.wkv4(*plain, 8)[2]
+    saved = torch.ops.rwkv_train.wkv4(*plain, None, 8)[2]
     for gstate in (None, torch.ones(2, 3, 12)):
-        arguments = (*plain, saved, torch.ones(2, 20, 12), gstate, 8)
+        arguments = (*plain, None, saved, torch.ones(2, 20, 12), gstate, 8)
         torch.library.opcheck(torch.ops.rwkv_train.wkv4_backward.default, arguments)
 
 

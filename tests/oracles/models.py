@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rwkv_train.models import RWKV, ModelConfig, build_model
+from rwkv_train.models import LanguageModel, ModelConfig, build_model
 
 
 def lively_model(
     n_layer: int = 3, n_embd: int = 32, vocab_size: int = 50, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> RWKV:
+) -> LanguageModel:
     """An RWKV-4 with every parameter moved off its initial value, so that no term hides behind a zero."""
     model = build_model(ModelConfig("rwkv4", n_layer, n_embd, vocab_size), seed).to(dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -41,7 +41,7 @@ def in_transformers(name: str) -> str:
     return f"rwkv.{name}"
 
 
-def transformers_twin(model: RWKV) -> torch.nn.Module:
+def transformers_twin(model: LanguageModel) -> torch.nn.Module:
     """transformers' model with the same weights, in the same dtype, in training mode (no rescaling of layers)."""
     from transformers import RwkvConfig, RwkvForCausalLM
 

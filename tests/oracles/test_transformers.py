@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_train.models import RWKV
+from rwkv_train.models import LanguageModel
 from tests.oracles.models import in_transformers, lively_model, transformers_twin
 
 SHAPES = [(1, 1, 32), (2, 2, 20), (3, 33, 44), (2, 64, 64)]  # (B, T, C)
 
 
-def compare(model: RWKV, batch: int, length: int) -> tuple[float, float, str]:
+def compare(model: LanguageModel, batch: int, length: int) -> tuple[float, float, str]:
     """The largest error of the logits, and of the gradients relative to the largest entry of each, with its name."""
     twin = transformers_twin(model)
     generator = torch.Generator().manual_seed(length)

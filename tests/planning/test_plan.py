@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rwkv_train.cli import launcher
 from rwkv_train.cli import main as cli
 from rwkv_train.config import Config
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.errors import UserError
 from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.planning.cards import CARDS, card_of, find_card
@@ -28,7 +29,7 @@ EIGHT = [*SEVEN, "trainer.devices=8", "model.vocab_size=50277", "dry_run=true"]
 
 def plan(*words: str, card: str = "h100-80g", ranks: int = 8) -> tuple[Config, Plan]:
     config = launcher.load([*EIGHT, *words])
-    return config, make_plan(config, CARDS[card], ranks, 256)
+    return config, make_plan(config, CARDS[card], Mesh(ranks), 256)
 
 
 @pytest.mark.parametrize(("layers", "channels", "vocab_size"), [(1, 32, 64), (3, 96, 300)])
@@ -38,7 +39,7 @@ def test_counts_are_those_of_the_model_and_of_torchs_flop_counter(layers: int, c
     with FlopCounterMode(display=False) as counter:
         model(tokens)[0].sum().backward()
     assert counts.parameters == sum(p.numel() for p in model.parameters())
-    assert counts.flops_per_token * tokens.numel() == counter.get_total_flops()
+    assert counts.flops_per_token(tokens.shape[1]) * tokens.numel() == counter.get_total_flops()
 
 
 def test_what_autograd_keeps_is_what_the_plan_says() -> None:
@@ -62,7 +63,7 @@ def test_what_autograd_keeps_is_what_the_plan_says() -> None:
 
 def test_each_stage_shares_out_more() -> None:
     counts = count(ModelConfig("rwkv4", 32, 4096, 50277), "bf16-mixed")
-    layout = Layout("ddp", 8, 1, 4096, 1, 0, True)
+    layout = Layout("ddp", Mesh(8), 1, 4096, 1, 0, True)
     names = ("ddp", "deepspeed_1", "deepspeed_2", "deepspeed_3")
     needs = [memory(counts, replace(layout, strategy=name)) for name in names]
     whole = 4 * counts.parameters
@@ -80,12 +81,12 @@ def test_each_stage_shares_out_more() -> None:
 def test_on_cpus_the_height_of_a_step_is_what_is_held_at_once() -> None:
     """Gradients fill their pages while activations go, and gloo's copy of all weights is made when both are gone."""
     counts = count(ModelConfig("rwkv4", 4, 64, 256), "32-true")
-    whole, layout = 4 * counts.parameters, Layout("deepspeed_2", 2, 1, 16, 1, 0, False)
+    whole, layout = 4 * counts.parameters, Layout("deepspeed_2", Mesh(2), 1, 16, 1, 0, False)
     needs = memory(counts, layout, gpu=False)
     assert needs.device == pytest.approx(needs.weights + needs.optimiser + whole + needs.runtime)
     long = replace(layout, context=4096)
     needs = memory(counts, long, gpu=False)
-    kept = needs.activations + needs.logits
+    kept = needs.activations + needs.logits + needs.statistics
     assert kept > 2 * whole
     assert needs.device == pytest.approx(needs.weights + needs.optimiser + kept + needs.runtime)
     passes = memory(counts, replace(long, accumulation=2), gpu=False)
@@ -98,7 +99,7 @@ def test_on_cpus_the_height_of_a_step_is_what_is_held_at_once() -> None:
 def test_what_goes_over_the_network() -> None:
     """ZeRO's paper: 2 volumes of the model up to stage 2, 3 in stage 3; and each pass of accumulation anew."""
     counts = count(ModelConfig("rwkv4", 2, 64, 256), "32-true")
-    layout, whole = Layout("ddp", 4, 1, 64, 1, 0, False), 4 * counts.parameters * 3 / 4
+    layout, whole = Layout("ddp", Mesh(4), 1, 64, 1, 0, False), 4 * counts.parameters * 3 / 4
     sent = {name: traffic(counts, replace(layout, strategy=name)) / whole for name in ("ddp", "deepspeed_2", "fsdp")}
     assert sent == {"ddp": 2, "deepspeed_2": 2, "fsdp": 3}
     assert traffic(counts, replace(layout, strategy="deepspeed_3", accumulation=2)) / whole == 6
@@ -118,7 +119,7 @@ def test_the_advice_fits(words: Sequence[str]) -> None:
     kept = [word for word in [*EIGHT, *words] if word.split("=")[0] not in typed]
     config = launcher.load([*kept, *change[0].split()])
     ranks = int(config.trainer.devices) * config.trainer.num_nodes
-    assert make_plan(config, CARDS[card], ranks, 256).fits
+    assert make_plan(config, CARDS[card], Mesh(ranks), 256).fits
 
 
 def test_auto_takes_the_first_that_fits() -> None:
@@ -129,10 +130,10 @@ def test_auto_takes_the_first_that_fits() -> None:
 
 def test_a_micro_batch_that_is_not_given_is_the_largest_that_fits() -> None:
     words = [word for word in EIGHT if not word.startswith("batch.micro")]
-    found = make_plan(launcher.load(words), CARDS["h100-80g"], 8, 256)
+    found = make_plan(launcher.load(words), CARDS["h100-80g"], Mesh(8), 256)
     assert (found.fits, found.layout.micro * found.layout.accumulation) == (True, 1048576 // 4096 // 8)
     given = [f"strategy={found.layout.strategy}", f"batch.micro={2 * found.layout.micro}"]
-    assert not make_plan(launcher.load([*words, *given]), CARDS["h100-80g"], 8, 256).fits
+    assert not make_plan(launcher.load([*words, *given]), CARDS["h100-80g"], Mesh(8), 256).fits
     assert f"in {found.layout.accumulation} passes a step" in why(found)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
 from rwkv_train.cli import launcher
-from rwkv_train.data.prepare import Job, prepare
+from rwkv_train.data.prepare import PrepareOptions, prepare
 from rwkv_train.errors import UserError
 from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.training.run import train
@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> Path:
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": part}) + "\n" for part in text.split(". ") if part.strip())
     )
-    prepare(Job((str(tmp_path / "a.jsonl"),), "bytes", tmp_path / "s"))
+    prepare(PrepareOptions((str(tmp_path / "a.jsonl"),), "bytes", tmp_path / "s"))
     return tmp_path / "s"
 
 
@@ -76,7 +76,7 @@ def test_another_store_or_tokenizer_under_the_same_name_is_refused(store: Path, 
     with pytest.raises(UserError, match=r"s.bin is not what its manifest s.json tells of: fingerprint"):
         run(tmp_path, "run", *SHORT, *words, "budget.steps=9", "run.allow_changes=true")
     (tmp_path / "s.json").unlink()
-    with pytest.raises(UserError, match=r"the data itself: content hash \w+ → \w+\n  go on all the same"):
+    with pytest.raises(UserError, match=r"the data itself: content hash \w+ → \w+\n  to resume all the same"):
         run(tmp_path, "run", *SHORT, *words, "data.tokenizer=bytes")
     for name, content in kept.items():
         (tmp_path / name).write_bytes(content)

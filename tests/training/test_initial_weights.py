@@ -36,7 +36,7 @@ def fill(rank: int, ranks: int, whole: bool) -> Held:
         pieces.append(StateShard(WEIGHT, name, start, values[:middle], True))
         pieces.append(StateShard(WEIGHT, name, start + middle, values[middle:], True))
     torch.set_num_threads(1 + rank)
-    Recipe(recipe_of(model), shapes, SHAPE.n_layer, seed=3).fill(pieces)
+    Recipe(recipe_of(model), shapes, SHAPE, seed=3).fill(pieces)
     return {name: (start, values.numpy()) for name, (start, values) in held.items()}
 
 

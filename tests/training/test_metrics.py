@@ -17,7 +17,7 @@ from torch import Tensor
 from rwkv_train.checkpoint.shards import WEIGHT, StateShard
 from rwkv_train.cli import launcher
 from rwkv_train.models import ModelConfig, build_model
-from rwkv_train.models.rwkv4 import TimeMix
+from rwkv_train.models.rwkv4 import content
 from rwkv_train.training.callbacks import metrics
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
@@ -86,10 +86,10 @@ class Truth(Callback):
             model(batch[0])
         for hook in hooks:
             hook.remove()
-        content = [TimeMix.content(wkv) for wkv in state.wkv]
+        contents = [content(layer.wkv) for layer in state.layers]
         self.values: dict[str, Any] = {
             "max_logit": logits.abs().max(),
-            "layers/state_rms": torch.stack([each.square().mean().sqrt() for each in content]),
+            "layers/state_rms": torch.stack([each.square().mean().sqrt() for each in contents]),
             "layers/receptance_saturated": torch.stack(
                 [((torch.sigmoid(r) < 0.02) | (torch.sigmoid(r) > 0.98)).float().mean() for r in seen]
             ),
@@ -230,12 +230,17 @@ def test_a_rank_that_owns_nothing() -> None:
 
     def pieces(owned: bool) -> Any:
         found = [StateShard(WEIGHT, name, 0, p.detach().view(-1), owned) for name, p in model.named_parameters()]
-        return SimpleNamespace(pieces=lambda moments: iter(found), shapes=shapes, root_device=torch.device("cpu"))
+        return SimpleNamespace(
+            pieces=lambda moments: iter(found),
+            trainable_weights=model.named_parameters,
+            shapes=shapes,
+            root_device=torch.device("cpu"),
+        )
 
     for owned in (True, False):
         statistics = Statistics(model, 1, hooks=False)
         strategy = pieces(owned)
-        statistics.begin(1, strategy)
+        statistics.begin_step(1, strategy)
         with torch.no_grad():
             model.head.weight += 1.0
         update, weight = statistics._update(strategy)

@@ -12,8 +12,8 @@ import pytest
 from rwkv_train.cli import launcher
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.errors import UserError
+from rwkv_train.exit_codes import ExitCode
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.training.requeue import GIVEN_UP
 from rwkv_train.training.run import train
 from tests.runs import rows, start, words_for
 from tests.training.test_signals import wait_for
@@ -33,7 +33,7 @@ def test_time_is_too_short_for_a_checkpoint(tmp_path: Path) -> None:
     assert last["no_checkpoint"].startswith("0 s are left and a checkpoint takes ")
     assert saved[-1] == last["step"] // 10 * 10 or last["step"] % 10 == 0
     assert f"no checkpoint of step {last['step']}: 0 s are left" in said
-    assert f"SIGTERM at step {last['step']}; the same command goes on from the checkpoint of step {saved[-1]}" in said
+    assert f"SIGTERM at step {last['step']}; the same command resumes from the checkpoint of step {saved[-1]}" in said
 
 
 def test_three_failures_at_one_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +43,7 @@ def test_three_failures_at_one_step(tmp_path: Path, capsys: pytest.CaptureFixtur
     for _ in range(2):
         with pytest.raises(RuntimeError, match="a planted error"):
             train(launcher.load(words))
-    assert train(launcher.load(words)) == GIVEN_UP
+    assert train(launcher.load(words)) == ExitCode.GIVEN_UP
     said = capsys.readouterr().out
     assert "has failed 3 times at step 4: rank 0 on " in said
     assert "RuntimeError: a planted error" in said

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from rwkv_train.cli import launcher
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.models import ModelConfig, build_model, recipe_of
 from rwkv_train.planning.plan import HEADROOM, make_plan
-from rwkv_train.training import setup
+from rwkv_train.training import resolved
 from rwkv_train.training.run import train
 from tests.runs import losses, train_ranks, words_for
 
@@ -127,10 +128,10 @@ def test_a_step_that_is_too_large_is_cut_into_passes(
     assert train(launcher.load(words_for(tmp_path, "whole", *words))) == 0
     capsys.readouterr()
     config = launcher.load(words_for(tmp_path, "cut", *words))
-    card = setup.cpu_card(1)
-    two = make_plan(replace(config, batch=replace(config.batch, micro=2)), card, 1, 256, gpu=False).held
-    monkeypatch.setattr(setup, "_SMALL", 0.0)
-    monkeypatch.setattr(setup, "cpu_card", lambda processes: replace(card, memory=two / HEADROOM * 1.0001))
+    card = resolved.cpu_card(1)
+    two = make_plan(replace(config, batch=replace(config.batch, micro=2)), card, Mesh(1), 256, gpu=False).held
+    monkeypatch.setattr(resolved, "SMALL_STATE", 0.0)
+    monkeypatch.setattr(resolved, "cpu_card", lambda processes: replace(card, memory=two / HEADROOM * 1.0001))
     assert train(config) == 0
     told = capsys.readouterr().out
     assert "strategy=auto: single: a whole copy fits in 2 passes a step" in told

@@ -1,9 +1,9 @@
 """From documents to a token store: `rwkv-train prepare`.
 
-units.py cuts what is to be read into units, shards.py makes a shard of each in a process of its own, pipeline.py keeps
-the processes busy and joins the shards, examine.py looks at a store afterwards.
+units.py divides the input into units of work, shards.py tokenises a unit into a shard in a worker process, pipeline.py
+schedules the workers and joins the shards, examine.py inspects and verifies a finished store.
 """
 
-from rwkv_train.data.prepare.pipeline import Job, prepare
+from rwkv_train.data.prepare.pipeline import PrepareOptions, prepare
 
-__all__ = ["Job", "prepare"]
+__all__ = ["PrepareOptions", "prepare"]

@@ -1,4 +1,4 @@
-"""A store looked at: `prepare inspect` tells what is in it, `prepare verify` reads every byte."""
+"""`prepare inspect` prints what a store contains, `prepare verify` reads every byte of it."""
 
 from __future__ import annotations
 
@@ -11,133 +11,150 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from rwkv_train.data.indexed import IndexedStore, beside
+from rwkv_train.data.indexed import IndexedStore, store_file
 from rwkv_train.data.manifest import Manifest, read_manifest
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_train.errors import UserError
 
-_SHOWN = 300  # characters of a document
-_PART = 2**22  # documents or tokens that are looked at in one go
+_MAX_CHARACTERS_SHOWN = 300  # of a document
+_BLOCK_SIZE = 2**22  # documents, tokens or bytes that are checked at once
 
 
 def inspect(path: Path, documents: list[int], tokenizer: str | None, console: Console) -> None:
-    """Prints statistics of a store and the beginnings of some documents (none named: of three).
+    """Prints statistics of a store and the beginnings of documents.
+
+    Args:
+        path: NAME, NAME.bin or NAME.idx.
+        documents: numbers of the documents to print; empty: the first, the middle and the last one.
+        tokenizer: decodes a store without manifest; None: the manifest's.
+        console: where to print.
 
     Raises:
-        UserError: the store cannot be opened, or a document is not in it.
+        UserError: the store cannot be opened, or has no document of that number.
     """
     store = IndexedStore(path)
     manifest = read_manifest(store.stem)
-    known = load_tokenizer(tokenizer) if tokenizer else manifest.load_tokenizer() if manifest else None
-    number = len(store.boundaries) - 1
-    console.print(f"{store.stem}: {number:,} documents, {len(store):,} tokens, {store.dtype}")
+    decoder = load_tokenizer(tokenizer) if tokenizer else manifest.load_tokenizer() if manifest else None
+    count = len(store.boundaries) - 1
+    console.print(f"{store.stem}: {count:,} documents, {len(store):,} tokens, {store.dtype}")
     if manifest is not None:
         per_token = manifest.bytes / max(1, manifest.tokens)
         console.print(f"tokenizer {manifest.identity}, {manifest.bytes:,} bytes of text ({per_token:.2f} a token)")
         console.print(f"from {', '.join(manifest.sources)} by rwkv-train {manifest.version}")
-        for why, count in manifest.skipped.items():
-            console.print(f"left out: {count:,} documents, {why}")
-    elif known is None:
+        for reason, skipped in manifest.skipped.items():
+            console.print(f"left out: {skipped:,} documents, {reason}")
+    elif decoder is None:
         console.print(
-            f"no manifest: --tokenizer NAME decodes its documents ({beside(store.stem, '.json').name} is missing)"
+            f"no manifest ({store_file(store.stem, '.json').name}): --tokenizer NAME is needed to decode documents"
         )
-    if number:
+    if count:
         lengths = store.documents()[1]
         named = zip(
-            ("least", "10 %", "half", "90 %", "most"), np.percentile(lengths, [0, 10, 50, 90, 100]), strict=True
+            ("minimum", "10 %", "median", "90 %", "maximum"), np.percentile(lengths, [0, 10, 50, 90, 100]), strict=True
         )
-        console.print(f"tokens of a document: {', '.join(f'{name} {int(cut):,}' for name, cut in named)}")
-    for index in documents or sorted({0, number // 2, number - 1} if number else set()):
-        if not 0 <= index < number:
-            raise UserError(f"there is no document {index}", f"{store.stem} has 0 … {number - 1}")
+        console.print(f"tokens per document: {', '.join(f'{name} {int(value):,}' for name, value in named)}")
+    for index in documents or sorted({0, count // 2, count - 1} if count else set()):
+        if not 0 <= index < count:
+            raise UserError(f"{store.stem} has no document {index}", f"give a number from 0 to {count - 1}")
         tokens = store.document(index)
         console.print(f"\n[bold]document {index:,}[/bold], {len(tokens):,} tokens")
-        if known is not None:
-            text = known.decode(tokens[:_SHOWN]).decode(errors="replace")[:_SHOWN]
+        if decoder is not None:
+            text = decoder.decode(tokens[:_MAX_CHARACTERS_SHOWN]).decode(errors="replace")[:_MAX_CHARACTERS_SHOWN]
             console.print(text.rstrip("\0"), markup=False)
         else:
             console.print(" ".join(map(str, tokens[:40])), markup=False)
 
 
 @dataclass(frozen=True)
-class Fault:
-    """What `verify` found."""
+class StoreFault:
+    """A finding of `verify`.
+
+    Attributes:
+        what: what is wrong, and where.
+        remedy: what to do about it; empty for a note about something that could not be checked.
+    """
 
     what: str
-    remedy: str = "prepare the store anew, or copy it anew from where it is whole"
+    remedy: str = "prepare the store again, or copy it again from an intact original"
 
 
-def verify(path: Path, tokenizer: str | None = None) -> Iterator[Fault]:
-    """Every fault of a store, its files read whole.
+def verify(path: Path, tokenizer: str | None = None) -> Iterator[StoreFault]:
+    """Yields every fault of a store after reading both files completely.
+
+    Args:
+        path: NAME, NAME.bin or NAME.idx.
+        tokenizer: for a store without manifest: bytes, world or a tokenizer.json.
 
     Raises:
-        UserError: the files do not belong together, or one is cut short.
+        UserError: the store cannot be opened: its files do not match, or one is truncated.
     """
     store = IndexedStore(path)
     manifest = read_manifest(store.stem)
     yield from _verify_index(store)
-    known = load_tokenizer(tokenizer) if tokenizer else None if manifest is None else manifest.load_tokenizer()
-    yield from _verify_tokens(store, known)
+    loaded = load_tokenizer(tokenizer) if tokenizer else None if manifest is None else manifest.load_tokenizer()
+    yield from _verify_tokens(store, loaded)
     if manifest is None:
-        yield Fault(f"{store.stem} has no manifest, so its content could not be compared with what was written", "")
+        yield StoreFault(f"{store.stem} has no manifest, so its content could not be compared with checksums", "")
         return
     yield from _verify_content(store, manifest)
 
 
-def _verify_index(store: IndexedStore) -> Iterator[Fault]:
+def _verify_index(store: IndexedStore) -> Iterator[StoreFault]:
     size, before = store.dtype.itemsize, 0
-    for first in range(0, len(store.lengths), _PART):
-        lengths = store.lengths[first : first + _PART].astype(np.int64)
+    for first in range(0, len(store.lengths), _BLOCK_SIZE):
+        lengths = store.lengths[first : first + _BLOCK_SIZE].astype(np.int64)
         expected = before + np.cumsum(lengths) - lengths
-        wrong = np.flatnonzero((store.pointers[first : first + _PART] != expected * size) | (lengths < 0))
+        wrong = np.flatnonzero((store.pointers[first : first + _BLOCK_SIZE] != expected * size) | (lengths < 0))
         if len(wrong):
-            yield Fault(f"{store.idx}: sequence {first + int(wrong[0]):,} does not begin where the one before it ends")
+            yield StoreFault(
+                f"{store.idx}: sequence {first + int(wrong[0]):,} does not begin at the end of the previous one"
+            )
             return
         before += int(lengths.sum())
     edges = store.boundaries
     if len(edges) and (edges[0] != 0 or edges[-1] != len(store.lengths) or (np.diff(edges) < 0).any()):
-        yield Fault(f"{store.idx}: the documents' boundaries are not in order")
+        yield StoreFault(f"{store.idx}: the document boundaries are not in ascending order")
 
 
-def _verify_tokens(store: IndexedStore, tokenizer: Tokenizer | None) -> Iterator[Fault]:
+def _verify_tokens(store: IndexedStore, tokenizer: Tokenizer | None) -> Iterator[StoreFault]:
     if tokenizer is None:
         return
-    for first in range(0, len(store), _PART):
-        tokens = store.tokens[first : first + _PART]
+    for first in range(0, len(store), _BLOCK_SIZE):
+        tokens = store.tokens[first : first + _BLOCK_SIZE]
         wrong = np.flatnonzero((tokens >= tokenizer.vocab_size) | (tokens < 0))
         if len(wrong):
-            at = first + int(wrong[0])
-            yield Fault(
-                f"{store.bin}, document {store.document_of(at):,}: token {at:,} is {store.tokens[at]}, the vocabulary "
-                f"of {tokenizer.identity} has {tokenizer.vocab_size:,}"
+            offset = first + int(wrong[0])
+            yield StoreFault(
+                f"{store.bin}, document {store.document_of(offset):,}: token {offset:,} is {store.tokens[offset]}, the "
+                f"vocabulary of {tokenizer.identity} has {tokenizer.vocab_size:,}"
             )
             return
 
 
-def _verify_content(store: IndexedStore, manifest: Manifest) -> Iterator[Fault]:
+def _verify_content(store: IndexedStore, manifest: Manifest) -> Iterator[StoreFault]:
     number = len(store.boundaries) - 1
     if (number, len(store)) != (manifest.documents, manifest.tokens):
-        yield Fault(
-            f"{store.stem} has {number:,} documents and {len(store):,} tokens, its manifest tells of "
+        yield StoreFault(
+            f"{store.stem} has {number:,} documents and {len(store):,} tokens, according to its manifest "
             f"{manifest.documents:,} and {manifest.tokens:,}"
         )
         return
-    checks_file, broken = beside(store.stem, ".crc"), 0
+    checks_file, broken = store_file(store.stem, ".crc"), 0
     if checks_file.is_file() and checks_file.stat().st_size == 4 * number:
         checks = np.fromfile(checks_file, np.uint32)
         for index in range(number):
             if zlib.crc32(store.document(index).tobytes()) != checks[index]:
                 broken += 1
-                starts = int(store.pointers[store.boundaries[index]]) // store.dtype.itemsize
-                yield Fault(f"{store.bin}, document {index:,} (token {starts:,} on) is not what was written")
+                start = int(store.pointers[store.boundaries[index]]) // store.dtype.itemsize
+                yield StoreFault(f"{store.bin}, document {index:,} (from token {start:,} on) differs from its checksum")
     else:
-        yield Fault(f"{checks_file} is missing or cut short, so no document can be named")
+        yield StoreFault(f"{checks_file} is missing or truncated, so damaged documents cannot be named")
     for file in (store.bin, store.idx):
         if file == store.bin and broken:
             continue
         with open(file, "rb") as content:
             digest = hashlib.sha256()
-            while block := content.read(_PART):
+            while block := content.read(_BLOCK_SIZE):
                 digest.update(block)
         if digest.hexdigest() != manifest.sha256.get(file.name, digest.hexdigest()):
-            yield Fault(f"{file} has other content than was written (SHA-256)")
+            yield StoreFault(f"{file} differs from its SHA-256 in the manifest")

@@ -1,4 +1,7 @@
-"""Units → shards, on all cores; shards → a store. What is finished is kept, so that a killed `prepare` goes on."""
+"""Tokenises units into shards on all cores, and joins the shards into a store.
+
+Finished shards are kept, so that a killed `prepare` resumes when the same command runs again.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +22,32 @@ from typing import Any
 import numpy as np
 
 from rwkv_train import __version__
-from rwkv_train.data.indexed import IndexedStore, beside, write_index
+from rwkv_train.data.indexed import IndexedStore, store_file, write_index
 from rwkv_train.data.manifest import Manifest, write_manifest
-from rwkv_train.data.prepare.progress import Progress
-from rwkv_train.data.prepare.shards import Counts, Shard, make_shard
+from rwkv_train.data.prepare.progress import PrepareProgress
+from rwkv_train.data.prepare.shards import Shard, ShardCounts, make_shard
 from rwkv_train.data.prepare.units import Unit, find_sources, units
-from rwkv_train.data.tokenizers import load_tokenizer, smallest
+from rwkv_train.data.tokenizers import load_tokenizer, token_dtype
 from rwkv_train.data.workers import pool as pool_of
 from rwkv_train.errors import UserError
 
-ATTEMPTS = 3  # at a unit whose process dies
-_BLOCK = 2**22  # bytes that are copied at once
+MAX_ATTEMPTS = 3  # at a unit whose worker process is killed
+_BLOCK_BYTES = 2**22  # copied or hashed at once
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to be prepared.
+class PrepareOptions:
+    """The options of `rwkv-train prepare`.
 
     Attributes:
-        sources: files, directories, globs, names of data sets.
-        tokenizer, extend: as load_tokenizer takes them.
+        sources: files, directories, globs, or names of data sets.
+        tokenizer: bytes, world, or the path of a tokenizer.json.
         out: NAME for NAME.bin, NAME.idx, NAME.crc and NAME.json.
-        field, split: of rows of JSON, parquet and data sets.
-        stop: whether a document that cannot be taken ends it; else such are left out and counted.
-        workers: processes.
+        extend: texts that become single tokens.
+        field: column or JSON key of the text.
+        split: split of the data sets.
+        stop_at_broken: whether to fail at the first unusable document; otherwise such are left out and counted.
+        workers: number of worker processes.
     """
 
     sources: tuple[str, ...]
@@ -51,41 +56,46 @@ class Job:
     extend: tuple[str, ...] = ()
     field: str = "text"
     split: str = "train"
-    stop: bool = False
+    stop_at_broken: bool = False
     workers: int = 1
 
 
-def prepare(job: Job) -> Manifest:
-    """Makes the store, and says how it goes on standard error.
+def prepare(options: PrepareOptions) -> Manifest:
+    """Makes a store, and shows progress on standard error.
+
+    Returns:
+        The manifest that was written.
 
     Raises:
-        UserError: a source that is not there or cannot be read, a place that is taken, a full disk.
+        UserError: a source is missing or damaged, the store exists already, or a file cannot be written.
     """
-    identity = load_tokenizer(job.tokenizer, job.extend).identity
-    files, names = find_sources(job.sources)
+    identity = load_tokenizer(options.tokenizer, options.extend).identity
+    files, names = find_sources(options.sources)
     for suffix in (".bin", ".idx"):
-        if beside(job.out, suffix).exists():
-            raise UserError(f"{beside(job.out, suffix)} is there already", "another --out, or remove the old store")
+        if store_file(options.out, suffix).exists():
+            raise UserError(
+                f"{store_file(options.out, suffix)} exists already", "give another --out, or remove the old store"
+            )
     plan = {
         "sources": [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files] + names,
         "tokenizer": identity,
-        "field": job.field,
-        "split": job.split,
+        "field": options.field,
+        "split": options.split,
     }
-    folder = beside(job.out, ".parts")
+    folder = store_file(options.out, ".parts")
     total = None if names else sum(path.stat().st_size for _, path in files)
-    with _claimed(folder, plan), Progress(total) as progress:
+    with _claimed(folder, plan), PrepareProgress(total) as progress:
         try:
-            shards = _make_shards(job, units(files, names, job.field, job.split), folder, progress)
-            manifest = _join(job, identity, shards, progress)
+            shards = _make_shards(options, units(files, names, options.field, options.split), folder, progress)
+            manifest = _join(options, identity, shards, progress)
         except UserError:
             if not progress.counts.documents:
-                shutil.rmtree(folder)  # nothing in it is worth keeping, and it would stand in the way of another try
+                shutil.rmtree(folder)  # it is empty, and would block a run with other options
             raise
         except OSError as error:
             raise UserError(
                 f"{error.filename or folder} cannot be written: {error.strerror or error}",
-                f"make room; the same command goes on from the shards in {folder}",
+                f"free disk space; the same command resumes from the shards in {folder}",
             ) from None
         shutil.rmtree(folder)
     return manifest
@@ -93,33 +103,39 @@ def prepare(job: Job) -> Manifest:
 
 @contextmanager
 def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """Keeps the folder of shards for this process, and sees to it that the shards in it are of the same job."""
+    """Locks the folder of shards for this process, and refuses shards of another plan.
+
+    Raises:
+        UserError: the folder cannot be written, is locked, or has shards of other sources or another tokenizer.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  the `with` below closes it
+        lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  closed by the `with` below
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}", "--out elsewhere") from None
+        raise UserError(f"{folder} cannot be written: {error.strerror}", "give another --out") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another `prepare` is writing to {folder}", "wait for it, or another --out") from None
-        digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-        begun = folder / "plan"
-        if begun.exists() and begun.read_text() != digest:
             raise UserError(
-                f"{folder} holds the shards of an unfinished `prepare` of other files, or with another tokenizer",
-                f"another --out, or remove {folder}",
+                f"another `prepare` is writing to {folder}", "wait until it ends, or give another --out"
+            ) from None
+        digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+        recorded = folder / "plan"
+        if recorded.exists() and recorded.read_text() != digest:
+            raise UserError(
+                f"{folder} has the shards of an unfinished `prepare` of other files or with another tokenizer",
+                f"give another --out, or remove {folder}",
             )
-        begun.write_text(digest)
+        recorded.write_text(digest)
         yield
 
 
-def _make_shards(job: Job, todo: Iterable[Unit], folder: Path, progress: Progress) -> list[Shard]:
-    """All shards, in order. At most two units a process wait at a time: memory does not grow with the input."""
+def _make_shards(options: PrepareOptions, todo: Iterable[Unit], folder: Path, progress: PrepareProgress) -> list[Shard]:
+    """Makes all shards; returns them in order. At most two units per process are queued, so that memory is bounded."""
     shards: list[Shard] = []
-    running: dict[Future[Counts], tuple[Unit, Shard, int]] = {}
-    pool = pool_of(job.workers, job.tokenizer, job.extend)
+    running: dict[Future[ShardCounts], tuple[Unit, Shard, int]] = {}
+    pool = pool_of(options.workers, options.tokenizer, options.extend)
     try:
         for number, unit in enumerate(todo):
             shard = Shard(folder, number)
@@ -127,32 +143,35 @@ def _make_shards(job: Job, todo: Iterable[Unit], folder: Path, progress: Progres
             if (counts := shard.read_counts()) is not None:
                 progress.add(unit.size, counts)
                 continue
-            while len(running) >= 2 * job.workers:
-                pool = _collect(job, pool, running, progress)
-            pool = _submit(job, pool, running, unit, shard, 1)
+            while len(running) >= 2 * options.workers:
+                pool = _collect(options, pool, running, progress)
+            pool = _submit(options, pool, running, unit, shard, 1)
         while running:
-            pool = _collect(job, pool, running, progress)
+            pool = _collect(options, pool, running, progress)
     finally:
         pool.shutdown(cancel_futures=True)
     return shards
 
 
 def _submit(
-    job: Job, pool: ProcessPoolExecutor, running: dict[Any, Any], unit: Unit, shard: Shard, attempt: int
+    options: PrepareOptions, pool: ProcessPoolExecutor, running: dict[Any, Any], unit: Unit, shard: Shard, attempt: int
 ) -> ProcessPoolExecutor:
     try:
-        future = pool.submit(make_shard, unit, shard, job.stop)
-    except BrokenProcessPool:  # noticed here first; those that run are told of when they are collected
-        pool = pool_of(job.workers, job.tokenizer, job.extend)
-        future = pool.submit(make_shard, unit, shard, job.stop)
+        future = pool.submit(make_shard, unit, shard, options.stop_at_broken)
+    except BrokenProcessPool:  # noticed here first; running units are resubmitted by _collect
+        pool = pool_of(options.workers, options.tokenizer, options.extend)
+        future = pool.submit(make_shard, unit, shard, options.stop_at_broken)
     running[future] = (unit, shard, attempt)
     return pool
 
 
 def _collect(
-    job: Job, pool: ProcessPoolExecutor, running: dict[Future[Counts], tuple[Unit, Shard, int]], progress: Progress
+    options: PrepareOptions,
+    pool: ProcessPoolExecutor,
+    running: dict[Future[ShardCounts], tuple[Unit, Shard, int]],
+    progress: PrepareProgress,
 ) -> ProcessPoolExecutor:
-    """Takes what is done; what a dead process leaves behind is done again."""
+    """Waits for a shard and counts it; resubmits the units of killed processes. Returns the pool to use from now on."""
     done, _ = wait(running, return_when=FIRST_COMPLETED)
     broken = []
     for future in done:
@@ -164,62 +183,65 @@ def _collect(
     if not broken:
         return pool
     pool.shutdown(cancel_futures=True)
-    broken += [running.pop(future) for future in list(running)]  # with one process the pool loses them all
-    pool = pool_of(job.workers, job.tokenizer, job.extend)
-    progress.say(f"a process was killed (out of memory?); {len(broken)} shards are made again")
+    broken += [running.pop(future) for future in list(running)]  # a broken pool loses all running units
+    pool = pool_of(options.workers, options.tokenizer, options.extend)
+    progress.say(f"a process was killed (out of memory?); {len(broken)} shards are started again")
     for unit, shard, attempt in broken:
-        if attempt == ATTEMPTS:
+        if attempt == MAX_ATTEMPTS:
             raise UserError(
-                f"the process that makes shard {shard.number} was killed {ATTEMPTS} times",
-                "free memory or use fewer --workers; the same command goes on",
+                f"the process that makes shard {shard.number} was killed {MAX_ATTEMPTS} times",
+                "free memory or use fewer --workers; the same command resumes",
             )
-        pool = _submit(job, pool, running, unit, shard, attempt + 1)
+        pool = _submit(options, pool, running, unit, shard, attempt + 1)
     return pool
 
 
-def _join(job: Job, identity: str, shards: list[Shard], progress: Progress) -> Manifest:
-    """The shards as one store, written aside and renamed, the index last: without it there is no store."""
-    counts = Counts()
+def _join(options: PrepareOptions, identity: str, shards: list[Shard], progress: PrepareProgress) -> Manifest:
+    """Joins the shards into a store; its files are renamed at the end, the index last, as it makes the store valid."""
+    counts = ShardCounts()
     for shard in shards:
-        counts.add(shard.read_counts() or Counts())
+        counts.add(shard.read_counts() or ShardCounts())
     if not counts.documents:
-        left_out = ", ".join(f"{n} {why}" for why, n in counts.skipped.items()) or "nothing was there"
-        raise UserError(f"no document could be taken ({left_out})", "--field names the column of the text")
-    aside = {suffix: beside(job.out, f"{suffix}.writing") for suffix in (".bin", ".crc", ".idx")}
+        left_out = ", ".join(f"{n} {reason}" for reason, n in counts.skipped.items()) or "the sources are empty"
+        raise UserError(f"no usable document ({left_out})", "give the column of the text with --field")
+    temporary = {suffix: store_file(options.out, f"{suffix}.writing") for suffix in (".bin", ".crc", ".idx")}
     digest = hashlib.sha256()
     progress.say("joining the shards")
     try:
-        with open(aside[".bin"], "wb") as out, open(aside[".crc"], "wb") as checks:
+        with open(temporary[".bin"], "wb") as out, open(temporary[".crc"], "wb") as checks:
             for shard in shards:
                 with open(shard.bin, "rb") as file:
-                    while block := file.read(_BLOCK):
+                    while block := file.read(_BLOCK_BYTES):
                         digest.update(block)
                         out.write(block)
                 checks.write(_column(shard, "checks").tobytes())
-            _synced(out)
-            _synced(checks)
-        kind = smallest(load_tokenizer(job.tokenizer, job.extend).vocab_size)
-        write_index(aside[".idx"], kind, lambda: (_column(shard, "lengths") for shard in shards))
-        hashes = {f"{job.out.name}.bin": digest.hexdigest(), f"{job.out.name}.idx": _sha256(aside[".idx"])}
+            _sync(out)
+            _sync(checks)
+        dtype = token_dtype(load_tokenizer(options.tokenizer, options.extend).vocab_size)
+        write_index(temporary[".idx"], dtype, lambda: (_column(shard, "lengths") for shard in shards))
+        hashes = {f"{options.out.name}.bin": digest.hexdigest(), f"{options.out.name}.idx": _sha256(temporary[".idx"])}
         for suffix in (".bin", ".crc", ".idx"):
-            os.replace(aside[suffix], beside(job.out, suffix))
+            os.replace(temporary[suffix], store_file(options.out, suffix))
         manifest = Manifest(
-            tokenizer=job.tokenizer,
-            extend=list(job.extend),
+            tokenizer=options.tokenizer,
+            extend=list(options.extend),
             identity=identity,
             documents=counts.documents,
             tokens=counts.tokens,
             bytes=counts.bytes,
             largest_token=counts.largest_token,
-            fingerprint=IndexedStore(job.out).fingerprint(),
+            fingerprint=IndexedStore(options.out).fingerprint(),
             sha256=hashes,
-            sources=list(job.sources),
+            sources=list(options.sources),
             skipped=counts.skipped,
             version=__version__,
         )
-        write_manifest(job.out, manifest)
+        write_manifest(options.out, manifest)
     except BaseException:
-        for path in (*aside.values(), *(beside(job.out, suffix) for suffix in (".idx", ".json", ".crc", ".bin"))):
+        for path in (
+            *temporary.values(),
+            *(store_file(options.out, suffix) for suffix in (".idx", ".json", ".crc", ".bin")),
+        ):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         raise
@@ -231,18 +253,11 @@ def _column(shard: Shard, name: str) -> Any:
         return columns[name]
 
 
-def _synced(file: Any) -> None:
+def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _by_blocks(file)
-
-
-def _by_blocks(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(_BLOCK):
-        digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What a person sees of a `prepare`: a bar in a terminal, a line now and then elsewhere."""
+"""Progress of `prepare` on standard error: a bar in a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -6,31 +6,33 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rwkv_train.data.prepare.shards import Counts
+from rwkv_train.data.prepare.shards import ShardCounts
 
-_PLAIN_SECONDS = 10.0
+_SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress:
-    """Megabytes read per second and time left.
+class PrepareProgress:
+    """Shows megabytes read, their rate, tokens and remaining time.
 
     Args:
-        total: bytes that there are to read; None: nobody knows.
+        total: size of the input in bytes; None: unknown.
+
+    Attributes:
+        counts: sums over the finished shards.
     """
 
     def __init__(self, total: int | None) -> None:
-        self.total, self.done, self.counts = total, 0, Counts()
+        self.total, self.done, self.counts = total, 0, ShardCounts()
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._began = self._spoke = time.monotonic()
-        self._bar: Bar | None = None
+        self._started = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> PrepareProgress:
         if self.console.is_terminal:
             columns = (TextColumn("{task.fields[text]}"), BarColumn(), TimeRemainingColumn(True))
-            self._bar = Bar(*columns, console=self.console, refresh_per_second=4)
+            self._bar = Progress(*columns, console=self.console, refresh_per_second=4)
             self._bar.start()
             self._bar.add_task("", total=self.total, text="")
         return self
@@ -41,19 +43,20 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def add(self, size: int, counts: Counts) -> None:
-        """A shard is done that `size` bytes were read for."""
+    def add(self, size: int, counts: ShardCounts) -> None:
+        """Counts a finished shard whose unit has `size` bytes."""
         self.done += size
         self.counts.add(counts)
         now = time.monotonic()
-        rate = self.done / max(now - self._began, 1e-9)
+        rate = self.done / max(now - self._started, 1e-9)
         text = f"{self.done / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s, {self.counts.tokens:,} tokens"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.done, text=text)
-        elif now - self._spoke > _PLAIN_SECONDS:
-            self._spoke = now
+        elif now - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
             left = "" if self.total is None else f", {max(0, self.total - self.done) / rate:,.0f} s left"
             self.console.print(text + left)
 
     def say(self, text: str) -> None:
+        """Prints a line above the bar."""
         self.console.print(text)

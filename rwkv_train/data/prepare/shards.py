@@ -1,4 +1,7 @@
-"""A unit made into a shard, in a process of its own: N.bin, N.npz and, the sign that it is whole, N.json."""
+"""A unit of input tokenised into a shard by a worker process: N.bin, N.npz and N.json.
+
+N.json is written last, so that it exists only for complete shards.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,24 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_train.data.prepare.units import Skipped, Unit
-from rwkv_train.data.tokenizers import smallest
+from rwkv_train.data.tokenizers import token_dtype
 from rwkv_train.data.workers import tokenizer
 from rwkv_train.errors import UserError
 
-_FLUSH = 2**20  # tokens that wait before they are written
+_BUFFERED_TOKENS = 2**20  # before they are written
 
 
 @dataclass
-class Counts:
-    """What is in a shard, or in several."""
+class ShardCounts:
+    """The content of a shard, or of several.
+
+    Attributes:
+        documents: number of documents.
+        tokens: number of tokens, with an end-of-text per document.
+        bytes: size of the documents' texts.
+        largest_token: largest token.
+        skipped: number of documents left out, by reason.
+    """
 
     documents: int = 0
     tokens: int = 0
@@ -28,7 +39,8 @@ class Counts:
     largest_token: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
 
-    def add(self, other: Counts) -> None:
+    def add(self, other: ShardCounts) -> None:
+        """Adds the counts of another shard."""
         self.documents += other.documents
         self.tokens += other.tokens
         self.bytes += other.bytes
@@ -38,76 +50,85 @@ class Counts:
 
 @dataclass(frozen=True)
 class Shard:
-    """Where a shard lies."""
+    """The files of a shard.
+
+    Attributes:
+        folder: directory of the shards.
+        number: number of the unit, from 0.
+    """
 
     folder: Path
     number: int
 
     @property
     def bin(self) -> Path:
+        """The tokens."""
         return self.folder / f"{self.number:06}.bin"
 
     @property
     def documents(self) -> Path:
-        """Lengths (D,) int32 and CRC-32 (D,) uint32 of the documents."""
+        """An .npz with `lengths` in tokens, int32 (D,), and CRC-32 `checks`, uint32 (D,), of the documents."""
         return self.folder / f"{self.number:06}.npz"
 
     @property
     def counts(self) -> Path:
+        """ShardCounts as JSON."""
         return self.folder / f"{self.number:06}.json"
 
-    def read_counts(self) -> Counts | None:
-        """None: the shard is not there, or not whole."""
+    def read_counts(self) -> ShardCounts | None:
+        """The counts of a complete shard; None if it is missing or incomplete."""
         try:
-            return Counts(**json.loads(self.counts.read_text()))
+            return ShardCounts(**json.loads(self.counts.read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
 
-def make_shard(unit: Unit, shard: Shard, stop: bool) -> Counts:
-    """Tokenises a unit: each document's tokens and an end-of-text behind them.
+def make_shard(unit: Unit, shard: Shard, stop_at_broken: bool) -> ShardCounts:
+    """Tokenises a unit and writes its shard: the tokens of each document and an end-of-text after them.
 
     Args:
-        stop: whether a document that is left out ends it all.
+        unit: the documents.
+        shard: the files to write.
+        stop_at_broken: whether to fail at the first unusable document instead of leaving it out.
 
     Raises:
-        UserError: such a document, if `stop`.
-        OSError: the disk refused; nothing is left of the shard.
+        UserError: a document is unusable, and `stop_at_broken` is set.
+        OSError: a file cannot be written; the shard's files have been removed.
     """
-    known = tokenizer()
-    kind = np.dtype(smallest(known.vocab_size))
-    end = np.full(1, known.end_of_text, kind).tobytes()
-    counts, lengths, checks = Counts(), [], []
-    waiting: list[bytes] = []
+    encoder = tokenizer()
+    dtype = np.dtype(token_dtype(encoder.vocab_size))
+    end = np.full(1, encoder.end_of_text, dtype).tobytes()
+    counts, lengths, checks = ShardCounts(), [], []
+    buffered: list[bytes] = []
     size, bytes_ = 0, 0
     try:
         with open(shard.bin, "wb") as file:
             for document in unit.documents():
                 if isinstance(document, Skipped):
-                    if stop:
+                    if stop_at_broken:
                         raise UserError(
-                            f"{document.where}: a document that cannot be taken ({document.why})",
-                            "mend it, or --broken skip leaves such documents out and counts them",
+                            f"{document.where}: unusable document ({document.reason})",
+                            "fix it, or leave such documents out with --broken skip",
                         )
-                    counts.skipped[document.why] = counts.skipped.get(document.why, 0) + 1
+                    counts.skipped[document.reason] = counts.skipped.get(document.reason, 0) + 1
                     continue
-                tokens = known.encode(document).astype(kind, copy=False)
+                tokens = encoder.encode(document).astype(dtype, copy=False)
                 counts.largest_token = max(counts.largest_token, int(tokens.max(initial=0)))
                 raw = tokens.tobytes() + end
                 lengths.append(len(tokens) + 1)
                 checks.append(zlib.crc32(raw))
                 bytes_ += len(document)
-                waiting.append(raw)
+                buffered.append(raw)
                 size += len(tokens)
-                if size >= _FLUSH:
-                    file.write(b"".join(waiting))
-                    waiting, size = [], 0
-            file.write(b"".join(waiting))
+                if size >= _BUFFERED_TOKENS:
+                    file.write(b"".join(buffered))
+                    buffered, size = [], 0
+            file.write(b"".join(buffered))
         np.savez(shard.documents, lengths=np.array(lengths, np.int32), checks=np.array(checks, np.uint32))
         counts.documents, counts.tokens, counts.bytes = len(lengths), sum(lengths), bytes_
-        aside = shard.counts.with_suffix(".writing")
-        aside.write_text(json.dumps(asdict(counts)))
-        aside.replace(shard.counts)
+        temporary = shard.counts.with_suffix(".writing")
+        temporary.write_text(json.dumps(asdict(counts)))
+        temporary.replace(shard.counts)
     except BaseException:
         for path in (shard.counts, shard.documents, shard.bin):
             path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""What there is to read, cut into units that a process can read on its own.
+"""The input of `prepare`, divided into units of work that a process can read on its own.
 
-A unit is about 32 MiB of text, and gives documents: bytes, or the reason why one is left out. The order of the units,
-and what each holds, is a function of the files alone.
+A unit has about 32 MiB of text and yields documents: their bytes, or the reason why one is left out. The order of the
+units and their content depend on the files alone.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import IO, Any, Protocol
 from rwkv_train.data.corpus import find_files
 from rwkv_train.errors import UserError
 
-UNIT = 2**25  # bytes of text
-FILES = 2000  # small files in one unit, at most
-LONGEST = 2**24  # bytes of a document: longer texts are cut there at a line's end, longer lines of JSON are left out
+UNIT_BYTES = 2**25  # of text
+MAX_FILES_PER_UNIT = 2000
+MAX_DOCUMENT_BYTES = 2**24  # longer texts are cut at the end of a line, longer lines of JSON are left out
 
-EMPTY, NO_UTF8, NO_JSON, NO_TEXT, TOO_LONG, BINARY = (
+EMPTY, NOT_UTF8, NOT_JSON, NO_TEXT, TOO_LONG, BINARY = (
     "empty",
-    "no UTF-8",
-    "no JSON",
+    "not UTF-8",
+    "not JSON",
     "without the text field",
     "a line of more than 16 MiB",
     "binary",
@@ -36,27 +36,34 @@ EMPTY, NO_UTF8, NO_JSON, NO_TEXT, TOO_LONG, BINARY = (
 
 @dataclass(frozen=True)
 class Skipped:
-    """A document that is left out."""
+    """A document that is left out.
 
-    why: str
+    Attributes:
+        reason: one of the constants above.
+        where: file and position, for messages.
+    """
+
+    reason: str
     where: str
 
 
-Found = Iterator[bytes | Skipped]
+Documents = Iterator[bytes | Skipped]
 
 
 class Unit(Protocol):
+    """A part of the input that one process reads."""
+
     @property
     def size(self) -> int:
-        """Bytes that are read for it, about."""
+        """Approximate number of bytes read, for the progress bar."""
 
-    def documents(self) -> Found:
-        """What it holds, in order."""
+    def documents(self) -> Documents:
+        """Yields the documents in order."""
 
 
 @dataclass(frozen=True)
-class Lines:
-    """The lines of JSON that begin in a range of a file."""
+class JsonLinesRange:
+    """The lines of a JSON Lines file that begin in the byte range begin … end - 1."""
 
     path: str
     begin: int
@@ -67,26 +74,33 @@ class Lines:
     def size(self) -> int:
         return self.end - self.begin
 
-    def documents(self) -> Found:
+    def documents(self) -> Documents:
         with open(self.path, "rb", buffering=2**20) as file:
             if self.begin:
                 file.seek(self.begin - 1)
                 _skip_line(file)
-            while (at := file.tell()) < self.end:
-                line = file.readline(LONGEST + 1)
-                if len(line) > LONGEST and not line.endswith(b"\n"):
+            while (offset := file.tell()) < self.end:
+                line = file.readline(MAX_DOCUMENT_BYTES + 1)
+                if len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
                     _skip_line(file)
-                    yield Skipped(TOO_LONG, f"{self.path}, byte {at}")
+                    yield Skipped(TOO_LONG, f"{self.path}, byte {offset}")
                 elif line.strip():
-                    yield from _parsed(line, self.field, f"{self.path}, byte {at}")
+                    yield from _parsed(line, self.field, f"{self.path}, byte {offset}")
 
 
 @dataclass(frozen=True)
-class LineBlock:
-    """Lines of JSON that were unpacked already."""
+class JsonLinesBlock:
+    """Lines of JSON from a compressed file, decompressed by the parent process.
+
+    Attributes:
+        name: path of the file, for messages.
+        first: line number of the first line in the file, from 1.
+        lines: complete lines.
+        field: key of the text.
+    """
 
     name: str
-    first: int  # number of its first line
+    first: int
     lines: bytes
     field: str
 
@@ -94,9 +108,9 @@ class LineBlock:
     def size(self) -> int:
         return len(self.lines)
 
-    def documents(self) -> Found:
+    def documents(self) -> Documents:
         for number, line in enumerate(io.BytesIO(self.lines), self.first):
-            if len(line) > LONGEST:
+            if len(line) > MAX_DOCUMENT_BYTES:
                 yield Skipped(TOO_LONG, f"{self.name}, line {number}")
             elif line.strip():
                 yield from _parsed(line, self.field, f"{self.name}, line {number}")
@@ -104,7 +118,7 @@ class LineBlock:
 
 @dataclass(frozen=True)
 class TextRange:
-    """The whole lines of a long text that begin in a range of a file: a document."""
+    """The lines of a long text file that begin in the byte range begin … end - 1, as one document."""
 
     path: str
     begin: int
@@ -114,25 +128,31 @@ class TextRange:
     def size(self) -> int:
         return self.end - self.begin
 
-    def documents(self) -> Found:
+    def documents(self) -> Documents:
         with open(self.path, "rb") as file:
             begin = _next_line(file, self.begin)
             end = _next_line(file, self.end)
             file.seek(begin)
             text = file.read(end - begin)
-        if text:  # else one line reaches through the whole range
+        if text:  # empty if a single line spans the range
             yield from _text(text, f"{self.path}, byte {begin}")
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Files that are a document each, or texts that were read already."""
+class TextFiles:
+    """Text files, each of them a document.
+
+    Attributes:
+        paths: the files; for `texts`, where each text comes from.
+        size: total number of bytes.
+        texts: texts that the parent process has already read, for the first paths.
+    """
 
     paths: tuple[str, ...]
     size: int
     texts: tuple[bytes, ...] = ()
 
-    def documents(self) -> Found:
+    def documents(self) -> Documents:
         for path, text in zip(self.paths, self.texts, strict=False):
             yield from _text(text, path)
         for path in self.paths[len(self.texts) :]:
@@ -140,22 +160,29 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class RowGroup:
-    """A row group of a parquet file."""
+class ParquetRowGroup:
+    """A row group of a parquet file, each row a document.
+
+    Attributes:
+        path: the parquet file.
+        number: number of the row group.
+        size: approximate size in bytes.
+        field: column of the text.
+    """
 
     path: str
     number: int
     size: int
     field: str
 
-    def documents(self) -> Found:
+    def documents(self) -> Documents:
         import pyarrow.parquet as parquet
 
         with parquet.ParquetFile(self.path) as file:
             if self.field not in file.schema_arrow.names:
                 raise UserError(
-                    f"{self.path} has no column {self.field}; there is {', '.join(file.schema_arrow.names)}",
-                    "--field COLUMN",
+                    f"{self.path} has no column {self.field}; its columns are {', '.join(file.schema_arrow.names)}",
+                    "give the column of the text: --field COLUMN",
                 )
             for batch in file.iter_batches(1024, row_groups=[self.number], columns=[self.field]):
                 for row, text in enumerate(batch.column(0).to_pylist()):
@@ -163,13 +190,13 @@ class RowGroup:
                     yield from _text(text.encode(), where) if isinstance(text, str) else [Skipped(NO_TEXT, where)]
 
 
-def _parsed(line: bytes, field: str, where: str) -> Found:
+def _parsed(line: bytes, field: str, where: str) -> Documents:
     try:
         text = json.loads(line)[field]
     except UnicodeDecodeError:
-        yield Skipped(NO_UTF8, where)
+        yield Skipped(NOT_UTF8, where)
     except ValueError:
-        yield Skipped(NO_JSON, where)
+        yield Skipped(NOT_JSON, where)
     except (KeyError, TypeError, IndexError):
         yield Skipped(NO_TEXT, where)
     else:
@@ -180,11 +207,11 @@ def _parsed(line: bytes, field: str, where: str) -> Found:
         else:
             try:
                 yield text.encode()
-            except UnicodeEncodeError:  # half of a surrogate pair, written as an escape
-                yield Skipped(NO_UTF8, where)
+            except UnicodeEncodeError:  # an escaped lone surrogate
+                yield Skipped(NOT_UTF8, where)
 
 
-def _text(text: bytes, where: str) -> Found:
+def _text(text: bytes, where: str) -> Documents:
     if not text:
         yield Skipped(EMPTY, where)
     elif b"\0" in text[:8192]:
@@ -193,7 +220,7 @@ def _text(text: bytes, where: str) -> Found:
         try:
             text.decode()
         except UnicodeDecodeError as error:
-            yield Skipped(NO_UTF8, f"{where}, at {error.start}")
+            yield Skipped(NOT_UTF8, f"{where}, at {error.start}")
         else:
             yield text
 
@@ -203,79 +230,102 @@ def _skip_line(file: IO[bytes]) -> None:
         pass
 
 
-def _next_line(file: IO[bytes], at: int) -> int:
-    """Where the first line from a place on begins."""
-    if at == 0:
+def _next_line(file: IO[bytes], offset: int) -> int:
+    """The offset of the first line that begins at `offset` or later."""
+    if offset == 0:
         return 0
-    file.seek(at - 1)
+    file.seek(offset - 1)
     _skip_line(file)
     return file.tell()
 
 
 def find_sources(sources: Sequence[str]) -> tuple[list[tuple[str, Path]], list[str]]:
-    """Files with their names, and names of data sets, that the command line's words mean.
+    """Resolves the sources of the command line.
+
+    Args:
+        sources: files, directories, globs, or names of data sets.
+
+    Returns:
+        (name, path) of each file, and the names of data sets.
 
     Raises:
-        UserError: a word is neither a file, a directory, a glob of files, nor may be a data set's name.
+        UserError: a source is neither an existing file, directory or glob, nor a possible name of a data set.
     """
     files: list[tuple[str, Path]] = []
     names: list[str] = []
-    for word in sources:
-        path = Path(word).expanduser()
+    for source in sources:
+        path = Path(source).expanduser()
         matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         for match in matches:
             files += [
                 (str(match / name) if match.is_dir() else str(match), file) for name, file in find_files(match)[0]
             ]
         if not matches:
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", word) or path.suffix:
-                raise UserError(f"{word}: there is no such file or directory", f"it is taken from {os.getcwd()}")
-            names.append(word)
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or path.suffix:
+                raise UserError(
+                    f"{source}: there is no such file or directory",
+                    f"check the path; relative paths are resolved against {os.getcwd()}",
+                )
+            names.append(source)
         elif not any(match.is_file() or any(match.iterdir()) for match in matches):
-            raise UserError(f"{word} is an empty directory", "name a directory with text, .jsonl or .parquet files")
+            raise UserError(f"{source} is an empty directory", "give a directory with text, .jsonl or .parquet files")
     return files, names
 
 
 def units(files: Sequence[tuple[str, Path]], names: Sequence[str], field: str, split: str) -> Iterator[Unit]:
-    """All units of what find_sources found."""
+    """Yields all units of the input.
+
+    Args:
+        files: (name, path) of each file, of `find_sources`.
+        names: names of data sets, of `find_sources`.
+        field: column or JSON key of the text.
+        split: split of the data sets.
+
+    Raises:
+        UserError: a file is damaged, or a data set cannot be opened.
+    """
     small: list[tuple[str, int]] = []
     for _, path in files:
-        kind, packing = _kind(path)
+        kind, compression = _format(path)
         size = path.stat().st_size
-        if kind == "text" and not packing and size <= LONGEST:
+        if kind == "text" and not compression and size <= MAX_DOCUMENT_BYTES:
             small.append((str(path), size))
-            if len(small) == FILES or sum(size for _, size in small) >= UNIT:
-                yield _together(small)
+            if len(small) == MAX_FILES_PER_UNIT or sum(size for _, size in small) >= UNIT_BYTES:
+                yield _text_files(small)
                 small = []
             continue
         if small:
-            yield _together(small)
+            yield _text_files(small)
             small = []
         if kind == "parquet":
             yield from _row_groups(path, field)
-        elif packing:
-            yield from _unpacked(path, kind, packing, field)
+        elif compression:
+            yield from _decompressed(path, kind, compression, field)
         else:
-            step = UNIT if kind == "jsonl" else LONGEST
+            step = UNIT_BYTES if kind == "jsonl" else MAX_DOCUMENT_BYTES
             for begin in range(0, size, step):
                 end = min(begin + step, size)
-                yield Lines(str(path), begin, end, field) if kind == "jsonl" else TextRange(str(path), begin, end)
+                yield (
+                    JsonLinesRange(str(path), begin, end, field)
+                    if kind == "jsonl"
+                    else TextRange(str(path), begin, end)
+                )
     if small:
-        yield _together(small)
+        yield _text_files(small)
     for name in names:
-        yield from _streamed(name, field, split)
+        yield from _streamed_units(name, field, split)
 
 
-def _kind(path: Path) -> tuple[str, str]:
-    """What a file holds (jsonl, parquet or text), and how it is packed (gz, zst or not)."""
+def _format(path: Path) -> tuple[str, str]:
+    """The kind of a file (jsonl, parquet or text) and its compression (gz, zst or empty), by its suffixes."""
     suffixes = path.suffixes
-    packing = suffixes.pop()[1:] if suffixes and suffixes[-1] in (".gz", ".zst") else ""
+    compression = suffixes.pop()[1:] if suffixes and suffixes[-1] in (".gz", ".zst") else ""
     kind = suffixes[-1] if suffixes else ""
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(kind, "text"), packing
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(kind, "text"), compression
 
 
-def _together(small: Sequence[tuple[str, int]]) -> Texts:
-    return Texts(tuple(path for path, _ in small), sum(size for _, size in small))
+def _text_files(small: Sequence[tuple[str, int]]) -> TextFiles:
+    return TextFiles(tuple(path for path, _ in small), sum(size for _, size in small))
 
 
 def _row_groups(path: Path, field: str) -> Iterator[Unit]:
@@ -284,52 +334,53 @@ def _row_groups(path: Path, field: str) -> Iterator[Unit]:
     try:
         with parquet.ParquetFile(path) as file:
             groups = file.metadata.num_row_groups
-    except Exception as error:  # pyarrow raises its own and the system's
+    except Exception as error:  # pyarrow's own types, and OSError
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is no parquet file: {reason}", "copy it anew, or leave it out") from None
+        raise UserError(f"{path} is not a parquet file: {reason}", "copy it again, or leave it out") from None
     for number in range(groups):
-        yield RowGroup(str(path), number, path.stat().st_size // groups, field)
+        yield ParquetRowGroup(str(path), number, path.stat().st_size // groups, field)
 
 
-def _unpacked(path: Path, kind: str, packing: str, field: str) -> Iterator[Unit]:
-    """A packed file is unpacked by the parent, since nobody can begin in its middle; the rest is done by the others."""
-    number, rest, cut = 1, b"", False  # cut: the last block ended within a line, which was given up
+def _decompressed(path: Path, kind: str, compression: str, field: str) -> Iterator[Unit]:
+    """Decompresses a file in the parent process, as it cannot be read from the middle; workers do the rest."""
+    number, rest, cut = 1, b"", False  # cut: the previous block ended within a line that is too long and was emitted
     try:
-        with _open_packed(path, packing) as file:
-            while block := file.read(UNIT if kind == "jsonl" else LONGEST):
+        with _open_compressed(path, compression) as file:
+            while block := file.read(UNIT_BYTES if kind == "jsonl" else MAX_DOCUMENT_BYTES):
                 if cut:
                     block = block[block.find(b"\n") + 1 :] if b"\n" in block else b""
                     cut = not block
                 block = rest + block
                 end = block.rfind(b"\n") + 1
-                if not end and len(block) <= 2 * UNIT:
+                if not end and len(block) <= 2 * UNIT_BYTES:
                     rest = block
                     continue
-                whole, rest, cut = (block[:end], block[end:], False) if end else (block, b"", kind == "jsonl")
-                yield _block(path, kind, number, whole, field)
-                number += max(1, whole.count(b"\n"))
-    except Exception as error:  # the system's, gzip's, zlib's, zstandard's
-        raise UserError(f"{path} cannot be unpacked: {error}", "copy it anew, or leave it out") from None
+                lines, rest, cut = (block[:end], block[end:], False) if end else (block, b"", kind == "jsonl")
+                yield _block_unit(path, kind, number, lines, field)
+                number += max(1, lines.count(b"\n"))
+    except Exception as error:  # OSError, and the types of gzip, zlib and zstandard
+        raise UserError(f"{path} cannot be decompressed: {error}", "copy it again, or leave it out") from None
     if rest:
-        yield _block(path, kind, number, rest, field)
+        yield _block_unit(path, kind, number, rest, field)
 
 
-def _open_packed(path: Path, packing: str) -> Any:
-    if packing == "gz":
+def _open_compressed(path: Path, compression: str) -> Any:
+    if compression == "gz":
         return gzip.open(path, "rb")
     import zstandard
 
-    file = open(path, "rb")  # noqa: SIM115  the reader closes it
+    file = open(path, "rb")  # noqa: SIM115  closed by the reader
     return io.BufferedReader(zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(file, closefd=True))
 
 
-def _block(path: Path, kind: str, number: int, whole: bytes, field: str) -> Unit:
+def _block_unit(path: Path, kind: str, number: int, lines: bytes, field: str) -> Unit:
+    """The unit of complete decompressed lines, the first of which is line `number` of the file."""
     if kind == "jsonl":
-        return LineBlock(str(path), number, whole, field)
-    return Texts((f"{path}, line {number}",), len(whole), (whole,))
+        return JsonLinesBlock(str(path), number, lines, field)
+    return TextFiles((f"{path}, line {number}",), len(lines), (lines,))
 
 
-def _streamed(name: str, field: str, split: str) -> Iterator[Unit]:
+def _streamed_units(name: str, field: str, split: str) -> Iterator[Unit]:
     from rwkv_train.data.stream import open_dataset, texts_of
 
     texts: list[bytes] = []
@@ -338,8 +389,10 @@ def _streamed(name: str, field: str, split: str) -> Iterator[Unit]:
     for row, text in rows:
         texts.append(text)
         size += len(text)
-        if size >= UNIT:
-            yield Texts(tuple(f"{name}, row {row - len(texts) + 1 + n}" for n in range(len(texts))), size, tuple(texts))
+        if size >= UNIT_BYTES:
+            yield TextFiles(
+                tuple(f"{name}, row {row - len(texts) + 1 + n}" for n in range(len(texts))), size, tuple(texts)
+            )
             texts, size = [], 0
     if texts:
-        yield Texts(tuple(f"{name}, one of the last {len(texts)} rows" for _ in texts), size, tuple(texts))
+        yield TextFiles(tuple(f"{name}, one of the last {len(texts)} rows" for _ in texts), size, tuple(texts))

@@ -1,1 +1,1 @@
-"""`rwkv-train report`: what a run left behind, as one HTML file that needs nothing else."""
+"""`rwkv-train report`: the records of runs as one self-contained HTML file, served live, or as PNG files."""

@@ -1,6 +1,6 @@
-"""Which metrics are drawn together, in which order, under which title and unit: docs/metrics.md as charts.
+"""The charts of the metrics in docs/metrics.md: which are drawn together, their order, titles and units.
 
-A key that is not known here gets a chart of its own under "Other".
+A key that is not listed here gets a chart of its own in the section "Other".
 """
 
 from __future__ import annotations
@@ -8,14 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from rwkv_train.models.registry import LayerChart, layer_charts
+
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of one key, or of several of one unit.
+    """A chart of one metric, or of several with the same unit.
 
     Attributes:
-        lines: what each key is called in the chart, by key.
-        log: whether the values are best seen on a logarithmic scale.
+        section: heading under which the chart is shown.
+        title: title of the chart.
+        unit: unit of the values; empty for a number without one.
+        lines: label of each curve, by key of metrics.jsonl.
+        log: whether a logarithmic scale suits the values.
     """
 
     section: str
@@ -38,7 +43,7 @@ KNOWN = (
     Chart("Speed", "Throughput", "tokens/s", {"tokens_per_second": "tokens per second"}),
     Chart("Speed", "Model FLOPs utilisation", "share", {"mfu": "MFU"}),
     Chart("Speed", "Goodput", "share", {"goodput": "time in steps that count"}),
-    Chart("Speed", "Time of a step", "s", {"seconds": "whole step"}),
+    Chart("Speed", "Time of a step", "s", {"seconds": "complete step"}),
     Chart(
         "Speed",
         "Where a step's time goes",
@@ -55,43 +60,53 @@ KNOWN = (
     Chart("Health", "Largest logit", "", {"max_logit": "max |logit|"}),
 )
 
-FAMILIES = (  # keys that end in a name of the user's
+FAMILIES = (  # prefixes of keys that end in the name of a source: (prefix, section, title, unit)
     ("train/loss/", "Loss by source", "Training loss: {}", "nats/token"),
     ("val/loss/", "Loss by source", "Validation loss: {}", "nats/token"),
     ("tokens/", "Loss by source", "Tokens read: {}", "tokens"),
 )
 
-LAYERS = {  # key → title, unit
+LAYERS = {  # key → title, unit: the per-layer values of every architecture
     "layers/grad_norm": ("Gradient norm of the block", ""),
     "layers/update_ratio": ("Update-to-weight ratio of the block", ""),
-    "layers/state_rms": ("RMS of the state", ""),
-    "layers/receptance_saturated": ("Saturated receptance gates", "share"),
     "layers/contribution": ("Contribution: output over input", ""),
 }
-DECAY = "decay/half_life"  # [minimum, 10 %, median, 90 %, maximum] of each layer, tokens
 
-CLOCKS = ("tokens", "time", "hours")  # what else than a step can be the horizontal axis, or tells of it
+CLOCKS = ("tokens", "time", "hours")  # keys for the horizontal axis, which have no chart of their own
+
+
+def layer_charts_of(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Key → title and unit of the per-layer values among these keys; unknown ones last, under their own names."""
+    known = LAYERS | {key: (c.title, c.unit) for key, c in layer_charts().items() if not c.quantiles}
+    found = set(keys)
+    return {key: known[key] for key in known if key in found} | {key: (key, "") for key in sorted(found - known.keys())}
+
+
+def spectra() -> dict[str, LayerChart]:
+    """The per-layer values that are five quantiles, such as the half-lives of a layer's channels."""
+    return {key: chart for key, chart in layer_charts().items() if len(chart.quantiles) == 5}
 
 
 def charts(keys: Iterable[str]) -> list[Chart]:
-    """The charts of these keys, in the order in which they are shown."""
-    found = {key for key in keys if key not in CLOCKS}
-    shown = []
+    """The charts that show these keys of metrics.jsonl, in the order of the page."""
+    remaining = {key for key in keys if key not in CLOCKS}
+    known = []
     for chart in KNOWN:
-        lines = {key: name for key, name in chart.lines.items() if key in found}
+        lines = {key: name for key, name in chart.lines.items() if key in remaining}
         if lines:
-            shown.append(Chart(chart.section, chart.title, chart.unit, lines, chart.log))
-        found -= lines.keys()
-    return [*shown, *_others(sorted(found))]
+            known.append(Chart(chart.section, chart.title, chart.unit, lines, chart.log))
+        remaining -= lines.keys()
+    return [*known, *_unlisted(sorted(remaining))]
 
 
-def _others(keys: Iterable[str]) -> Iterator[Chart]:
-    late = []
+def _unlisted(keys: Iterable[str]) -> Iterator[Chart]:
+    """A chart for each key that KNOWN does not list: those of FAMILIES first."""
+    others = []
     for key in keys:
-        for start, section, title, unit in FAMILIES:
-            if key.startswith(start):
-                yield Chart(section, title.format(key.removeprefix(start)), unit, {key: key})
+        for prefix, section, title, unit in FAMILIES:
+            if key.startswith(prefix):
+                yield Chart(section, title.format(key.removeprefix(prefix)), unit, {key: key})
                 break
         else:
-            late.append(Chart("Other", key, "", {key: key}))
-    yield from late
+            others.append(Chart("Other", key, "", {key: key}))
+    yield from others

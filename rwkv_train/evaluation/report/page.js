@@ -1,5 +1,5 @@
 "use strict";
-// From the data to charts. view.js, which follows in the same script, puts the page together.
+// Turns the report's data into charts. view.js follows in the same script and builds the page.
 
 const COLOURS = {
   light: ["#0f62ae", "#c8500a", "#117a57", "#a62c72", "#866a00", "#5a50c4", "#1c7f96", "#61666e"],
@@ -16,15 +16,15 @@ let report;
 function load(data) {
   for (const run of data.runs) {
     for (const curve of Object.values(run.curves)) {
-      unfold(curve.x);
-      if (curve.trend) unfold(curve.trend.x);
+      accumulate(curve.x);
+      if (curve.trend) accumulate(curve.trend.x);
     }
   }
   report = data;
   state.focus = Math.min(state.focus, data.runs.length - 1);
 }
 
-function unfold(differences) {
+function accumulate(differences) {
   for (let i = 1; i < differences.length; i++) differences[i] += differences[i - 1];
 }
 
@@ -57,8 +57,8 @@ function exact(value) {
   return size !== 0 && size < 1e-3 ? value.toExponential(3) : `${+value.toPrecision(5)}`;
 }
 
-// The place of a step on the chosen axis; between two known places both clocks grow evenly.
-function place(run, step) {
+// The position of a step on the chosen axis, by linear interpolation of the run's clock; null without a clock.
+function axisValue(run, step) {
   if (state.axis === "step") return step;
   const clock = run.clock[state.axis];
   if (!clock || !clock.x.length) return null;
@@ -73,33 +73,33 @@ function place(run, step) {
   return y[low] + ((y[high] - y[low]) * (step - x[low])) / (x[high] - x[low]);
 }
 
-function placed(run, curve) {
+function curvePoints(run, curve) {
   const x = [], y = [];
   curve.x.forEach((step, i) => {
-    const at = place(run, step);
-    if (at != null && curve.y[i] != null) { x.push(at); y.push(curve.y[i]); }
+    const position = axisValue(run, step);
+    if (position != null && curve.y[i] != null) { x.push(position); y.push(curve.y[i]); }
   });
   return { x, y };
 }
 
-// One line of a chart: {name, x, y, colour, dash, width, alpha, points, told}; told: named where the cursor is.
+// The lines of a chart: {name, x, y, colour, dash, width, alpha, points, listed}; listed: its value is shown at the cursor.
 function linesOf(chart, runs) {
   const keys = Object.keys(chart.lines), lines = [];
   runs.forEach(({ run, number }) => keys.forEach((key, which) => {
     const curve = run.curves[key];
     if (!curve) return;
-    const own = report.runs.length > 1 ? number : which, held = key.startsWith("val/");
+    const own = report.runs.length > 1 ? number : which, isValidation = key.startsWith("val/");
     const name = report.runs.length > 1 ? (keys.length > 1 ? `${run.name} ${chart.lines[key]}` : run.name) : chart.lines[key];
     const look = { name, colour: colour(own), dash: dash(own) };
-    const smooth = curve.trend && !held;
+    const smooth = curve.trend && !isValidation;
     if (!smooth || state.curves !== "trend") {
       const faded = smooth && state.curves === "both";
-      lines.push({ ...look, ...placed(run, curve), width: faded ? 1 : 1.6, alpha: faded ? Math.max(0.12, 0.36 - 0.06 * runs.length) : 1, points: held, told: !faded });
-      if (held && report.runs.length > 1) lines[lines.length - 1].dash = [4, 3];
+      lines.push({ ...look, ...curvePoints(run, curve), width: faded ? 1 : 1.6, alpha: faded ? Math.max(0.12, 0.36 - 0.06 * runs.length) : 1, points: isValidation, listed: !faded });
+      if (isValidation && report.runs.length > 1) lines[lines.length - 1].dash = [4, 3];
     }
-    if (smooth && state.curves !== "all") lines.push({ ...look, ...placed(run, curve.trend), width: 2, alpha: 1, told: true });
+    if (smooth && state.curves !== "all") lines.push({ ...look, ...curvePoints(run, curve.trend), width: 2, alpha: 1, listed: true });
   }));
-  lines.sort((a, b) => a.alpha - b.alpha); // trends lie over what they are the trend of
+  lines.sort((a, b) => a.alpha - b.alpha); // draw trends above their curves
   return lines.filter((line) => line.x.length);
 }
 
@@ -115,19 +115,19 @@ function nearest(x, at) {
   return Math.abs(x[high] - at) < Math.abs(x[low] - at) ? high : low;
 }
 
-// Draws lines into `plot` and tells in `read` what is under the cursor.
+// Draws lines into `plot`, and shows the values under the cursor in `read`.
 function draw(plot, read, { lines, unit, log, xLabel, xLog, events, bands, xValues, yRange }) {
   const data = uPlot.join(lines.map((line) => [line.x, line.y]));
   const ink = css("--soft"), grid = { stroke: css("--grid"), width: 1 }, font = "11px system-ui, sans-serif";
   const axis = { stroke: ink, grid, ticks: { ...grid, size: 4 }, font, labelFont: font, labelSize: 18, labelGap: 0 };
-  const tell = () => {
+  const showValues = () => {
     const at = chart.cursor.idx == null || chart.cursor.left < 0 ? null : chart.posToVal(chart.cursor.left, "x");
     read.replaceChildren();
-    if (at == null || !plot.matches(":hover")) return; // cursors of other charts move along and say nothing
+    if (at == null || !plot.matches(":hover")) return; // the synchronised cursors of other charts show no values
     const box = read.appendChild(h("div"));
     const near = (events || []).find((e) => Math.abs(chart.valToPos(e.x, "x") - chart.cursor.left) < 5);
     box.append(h("b", {}, xValues ? xValues(Math.round(at)) : exact(xLabel === UNITS.hours ? at : Math.round(at))), ` ${xLabel}`);
-    for (const line of lines.filter((l) => l.told).slice(0, 10)) {
+    for (const line of lines.filter((l) => l.listed).slice(0, 10)) {
       const i = nearest(line.x, at);
       if (line.x[i] != null) box.append("  ", h("span", { class: "dot", style: `color:${line.colour}` }, "● "), `${line.name} `, h("b", {}, exact(line.y[i])));
     }
@@ -149,7 +149,7 @@ function draw(plot, read, { lines, unit, log, xLabel, xLog, events, bands, xValu
       points: { show: !!line.points || line.x.length < 3, size: 5, fill: line.colour, width: 0 },
     }))],
     bands,
-    hooks: { setCursor: [tell], drawAxes: [(u) => drawEvents(u, events || [])] },
+    hooks: { setCursor: [showValues], drawAxes: [(u) => drawEvents(u, events || [])] },
   }, data, plot);
   return chart;
 }
@@ -178,11 +178,11 @@ function eventsOf(runs) {
     const trouble = TROUBLE.test(event.event), quiet = !trouble && QUIET.test(event.event);
     const text = `${event.event}${event.rest.kind ? ` (${event.rest.kind})` : ""}, step ${exact(event.step)}${report.runs.length > 1 ? ` (${run.name})` : ""}`;
     const own = report.runs.length > 1 ? colour(number) : css("--soft");
-    return { x: place(run, event.step), text, trouble, quiet, colour: trouble ? css("--bad") : own };
+    return { x: axisValue(run, event.step), text, trouble, quiet, colour: trouble ? css("--bad") : own };
   })).filter((event) => event.x != null);
 }
 
-// An element with attributes and children; texts are texts, whatever is in them.
+// Creates an element with attributes and children; strings become text nodes, so they are never parsed as HTML.
 function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {

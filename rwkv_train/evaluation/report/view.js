@@ -1,6 +1,6 @@
 // The page: controls, and the sections with their charts and tables.
 
-const waiting = new WeakMap(); // card → what draws it when it comes near the window
+const waiting = new WeakMap(); // card → function that draws it when it comes near the viewport
 const drawn = new Set();
 const near = new IntersectionObserver((entries) => {
   for (const entry of entries) {
@@ -17,15 +17,15 @@ const widths = new ResizeObserver(() => {
   }
 });
 
-// A card with a chart; settings() gives what `draw` takes, or null where there is nothing to draw.
+// A card with a chart; settings() returns the arguments of `draw`, or null if there is nothing to draw.
 function card(title, settings, { key, extra, name } = {}) {
   const plot = h("div", { class: "plot" }), read = h("div", { class: "read" });
   const element = h("section", { class: "card", "data-chart": name || title },
     h("div", { class: "head" }, h("h3", {}, title), key), plot, read, extra);
   plot.style.minHeight = innerWidth < 640 ? "210px" : "240px";
   waiting.set(element, () => {
-    const wanted = settings();
-    return wanted && wanted.lines.length ? draw(plot, read, wanted) : null;
+    const chart = settings();
+    return chart && chart.lines.length ? draw(plot, read, chart) : null;
   });
   near.observe(element);
   widths.observe(element);
@@ -34,10 +34,10 @@ function card(title, settings, { key, extra, name } = {}) {
 
 function metricCards(section) {
   const runs = shown(), cards = [];
-  for (const whole of report.charts.filter((chart) => chart.section === section)) {
-    const keys = Object.keys(whole.lines), pair = keys.every((key) => /^(train|val)\//.test(key));
+  for (const reported of report.charts.filter((chart) => chart.section === section)) {
+    const keys = Object.keys(reported.lines), pair = keys.every((key) => /^(train|val)\//.test(key));
     const split = report.runs.length > 1 && keys.length > 1 && !pair;
-    const charts = split ? keys.map((key) => ({ ...whole, title: `${whole.title}: ${whole.lines[key]}`, lines: { [key]: whole.lines[key] } })) : [whole];
+    const charts = split ? keys.map((key) => ({ ...reported, title: `${reported.title}: ${reported.lines[key]}`, lines: { [key]: reported.lines[key] } })) : [reported];
     for (const chart of charts) {
       if (!runs.some(({ run }) => Object.keys(chart.lines).some((key) => run.curves[key]))) continue;
       cards.push(card(chart.title, () => {
@@ -66,15 +66,14 @@ const rampKey = (count) => h("span", { class: "key" }, h("span", {}, "layer 0", 
 function layerLines(run, rows, value) {
   const count = rows.y[0].length;
   return Array.from({ length: count }, (_, layer) => ({
-    name: `layer ${layer}`, ...placed(run, { x: rows.x, y: rows.y.map((row) => value(row[layer])) }),
-    colour: ramp(count > 1 ? layer / (count - 1) : 0), dash: [], width: 1.4, alpha: 1, told: count <= 12 || layer % Math.ceil(count / 8) === 0 || layer === count - 1,
+    name: `layer ${layer}`, ...curvePoints(run, { x: rows.x, y: rows.y.map((row) => value(row[layer])) }),
+    colour: ramp(count > 1 ? layer / (count - 1) : 0), dash: [], width: 1.4, alpha: 1, listed: count <= 12 || layer % Math.ceil(count / 8) === 0 || layer === count - 1,
   })).filter((line) => line.x.length);
 }
 
 function layerCards() {
   const number = state.focus, run = report.runs[number], cards = [];
-  const decay = run.layers["decay/half_life"];
-  if (decay) cards.push(...decayCards(run, decay));
+  for (const band of report.spectra) if (run.layers[band.key]) cards.push(...spectrumCards(run, run.layers[band.key], band));
   for (const { key, title, unit } of report.layers) {
     const rows = run.layers[key];
     if (!rows || !rows.x.length) continue;
@@ -86,9 +85,10 @@ function layerCards() {
   return cards;
 }
 
-// Half-lives of the channels: over the layers at one time, and their medians over time.
-function decayCards(run, rows) {
-  const count = rows.y[0].length, last = rows.x.length - 1, unit = "half-life (tokens)";
+// Five quantiles per layer, such as those of the channels' half-lives: over the layers at one step, and the medians over
+// time.
+function spectrumCards(run, rows, { key, title, unit }) {
+  const count = rows.y[0].length, last = rows.x.length - 1;
   const where = h("output", {}), slider = h("input", { type: "range", min: 0, max: last, value: last, "aria-label": "step of the spectrum" });
   let chart;
   const columns = (time) => [4, 3, 2, 1, 0].map((q) => rows.y[time].map((layer) => layer[q]));
@@ -100,28 +100,28 @@ function decayCards(run, rows) {
   slider.addEventListener("input", show);
   const all = rows.y.flat(2).filter((value) => value > 0);
   const low = Math.min(...all), high = Math.max(...all);
-  const spectrum = card("Time decay over the layers", () => {
+  const spectrum = card(`${title} over the layers`, () => {
     const names = ["maximum", "90 %", "median", "10 %", "minimum"], main = colour(0);
     const lines = columns(+slider.value).map((y, i) => ({
-      name: names[i], x: layers, y, colour: main, dash: [], width: i === 2 ? 2.2 : 0.6, alpha: 1, told: true, points: i === 2,
+      name: names[i], x: layers, y, colour: main, dash: [], width: i === 2 ? 2.2 : 0.6, alpha: 1, listed: true, points: i === 2,
     }));
-    lines.push({ name: "median at first", x: layers, y: rows.y[0].map((layer) => layer[2]), colour: css("--soft"), dash: [4, 3], width: 1.4, alpha: 1, told: true });
+    lines.push({ name: "median at first", x: layers, y: rows.y[0].map((layer) => layer[2]), colour: css("--soft"), dash: [4, 3], width: 1.4, alpha: 1, listed: true });
     const fill = (share) => main + share;
     return {
       lines, unit, log: true, xLabel: "layer", xValues: (at) => (at == null || at % 1 ? "" : `${at}`),
       bands: [{ series: [1, 5], fill: fill("20") }, { series: [2, 4], fill: fill("38") }], yRange: [low, high],
     };
   }, {
-    name: "decay/half_life", extra: h("label", { class: "slide" }, "time", slider, where),
+    name: key, extra: h("label", { class: "slide" }, "time", slider, where),
     key: h("span", { class: "key" }, h("span", {}, "— median, bands 10–90 % and all channels; ┄ at first")),
   });
   const make = waiting.get(spectrum);
   waiting.set(spectrum, () => (chart = make()));
   show();
-  const over = card("Median half-life over time", () => {
+  const over = card(`${title}: median over time`, () => {
     const lines = layerLines(run, rows, (layer) => layer && layer[2]);
     return { lines, unit, log: useLog({ log: true }, lines), xLabel: UNITS[state.axis], events: eventsOf([{ run, number: state.focus }]) };
-  }, { key: rampKey(count), name: "decay/median" });
+  }, { key: rampKey(count), name: `${key}/median` });
   return [spectrum, over];
 }
 
@@ -161,7 +161,7 @@ function evaluationCards() {
       parts.push(card(`Loss by position: ${about}`, () => ({
         lines: rows.map((row, i) => ({
           name: row.name, x: row.by_position.map((bin) => bin.to), y: row.by_position.map((bin) => bin.nats_per_token),
-          colour: colour(i), dash: [], width: 1.8, alpha: 1, points: true, told: true })),
+          colour: colour(i), dash: [], width: 1.8, alpha: 1, points: true, listed: true })),
         unit: "nats/token", log: false, xLabel: "tokens of context", xLog: true,
       }), { name: "by_position" }));
     }
@@ -202,14 +202,14 @@ function focusPicker() {
 
 function render() {
   const main = document.getElementById("main");
-  main.style.minHeight = `${main.offsetHeight}px`; // what is looked at stays where it is
+  main.style.minHeight = `${main.offsetHeight}px`; // keeps the scroll position
   for (const { chart } of drawn) if (chart) chart.destroy();
   drawn.clear(); near.disconnect(); widths.disconnect();
   const section = (title, parts, picked) => (parts.length ? [h("h2", {}, title, picked ? focusPicker() : ""), h("div", { class: "grid" }, parts)] : []);
   const notes = report.runs.flatMap((run) => run.notes.map((note) => h("p", { class: "note bad" }, `${run.name}: ${note}`)));
   const many = report.runs.length > 1, names = [...new Set(report.charts.map((chart) => chart.section))];
   const differences = report.differences.length ? [h("details", { open: report.differences.length <= 12 }, h("summary", {}, `${report.differences.length} settings differ`),
-    table(["setting", ...report.runs.map((run) => run.name)], report.differences.map((row) => [row.word, ...row.values]), true))] : many ? [h("p", { class: "unit" }, "The runs' settings are the same.")] : [];
+    table(["setting", ...report.runs.map((run) => run.name)], report.differences.map((row) => [row.setting, ...row.values]), true))] : many ? [h("p", { class: "unit" }, "The runs' settings are the same.")] : [];
   const empty = report.runs.some((run) => Object.keys(run.curves).length) ? [] : [h("p", {}, "No step has been logged yet.")];
   const details = [sampleView(), eventView()];
   main.replaceChildren(
@@ -265,7 +265,7 @@ if (document.body.dataset.live === "true") {
       }
       document.getElementById("about").style.opacity = 1;
     } catch {
-      document.getElementById("about").style.opacity = 0.4; // the server is gone; what was read stays
+      document.getElementById("about").style.opacity = 0.4; // the server is gone: dim the status, keep the data
     }
     setTimeout(ask, 3000);
   };

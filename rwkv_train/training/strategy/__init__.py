@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from rwkv_train.config import Config
-from rwkv_train.data.order import Split
+from rwkv_train.training.resolved import ResolvedConfig
 from rwkv_train.training.strategy.shared import ShardedStrategy
 
 __all__ = ["ShardedStrategy", "build_strategy"]
 
 
-def build_strategy(
-    config: Config, name: str, accelerator: str, devices: int, split: Split, block: int
-) -> ShardedStrategy:
-    """The strategy of a run.
+def build_strategy(config: Config, resolved: ResolvedConfig, block: int) -> ShardedStrategy:
+    """The strategy of a run; `attach` gives it the state that it is to hold.
 
     Args:
-        config: of the run.
-        name: settled: not "auto".
-        accelerator: "cpu" (gloo) or "gpu" (nccl).
-        devices: of one machine.
-        split: of the global batch.
-        block: parameters of one block.
+        config: of the run, for DeepSpeed's settings.
+        resolved: what runs.
+        block: number of parameters of one block.
+
+    Raises:
+        ValueError: a mesh with context ranks, which no strategy splits samples over.
     """
-    backend = "gloo" if accelerator == "cpu" else "nccl"
+    name, mesh = resolved.strategy, resolved.mesh
+    if mesh.context > 1:
+        raise ValueError(f"strategy={name} cannot split samples over {mesh.context} context ranks")
+    backend = "nccl" if resolved.gpu else "gloo"
     if name == "single":
         from rwkv_train.training.strategy.replicated import Single
 
-        return Single("cpu" if accelerator == "cpu" else "cuda:0")
+        return Single("cuda:0" if resolved.gpu else "cpu")
     if name == "ddp":
         from rwkv_train.training.strategy.replicated import DDP
 
@@ -34,9 +35,9 @@ def build_strategy(
     if name == "fsdp":
         from rwkv_train.training.strategy.fsdp import FSDP
 
-        return FSDP(backend, config.trainer.machines, devices)
+        return FSDP(backend, mesh)
     from rwkv_train.training.strategy.zero import Zero, deepspeed_config
 
     stage, offload = int(name.split("_")[1]), name.endswith("_offload")
-    settings = deepspeed_config(config, stage, offload, split.micro, accelerator == "gpu", block)
-    return Zero(settings, backend, config.trainer.precision)
+    settings = deepspeed_config(config, resolved, stage, offload, block)
+    return Zero(settings, backend, resolved.precision)

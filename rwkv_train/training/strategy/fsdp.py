@@ -12,7 +12,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rwkv_train.checkpoint.shards import WEIGHT, StateShard
-from rwkv_train.models import RWKV
+from rwkv_train.config.mesh import Mesh
+from rwkv_train.models import LanguageModel
 from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
 
@@ -25,17 +26,17 @@ class FSDP(ShardedStrategy, ModelParallelStrategy):
 
     divided = sharded = True
 
-    def __init__(self, backend: str, num_nodes: int, devices: int) -> None:
-        super().__init__(num_nodes * devices, 1, process_group_backend=backend)
+    def __init__(self, backend: str, mesh: Mesh) -> None:
+        super().__init__(mesh.data, mesh.context, process_group_backend=backend)
 
-    def _materialise(self, model: RWKV) -> None:
+    def _materialise(self, model: LanguageModel) -> None:
         mesh = self.device_mesh["data_parallel"]
         products = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
         matrices = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=torch.float32, cast_forward_inputs=False)
         rest = MixedPrecisionPolicy(cast_forward_inputs=False)
         for block in cast("list[nn.Module]", model.blocks):
             if products is not None:
-                fully_shard([m for m in block.modules() if isinstance(m, nn.Linear)], mesh=mesh, mp_policy=matrices)
+                fully_shard(_products(model, block), mesh=mesh, mp_policy=matrices)
             if hasattr(block, "ln0"):
                 fully_shard(cast(nn.Module, block.ln0), mesh=mesh, mp_policy=rest)  # runs before the block does
             fully_shard(block, mesh=mesh, mp_policy=rest)
@@ -51,7 +52,7 @@ class FSDP(ShardedStrategy, ModelParallelStrategy):
         for name, parameter in self.named_weights():
             start = self._start(parameter.detach())
             yield StateShard(WEIGHT, name, start, _local(parameter.detach()), True)
-            if moments:
+            if moments and parameter.requires_grad:
                 for moment, values in adam_moments(self.optimizers[0].state[parameter], parameter.detach()):
                     yield StateShard(moment, name, start, _local(values), True)
 
@@ -66,6 +67,13 @@ class FSDP(ShardedStrategy, ModelParallelStrategy):
         rows = parameter.shape[0]
         first = min(-(-rows // self.world_size) * self.global_rank, rows)
         return first * (parameter.numel() // rows)
+
+
+def _products(model: LanguageModel, block: nn.Module) -> list[nn.Module]:
+    """The block's modules all of whose own parameters are matrices of products with every token."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    own = {module: [names[parameter] for parameter in module.parameters(recurse=False)] for module in block.modules()}
+    return [module for module, held in own.items() if held and model.products.issuperset(held)]
 
 
 def _local(values: Tensor) -> Tensor:

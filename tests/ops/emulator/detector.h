@@ -35,7 +35,7 @@ EMU_RAW static void note(uintptr_t address, size_t n, Kind kind, void *return_ad
     const Region *near = nullptr;
     for (int i = 0; i < M.region_count; ++i)
       if (M.regions[i]->lo <= address && (!near || M.regions[i]->lo > near->lo)) near = M.regions[i];
-    fail("out of bounds: a %s of %zu bytes at [pc 0x%x] lies in no buffer; below it, %s has %zu bytes and this is byte %zu",
+    fail("out of bounds: a %s of %zu bytes at [pc 0x%x] is in no buffer; below it, %s has %zu bytes and this is byte %zu",
          kind ? "write" : "read", n, pc, near ? near->name : "nothing", near ? near->size : 0, near ? address - near->lo : 0);
   }
   M.last = r;

@@ -1,4 +1,4 @@
-// Compiles our CUDA sources with g++, unchanged, and runs them on a CPU to prove them right. cuda/device.cuh includes it
+// Compiles our CUDA sources with g++, unchanged, and runs them on a CPU to test them. cuda/device.cuh includes it
 // wherever nvcc is not the compiler.
 //
 // Every CUDA thread becomes a fiber that runs until its next barrier or warp operation, all on one thread of the system:
@@ -11,7 +11,7 @@
 #pragma once
 #define CUDA_EXPORT extern "C" __attribute__((visibility("default")))
 
-// ---- 1. the C++ library, included before CUDA's words become macros -----------------------------------------
+// ---- 1. the C++ library, included before CUDA's keywords become macros -----------------------------------------
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -31,12 +31,12 @@
 #else
 #define EMU_ASAN(statement)
 #endif
-#define EMU_RAW __attribute__((no_sanitize("thread"), noinline))  // emulator code: not watched by itself
+#define EMU_RAW __attribute__((no_sanitize("thread"), noinline))  // emulator code: not checked by itself
 #define EMU_HIDDEN __attribute__((visibility("hidden")))          // ours, though the process has the same name
 
 // ---- 2. vocabulary --------------------------------------------------------------------------------------------
 // __shared__ as thread_local serves in templates too. All shared variables then lie in this library's TLS segment;
-// loader.py tells us their names and places and puts a red zone behind each. Our kernels use no dynamic shared memory, no
+// loader.py passes their names and offsets and adds a red zone after each. Our kernels use no dynamic shared memory, no
 // votes and no atomics, so there are none here.
 #define __shared__ thread_local
 #define __global__
@@ -130,7 +130,7 @@ struct Thread {
   State state;
   Op op;
   int line, source;               // source: the lane that a shuffle reads
-  uint64_t value, result;         // what it brings to a warp operation, what it takes away
+  uint64_t value, result;         // its operand of a warp operation, and the result
   uint32_t seen[32];              // vector clock over its warp; advanced by __syncwarp
 };
 struct Access { uint32_t block, epoch, clock, pc; uint16_t thread; };  // block 0: none
@@ -206,7 +206,7 @@ static void deadlock() {
 }
 
 #define EMU_EACH(lane, set) (unsigned rest = (set), lane; rest && (lane = __builtin_ctz(rest), true); rest &= rest - 1)
-// Lets a group of lanes go on once all of them that still run have come to the same operation.
+// Resumes a group of lanes once all of them that still run have reached the same operation.
 EMU_RAW static void release_warp(const Thread &first) {
   Thread *lanes = &M.threads[first.warp * 32];
   const unsigned need = first.mask & M.alive[first.warp];
@@ -220,7 +220,7 @@ EMU_RAW static void release_warp(const Thread &first) {
   for EMU_EACH(i, need) {
     Thread &t = lanes[i];
     t.state = READY;
-    if (t.op == SHUFFLE)  // a lane that takes no part gives an undefined value: NaN here
+    if (t.op == SHUFFLE)  // a lane that does not take part gives an undefined value: NaN here
       t.result = need >> t.source & 1 ? lanes[t.source].value : ~uint64_t(0);
     if (t.op == SYNC) memcpy(t.seen, joined, sizeof joined), ++t.seen[i];  // only __syncwarp orders memory
   }
@@ -363,7 +363,7 @@ static void add_region(const char *name, bool shared, ptrdiff_t offset, size_t s
 }
 }  // namespace emu
 
-// ---- 5. every load and store is looked at by detector.h in the mode "check", and by nobody otherwise ---------
+// ---- 5. in the mode "check" detector.h looks at every load and store ----------------------------------------
 #ifdef __SANITIZE_THREAD__
 #include "detector.h"
 #else

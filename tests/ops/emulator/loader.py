@@ -3,7 +3,7 @@
 kernels = load("check")                              # "plain", "asan" or "check"
 y = kernels.empty("y", (2, 70, 6), "float32")
 kernels.call("rwkv_relu_squared", 0, y.size, kernels.array("k", k), y, None)
-y.numpy()                                            # a call that found an error has raised
+y.numpy()                                            # raises EmulatorError if the call found an error
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODES = {
     "check": ["-O1", "-fsanitize=thread", "-fno-tree-vectorize"],
 }
 LINK = {"plain": ["-Wl,-z,defs"], "asan": ["-fsanitize=address,bounds"], "check": ["-Wl,-z,defs"]}  # no libtsan
-RED_ZONE = 256  # bytes behind every shared variable, as in emulator.h
+RED_ZONE = 256  # bytes after every shared variable, as in emulator.h
 
 
 class EmulatorError(RuntimeError):
@@ -42,7 +42,7 @@ class EmulatorError(RuntimeError):
 
 
 def run(*command: str | Path) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
@@ -58,18 +58,18 @@ def compiled(mode: str, cuda: Path = CUDA, unit: Path = HERE / "kernels.cpp") ->
     if library.exists():
         return library
     CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=CACHE) as place:
-        assembly, object_file, whole = (Path(place) / f"kernels.{suffix}" for suffix in ("s", "o", "so"))
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        assembly, object_file, linked = (Path(folder) / f"kernels.{suffix}" for suffix in ("s", "o", "so"))
         run("g++", *flags, "-S", unit, "-o", assembly)
         assembly.write_text(_with_red_zones(assembly.read_text()))
         run("g++", "-c", assembly, "-o", object_file)
-        run("g++", "-shared", object_file, "-o", whole, "-Wl,-Bsymbolic", *LINK[mode])
-        os.replace(whole, library)
+        run("g++", "-shared", object_file, "-o", linked, "-Wl,-Bsymbolic", *LINK[mode])
+        os.replace(linked, library)
     return library
 
 
 def _with_red_zones(assembly: str) -> str:
-    """The same with RED_ZONE bytes behind every shared variable: each is one `.zero N` (its size stays N) in .tbss."""
+    """The same with RED_ZONE bytes after every shared variable: each is one `.zero N` (its size stays N) in .tbss."""
     lines, shared = assembly.split("\n"), False
     for index, line in enumerate(lines):
         word = line.split(None, 1)
@@ -81,7 +81,7 @@ def _with_red_zones(assembly: str) -> str:
 
 
 class Buffer:
-    """The card's memory: red zones on both sides, filled by an array or unwritten."""
+    """Global memory: red zones on both sides, filled by an array or unwritten."""
 
     def __init__(self, library: ctypes.CDLL, name: str, content: numpy.ndarray[Any, Any], filled: bool) -> None:
         self.shape, self.dtype, self.size, self._free = content.shape, content.dtype, content.size, library.emu_free
@@ -148,11 +148,11 @@ class Kernels:
         refusal = launcher(*values)
         if text := self.library.emu_error().decode():
             self.library.emu_forget()
-            raise EmulatorError(re.sub(r"\[pc (0x[0-9a-f]+)\]", self._place, text))
+            raise EmulatorError(re.sub(r"\[pc (0x[0-9a-f]+)\]", self._source_line, text))
         if refusal:
             raise EmulatorError(refusal.decode())
 
-    def _place(self, match: re.Match[str]) -> str:
+    def _source_line(self, match: re.Match[str]) -> str:
         """The line of a program counter: of its inlined frames the innermost one outside the emulator."""
         frames = run("addr2line", "-i", "-e", self.path, match[1]).split("\n")
         names = [frame.split(" (")[0].rsplit("/", 1)[-1] for frame in frames if frame]

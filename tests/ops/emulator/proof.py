@@ -3,7 +3,7 @@
 The bound is the one that docs/kernels.md derives: error ≤ 4 ε · condition. The condition of a result is the sum of the
 magnitudes of its terms, each times 1 + M · (1 + age): an exponent of magnitude up to M is rounded once in each of the
 `age` steps that it is carried through. A gradient also has the conditions of the denominator and of y in it. Where a
-result is stored in 16 bits half a unit of its last place comes on top.
+result is stored in 16 bits, half a unit of its last digit is added.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rwkv_train.ops import reference
+from rwkv_train.ops.registration.wkv4 import CHUNK
 from tests.ops.emulator.loader import Buffer, Kernels
 
-CHUNK = 64  # RWKV_CHUNK
 EPSILON = torch.finfo(torch.float32).eps
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as kernels.h numbers them
 WKV4 = ("y", "new_state", "dw", "du", "dk", "dv", "dstate")
@@ -47,22 +47,22 @@ def wkv4(
     """The operator and its gradients by the kernels: w, u, k, v, state and the gradients of y and of the new state."""
     w, u, k, v, state = inputs
     (B, T, C), kind = k.shape, DTYPES[dtype]
-    saved_states, pieces = (T - 1) // CHUNK, max(segments, 1)
+    saved_states = (T - 1) // CHUNK
     given: list[Any] = [buffer(kernels, "w", w), buffer(kernels, "u", u)]
     given += [buffer(kernels, "k", k, dtype), buffer(kernels, "v", v, dtype), buffer(kernels, "state", state)]
     y = unwritten(kernels, "y", (B, T, C), dtype)
     new_state = unwritten(kernels, "new_state", (B, 3, C))
     saved = unwritten(kernels, "saved", (B, saved_states, 3, C))
-    scratch = unwritten(kernels, "scratch", (6 * B * pieces * C if segments > 1 else 0,))
+    scratch = unwritten(kernels, "scratch", (6 * B * segments * C if segments > 1 else 0,))
     kernels.call("rwkv_wkv4_forward", kind, B, T, C, segments, *given, y, new_state, saved, scratch, None)
     dk, dv = unwritten(kernels, "dk", (B, T, C), dtype), unwritten(kernels, "dv", (B, T, C), dtype)
     dw, du, dstate = (unwritten(kernels, *x) for x in (("dw", (C,)), ("du", (C,)), ("dstate", (B, 3, C))))
-    scratch = unwritten(kernels, "scratch", (10 * B * pieces * C if segments > 1 else 2 * B * C,))
-    behind = None if gstate is None else buffer(kernels, "gstate", gstate)
+    scratch = unwritten(kernels, "scratch", (10 * B * segments * C if segments > 1 else 2 * B * C,))
+    of_state = None if gstate is None else buffer(kernels, "gstate", gstate)
     g = buffer(kernels, "gy", gy, dtype)
     kernels.call(
         *("rwkv_wkv4_backward", kind, B, T, C, segments, *given, saved),
-        *(g, behind, dk, dv, dw, du, dstate, scratch, None),
+        *(g, of_state, dk, dv, dw, du, dstate, scratch, None),
     )
     wide = {"y": y, "dk": dk, "dv": dv}
     narrow = {"new_state": new_state, "dw": dw, "du": du, "dstate": dstate}
@@ -74,8 +74,8 @@ def truth(inputs: list[Tensor], gy: Tensor, gstate: Tensor | None) -> dict[str, 
     """The same by the definition in float64."""
     leaves = [x.detach().double().clone().requires_grad_() for x in inputs]
     y, new_state = reference.wkv4(*leaves)
-    behind = torch.zeros_like(new_state) if gstate is None else gstate.double()
-    dw, du, dk, dv, dstate = torch.autograd.grad((y, new_state), leaves, (gy.double(), behind))
+    of_state = torch.zeros_like(new_state) if gstate is None else gstate.double()
+    dw, du, dk, dv, dstate = torch.autograd.grad((y, new_state), leaves, (gy.double(), of_state))
     found = {"y": y, "new_state": new_state, "dw": dw, "du": du, "dk": dk, "dv": dv, "dstate": dstate}
     return {name: x.detach() for name, x in found.items()}
 
@@ -164,7 +164,7 @@ def conditions(inputs: list[Tensor], gy: Tensor, gstate: Tensor | None) -> dict[
 def worst(
     found: dict[str, Tensor], exact: dict[str, Tensor], condition: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, float]:
-    """Largest error of each result in units of ε · condition, after half a unit of the last place where it is stored
+    """Largest error of each result in units of ε · condition, after half a unit of the last digit where it is stored
     in 16 bits, and what is lost where each of T terms is flushed to 0. NaN, which is no `<= 4`, where a result is NaN.
     """
     ratios, flushed = {}, 8 * found["y"].shape[1] * torch.finfo(torch.float32).tiny

@@ -1,0 +1,262 @@
+"""`rwkv-train eval CKPT`: perplexity on stores and text, and the tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Column, Table
+
+from rwkv_train.checkpoint.meta import CheckpointMeta
+from rwkv_train.config import DataSettings, SourceSettings
+from rwkv_train.config.schema import from_tree
+from rwkv_train.data.manifest import read_manifest
+from rwkv_train.data.sources import open_sources, stores_of
+from rwkv_train.data.store import Store
+from rwkv_train.data.tokenizers import Tokenizer
+from rwkv_train.errors import UserError
+from rwkv_train.evaluation.perplexity import combine, measure
+from rwkv_train.inference.loading import description_of, load_model, tokenizer_of
+from rwkv_train.models import LanguageModel
+
+_DEFAULT_CONTEXT = 1024  # for weights without the configuration of their run
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """The options of `rwkv-train eval`.
+
+    Attributes:
+        checkpoint: a checkpoint directory, or a .pth file.
+        data: stores, text files or directories, each as PATH or NAME=PATH. Without data and tasks, the held-out data
+            of the checkpoint's run is evaluated.
+        tokenizer: bytes, world or a tokenizer.json; None: the checkpoint's own.
+        context: tokens of a window; None: the run's.
+        tokens: maximum number of tokens of each source; None: all.
+        batch: windows or requests at once.
+        tasks: names of lm-eval tasks, each item one or several separated by commas.
+        include: directories with your own tasks.
+        shots: examples in a prompt; None: as the task says.
+        limit: maximum number of questions per task; None: all.
+        max_length: maximum number of tokens that a prediction of a task sees; None: all.
+        seed: seed of tasks that sample.
+        device: cpu, cuda, or auto.
+        as_json: whether to print one JSON object instead of tables.
+        out: file for that object; None: none is written.
+    """
+
+    checkpoint: str
+    data: Sequence[str] = ()
+    tokenizer: str | None = None
+    context: int | None = None
+    tokens: int | None = None
+    batch: int = 8
+    tasks: Sequence[str] = ()
+    include: Sequence[str] = ()
+    shots: int | None = None
+    limit: int | None = None
+    max_length: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    as_json: bool = False
+    out: str | None = None
+
+    def check(self) -> None:
+        """Raises a UserError if an option is out of range, `out` has no directory, or lm-eval is missing."""
+        for name, minimum in (
+            ("context", 1),
+            ("tokens", 1),
+            ("batch", 1),
+            ("shots", 0),
+            ("limit", 1),
+            ("max_length", 2),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise UserError(f"--{name.replace('_', '-')} {value} is out of range", f"valid: {minimum} or more")
+        if self.out is not None and not Path(self.out).absolute().parent.is_dir():
+            raise UserError(f"--out {self.out}: its directory does not exist", "create it, or give another path")
+        if self.tasks and find_spec("lm_eval") is None:
+            raise UserError("--tasks needs lm-eval, which is not installed", "pip install 'rwkv-train[eval]'")
+
+
+def run(options: EvalOptions) -> int:
+    """Evaluates a checkpoint, and prints or writes the results.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UserError: an option is invalid, or a checkpoint, source, tokenizer or task is missing or does not match.
+    """
+    options.check()
+    checkpoint, names = Path(options.checkpoint), [name for item in options.tasks for name in item.split(",") if name]
+    task_manager = None
+    if names:
+        from rwkv_train.evaluation import lm_eval_adapter
+
+        task_manager = lm_eval_adapter.find_tasks(names, [Path(folder).expanduser() for folder in options.include])
+    model = load_model(checkpoint, options.device)
+    meta = description_of(checkpoint)
+    tokenizer = tokenizer_of(checkpoint, model.config.vocab_size, options.tokenizer)
+    shape = model.config
+    results: dict[str, Any] = {
+        "checkpoint": options.checkpoint,
+        "step": None if meta is None else meta.step,
+        "model": {"arch": shape.arch, "n_layer": shape.n_layer, "n_embd": shape.n_embd, "vocab_size": shape.vocab_size},
+        "tokenizer": tokenizer.identity,
+    }
+    sources = [] if names and not options.data else _sources(options, meta, tokenizer)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        if sources:
+            results |= _perplexities(model, tokenizer, sources, options, meta, progress)
+        if task_manager is not None:
+            lm = lm_eval_adapter.LmEvalAdapter(
+                model, tokenizer, options.batch, options.max_length, options.seed, progress
+            )
+            results["tasks"] = lm_eval_adapter.run_tasks(lm, names, task_manager, options.shots, options.limit)
+    if options.out is not None:
+        _write(Path(options.out), results)
+    if options.as_json:
+        print(json.dumps(results))
+    else:
+        _print_tables(results)
+    return 0
+
+
+def _sources(options: EvalOptions, meta: CheckpointMeta | None, tokenizer: Tokenizer) -> list[tuple[str, Store]]:
+    """The tokens to evaluate on, by name: the data of the options, or the held-out data of the run."""
+    if not options.data:
+        return _held_out(options.checkpoint, meta)
+    parts: list[SourceSettings] = []
+    for item in options.data:
+        name, separator, path = item.partition("=")
+        if not separator or "/" in name:
+            name, path = Path(item).stem or item, item
+        if name in {part.name for part in parts}:
+            raise UserError(f"--data {item}: there are two sources named {name}", "name them: --data NAME=PATH")
+        parts.append(SourceSettings(name, path, None, None))
+    data = DataSettings("mixture", None, tokenizer.name, 0.0, sources=tuple(parts))
+    for part in parts:
+        stem = Path(part.path).expanduser()
+        if not stem.exists() and not stem.with_name(f"{stem.name}.idx").exists() and "*" not in part.path:
+            raise UserError(f"--data {part.path}: there is no such store or text", "give a path that exists")
+    for stems in stores_of(data):
+        for stem in stems:
+            manifest = read_manifest(stem)
+            ours = tokenizer.identity
+            if manifest is not None and manifest.identity not in (ours, ours.split("+")[0]):
+                raise UserError(
+                    f"--data {stem}: the store was made with the tokenizer {manifest.identity}, {options.checkpoint} "
+                    f"was trained with {ours}",
+                    "prepare the store with that tokenizer, or give the text itself",
+                )
+    extend = () if meta is None else meta.config.get("vocab", {}).get("extend", ())
+    _, opened = open_sources(data, extend)
+    short = next((source.name for source in opened if len(source.train) < 2), None)
+    if short is not None:
+        raise UserError(f"--data {short} has fewer than two tokens, so none can be predicted", "give a longer text")
+    return [(source.name, source.train) for source in opened]
+
+
+def _held_out(checkpoint: str, meta: CheckpointMeta | None) -> list[tuple[str, Store]]:
+    try:
+        if meta is None:
+            raise UserError("the checkpoint belongs to no run")
+        config = from_tree(meta.config)
+        _, opened = open_sources(config.data, config.vocab.extend)
+        held = [(source.name, source.held_out) for source in opened if len(source.held_out) > 1]
+    except UserError as error:
+        raise UserError(
+            f"the held-out data of the run of {checkpoint} is not found ({error.what})",
+            "give the data to evaluate on, --data PATH (a store, a text file or a directory), or --tasks",
+        ) from None
+    if not held:
+        raise UserError(f"the run of {checkpoint} held out no data", "give the data to evaluate on: --data PATH")
+    return held
+
+
+def _perplexities(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    sources: Sequence[tuple[str, Store]],
+    options: EvalOptions,
+    meta: CheckpointMeta | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    config = {} if meta is None else meta.config
+    run_context = (config.get("validation") or {}).get("context") or (config.get("batch") or {}).get("context")
+    context, results = options.context or run_context or _DEFAULT_CONTEXT, []
+    for name, store in sources:
+        total = min(len(store) - 1, options.tokens or len(store))
+        bar = progress.add_task(name, total=total)
+        results.append(
+            measure(
+                model,
+                tokenizer,
+                name,
+                store,
+                context,
+                options.batch,
+                options.tokens,
+                lambda count, bar=bar: progress.advance(bar, count),  # type: ignore[misc]
+            )
+        )
+    sources_json = [result.as_json() for result in results]
+    return {"context": context, "sources": sources_json, "all": combine(results).as_json()}
+
+
+def _write(path: Path, results: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror}", "give another path") from None
+
+
+def _print_tables(results: Mapping[str, Any]) -> None:
+    console = Console(highlight=False)
+    step = f", step {results['step']:,}" if results["step"] is not None else ""
+    shape = results["model"]
+    console.print(
+        f"{results['checkpoint']}{step}: {shape['arch']} L{shape['n_layer']} C{shape['n_embd']} "
+        f"V{shape['vocab_size']}, tokenizer {results['tokenizer']}",
+        soft_wrap=True,
+    )
+    if "sources" in results:
+        _print_perplexities(results, console)
+    if "tasks" in results:
+        table = Table("task", "metric", _right("value"))
+        for name, metrics in results["tasks"].items():
+            for metric, value in metrics.items():
+                table.add_row(name, metric, f"{value:.4f}" if isinstance(value, float) else str(value))
+        console.print(table)
+
+
+def _print_perplexities(results: Mapping[str, Any], console: Console) -> None:
+    """Two tables: the sources, and the loss by position of all of them."""
+    rows = results["sources"] if len(results["sources"]) == 1 else [*results["sources"], results["all"]]
+    table = Table("source", *(_right(name) for name in ("tokens", "nats/token", "perplexity", "bits/byte")))
+    for row in rows:
+        tokens = f"{row['tokens']:,}" + (f" of {row['of_tokens']:,}" if row["tokens"] < row["of_tokens"] else "")
+        figures = (f"{row['nats_per_token']:.4f}", f"{row['perplexity']:,.3f}", f"{row['bits_per_byte']:.4f}")
+        table.add_row(row["name"], tokens, *figures)
+    console.print(table)
+    table = Table(f"position (of {results['context']:,})", _right("nats/token"), _right("perplexity"))
+    for row in results["all"]["by_position"]:
+        positions = f"{row['from']:,}" if row["from"] == row["to"] else f"{row['from']:,} – {row['to']:,}"
+        loss = row["nats_per_token"]
+        table.add_row(positions, f"{loss:.4f}", f"{math.exp(min(loss, 700)):,.3f}")
+    console.print(table)
+
+
+def _right(name: str) -> Column:
+    return Column(name, justify="right")

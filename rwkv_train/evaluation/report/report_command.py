@@ -1,0 +1,71 @@
+"""`rwkv-train report RUN_DIR [RUN_DIR …]`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rwkv_train.errors import UserError
+from rwkv_train.evaluation.report.page import payload, render
+from rwkv_train.evaluation.report.recorded_run import open_runs
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """The options of `rwkv-train report`.
+
+    Attributes:
+        runs: run directories.
+        out: the HTML file; None: report.html, for a single run in its directory.
+        png: directory for the charts as PNG files; None: none are drawn.
+        live: whether to serve the page and follow the runs instead of writing a file.
+        port: port of the server; 0: any free one.
+    """
+
+    runs: Sequence[str]
+    out: str | None = None
+    png: str | None = None
+    live: bool = False
+    port: int = 6008
+
+
+def run(options: ReportOptions) -> int:
+    """Writes the report of runs, or serves it until Ctrl-C.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UserError: a directory contains no run, a file cannot be written, or the port is in use.
+    """
+    runs = open_runs([Path(name).expanduser() for name in options.runs], wait=options.live)
+    if options.live:
+        from rwkv_train.evaluation.report.live_server import ReportServer
+
+        with ReportServer(runs, options.port) as server:
+            print(f"{', '.join(run.name for run in runs)}: {server.address} (stop with Ctrl-C)", flush=True)
+            server.serve_forever(poll_interval=0.2)
+        return 0
+    out = (
+        Path(options.out).expanduser() if options.out else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
+    )
+    data = payload(runs)
+    try:
+        temporary = out.with_name(f".{out.name}")
+        temporary.write_text(render(data), encoding="utf-8")
+        temporary.replace(out)
+        print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+        if options.png is not None:
+            from rwkv_train.evaluation.report.figures import draw_charts
+
+            for path in draw_charts(data, Path(options.png).expanduser()):
+                print(f"wrote {path}")
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or out} cannot be written: {error.strerror}", "give another path with --out or --png"
+        ) from None
+    for recorded in runs:
+        for note in recorded.notes:
+            print(f"note: {recorded.name}: {note}")
+    return 0

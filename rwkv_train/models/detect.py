@@ -1,0 +1,110 @@
+"""Which architecture and shape a file of weights has, from its table of tensors alone: no torch, no weight is read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rwkv_train.errors import UserError
+from rwkv_train.models.config import ModelConfig
+from rwkv_train.models.registry import ARCHITECTURES, Shapes
+
+# Other models under the field's names, newest first: what only their files have.
+_OTHERS = {
+    "RWKV-8": r"blocks\.\d+\.ffn\.enn.*",
+    "RWKV-7b": r"(.*\.)?qkv\..*",
+    "RWKV-7a": r"blocks\.\d+\.ffn\.s_emb.*",
+    "RWKV-7": r"blocks\.\d+\.att\.r_k",
+    "RWKV-6": r"blocks\.\d+\.att\.time_maa_.*",
+    "RWKV-5": r"blocks\.\d+\.att\.(time_faaaa|ln_x\.weight)",
+}
+
+
+def detect(shapes: Shapes, what: str = "the dict of weights") -> ModelConfig:
+    """The architecture and shape of the model that weights belong to.
+
+    Args:
+        shapes: parameter name → shape, under the field's names.
+        what: where they come from, for the message.
+
+    Raises:
+        UserError: they are not those of an architecture that can be trained here.
+    """
+    for entry in ARCHITECTURES.values():
+        try:
+            found = entry.recognise(shapes)
+        except (KeyError, IndexError, ValueError):
+            continue
+        if found is not None:
+            return found
+    known = ", ".join(ARCHITECTURES)
+    for other, pattern in _OTHERS.items():
+        if any(re.fullmatch(pattern, name) for name in shapes):
+            raise UserError(f"{what} holds weights of {other}, which this version cannot train yet", f"arch= {known}")
+    held = ", ".join(list(shapes)[:2]) + ", …" if shapes else "nothing"
+    raise UserError(
+        f"{what} does not hold the weights of a language model under the field's names (it holds {held})",
+        f"give weights with emb.weight, blocks.0.att.key.weight, … of arch= {known}",
+    )
+
+
+def detect_file(path: Path) -> ModelConfig | None:
+    """The same of a .pth file or a checkpoint directory, sharded or not; None: there is no such file.
+
+    Raises:
+        UserError: the file is damaged, or holds something else.
+    """
+    file = path / "weights.pth" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        file = path / "meta.json"  # of a sharded checkpoint
+    return detect(read_shapes(file), str(file)) if file.exists() else None
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes in a .pth file or a checkpoint's meta.json, by name.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        table = json.loads(file.read_text())["shapes"] if file.name == "meta.json" else _table(file)
+    except zipfile.BadZipFile:
+        reason = "it is cut short, or no .pth file"
+    except (OSError, ValueError, KeyError, StopIteration, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error) or "it has no table of tensors"
+    else:
+        if not isinstance(table, Mapping):
+            table = {f"a {type(table).__name__}": ()}
+        return {str(name): tuple(s) if isinstance(s, list | tuple) else () for name, s in table.items()}
+    raise UserError(f"{file} cannot be read as weights: {reason}", "copy it again, or give another file")
+
+
+def _table(file: Path) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(name) as stream:
+            return _Table(stream).load()
+
+
+class _Table(pickle.Unpickler):
+    """Reads torch's table of tensors with every tensor replaced by its size; it can make nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return lambda storage, offset, size, *rest: tuple(size)
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return lambda size, *rest: size
+        if module.split(".")[0] == "torch" and name.endswith("Storage"):
+            return name
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> None:
+        return None

@@ -1,0 +1,121 @@
+"""The architectures that can be trained, and what is known of each without importing torch.
+
+An architecture's code is one module (rwkv4.py …) with an `ARCHITECTURE`; it is imported when a model is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
+
+from rwkv_train.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from rwkv_train.models.architecture import Architecture
+
+Shapes = Mapping[str, tuple[int, ...]]  # parameter name → shape
+
+
+@dataclass(frozen=True)
+class LayerChart:
+    """How a per-layer value of metrics.jsonl is shown.
+
+    Args:
+        title: the chart's title.
+        unit: of the value; empty where it has none.
+        description: one phrase, as docs/metrics.md has it.
+        quantiles: names of the numbers where a layer's value is a list of several; five of them, from minimum to
+            maximum, are drawn as a band.
+    """
+
+    title: str
+    unit: str
+    description: str
+    quantiles: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Registration:
+    """An architecture's entry.
+
+    Args:
+        module: full name of the module that holds `ARCHITECTURE`.
+        recognise: the shapes of a file's tensors → the model's shape; None: the file is of another architecture. A
+            KeyError, IndexError or ValueError counts as None.
+        settings: which of "head_size" and the names of `ModelConfig.extra` the architecture knows.
+        charts: of the per-layer values that only some architectures have, by key of metrics.jsonl.
+    """
+
+    module: str
+    recognise: Callable[[Shapes], ModelConfig | None]
+    settings: frozenset[str] = frozenset()
+    charts: Mapping[str, LayerChart] = field(default_factory=dict)
+
+
+def architecture(name: str) -> Architecture:
+    """The code of an architecture; imports torch.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in ARCHITECTURES:
+        raise ValueError(f"arch is {name!r}; valid: {', '.join(ARCHITECTURES)}")
+    return cast("Architecture", import_module(ARCHITECTURES[name].module).ARCHITECTURE)
+
+
+def unknown_settings(config: ModelConfig) -> list[str]:
+    """The settings of a config that its architecture does not know: "head_size", or names of `extra`."""
+    given = [*config.extra, *(["head_size"] if config.head_size is not None else [])]
+    return [name for name in given if name not in ARCHITECTURES[config.arch].settings]
+
+
+def layer_charts() -> dict[str, LayerChart]:
+    """The charts of all architectures, by key."""
+    return {key: chart for entry in ARCHITECTURES.values() for key, chart in entry.charts.items()}
+
+
+def common_shape(arch: str, shapes: Shapes) -> ModelConfig:
+    """The shape of a model whose blocks are named as RWKV's: emb.weight (V, C), blocks.L.ffn.key.weight (F, C).
+
+    Raises:
+        KeyError, ValueError: the file has no such tensors.
+    """
+    vocab_size, channels = shapes["emb.weight"]
+    width, _ = shapes["blocks.0.ffn.key.weight"]
+    layers = {int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))}
+    return ModelConfig(arch, max(layers) + 1, channels, vocab_size, width)
+
+
+def _rwkv4(shapes: Shapes) -> ModelConfig | None:
+    found = common_shape("rwkv4", shapes)
+    # RWKV-5.0 has a time_first too, with one number for each head, and a group norm
+    vectors = shapes["blocks.0.att.time_first"] == shapes["blocks.0.att.time_decay"] == (found.n_embd,)
+    return found if vectors and "blocks.0.att.ln_x.weight" not in shapes else None
+
+
+STATE_RMS = LayerChart("RMS of the state", "", "root mean square of the state's content at the end of the context")
+HALF_LIFE = LayerChart(
+    "Time decay",
+    "half-life (tokens)",
+    "half-lives of the channels: [minimum, 10 %, median, 90 %, maximum]",
+    ("minimum", "p10", "median", "p90", "maximum"),
+)
+
+ARCHITECTURES: dict[str, Registration] = {
+    "rwkv4": Registration(
+        "rwkv_train.models.rwkv4",
+        _rwkv4,
+        charts={
+            "layers/state_rms": STATE_RMS,
+            "layers/receptance_saturated": LayerChart(
+                "Saturated receptance gates",
+                "share",
+                "gates of the time mix below 0.02 or above 0.98",
+            ),
+            "decay/half_life": HALF_LIFE,
+        },
+    ),
+}

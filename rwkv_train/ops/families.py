@@ -1,0 +1,65 @@
+"""The operator families and their engines: each is compiled apart, so that a user builds only what runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rwkv_train.errors import UserError
+from rwkv_train.ops.build import BuildError, CppEngine, Engine
+from rwkv_train.ops.build_cuda import CudaEngine, parse_architectures
+
+
+@dataclass(frozen=True)
+class Family:
+    """Operators that are declared in one file of registration/ and compiled into one library per kind of device.
+
+    Attributes:
+        cpp: the engine for CPUs.
+        cuda: the engine for NVIDIA GPUs.
+    """
+
+    cpp: CppEngine
+    cuda: CudaEngine
+
+    def engine(self, device: str) -> Engine | None:
+        """The engine for a type of device, as torch names it; None where there is none."""
+        return {self.cpp.device: self.cpp, self.cuda.device: self.cuda}.get(device)
+
+
+def _family(name: str, cpp: tuple[str, ...], cuda: tuple[str, ...]) -> Family:
+    return Family(CppEngine(name, cpp), CudaEngine(name, cuda))
+
+
+# The names of the sources of each device in cuda/, the slowest to compile first.
+FAMILIES: dict[str, Family] = {
+    "wkv4": _family(
+        "wkv4",
+        cpp=("wkv4_cpu.cpp", "binding_wkv4.cpp"),
+        cuda=("wkv4.cu", "binding_wkv4_cuda.cpp"),
+    ),
+    "elementwise": _family(
+        "elementwise",
+        cpp=("shift_mix_backward_cpu.cpp", "binding_elementwise.cpp", "elementwise_cpu.cpp"),
+        cuda=("elementwise.cu", "binding_elementwise_cuda.cpp"),
+    ),
+}
+
+
+def build_ahead(architectures: str | None, cache: str | None) -> list[Path]:
+    """Compiles every engine of every family; the libraries' paths, those for CPUs first.
+
+    Args:
+        architectures: of the GPUs, like "8.0,9.0"; None: this machine's, or ARCHITECTURES where it has none.
+        cache: a directory to build in instead of the usual one.
+
+    Raises:
+        UserError: no compiler, one that does not fit, sources that do not compile.
+    """
+    directory = None if cache is None else Path(cache).expanduser().resolve()
+    try:
+        wanted = () if architectures is None else parse_architectures(architectures)
+        libraries = [family.cpp.build(directory) for family in FAMILIES.values()]
+        return libraries + [family.cuda.build(directory, wanted) for family in FAMILIES.values()]
+    except BuildError as error:
+        raise UserError(error.why, f"try: {error.command}") from error

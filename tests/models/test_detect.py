@@ -1,0 +1,64 @@
+"""init.weights=: the shape of a model is read from its file before torch is imported, and a wrong file is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_train.cli.checks import Machine
+from rwkv_train.cli.configure import ConfigBuilder, config_builder
+from rwkv_train.errors import UserError, UserErrors
+from rwkv_train.resources import resource
+from tests.runs import save_weights
+
+
+@pytest.fixture
+def conf() -> Iterator[ConfigBuilder]:
+    with config_builder([resource("conf")], Machine(cores=2)) as made:
+        yield made
+
+
+def mistakes(conf: ConfigBuilder, *words: str) -> list[UserError]:
+    with pytest.raises(UserErrors) as caught:
+        conf.build(["run.root=no-such-folder", *words])
+    return caught.value.problems
+
+
+def test_the_shape_comes_from_the_weights(conf: ConfigBuilder, tmp_path: Path) -> None:
+    path = save_weights(tmp_path / "w.pth", n_layer=12, n_embd=768, vocab_size=300)
+    model = conf.build([f"init.weights={path}"]).model
+    assert (model.size, model.n_layer, model.n_embd, model.dim_ffn, model.vocab_size) == ("169m", 12, 768, 3072, 300)
+    assert conf.build([f"init.weights={path}"]).optim.lr == 6e-4
+    assert conf.build([f"init.weights={path}", "model=169m", "model.vocab_size=300"]).model == model
+    (problem,) = mistakes(conf, f"init.weights={path}", "model.n_layer=24")
+    assert problem.what == f"model.n_layer=24, but init.weights={path} has 12"
+    layers, channels = mistakes(conf, f"init.weights={path}", "model=430m")
+    assert ("n_layer=24" in layers.what, "n_embd=1024" in channels.what) == (True, True)
+
+    odd = save_weights(tmp_path / "odd.pth", n_layer=3, n_embd=40)
+    config = conf.build([f"init.weights={odd}", "optim.lr=1e-3", "optim.final_lr=1e-4"])
+    assert (config.model.size, config.model.n_layer) == ("L3C40", 3)
+    (problem,) = mistakes(conf, f"init.weights={odd}")
+    assert "optim.lr=… optim.final_lr=…" in problem.remedy
+
+
+class Shell:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('a pickle was run')",)
+
+
+def test_weights_that_are_none(conf: ConfigBuilder, tmp_path: Path) -> None:
+    whole = save_weights(tmp_path / "w.pth", n_layer=2, n_embd=64)
+    torn = tmp_path / "torn.pth"
+    torn.write_bytes(whole.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"torn\.pth cannot be read as weights"):
+        conf.build([f"init.weights={torn}"])
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="does not hold the weights of a language model"):
+        conf.build([f"init.weights={tmp_path / 'other.pth'}"])
+    torch.save({"a": Shell()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"it asks for .*exec"):
+        conf.build([f"init.weights={tmp_path / 'evil.pth'}"])
