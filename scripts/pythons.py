@@ -25,7 +25,7 @@ FOLDER = ROOT / ".pythons"
 # Run in an empty directory, so that the installed package is used and not the checkout.
 COMMANDS = (
     ("rwkv-train", "train", "experiment=smoke", "run.name=smoke"),
-    ("rwkv-train", "prepare", "text.txt", "--out", "store", "--workers", "2"),
+    ("rwkv-train", "prepare", "text.txt", "--tokenizer", "bytes", "--out", "store", "--workers", "2"),
     ("rwkv-train", "prepare", "verify", "store"),
     ("rwkv-train", "train", "experiment=smoke", "run.name=store", "data=store", "data.path=store", "budget.steps=4"),
     ("rwkv-train", "export", "runs/smoke/weights.pth", "smoke.safetensors"),
@@ -61,7 +61,7 @@ def install(python: Path, folder: Path) -> None:
     """Makes the environment where it is not up to date, and puts the package of this checkout into it."""
     wanted = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
     digest, stamp = hashlib.sha256(wanted).hexdigest(), folder / "installed"
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt"]
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "-qq", "--no-compile", "-c", ROOT / "constraints.txt"]
     if not stamp.exists() or stamp.read_text() != digest:
         shutil.rmtree(folder, ignore_errors=True)
         run(python, "-m", "venv", folder)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from rwkv_train.checkpoint.directory import step_of
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.cli import launcher
 from rwkv_train.training import resolved
@@ -199,7 +199,7 @@ def stopped_at(run: Path, step: int, name: str) -> Path:
     copy = run.with_name(name)
     shutil.copytree(run, copy)
     for checkpoint in (copy / "checkpoints").glob("step_*"):
-        if (step_of(checkpoint) or 0) > step:
+        if CheckpointName.of(checkpoint).step > step:
             shutil.rmtree(checkpoint)
     return copy
 

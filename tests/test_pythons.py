@@ -51,7 +51,7 @@ def test_a_missing_interpreter_is_named_and_the_others_run(tmp_path: Path) -> No
     assert skipped == "Python 9.7: skipped, it is not on this machine"
     assert passed.startswith(f"Python 9.8: passed ({tmp_path / 'bin' / 'python9.8'}; ")
     installed = (tmp_path / ".pythons" / "9.8" / "bin" / "pip").read_text()
-    assert installed == f"-m pip install --quiet --no-compile -c {tmp_path / 'constraints.txt'} {tmp_path}\n"
+    assert installed == f"-m pip install -qq --no-compile -c {tmp_path / 'constraints.txt'} {tmp_path}\n"
 
 
 def test_an_environment_is_made_once(tmp_path: Path) -> None:

@@ -229,19 +229,3 @@ def test_another_number_of_ranks_than_the_data_was_split_for_is_refused(corpus: 
     data = module(corpus, mesh=Mesh(2))
     with pytest.raises(RuntimeError, match="the trainer has 1 ranks, the data was split for 2"):
         trainer(tmp_path, data).fit(RecordingModule(), datamodule=DataModule(data))
-
-
-def one_rank(rank: int, ranks: int, path: str) -> tuple[list[bytes], int]:
-    data = module(Path(path), micro=2, mesh=Mesh(ranks))
-    data.rank = rank
-    rows = [bytes(row.tolist()) for index in range(data.accumulation) for row in data.batch(9, index)[0]]
-    predicted = torch.tensor(sum(int((targets != IGNORED).sum()) for _, targets, *_ in data.validation()))
-    torch.distributed.all_reduce(predicted)
-    return rows, int(predicted)
-
-
-def test_two_real_ranks_share_a_batch_and_a_validation(corpus: Path, run_ranks) -> None:  # type: ignore[no-untyped-def]
-    (first, predicted), (second, _) = run_ranks(one_rank, 2, str(corpus))
-    alone = module(corpus)
-    assert sorted(first + second) == sorted(bytes(row.tolist()) for row in alone.batch(9)[0])
-    assert predicted == len(alone.held_out) - 1

@@ -13,16 +13,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 
-class Order(Callback):
-    """The names of all callbacks, in the order in which Lightning calls them."""
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.path.write_text(json.dumps([type(callback).__name__ for callback in trainer.callbacks]))  # type: ignore[attr-defined]
-
-
 class Look(Callback):
     """The dtypes inside the forward pass, the groups of the optimiser that steps, and what a tiny update changes."""
 
@@ -146,3 +136,13 @@ class Start(Callback):
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+class Order(Callback):
+    """The classes of the run's callbacks, in the order in which Lightning calls them."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.path.write_text("\n".join(type(callback).__name__ for callback in trainer.callbacks))  # type: ignore[attr-defined]

@@ -29,17 +29,6 @@ def look(folder: Path, spy: str, *words: str) -> Any:
     return json.loads(seen.read_text())
 
 
-def test_the_order_of_the_callbacks(tmp_path: Path) -> None:
-    """A row is written before it is judged, judged before a checkpoint holds the verdict, and the watchdog comes last:
-    what the others wait for counts for the step that it belongs to. The user's own come after ours."""
-    seen = tmp_path / "order.json"
-    spy = f"+callbacks.spy={{_target_: tests.training.spies.Order, path: {seen}}}"
-    assert train(launcher.load(words_for(tmp_path, "run", *SPY, spy))) == 0
-    order = json.loads(seen.read_text())
-    ours = ["Metrics", "BadSteps", "CheckpointCallback", "ProgressBar", "Watchdog", "Order"]
-    assert [name for name in order if name in ours] == ours
-
-
 def test_the_threads_are_the_run_s_own(tmp_path: Path) -> None:
     """Lightning sets a number of its own where OMP_NUM_THREADS is not set; sums over threads would differ by it."""
     assert look(tmp_path, "Look", "strategy=ddp", "threads=2")["threads"] == 2

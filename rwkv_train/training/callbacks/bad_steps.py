@@ -27,10 +27,10 @@ from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.rundir.jsonl import Events, WriteErrors
-from rwkv_train.training.alerts import Alerts, Window
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics, Row
 from rwkv_train.training.module import RWKVModule
+from rwkv_train.training.spikes import Window
 from rwkv_train.training.strategy.shared import GradientNorms
 
 STEPS_PER_LIMIT = 10  # the limit for spikes is computed again after so many steps
@@ -110,7 +110,6 @@ class BadSteps(Callback):
         self.stopped: str | None = None  # why the run was stopped
         self.rewinds = rewinds
         self.window = Window(settings.window, settings.z)
-        self._alerts = Alerts()
         self._evidence: dict[int, _Evidence] = {}  # by step
         self._samples_so_far: list[Ints] = []  # of the current step's micro-batches
         self._streak = 0  # bad steps in a row
@@ -158,8 +157,6 @@ class BadSteps(Callback):
         step, loss = row["step"], row["train/loss"]
         evidence = self._evidence.pop(step, None)
         self.window.add(loss)
-        for kind, text in self._alerts.see(row):
-            self._alert(kind, step, text)
         finite = loss is not None and row["grad_norm"] is not None
         if evidence is None or (finite and loss <= evidence.limit):
             self._streak, self._high = 0, False
@@ -264,11 +261,6 @@ class BadSteps(Callback):
             step, f"{text}\n  {action}" + ("" if replay is None else f"; `python train.py replay={replay}` repeats it")
         )
 
-    def _alert(self, kind: str, step: int, text: str) -> None:
-        """Prints an alert and records it as an event, which the trackers read."""
-        self.events.add("alert", step, kind=kind, text=text)
-        self._print(step, f"{kind}: {text}")
-
     def _print(self, step: int, text: str) -> None:
         self.console.print(f"[bold red]ALERT[/bold red] step {step}: ", escape(text), sep="")
 
@@ -282,19 +274,19 @@ class BadSteps(Callback):
         if checkpoint is None:
             return "there is no checkpoint to go back to"
         meta = read_meta(checkpoint)
-        step = meta["step"]
+        step = meta.step
         unread = self.data.data_step(reached - 1) + 1  # the first step of the data that was not read yet
         earlier = [skip for skip in self.data.skips if skip[0] < step]
         skips = [*earlier, (step, unread - step - sum(steps for _, steps in earlier))]
         self.rewinds += 1
-        self.data.begin(step, meta.get("position"), skips)
+        self.data.begin(step, meta.position, skips)
         for record in (self.metrics.lines, self.events):
-            record.go_on(self.run.attempts.directory(module.strategy.attempt) / record.path.name)
+            record.follow_attempt(self.run.attempts.directory(module.strategy.attempt) / record.path.name)
         self.metrics.forget(step)
         _count_from(trainer, step)
         self._restore(Reader(checkpoint).state(0)["lightning"])
         self._evidence.clear()
-        module.verdict.count_skipped_from(step - meta.get("updates", step))
+        module.verdict.count_skipped_from(step - meta.updates)
         module.read_again()
         if self.events.enabled:
             with self.write_errors.tolerate(self.run.passed_over):
@@ -318,7 +310,7 @@ class BadSteps(Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
         meta = checkpoint["meta"]
-        pl_module.verdict.count_skipped_from(meta["step"] - meta.get("updates", meta["step"]))
+        pl_module.verdict.count_skipped_from(meta.step - meta.updates)
         self._restore(checkpoint)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rwkv_train.checkpoint.shards import MOMENTS, Reader, StateShard, contents, file_names
 from rwkv_train.checkpoint.storage import Storage
-from rwkv_train.checkpoint.writer import Board, OwnBoard, Writer
+from rwkv_train.checkpoint.writer import InProcessStore, KeyValueStore, Writer
 from rwkv_train.errors import UserError
 from rwkv_train.models import LanguageModel
 from rwkv_train.training.strategy.unused import freeze_unused
@@ -102,7 +102,7 @@ class ShardedStrategy(Strategy):
             after_commit: called in the writer's thread when a checkpoint is complete.
         """
         writers = self.world_size if self.divided else 1
-        self.writer = Writer(storage, self.global_rank, writers, self.board(), after_commit)
+        self.writer = Writer(storage, self.global_rank, writers, self.key_value_store(), after_commit)
 
     def begin_attempt(self, number: int) -> int:
         """Takes over the number of a new attempt from the first rank; all ranks call it."""
@@ -182,9 +182,9 @@ class ShardedStrategy(Strategy):
         reader = Reader(checkpoint)
         reader.fill(self.shards(moments=True))
         for state in self.states():
-            step, now = state["step"], reader.meta.get("updates", reader.meta["step"])
+            step, now = state["step"], reader.meta.updates
             state["step"] = torch.full_like(step, now) if isinstance(step, Tensor) else now
-        if self.global_rank < reader.meta["writers"]:
+        if self.global_rank < reader.meta.writers:
             torch.set_rng_state(reader.state(self.global_rank)["random_state"])
         self.filled()
 
@@ -233,10 +233,10 @@ class ShardedStrategy(Strategy):
         loss: Tensor = self.lightning_module.probe(batch)  # type: ignore[operator, union-attr]
         return loss
 
-    def board(self) -> Board:
+    def key_value_store(self) -> KeyValueStore:
         """A key-value store of all ranks."""
         if self.world_size == 1:
-            return OwnBoard()
+            return InProcessStore()
         host = self.cluster_environment.main_address  # type: ignore[attr-defined]
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.global_rank == 0 else None
         port = self.broadcast(store.port if store is not None else 0)
@@ -274,10 +274,6 @@ class ShardedStrategy(Strategy):
             if self.global_rank == 0:
                 state["lightning"] = checkpoint
             files = dict(zip(file_names(self.global_rank, self.writer.writers), (weights, state), strict=True))
-        meta["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
-        meta["writers"] = self.writer.writers
-        # fewer than steps where some were skipped; a parameter without a gradient in some step has counted fewer
-        meta["updates"] = int(torch.stack([torch.as_tensor(state["step"]) for state in self.states()]).max())
         self.writer.begin(Path(filepath), files, meta)
         if not self.background:
             self.writer.wait()
@@ -287,6 +283,11 @@ class ShardedStrategy(Strategy):
         while not self.reduce_boolean_decision(self.writer.idle, all=True):
             time.sleep(0.02)
         self.writer.wait()
+
+    def updates(self) -> int:
+        """Optimiser updates applied so far; fewer than steps where some were skipped."""
+        # a parameter without a gradient in some step has counted fewer
+        return int(torch.stack([torch.as_tensor(state["step"]) for state in self.states()]).max())
 
     def _held(self) -> Iterator[StateShard]:
         """The shards of this rank: copies on the host, in memory that each save reuses, or the state itself."""
