@@ -99,11 +99,11 @@ class OneDevice:
     def trainable_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.model.named_parameters()
 
-    def pieces(self, moments: bool) -> Iterator[StateShard]:
+    def shards(self, moments: bool) -> Iterator[StateShard]:
         for name, parameter in self.model.named_parameters():
             yield StateShard(WEIGHT, name, 0, parameter.detach().view(-1), True)
 
-    def whole(self, parameter: torch.Tensor) -> torch.Tensor:
+    def full_value(self, parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach()
 
 
