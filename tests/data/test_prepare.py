@@ -127,7 +127,7 @@ BROKEN = {
 def test_broken_documents_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, good = tmp_path / "a.jsonl", b'{"text": "good"}\n'
     path.write_bytes(good + b"".join(broken + good for broken in BROKEN.values()))
-    assert cli(["prepare", str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "s")]) == 0
+    assert cli.main(["prepare", str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "s")]) == 0
     assert documents(tmp_path / "s") == ["good"] * (1 + len(BROKEN))
     output = capsys.readouterr().out
     for why in BROKEN:
@@ -300,7 +300,7 @@ def test_verify_names_the_document_of_a_flipped_bit(tmp_path: Path, capsys: pyte
     with open(tmp_path / "s.bin", "r+b") as file:
         file.seek(2 * (int(starts[123]) + 5))
         file.write(b"\x01")
-    assert cli(["prepare", "verify", str(tmp_path / "s")]) == 1
+    assert cli.main(["prepare", "verify", str(tmp_path / "s")]) == 1
     output = capsys.readouterr().out
     assert f"s.bin, document 123 (from token {int(starts[123]):,} on) differs from its checksum" in output
     assert "1 fault\n" in output
@@ -320,12 +320,12 @@ def test_verify_finds_tokens_outside_the_vocabulary_in_a_store_without_manifest(
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(options(tmp_path / "s", write_jsonl(tmp_path / "a.jsonl"), tokenizer="world"))
-    assert cli(["prepare", "inspect", str(tmp_path / "s"), "--document", "7"]) == 0
+    assert cli.main(["prepare", "inspect", str(tmp_path / "s"), "--document", "7"]) == 0
     output = capsys.readouterr().out
     assert "s: 200 documents, " in output
     assert "tokenizer world:" in output
     assert "document 7: häppy 😀 words and more words" in output
-    assert cli(["prepare", "inspect", str(tmp_path / "s"), "--document", "200"]) == 2
+    assert cli.main(["prepare", "inspect", str(tmp_path / "s"), "--document", "200"]) == 2
     assert "has no document 200\n  give a number from 0 to 199" in capsys.readouterr().err
 
 

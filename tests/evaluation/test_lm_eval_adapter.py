@@ -173,11 +173,11 @@ def test_the_command_runs_tasks(model: LanguageModel, tmp_path: Path, capsys: py
     write_tasks(tmp_path, 4)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     words = ["eval", str(tmp_path / "weights.pth"), "--tasks", "our_choice,our_until", "--include", str(tmp_path)]
-    assert cli([*words, "--limit", "2", "--shots", "1", "--json"]) == 0
+    assert cli.main([*words, "--limit", "2", "--shots", "1", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert set(printed["tasks"]) == {"our_choice", "our_until"}
     assert "sources" not in printed
-    assert cli([*words, "--limit", "2"]) == 0
+    assert cli.main([*words, "--limit", "2"]) == 0
     assert "acc_norm" in capsys.readouterr().out
 
 
