@@ -54,7 +54,7 @@ def fill_open_settings(
         UserError: a row of conf/model holds an unknown setting.
     """
     problems: list[UserError] = []
-    settings, published, known = composed.settings, _published(conf), schema()
+    settings, published = composed.settings, _published(conf)
     row = published.get(settings["model.size"], {}).get(settings["arch"], {})
     if weights is not None and weights.arch != settings["arch"]:
         what = f"arch={settings['arch']}, but init.weights={settings['init.weights']} is {weights.arch}"
@@ -72,9 +72,7 @@ def fill_open_settings(
             settings[name] = {**value, **(settings.get(name) or {})}
         elif name in typed and settings.get(name) is None and _accepts_null(known[name]):
             continue
-        elif settings.get(name) is None and not _accepts_null(known[name]):
-            settings[name] = value
-        elif name in row and not any(name in source for source in composed.sources):
+        elif settings.get(name) is None or (name in row and not any(name in source for source in composed.sources)):
             settings[name] = value
     settle_durations(settings, [conf.read("arch", settings["arch"]), row, *composed.sources])
     return problems + _unknown_widths(settings) + _fill_missing(settings, published)
