@@ -58,7 +58,7 @@ def bare_loop(config: Config, data: Batches, steps: int) -> list[float]:
         ModelConfig(config.arch, shape.n_layer, shape.n_embd, data.vocab_size, shape.dim_ffn), config.seed
     )
     optimizer = build_optimizer(parameter_groups(model, recipe_of(model), config.optim.weight_decay), config.optim)
-    tokens, targets = data.batch(0, 0)
+    tokens, targets, *_ = data.batch(0, 0)
     times = []
     for step in range(steps):
         began = time.perf_counter()

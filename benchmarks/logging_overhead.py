@@ -23,12 +23,21 @@ import measure
 
 from rwkv_train.cli import launcher
 from rwkv_train.training import statistics
-from rwkv_train.training.callbacks.bad_steps import Health
+from rwkv_train.training.callbacks.bad_steps import BadSteps
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.progress import ProgressBar
-from rwkv_train.training.module import RWKVModule
+from rwkv_train.training.step_verdict import StepVerdict
 
 EVERY = 10  # steps between two with the values of each layer
+METHODS = (
+    "begin_step",
+    "record_microbatch",
+    "record_logits",
+    "record_hidden",
+    "judge",
+    "after_step",
+    "layer_values",
+)
 HOOKS = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_train_batch_end")
 
 
@@ -56,17 +65,18 @@ class Clock:
 
     def watch(self) -> None:
         """Puts itself around everything that observes."""
-        for kind in (Metrics, Health, ProgressBar):
+        for kind in (Metrics, BadSteps, ProgressBar):
             for hook in HOOKS:
                 if hook in vars(kind):
                     first = kind is Metrics and hook == "on_train_batch_start"
                     setattr(kind, hook, self.around(vars(kind)[hook], first))
-        for name in ("begin", "passed", "logits", "hidden", "judge", "stepped", "of_layers"):
-            setattr(statistics.Statistics, name, self.around(vars(statistics.Statistics)[name]))
-        for name in ("_receptance", "_contribution"):
+        for kind in (statistics.Statistics, StepVerdict):
+            for name in METHODS:
+                if name in vars(kind):
+                    setattr(kind, name, self.around(vars(kind)[name]))
+        for name in ("_output", "_contribution"):
             make = vars(statistics.Statistics)[name]
             setattr(statistics.Statistics, name, lambda *args, _make=make: self.around(_make(*args)))
-        RWKVModule._sources_of_pass = self.around(RWKVModule._sources_of_pass)  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.cli import launcher
 from rwkv_train.training import resolved
@@ -190,6 +192,16 @@ def losses(run: Path) -> list[float]:
     found = rows(run)
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     return [row["train/loss"] for row in found]
+
+
+def stopped_at(run: Path, step: int, name: str) -> Path:
+    """A copy of a run as if it had been stopped after a step."""
+    copy = run.with_name(name)
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").glob("step_*"):
+        if CheckpointName.of(checkpoint).step > step:
+            shutil.rmtree(checkpoint)
+    return copy
 
 
 def same_weights(one: Path, other: Path) -> bool:

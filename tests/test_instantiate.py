@@ -15,10 +15,10 @@ from lightning.pytorch.loggers import Logger
 from rwkv_train.cli import launcher
 from rwkv_train.errors import UserErrors
 from rwkv_train.instantiate import prepare
-from rwkv_train.trackers import Run, Tracker
+from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker
 from rwkv_train.trackers.csv_table import CSV
 from rwkv_train.trackers.follow import make
-from rwkv_train.trackers.lightning import OfLightning
+from rwkv_train.trackers.lightning import LightningTracker
 from rwkv_train.trackers.tensorboard import TensorBoard
 from rwkv_train.trackers.wandb import Wandb
 from tests.runs import ROOT
@@ -31,15 +31,15 @@ def test_every_logger_of_conf(tmp_path: Path) -> None:
     assert kinds.keys() == {path.stem for path in (ROOT / "conf" / "logger").glob("*.yaml")}
     for choice, expected in kinds.items():
         config = launcher.load([f"logger={choice}", f"run.root={tmp_path}"])
-        made = [make() for make in prepare("logger", config.logger, (Tracker, Logger), config.packages)]
+        made = [make() for make in prepare("logger", config.logger, (Tracker, LocalTracker, Logger), config.packages)]
         assert [type(logger) for logger in made] == expected
 
 
 def test_lightnings_own_logger(tmp_path: Path) -> None:
     tree = {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(tmp_path)}
     tracker = make("mine", tree, [])
-    assert isinstance(tracker, OfLightning)
-    assert tracker.begin(Run(tmp_path, "run", {"config": {"seed": 1}}), 0) == 0
+    assert isinstance(tracker, LightningTracker)
+    assert tracker.begin(TrackedRun(tmp_path, "run", {"config": {"seed": 1}}), 0) == 0
     tracker.row({"step": 3, "train/loss": 2.0, "layers/x": [1.0, None]})
     tracker.flush()
     tracker.end()

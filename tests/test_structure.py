@@ -131,3 +131,71 @@ def test_links_in_the_documents_lead_somewhere() -> None:
         if "://" not in target and not target.startswith("mailto:") and not (path.parent / target).exists()
     ]
     assert broken == []
+
+
+# Attributes of other libraries' objects that training/ sets, and what each does there.
+THEIRS = {
+    "trainer.should_stop": "Lightning ends its loop after the step",
+    "trainer.limit_val_batches": "Lightning leaves the validation out",
+    "trainer._signal_connector.register_signal_handlers": "Lightning leaves signals to us",
+    "loop._batches_that_stepped": "Lightning's counter of steps, which load_state_dict leaves out",
+    "optimizer.found_inf": "torch's fused AdamW skips the update on the device",
+    "self.engine_optimizer.optimizer.found_inf": "the same, inside DeepSpeed's engine",
+    "deepspeed.ops.__compatible_ops__": "DeepSpeed probes and builds no operators on CPUs",
+    "ctx.factor": "torch.autograd keeps values for the backward pass on ctx",
+    "ctx.shape": "the same",
+    "ctx.to_hidden": "the same",
+    "ctx.to_weight": "the same",
+    "guard.returncode": "subprocess.Popen warns of a child that it has not seen end",
+}
+
+
+def writes_into_others(source: str) -> list[tuple[int, str]]:
+    """(line, target) of assignments to attributes of objects that the function has not made itself.
+
+    A function may set attributes of `self` and `cls`, and of what it has just made by calling a class.
+    """
+    found: set[tuple[int, str]] = set()
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        own = {"self", "cls"}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+                maker = ast.unparse(node.value.func).rpartition(".")[2]
+                own |= {t.id for t in node.targets if isinstance(t, ast.Name) and maker.lstrip("_")[:1].isupper()}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                if not (isinstance(node.value, ast.Name) and node.value.id in own):
+                    found.add((node.lineno, ast.unparse(node)))
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "object.__setattr__"):
+                target = node.args[0]
+                if not (isinstance(target, ast.Name) and target.id in own):
+                    found.add((node.lineno, ast.unparse(node.func) + "(" + ast.unparse(target) + ")"))
+    return sorted(found)
+
+
+def test_a_run_is_wired_by_arguments() -> None:
+    """In training/ nobody writes into another object's attributes: constructors, or one method for each purpose."""
+    found = {
+        f"{name(path)}:{line} {target}": target
+        for path in (PACKAGE / "training").rglob("*.py")
+        for line, target in writes_into_others(path.read_text())
+    }
+    zero = "setattr(module)"  # torch.nn.Module's way to replace a parameter, in strategy/zero.py
+    assert [where for where, target in found.items() if target not in (*THEIRS, zero)] == []
+    assert set(THEIRS) - set(found.values()) == set(), "an entry of the list that nothing needs any more"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def f(strategy):\n    strategy.attempt = 1", ["strategy.attempt"]),
+        ("def f(self):\n    self.spent.hours += 1", ["self.spent.hours"]),
+        ("def f(trainer):\n    s = cast(S, trainer.strategy)\n    s.a, s.b = 1, 2", ["s.a", "s.b"]),
+        ("def f(x):\n    setattr(x, 'a', 1)", ["setattr(x)"]),
+        ("def f(self):\n    self.a = 1\n    made = Thing()\n    made.a = 1", []),
+    ],
+)
+def test_a_planted_write_is_found(source: str, expected: list[str]) -> None:
+    assert [target for _, target in writes_into_others(source)] == expected

@@ -1,4 +1,5 @@
-"""How a checkpoint is written, verified, found and read. When that happens is callbacks/checkpointing.py's matter.
+"""How checkpoints are written, verified, found and read; when one is written: training/callbacks/checkpoint.py.
 
-directory.py: names and wholeness; pieces.py: what is in the files; writer.py: the files and their way to the disk.
+name.py: directory names; directory.py: which checkpoints are complete, and the newest one; meta.py: meta.json;
+shards.py: the tensors in the files; writer.py and commit.py: how the ranks write them; storage.py: the file system.
 """

@@ -1,4 +1,4 @@
-"""When a checkpoint counts: its marker names one attempt and one step, and comes after every rank's checksums."""
+"""The commit protocol of a save: the manifest names one attempt and one step, and follows every rank's checksums."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ Entries = Mapping[str, Any]  # file name → {"bytes", "sha256"}
 
 
 @dataclass(frozen=True)
-class Word:
-    """What a rank tells the first one about its files: their checksums, or why there are none."""
+class Ack:
+    """A rank's message to rank 0 when its part of a save has ended.
+
+    Attributes:
+        attempt: number of the attempt that saves.
+        step: step of the checkpoint.
+        rank: the sender.
+        files: size and checksum of each file that the rank has written.
+        error: why the rank could not write its files; None if it could.
+    """
 
     attempt: int
     step: int
@@ -24,58 +32,61 @@ class Word:
 
 
 class Commit:
-    """The first rank's side of one save: it hears every rank, and only then there is a marker to write.
+    """Rank 0's side of one save: collects the acks of all writing ranks; only then is there a manifest to write.
 
     Args:
-        attempt: that saves.
-        step: of the checkpoint.
-        writers: ranks that write files, the first ones.
+        attempt: number of the attempt that saves.
+        step: step of the checkpoint.
+        writers: number of ranks that write files; they are the first ones.
     """
 
     def __init__(self, attempt: int, step: int, writers: int) -> None:
         self.attempt, self.step, self.writers = attempt, step, writers
-        self._heard: dict[int, Word] = {}
+        self._acks: dict[int, Ack] = {}
 
-    def hear(self, word: Word) -> None:
-        """A word of another save or another attempt is none of ours."""
-        if (word.attempt, word.step) == (self.attempt, self.step) and word.rank < self.writers:
-            self._heard[word.rank] = word
+    def receive(self, ack: Ack) -> None:
+        """Takes an ack; one of another save or another attempt is ignored."""
+        if (ack.attempt, ack.step) == (self.attempt, self.step) and ack.rank < self.writers:
+            self._acks[ack.rank] = ack
 
     @property
     def missing(self) -> list[int]:
-        """Ranks that have not been heard."""
-        return [rank for rank in range(self.writers) if rank not in self._heard]
+        """Ranks whose ack has not come yet."""
+        return [rank for rank in range(self.writers) if rank not in self._acks]
 
     @property
     def error(self) -> str | None:
-        """Why this save cannot become a checkpoint; None: nothing speaks against it so far."""
-        failed = (f"rank {rank}: {word.error}" for rank, word in sorted(self._heard.items()) if word.error is not None)
+        """Why this save cannot become a checkpoint; None if no rank has failed so far."""
+        failed = (f"rank {rank}: {ack.error}" for rank, ack in sorted(self._acks.items()) if ack.error is not None)
         return next(failed, None)
 
-    def marker(self, more: Entries) -> dict[str, Any]:
-        """The content of the marker, the first rank's own further files added.
+    def manifest(self, more: Entries) -> dict[str, Any]:
+        """The content of the manifest.
+
+        Args:
+            more: further files that rank 0 has written.
 
         Raises:
-            RuntimeError: a rank has not been heard, or could not write.
+            RuntimeError: the ack of a rank is missing, or a rank could not write.
         """
         if self.missing or self.error is not None:
-            raise RuntimeError(self.error or f"no word from the ranks {self.missing}")
-        files = {name: entry for word in self._heard.values() for name, entry in word.files.items()}
+            raise RuntimeError(self.error or f"no ack from the ranks {self.missing}")
+        files = {name: entry for ack in self._acks.values() for name, entry in ack.files.items()}
         return {"attempt": self.attempt, "step": self.step, "files": {**files, **more}}
 
 
-def stay(counted: Mapping[int, Any], keep: int, permanent: int | None, best: bool) -> set[int]:
-    """The steps whose checkpoints stay.
+def checkpoints_to_keep(losses: Mapping[int, float | None], keep: int, permanent: int | None, best: bool) -> set[int]:
+    """The steps whose checkpoints are kept.
 
     Args:
-        counted: step → validation loss (None: not validated) of the run's whole checkpoints.
-        keep: how many of the newest stay.
-        permanent: besides, multiples of so many steps do.
-        best: besides, the one with the lowest validation loss does.
+        losses: step → validation loss (None: not validated) of the run's complete checkpoints.
+        keep: how many of the newest are kept.
+        permanent: also keep those at multiples of this many steps; None: no further ones.
+        best: also keep the one with the lowest validation loss.
     """
-    steps = set(sorted(counted)[-keep:])
+    steps = set(sorted(losses)[-keep:])
     if permanent is not None:
-        steps |= {step for step in counted if step % permanent == 0}
-    if best and (losses := [(loss, step) for step, loss in counted.items() if loss is not None]):
-        steps.add(min(losses)[1])
+        steps |= {step for step in losses if step % permanent == 0}
+    if best and (validated := [(loss, step) for step, loss in losses.items() if loss is not None]):
+        steps.add(min(validated)[1])
     return steps

@@ -1,74 +1,53 @@
-"""The directory of a checkpoint: its name, what must be in it, and which of several is the newest whole one.
+"""Finding and verifying checkpoints: what must be in the directory of a complete one, and which one is the newest.
 
-`step_000000400-0003` was written by the third start of its run, its attempt; without a number, by one from before
-there were any. Which of them are the run's, rundir/lineage.py says.
+Which checkpoints belong to the run is decided by the chain of its attempts, see rundir/attempts.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
+from rwkv_train.checkpoint.meta import CheckpointMeta
+from rwkv_train.checkpoint.name import CheckpointName, attempt_of_temporary
 from rwkv_train.checkpoint.storage import MANIFEST, LocalStorage, Storage, sha256
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.attempts import Attempts
 
-LATEST = "latest"  # beside the checkpoints, written last of all: the name of the newest one
-_NAME = re.compile(r"step_(\d{9,})(?:-(\d{4,}))?")
-_ASIDE = ".writing-"
-
-
-def directory_name(step: int, attempt: int) -> str:
-    return f"step_{step:09d}-{attempt:04d}"
-
-
-def aside_of(path: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
-    return path.with_name(f"{_ASIDE}{path.name}")
-
-
-def step_of(path: Path) -> int | None:
-    """The step that a checkpoint's directory is named after; None: not such a name."""
-    match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match else None
-
-
-def attempt_of(path: Path) -> int:
-    """Whose it is by its name, finished or not; 0 where there is no number."""
-    match = re.search(r"-(\d{4,})$", path.name)
-    return int(match[1]) if match else 0
+LATEST = "latest"  # file beside the checkpoints with the name of the newest one, written after everything else
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Why a directory that looks like a checkpoint is not a whole one."""
+    """Why a directory that is named as a checkpoint is not a complete one."""
 
     path: Path
     reason: str
 
 
 def verify(path: Path, content: bool = True) -> Damage | None:
-    """Compares every file of a checkpoint with its manifest; None: it is whole.
+    """Compares every file of a checkpoint with its manifest.
 
     Args:
         path: the directory.
-        content: whether the files are read and hashed, or only measured.
+        content: whether files are read and hashed, or only their sizes compared.
+
+    Returns:
+        the first difference; None if the checkpoint is complete.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        wrote = (manifest.get("attempt", 0), manifest.get("step", step_of(path)))
-        if step_of(path) is not None and wrote != (attempt_of(path), step_of(path)):
-            return Damage(path, f"{MANIFEST} is that of step {wrote[1]} by start {wrote[0]} of the run")
+        written, name = CheckpointName(manifest["step"], manifest["attempt"]), CheckpointName.parse(path.name)
+        if name is not None and written != name:
+            return Damage(path, f"{MANIFEST} belongs to {written}")
         files = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return Damage(path, f"{MANIFEST} cannot be read ({type(error).__name__})")
 
-    def reason(name: str, size: int, digest: str) -> str | None:
+    def difference(name: str, size: int, digest: str) -> str | None:
         try:
             found = (path / name).stat().st_size
             if found != size:
@@ -78,31 +57,37 @@ def verify(path: Path, content: bool = True) -> Damage | None:
             return f"{name} cannot be read ({error.strerror})"
 
     with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter's lock
-        damaged = next(filter(None, pool.map(lambda file: reason(*file), files)), None)
+        damaged = next(filter(None, pool.map(lambda file: difference(*file), files)), None)
     return Damage(path, damaged) if damaged else None
 
 
-def counted(directory: Path, storage: Storage | None = None, head: int | None = None) -> list[Path]:
-    """What lies there under a checkpoint's name and is the run's, the newest last.
+def list_checkpoints(directory: Path, storage: Storage | None = None, head: int | None = None) -> list[Path]:
+    """The directories that are named as checkpoints and belong to the run, oldest first; they may be damaged.
 
     Args:
         directory: checkpoints/ of a run.
         storage: the file system.
-        head: the attempt for which that is asked; None: whoever comes next.
+        head: the attempt from whose view the run is seen; None: from that of an attempt that would start now.
     """
     lineage = Attempts(directory.parent).lineage(head)
-    found = [Path(name) for name in (storage or LocalStorage()).names(directory) if _NAME.fullmatch(name)]
-    steps = sorted((step_of(path) or 0, attempt_of(path), path) for path in found)
-    return [directory / path for step, number, path in steps if lineage.counts(number, step)]
+    names = map(CheckpointName.parse, (storage or LocalStorage()).names(directory))
+    return [directory / str(name) for name in sorted(filter(None, names)) if lineage.includes(name.attempt, name.step)]
 
 
 def newest(
     directory: Path, storage: Storage | None = None, content: bool = True, before: int | None = None
 ) -> tuple[Path | None, list[Damage]]:
-    """The newest whole checkpoint of a run's directory (before a step), and the damaged ones that are newer than it."""
+    """The newest complete checkpoint of a run, and the damaged ones that are newer than it.
+
+    Args:
+        directory: checkpoints/ of a run.
+        storage: the file system.
+        content: as for `verify`.
+        before: only checkpoints of earlier steps than this one; None: all.
+    """
     damaged: list[Damage] = []
-    for path in reversed(counted(directory, storage)):
-        if before is not None and (step_of(path) or 0) >= before:
+    for path in reversed(list_checkpoints(directory, storage)):
+        if before is not None and CheckpointName.of(path).step >= before:
             continue
         damage = verify(path, content)
         if damage is None:
@@ -112,27 +97,30 @@ def newest(
 
 
 def refuse_damage(path: Path, content: bool = True) -> None:
-    """Raises a UserError where there is no whole checkpoint at `path`."""
+    """Raises a UserError if there is no complete checkpoint at `path`."""
     if not path.is_dir():
-        raise UserError(f"there is no checkpoint at {path}", "give a directory like RUN/checkpoints/step_000001000")
+        raise UserError(
+            f"there is no checkpoint at {path}", f"give a directory like RUN/checkpoints/{CheckpointName(1000, 1)}"
+        )
     if damage := verify(path, content):
         raise UserError(f"the checkpoint {path} is damaged: {damage.reason}", "use an older one beside it")
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """step, tokens, probe, shapes, config and versions of a whole checkpoint.
+def read_meta(path: Path) -> CheckpointMeta:
+    """The description of a complete checkpoint.
 
     Raises:
-        UserError: the directory is missing, or lacks a file or a part of one (its content is not hashed here).
+        UserError: the directory is missing, or lacks a file or a part of one (content is not hashed here).
     """
     refuse_damage(path, content=False)
-    return cast(dict[str, Any], json.loads((path / "meta.json").read_text()))
+    return CheckpointMeta.read(path)
 
 
 def remove_unfinished(directory: Path, attempt: int, storage: Storage | None = None) -> None:
-    """Removes what killed saves of earlier attempts left behind, unless one that still lives is about to."""
+    """Removes what killed saves of earlier attempts left; a newer attempt may be writing at this moment."""
     storage = storage or LocalStorage()
     for name in storage.names(directory):
-        if name.startswith(_ASIDE) and attempt_of(Path(name)) < attempt:
-            with contextlib.suppress(OSError):  # then the next start removes it
+        writer = attempt_of_temporary(name)
+        if writer is not None and writer < attempt:
+            with contextlib.suppress(OSError):  # the next attempt tries again
                 storage.delete(directory / name)

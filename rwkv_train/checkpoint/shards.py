@@ -1,9 +1,9 @@
-"""Pieces: what every strategy's share of the state comes down to, and how it is put into files and found there again.
+"""State shards: the common form of every strategy's part of the state, and how shards are written and read.
 
-A piece is a contiguous range of one tensor, flattened: the weight of a parameter or one of Adam's two moments. ZeRO,
-FSDP2 and whole copies differ only in which ranges a rank holds. Each rank writes the ranges that it owns without asking
-another one, and reads the ranges that it needs, whoever wrote them: another number of processes or another strategy
-is no case of its own.
+A shard is a contiguous range of one flattened tensor: the weight of a parameter or one of Adam's two moments. ZeRO,
+FSDP2 and replicated strategies differ only in which ranges a rank holds. Each rank writes the ranges that it owns
+without communication, and reads the ranges that it needs, whichever rank wrote them: resuming with another number of
+processes or another strategy needs no special case.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.models.weights import load_weights
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-AT_ONCE = 4096  # rows of an embedding that are read at a time
+ROWS_PER_READ = 4096  # rows of an embedding that are read at a time
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -33,11 +33,11 @@ class StateShard:
 
     Args:
         kind: "weight", "exp_avg" or "exp_avg_sq".
-        name: of the parameter.
-        start: the first element.
+        name: name of the parameter.
+        start: index of the first element in the flattened tensor.
         values: (numel), on any device.
-        owned: whether this rank writes it; of all ranks' pieces exactly one owned one has each element.
-        put: stores new values; None: `values` is the memory itself.
+        owned: whether this rank writes it; each element is in exactly one owned shard of all ranks.
+        put: stores new values; None: `values` is the parameter's own memory.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class StateShard:
     put: Callable[[Tensor], None] | None = None
 
     def store(self, values: Tensor) -> None:
-        """Takes over new values (numel)."""
+        """Replaces the values by new ones (numel)."""
         if self.put is None:
             self.values.copy_(values)
         else:
@@ -56,50 +56,50 @@ class StateShard:
 
 
 def file_names(number: int, of: int) -> tuple[str, str]:
-    """The files of weights and of optimiser state that writer `number` of so many writes."""
+    """Names of the weights file and the state file that writer `number` of `of` writes."""
     part = "" if of == 1 else f"_{number:04d}_of_{of:04d}"
     return f"weights{part}.pth", f"state{part}.pth"
 
 
-def contents(pieces: Iterable[StateShard], shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A rank's owned pieces as the contents of its two files; nothing is copied.
+def contents(shards: Iterable[StateShard], shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A rank's owned shards as the contents of its two files; nothing is copied.
 
     Returns:
-        weights, name → tensor; and state: each moment's tensors by name, and `starts` of those that are no whole
-        tensor (they lie there flat).
+        weights, name → tensor; and state: each moment's tensors by name, and in `starts` the first element of those
+        tensors that are flattened parts.
     """
     weights: dict[str, Any] = {}
     state: dict[str, Any] = {"exp_avg": {}, "exp_avg_sq": {}, "starts": {}}
-    for piece in pieces:
-        if not piece.owned or not piece.values.numel():
+    for shard in shards:
+        if not shard.owned or not shard.values.numel():
             continue
-        shape, values = torch.Size(shapes[piece.name]), piece.values
+        shape, values = torch.Size(shapes[shard.name]), shard.values
         if values.numel() == shape.numel():
             values = values.view(shape)
         else:
-            state["starts"][piece.name] = piece.start
-        (weights if piece.kind == WEIGHT else state[piece.kind])[piece.name] = values
+            state["starts"][shard.name] = shard.start
+        (weights if shard.kind == WEIGHT else state[shard.kind])[shard.name] = values
     return weights, state
 
 
 class Reader:
-    """Reads ranges out of a checkpoint, or of a .pth file with weights, page by page: nothing is loaded whole.
+    """Reads ranges from a checkpoint, or from a .pth file with weights, through memory maps: never loads all of it.
 
     Args:
         path: a checkpoint directory, or a .pth file under the field's names.
 
     Raises:
-        UserError: there is none, or a file of it is missing.
+        UserError: the path does not exist, or a file of the checkpoint is missing.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._parts: dict[tuple[str, str], list[tuple[int, Tensor, bool]]] = {}  # start, values, still in the file
+        self._parts: dict[tuple[str, str], list[tuple[int, Tensor, bool]]] = {}  # start, values, whether mapped
         if path.is_dir():
             self.meta = read_meta(path)
-            self.shapes: Shapes = {name: tuple(shape) for name, shape in self.meta["shapes"].items()}
-            for number in range(self.meta["writers"]):
-                weights, _ = file_names(number, self.meta["writers"])
+            self.shapes: Shapes = self.meta.shapes
+            for number in range(self.meta.writers):
+                weights, _ = file_names(number, self.meta.writers)
                 held = self.state(number)
                 self._add(WEIGHT, _mapped(path / weights), held)
                 for moment in MOMENTS:
@@ -111,7 +111,7 @@ class Reader:
 
     def state(self, number: int) -> dict[str, Any]:
         """The content of a writer's state file."""
-        found: dict[str, Any] = _mapped(self.path / file_names(number, self.meta["writers"])[1])
+        found: dict[str, Any] = _mapped(self.path / file_names(number, self.meta.writers)[1])
         return found
 
     def _add(self, kind: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -120,17 +120,17 @@ class Reader:
             self._parts.setdefault((kind, name), []).append(part)
 
     def grow_vocabulary(self, new: int) -> None:
-        """Adds the weights of `new` tokens behind the others; logits of the old ones stay as they are.
+        """Appends the weights of `new` tokens; the logits of the existing ones do not change.
 
-        A new token begins as the mean of the old ones, in the embedding and in the head.
+        A new token starts as the mean of the existing ones, in the embedding and in the head.
         """
         for name in ("emb.weight", "head.weight"):
             if not new or len(self.shapes.get(name, ())) != 2:
                 continue
             rows, channels = self.shapes[name]
             total, dtype = torch.zeros(channels, dtype=torch.float64), self.dtype(name)
-            for row in range(0, rows, AT_ONCE):
-                count = min(AT_ONCE, rows - row)
+            for row in range(0, rows, ROWS_PER_READ):
+                count = min(ROWS_PER_READ, rows - row)
                 part = torch.empty(count * channels, dtype=dtype)
                 for offset, values in self.read(WEIGHT, name, row * channels, count * channels):
                     part[offset : offset + values.numel()].copy_(values)
@@ -143,10 +143,10 @@ class Reader:
         return any(held == kind for held, _ in self._parts)
 
     def read(self, kind: str, name: str, start: int, count: int) -> Iterator[tuple[int, Tensor]]:
-        """The range [start, start + count) as (offset in it, values) parts; the caller takes over each before the next.
+        """The range [start, start + count) as (offset in it, values) parts; copy each part before asking for the next.
 
         Raises:
-            UserError: some of its elements are in no file.
+            UserError: some elements are in no file.
         """
         found = 0
         for begins, values, mapped in sorted(self._parts.get((kind, name), ()), key=lambda part: part[0]):
@@ -172,23 +172,23 @@ class Reader:
         return self._parts[(WEIGHT, name)][0][1].dtype
 
     def copy_to(self, name: str, target: Tensor) -> None:
-        """A whole weight into a flat tensor that is mapped into a file, whose pages are let go again."""
+        """Copies a complete weight into a flat tensor that is mapped to a file, and releases the mapped pages."""
         for offset, values in self.read(WEIGHT, name, 0, target.numel()):
             target[offset : offset + values.numel()].copy_(values)
         _forget_pages(target)
 
-    def fill(self, pieces: Iterable[StateShard]) -> None:
-        """Stores into each piece the values of its range."""
-        for piece in pieces:
-            count = piece.values.numel()
-            if piece.put is None:
-                for offset, values in self.read(piece.kind, piece.name, piece.start, count):
-                    piece.values[offset : offset + values.numel()].copy_(values)
+    def fill(self, shards: Iterable[StateShard]) -> None:
+        """Stores into each shard the values of its range."""
+        for shard in shards:
+            count = shard.values.numel()
+            if shard.put is None:
+                for offset, values in self.read(shard.kind, shard.name, shard.start, count):
+                    shard.values[offset : offset + values.numel()].copy_(values)
                 continue
-            whole = torch.empty(count)
-            for offset, values in self.read(piece.kind, piece.name, piece.start, count):
-                whole[offset : offset + values.numel()].copy_(values)
-            piece.put(whole)
+            complete = torch.empty(count)
+            for offset, values in self.read(shard.kind, shard.name, shard.start, count):
+                complete[offset : offset + values.numel()].copy_(values)
+            shard.put(complete)
 
 
 def _mapped(path: Path) -> Any:
@@ -199,7 +199,7 @@ def _mapped(path: Path) -> Any:
 
 
 def _forget_pages(values: Tensor) -> None:
-    """Lets the kernel drop the pages of a mapped file that were read: they would count as this process's memory."""
+    """Lets the kernel drop pages of a mapped file that were read; else they count as this process's memory."""
     page = mmap.PAGESIZE
     first = -(-values.data_ptr() // page) * page
     last = (values.data_ptr() + values.numel() * values.element_size()) // page * page

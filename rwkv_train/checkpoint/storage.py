@@ -1,4 +1,4 @@
-"""The file system under a checkpoint: four calls, and a writer that hashes what passes through it."""
+"""The file system under a checkpoint: four calls, and a file that hashes what is written to it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MANIFEST = "manifest.json"
 
 
 class Storage(Protocol):
-    """What a checkpoint needs of a file system; tests put a slow, full or torn one here."""
+    """What a checkpoint needs of a file system; tests replace it by a slow or a full one."""
 
     def write(self, path: Path) -> Any:
-        """A context manager that gives a binary file, synced to the disk when it is left without an exception."""
+        """A context manager over a binary file, which is synced to the disk at its end if nothing was raised."""
 
     def rename(self, source: Path, target: Path) -> None: ...
 
@@ -43,13 +43,15 @@ class LocalStorage:
         os.rename(source, target)
         directory = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(directory)  # the new name itself is on the disk
+            os.fsync(directory)  # puts the new name itself on the disk
         finally:
             os.close(directory)
 
     def delete(self, path: Path) -> None:
         if path.is_dir():
-            (path / MANIFEST).unlink(missing_ok=True)  # first, so that a kill in between leaves no seeming checkpoint
+            (path / MANIFEST).unlink(
+                missing_ok=True
+            )  # first: a kill in between leaves no directory that looks complete
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -59,7 +61,7 @@ class LocalStorage:
 
 
 class Hashing:
-    """A file that only takes writes and knows the hash and size of what passed."""
+    """A write-only file that keeps the SHA-256 and size of what was written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.size, self._hash = file, 0, hashlib.sha256()
@@ -89,7 +91,7 @@ def dump(value: Any, file: BinaryIO) -> None:
     """torch.save into an open file.
 
     Raises:
-        OSError: the disk refused; torch.save by itself makes a RuntimeError of it.
+        OSError: the disk refused; torch.save by itself raises a RuntimeError instead.
     """
     try:
         torch.save(value, file)

@@ -1,16 +1,17 @@
-"""Writes checkpoints in the background: every rank its own files, the first one the manifest when all are there.
+"""Writes checkpoints in the background: each rank its own files, rank 0 the manifest once all of them are on the disk.
 
-    step_000000123-0001/    the step, and the start of the run that wrote it
-        weights.pth     the parameters under the field's names: a plain dict, loads in every RWKV runtime
+    step_000000123-0001/    the step, and the attempt of the run that wrote it
+        weights.pth     parameters under the field's names: a plain dict that loads in every RWKV runtime
         state.pth       Adam's moments by parameter name, random state
-        meta.json       step, tokens, probe loss, shapes, settled config, versions
-        manifest.json   whose it is, size and SHA-256 of the others, written last: without it this is no checkpoint
-    latest              the newest one's name
+        meta.json       step, tokens, probe loss, shapes, settled configuration, versions
+        manifest.json   attempt and step, size and SHA-256 of the other files; written last: without it the directory
+                        is no checkpoint
+    latest              name of the newest one
 
-Where several ranks hold the state, each writes weights_0001_of_0008.pth and state_0001_of_0008.pth with its pieces. All
-is written beside its final place, every file synced, then renamed: a kill leaves a whole checkpoint or none. The ranks
-tell each other about their files through a key-value store of their own, never by collectives: a save cannot hang the
-training, and a rank that fails says so.
+Where several ranks hold the state, each writes weights_0001_of_0008.pth and state_0001_of_0008.pth with its shards.
+Everything is written under a temporary name, every file synced, then renamed: a kill leaves a complete checkpoint or
+none. The ranks exchange messages about their files through a key-value store of their own, never by collectives: a save
+cannot block training, and a rank that fails reports why.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
-from rwkv_train.checkpoint.commit import Commit, Word
-from rwkv_train.checkpoint.directory import LATEST, aside_of, attempt_of, step_of
+from rwkv_train.checkpoint.commit import Ack, Commit
+from rwkv_train.checkpoint.directory import LATEST
+from rwkv_train.checkpoint.meta import META, CheckpointMeta
+from rwkv_train.checkpoint.name import CheckpointName, temporary_path
 from rwkv_train.checkpoint.storage import MANIFEST, Hashing, Storage, dump
 
-PATIENCE = timedelta(minutes=60)  # how long the first rank waits for the files of the others
+ACK_TIMEOUT = timedelta(minutes=60)  # how long rank 0 waits for the other ranks' files
 
 
-class Board(Protocol):
-    """Where ranks leave word for each other: torch.distributed.TCPStore, or a dict's methods for one rank alone."""
+class KeyValueStore(Protocol):
+    """Where ranks leave messages for each other: torch.distributed.TCPStore, or InProcessStore for a single rank."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -42,57 +45,68 @@ class Board(Protocol):
     def get(self, key: str) -> bytes: ...
 
 
-class OwnBoard:
-    """The board of a single process."""
+class InProcessStore:
+    """The key-value store of a single process."""
 
     def __init__(self) -> None:
-        self._words: dict[str, bytes] = {}
+        self._values: dict[str, bytes] = {}
 
     def set(self, key: str, value: str) -> None:
-        self._words[key] = value.encode()
+        self._values[key] = value.encode()
 
     def wait(self, keys: list[str], timeout: timedelta) -> None:
-        assert all(key in self._words for key in keys)
+        assert all(key in self._values for key in keys)
 
     def get(self, key: str) -> bytes:
-        return self._words[key]
+        return self._values[key]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a save ended."""
+class SaveOutcome:
+    """How a save ended.
+
+    Attributes:
+        path: the checkpoint's directory.
+        seconds: from the start of the background write to its end.
+        error: why it failed; None if it succeeded.
+    """
 
     path: Path
     seconds: float
-    error: str | None = None  # why it failed
+    error: str | None = None
 
 
 class Writer:
-    """One save at a time, in a thread; a new one waits for the one before.
+    """Writes one checkpoint at a time, in a thread; a new save waits for the previous one.
 
     Args:
         storage: the file system.
         rank: of this process.
-        writers: ranks that write files, the first ones.
-        board: shared by all ranks.
-        kept: called by the first rank after a checkpoint has its name; deletes those that need not stay.
+        writers: number of ranks that write files; they are the first ones.
+        store: the key-value store that all ranks share.
+        on_commit: called by rank 0 after a checkpoint has its final name; deletes checkpoints that are not kept.
     """
 
     def __init__(
-        self, storage: Storage, rank: int, writers: int, board: Board, kept: Callable[[], None] = lambda: None
+        self,
+        storage: Storage,
+        rank: int,
+        writers: int,
+        store: KeyValueStore,
+        on_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        self.storage, self.rank, self.writers, self.board, self.kept = storage, rank, writers, board, kept
+        self.storage, self.rank, self.writers, self.store, self.on_commit = storage, rank, writers, store, on_commit
         self._thread: threading.Thread | None = None
-        self._outcomes: list[Outcome] = []
+        self._outcomes: list[SaveOutcome] = []
         self._saves = 0
 
-    def begin(self, final: Path, files: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    def begin(self, final: Path, files: Mapping[str, Any], meta: CheckpointMeta) -> None:
         """Starts a save.
 
         Args:
-            final: the checkpoint's directory.
-            files: name → what torch.save writes; nobody may change it before the save has ended.
-            meta: for meta.json; the first rank's counts.
+            final: the checkpoint's directory, named by its step and attempt.
+            files: name → what torch.save writes; must not change before the save has ended.
+            meta: description of the checkpoint; rank 0's is written.
         """
         self.wait()
         self._saves += 1
@@ -102,7 +116,7 @@ class Writer:
 
     @property
     def idle(self) -> bool:
-        """Whether this rank's part of the last save is done; the first rank's is done when the whole is."""
+        """Whether this rank's part of the last save has ended; rank 0's ends with the whole save."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:
@@ -111,31 +125,33 @@ class Writer:
             self._thread.join()
             self._thread = None
 
-    def finished(self) -> list[Outcome]:
-        """The saves that have ended since the last call; the first rank's tell of the whole checkpoint."""
+    def finished(self) -> list[SaveOutcome]:
+        """The saves that have ended since the last call; rank 0's outcome is that of the whole checkpoint."""
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
-    def _save(self, final: Path, files: Mapping[str, Any], meta: Mapping[str, Any], key: str) -> None:
-        began, aside = time.perf_counter(), aside_of(final)
-        step, number, error = step_of(final) or 0, attempt_of(final), None
+    def _save(self, final: Path, files: Mapping[str, Any], meta: CheckpointMeta, key: str) -> None:
+        began, temporary = time.perf_counter(), temporary_path(final)
+        name, error = CheckpointName.of(final), None
         try:
             if self.rank < self.writers:
-                word = Word(number, step, self.rank, self._write(aside, files))
-                self.board.set(f"{key}/{self.rank}", json.dumps(word.as_json()))
+                ack = Ack(name.attempt, name.step, self.rank, self._write(temporary, files))
+                self.store.set(f"{key}/{self.rank}", json.dumps(ack.as_json()))
             if self.rank == 0:
-                self._complete(final, aside, meta, key)
-        except Exception as caught:  # whatever it is, training goes on, and the first rank must not wait for this one
+                self._complete(final, temporary, meta, key)
+        except Exception as caught:  # training continues whatever it is, and rank 0 must not wait for this rank
             error = (getattr(caught, "strerror", None) or str(caught)) if isinstance(caught, OSError) else repr(caught)
             if self.rank:
-                with contextlib.suppress(Exception):  # the first rank is gone, and its board with it
-                    self.board.set(f"{key}/{self.rank}", json.dumps(Word(number, step, self.rank, {}, error).as_json()))
-        self._outcomes.append(Outcome(final, time.perf_counter() - began, error))
+                ack = Ack(name.attempt, name.step, self.rank, {}, error)
+                with contextlib.suppress(Exception):  # rank 0 may have ended, and its store with it
+                    self.store.set(f"{key}/{self.rank}", json.dumps(ack.as_json()))
+        self._outcomes.append(SaveOutcome(final, time.perf_counter() - began, error))
 
-    def _write(self, aside: Path, files: Mapping[str, Any]) -> dict[str, Any]:
+    def _write(self, directory: Path, files: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes files; returns the size and checksum of each."""
         entries: dict[str, Any] = {}
         for name, value in files.items():
-            with self.storage.write(aside / name) as file:
+            with self.storage.write(directory / name) as file:
                 hashing = Hashing(file)
                 if name.endswith(".pth"):
                     dump(value, cast(BinaryIO, hashing))
@@ -144,24 +160,26 @@ class Writer:
             entries[name] = hashing.entry()
         return entries
 
-    def _complete(self, final: Path, aside: Path, meta: Mapping[str, Any], key: str) -> None:
-        commit = Commit(attempt_of(final), step_of(final) or 0, self.writers)
+    def _complete(self, final: Path, temporary: Path, meta: CheckpointMeta, key: str) -> None:
+        """Rank 0: waits for all acks, writes the manifest, and gives the checkpoint its final name."""
+        name = CheckpointName.of(final)
+        commit = Commit(name.attempt, name.step, self.writers)
         keys = [f"{key}/{rank}" for rank in commit.missing]
-        self.board.wait(keys, PATIENCE)
+        self.store.wait(keys, ACK_TIMEOUT)
         for key in keys:
-            commit.hear(Word(**json.loads(self.board.get(key))))
+            commit.receive(Ack(**json.loads(self.store.get(key))))
         if commit.error is not None:
             raise OSError(0, commit.error)
-        marker = commit.marker(self._write(aside, {"meta.json": meta}))
-        with self.storage.write(aside / MANIFEST) as file:
-            file.write(json.dumps(marker, indent=1).encode())
-        self.storage.rename(aside, final)
+        manifest = commit.manifest(self._write(temporary, {META: meta.as_json()}))
+        with self.storage.write(temporary / MANIFEST) as file:
+            file.write(json.dumps(manifest, indent=1).encode())
+        self.storage.rename(temporary, final)
         latest = final.with_name(LATEST)
-        beside = aside_of(latest.with_name(f"{LATEST}-{commit.attempt:04d}"))
+        renamed = temporary_path(latest.with_name(f"{LATEST}-{commit.attempt:04d}"))
         try:
-            with self.storage.write(beside) as file:
+            with self.storage.write(renamed) as file:
                 file.write(final.name.encode())
-            self.storage.rename(beside, latest)
-        except OSError:  # the disk took the checkpoint and not this, which is for people only
-            self.storage.delete(beside)
-        self.kept()
+            self.storage.rename(renamed, latest)
+        except OSError:  # the disk took the checkpoint but not this file, which only people read
+            self.storage.delete(renamed)
+        self.on_commit()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.cluster.rank_info import RankInfo, mistakes
 from rwkv_train.config import Config, DataSettings
 from rwkv_train.config.mesh import Mesh
@@ -311,7 +312,7 @@ def _check_checkpoint(resume: str, path: Path) -> Iterator[UserError]:
         )
         yield UserError(
             f"resume={resume} is not a complete checkpoint: it has no manifest.json",
-            f"resume={inside[-1]}" if inside else "give a directory like RUN/checkpoints/step_000001000-0001",
+            f"resume={inside[-1]}" if inside else f"give a directory like RUN/checkpoints/{CheckpointName(1000, 1)}",
         )
 
 

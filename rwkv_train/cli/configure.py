@@ -59,7 +59,7 @@ class ConfigBuilder:
             raise UserErrors([*overrides.problems, *error.problems]) from None
         problems = [
             *overrides.problems,
-            *fill_open_settings(composed, self.conf, weights, size_typed=overrides.chooses("model")),
+            *fill_open_settings(composed, self.conf, weights, overrides.typed, overrides.chooses("model")),
         ]
         config, found = self._read_and_check(composed.settings, composed.open_trees)
         problems += found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,19 @@ def weights_config(settings: FlatSettings) -> ModelConfig | None:
 
 
 def fill_open_settings(
-    composed: Composed, conf: ConfFolders, weights: ModelConfig | None, size_typed: bool
+    composed: Composed, conf: ConfFolders, weights: ModelConfig | None, typed: Collection[str], size_typed: bool
 ) -> list[UserError]:
     """Fills settings from the row of (size, arch) in conf/model, and the shape from init.weights.
 
     A value of the row is taken where none is set, or where only conf/optim, conf/arch or train.yaml set one.
 
+    A null that was typed for a setting that accepts it (optim.clip=null: no clipping) stays.
+
     Args:
         composed: its settings are changed in place.
         conf: the conf folders.
         weights: architecture and shape of init.weights; None: there are none.
+        typed: names of the settings on the command line.
         size_typed: whether `model=` was typed. If not, init.weights decides about the size.
 
     Returns:
@@ -63,9 +66,12 @@ def fill_open_settings(
         settings.update({f"model.{key}": getattr(weights, key) for key in SHAPE})
         settings["model.vocab_size"] += len(settings.get("vocab.extend") or ())
         settings["model.extra"] = dict(weights.extra)
+    known = schema()
     for name, value in {**DEFAULT_BATCH, **row}.items():
         if name == "model.extra":
             settings[name] = {**value, **(settings.get(name) or {})}
+        elif name in typed and settings.get(name) is None and _accepts_null(known[name]):
+            continue
         elif settings.get(name) is None or (name in row and not any(name in source for source in composed.sources)):
             settings[name] = value
     settle_durations(settings, [conf.read("arch", settings["arch"]), row, *composed.sources])

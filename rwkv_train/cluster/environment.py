@@ -1,7 +1,7 @@
-"""A place in a job, as Lightning asks for it.
+"""Lightning's ClusterEnvironment, made from our RankInfo.
 
-Always given: left to itself Lightning takes a batch script for a step of srun's, or a shell for none, and with its own
-SLURMEnvironment it saves and requeues inside of a signal handler, which hangs and writes half checkpoints.
+Lightning is always given one. Left to itself it takes a batch script for a step of srun, or a shell for no job at all,
+and its own SLURMEnvironment saves and requeues inside a signal handler, which hangs and writes incomplete checkpoints.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from rwkv_train.cluster.rank_info import RankInfo
 
 
-class Started(ClusterEnvironment):
-    """Processes that srun has started."""
+class SrunEnvironment(ClusterEnvironment):
+    """Ranks that srun has started."""
 
     def __init__(self, rank_info: RankInfo) -> None:
         self.rank_info = rank_info
@@ -33,19 +33,19 @@ class Started(ClusterEnvironment):
 
     @staticmethod
     def detect() -> bool:
-        return False  # it is given, never found
+        return False  # it is passed to the trainer, never detected
 
     def world_size(self) -> int:
         return self.rank_info.ranks
 
     def set_world_size(self, size: int) -> None:
-        """Nothing: it is what it is."""
+        """Ignored: srun has set it."""
 
     def global_rank(self) -> int:
         return self.rank_info.rank
 
     def set_global_rank(self, rank: int) -> None:
-        """Nothing: it is what it is."""
+        """Ignored: srun has set it."""
 
     def local_rank(self) -> int:
         return self.rank_info.local_rank
@@ -55,7 +55,7 @@ class Started(ClusterEnvironment):
 
 
 def environment(rank_info: RankInfo) -> ClusterEnvironment:
-    """Lightning's view of a process's rank."""
+    """The ClusterEnvironment of a process, by who has started it."""
     if rank_info.starter == "srun":
-        return Started(rank_info)
+        return SrunEnvironment(rank_info)
     return TorchElasticEnvironment() if rank_info.starter == "torchrun" else LightningEnvironment()

@@ -1,9 +1,8 @@
-"""Before a run on several nodes begins: does every process answer, have all the same before them, do they reach each
-other?
+"""Preflight: before a run on several nodes begins, checks that every rank answers and has the same software and data.
 
-Each rank tells what it has as facts, by a key-value store on the first rank's node. The first rank compares, says what
-differs and on which nodes, and tells the others whether to go on. Then the processes make the group that training uses,
-and sum up a tensor whose result is known. All of it has a time: who waits longer ends, whatever it waits for.
+Each rank reports its facts to a key-value store on the first rank's node. The first rank compares them, reports what
+differs and on which nodes, and releases or ends the others. Then the ranks make the process group that training uses,
+and all-reduce a tensor whose result is known. A deadline covers all of it: a rank that waits longer ends.
 """
 
 from __future__ import annotations
@@ -33,20 +32,22 @@ from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.exit_codes import ExitCode
 
 CLOCKS = 2.0  # seconds that the nodes' clocks may differ
-_TENSOR = 2**22  # elements of the all-reduce, 16 MiB
-_SEEN = 5.0  # seconds for a file of the first node's to be seen on the others; network file systems take their time
+_TENSOR = 2**22  # float32 elements of the all-reduce, 16 MiB
+_SEEN = 5.0  # seconds until the other nodes must see a file of the first one: network file systems are slow
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank has.
+    """What one rank reports.
 
     Attributes:
-        facts: name → value, equal on all ranks.
-        free: bytes on the disk of the run directory.
-        sees: whether it sees there what the first rank has written.
-        behind: seconds that its clock is behind the first rank's.
-        mistake: why it cannot begin, in its own words.
+        rank: of the process.
+        node: its name.
+        facts: name → value, which must be equal on all ranks.
+        free: free bytes on the disk of the run directory.
+        sees: whether it sees a file there that the first rank has written.
+        behind: seconds by which its clock is behind the first rank's.
+        mistake: the error that keeps it from beginning; None: it can begin.
     """
 
     rank: int
@@ -59,7 +60,7 @@ class Report:
 
 
 def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
-    """What keeps a run from beginning, each thing once, named by node.
+    """The problems that keep a run from beginning, each once, with the nodes that have it.
 
     Args:
         reports: of all ranks.
@@ -126,21 +127,21 @@ def meet(
     seconds: float,
     console: Console,
 ) -> None:
-    """The whole of it, called by every rank when its data are open and before the model has its values.
+    """Runs the preflight; every rank calls it when its data are open and before the model has values.
 
-    Afterwards torch.distributed has the group of all ranks.
+    Afterwards torch.distributed has the process group of all ranks.
 
     Args:
         rank_info: of this rank.
         gpu: whether the run's devices are GPUs.
-        facts: what must be equal everywhere, beside what is found out here.
-        directory: of the run; made by the first rank already.
+        facts: that must be equal on all ranks, beside package versions and GPUs.
+        directory: of the run; the first rank has made it.
         needed: bytes that the run will write there at least.
-        seconds: until every rank must be through.
-        console: the first rank's speaks.
+        seconds: the deadline for all of it.
+        console: prints on the first rank.
 
     Raises:
-        UserError: what `compare` finds, by the first rank; the others raise SystemExit with the same exit code.
+        UserErrors: what `compare` finds, on the first rank; the others raise SystemExit with the same exit code.
     """
     began = time.monotonic()
     with _deadline(rank_info, seconds) as phase:
@@ -154,7 +155,7 @@ def meet(
             problems = compare(reports, needed)
             store.set("verdict", "mistakes" if problems else "go")
             if problems:
-                _part(store, rank_info)
+                _await_departure(store, rank_info)
                 raise UserErrors(problems)
         else:
             store.set(f"report/{rank_info.rank}", json.dumps(asdict(own)))
@@ -165,7 +166,7 @@ def meet(
                 store.set(f"parted/{rank_info.rank}", "")
                 raise SystemExit(ExitCode.MISTAKE)
         phase.append("the processes do not reach each other (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names a network)")
-        rate, took = _sum_up(store, rank_info, gpu)
+        rate, took = _all_reduce(store, rank_info, gpu)
     console.print(
         f"nodes   {rank_info.machines} nodes, {rank_info.ranks} processes agree; all-reduce of {_TENSOR * 4 >> 20} MiB "
         f"in {took * 1e3:.0f} ms, {rate / 1e9:.2f} GB/s; {time.monotonic() - began:.1f} s"
@@ -173,15 +174,14 @@ def meet(
 
 
 def tell(rank_info: RankInfo, error: UserError, seconds: float = 20.0) -> None:
-    """Leaves a mistake that another rank than the first has found with the first one, which speaks for all.
+    """Forwards an error of this rank to the first one, which prints the errors of all ranks.
 
-    It also keeps this process alive until the first one has had time to report the same: srun ends all processes when
-    one has ended.
+    It keeps this process alive until the first rank has had time to report: srun ends all processes when one has ended.
     """
     if rank_info.first or rank_info.ranks == 1:
         return
     end = time.monotonic() + seconds
-    with suppress(Exception), _deadline(rank_info, seconds):  # the first one has ended: with the same mistake
+    with suppress(Exception), _deadline(rank_info, seconds):  # the first rank has ended, with the same error
         store = _store(rank_info, seconds)
         store.set(
             f"report/{rank_info.rank}", json.dumps(asdict(Report(rank_info.rank, rank_info.node, mistake=str(error))))
@@ -192,14 +192,14 @@ def tell(rank_info: RankInfo, error: UserError, seconds: float = 20.0) -> None:
 
 def _store(rank_info: RankInfo, seconds: float) -> PrefixStore:
     server = rank_info.first and not rank_info.agent_store
-    patience = timedelta(seconds=seconds + 5)  # the deadline comes first
-    store = TCPStore(rank_info.address, rank_info.port, None, server, patience, wait_for_workers=False)
-    store.set_timeout(patience)
+    timeout = timedelta(seconds=seconds + 5)  # the deadline comes first
+    store = TCPStore(rank_info.address, rank_info.port, None, server, timeout, wait_for_workers=False)
+    store.set_timeout(timeout)
     return PrefixStore(f"preflight/{rank_info.job or ''}/{rank_info.restarts}", store)
 
 
 def _gather(store: PrefixStore, rank_info: RankInfo, own: Report, end: float) -> list[Report]:
-    """All ranks' reports, with their clocks; who has not answered by then is named, and the run does not begin."""
+    """The reports of all ranks, with their clocks; ends the process after naming the ranks that have not answered."""
     keys = [f"report/{rank}" for rank in range(1, rank_info.ranks)]
     while missing := [key for key in keys if not store.check([key])]:
         if time.monotonic() > end - 2:  # before the deadline of the others
@@ -215,39 +215,39 @@ def _gather(store: PrefixStore, rank_info: RankInfo, own: Report, end: float) ->
             os._exit(ExitCode.FAILED)
         time.sleep(0.05)
     now = time.time()
-    told = [own, *(Report(**json.loads(store.get(key))) for key in keys)]
+    reports = [own, *(Report(**json.loads(store.get(key))) for key in keys)]
     store.set("clock", "")
-    able = [report for report in told[1:] if report.mistake is None]
+    able = [report for report in reports[1:] if report.mistake is None]
     clocks = {report.rank: now - float(store.get(f"clock/{report.rank}")) for report in able}
-    return [Report(**{**asdict(report), "behind": clocks.get(report.rank, 0.0)}) for report in told]
+    return [Report(**{**asdict(report), "behind": clocks.get(report.rank, 0.0)}) for report in reports]
 
 
-def _part(store: PrefixStore, rank_info: RankInfo) -> None:
-    """Waits until the others have read the verdict: the store ends with this process."""
+def _await_departure(store: PrefixStore, rank_info: RankInfo) -> None:
+    """Waits until the other ranks have read the verdict: the store ends with this process."""
     with suppress(Exception):
         store.wait([f"parted/{rank}" for rank in range(1, rank_info.ranks)], timedelta(seconds=5))
 
 
 def _sees(store: PrefixStore, rank_info: RankInfo, directory: Path) -> bool:
-    """Whether this rank sees a file that the first one has just written into the run directory."""
+    """Whether this rank sees a file that the first rank has just written into the run directory."""
     note = directory / _NOTE
     if rank_info.first:
-        word = f"{os.getpid()} {time.time_ns()}"
-        note.write_text(word, encoding="utf-8")
-        store.set("note", word)
+        content = f"{os.getpid()} {time.time_ns()}"
+        note.write_text(content, encoding="utf-8")
+        store.set("note", content)
         return True
-    word = store.get("note").decode()
+    content = store.get("note").decode()
     end = time.monotonic() + _SEEN
     while time.monotonic() < end:
         with suppress(OSError):
-            if note.read_text(encoding="utf-8") == word:
+            if note.read_text(encoding="utf-8") == content:
                 return True
         time.sleep(0.1)
     return False
 
 
 def _machine(gpu: bool) -> dict[str, str]:
-    """Package versions and devices of this node."""
+    """Package versions and GPUs of this node."""
     facts = {"Python": ".".join(map(str, sys.version_info[:3]))}
     for line in requires("rwkv-train") or ():
         requirement = Requirement(line)
@@ -261,15 +261,15 @@ def _machine(gpu: bool) -> dict[str, str]:
     return facts
 
 
-def _sum_up(store: PrefixStore, rank_info: RankInfo, gpu: bool) -> tuple[float, float]:
-    """Makes the group and sums up a tensor over it: bytes per second of a link, seconds of one all-reduce."""
+def _all_reduce(store: PrefixStore, rank_info: RankInfo, gpu: bool) -> tuple[float, float]:
+    """Makes the process group and all-reduces a tensor: (bytes per second of a link, seconds of one all-reduce)."""
     device = torch.device("cuda", rank_info.local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     group = PrefixStore("group", store)
     dist.init_process_group("nccl" if gpu else "gloo", store=group, rank=rank_info.rank, world_size=rank_info.ranks)
     times = []
-    for _ in range(3):  # the first one makes the connections
+    for _ in range(3):  # the first one opens the connections
         values = torch.arange(1.0, 5.0, device=device).repeat(_TENSOR // 4) * (rank_info.rank + 1)
         began = time.perf_counter()
         dist.all_reduce(values)
@@ -287,16 +287,16 @@ def _sum_up(store: PrefixStore, rank_info: RankInfo, gpu: bool) -> tuple[float, 
 
 @contextmanager
 def _deadline(rank_info: RankInfo, seconds: float) -> Iterator[list[str]]:
-    """Ends this process where the block takes longer; collectives and connections would wait for many minutes.
+    """Ends this process if the block takes longer; collectives and connections would wait for many minutes.
 
     Yields:
-        what to say then; the last entry counts.
+        what the process waits for; the last entry is printed at the deadline.
     """
     phase = [f"rank 0 on {rank_info.node_of(0)} ({rank_info.address}:{rank_info.port}) does not answer"]
-    speaks = rank_info.rank <= 1  # where the first one is not there, the second one says so
+    prints = rank_info.rank <= 1  # where the first rank does not answer, the second one says so
 
     def give_up() -> None:
-        if speaks:
+        if prints:
             print(f"error: preflight: after {seconds:g} s {phase[-1]}", file=sys.stderr, flush=True)
         os._exit(ExitCode.FAILED)
 

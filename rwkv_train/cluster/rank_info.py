@@ -1,4 +1,4 @@
-"""Where a process stands among those of its run: from the variables of SLURM or torchrun, and nothing else."""
+"""RankInfo: rank, node and rendezvous address of a process, from the variables of SLURM or torchrun alone."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from rwkv_train.config import TrainerSettings
 from rwkv_train.errors import UserError
 
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK")  # torchrun's, and those that Lightning sets for its own children
-_PORTS = range(12000, 32000)  # below those that systems give out by themselves
+_PORTS = range(12000, 32000)  # below the ephemeral ports of operating systems
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """A process of a run.
+    """One process among those of its run.
 
     Attributes:
-        starter: who started the processes: srun, torchrun, or the run itself (plain).
+        starter: what started the processes: srun, torchrun, or the run itself (plain).
         rank: of this process, from 0.
-        local_rank: on this node.
-        ranks: processes of the run that are known before it begins; 1 where the run starts them itself.
+        local_rank: rank within its node, from 0.
+        ranks: number of processes that were started together; 1 where the run starts them itself.
         node: name of this node.
-        nodes: names of all, in the order of their ranks; of srun's only.
-        machines: how many nodes.
-        address: of the first rank's node.
-        port: there; over it the ranks find each other.
-        agent_store: whether torchrun itself listens there.
-        job: SLURM's number of the job, for scontrol; None: no job.
-        restarts: how often it was put back into the queue, or started again by torchrun.
-        without_srun: tasks and nodes that the job has, where its batch script started this process without srun.
+        nodes: names of all nodes in the order of their ranks; empty unless srun started them.
+        machines: number of nodes.
+        address: host of the first rank.
+        port: on that host, over which the ranks meet.
+        agent_store: whether torchrun's agent listens on that port.
+        job: SLURM's job ID, for scontrol; None: no job.
+        restarts: number of times that the job was requeued, or that torchrun restarted the processes.
+        without_srun: (tasks, nodes) of the job, where its batch script started this process without srun; else None.
     """
 
     starter: Literal["plain", "torchrun", "srun"] = "plain"
@@ -55,20 +55,20 @@ class RankInfo:
 
     @property
     def per_node(self) -> int:
-        """Processes of one node, of those that are known."""
+        """Number of processes on each node."""
         return max(1, self.ranks // self.machines)
 
     def node_of(self, rank: int) -> str:
-        """The name of a rank's node; "?" where it is not known."""
+        """The name of a rank's node; "?" where it is unknown."""
         number = rank // self.per_node
         return self.nodes[number] if number < len(self.nodes) else "?"
 
 
 def rank_info_of(environment: Mapping[str, str]) -> RankInfo:
-    """The place of the process that has these variables.
+    """The RankInfo of a process with these environment variables.
 
-    torchrun's come first: inside of a SLURM job it is torchrun that has started the process. A step of srun's with one
-    task is no different from a shell on that node: the run starts its processes itself.
+    torchrun's variables take precedence: inside a SLURM job it is torchrun that has started the process. A step of srun
+    with one task is like a shell on that node: the run starts its processes itself.
     """
 
     def number(name: str, otherwise: int = 0) -> int:
@@ -106,7 +106,8 @@ def rank_info_of(environment: Mapping[str, str]) -> RankInfo:
             nodes=nodes,
             machines=number("SLURM_STEP_NUM_NODES", 1),
             address=environment.get("MASTER_ADDR") or (nodes[0] if nodes else "127.0.0.1"),
-            port=number("MASTER_PORT") or _PORTS[key % len(_PORTS)],  # another one after a restart: the old may linger
+            port=number("MASTER_PORT")
+            or _PORTS[key % len(_PORTS)],  # another one after a restart: the old may be bound
             job=name,
             restarts=restarts,
         )
@@ -123,7 +124,7 @@ def rank_info_of(environment: Mapping[str, str]) -> RankInfo:
 
 
 def mistakes(rank_info: RankInfo, trainer: TrainerSettings) -> Iterator[UserError]:
-    """Where what the config asks for is not what the job has."""
+    """Contradictions between what the config asks for and what the job has."""
     if rank_info.without_srun is not None:
         tasks, machines = rank_info.without_srun
         yield UserError(
@@ -137,7 +138,7 @@ def mistakes(rank_info: RankInfo, trainer: TrainerSettings) -> Iterator[UserErro
             option = {"srun": "sbatch --nodes", "torchrun": "torchrun --nnodes"}[rank_info.starter]
             yield UserError(
                 f"trainer.num_nodes={trainer.num_nodes}, and the job has {rank_info.machines} nodes{where}",
-                f"trainer.num_nodes=auto takes what there is, {option}={trainer.num_nodes} asks for that many",
+                f"trainer.num_nodes=auto takes those of the job, {option}={trainer.num_nodes} asks for that many",
             )
         if trainer.devices not in ("auto", rank_info.per_node):
             option = {"srun": "srun --ntasks-per-node", "torchrun": "torchrun --nproc-per-node"}[rank_info.starter]
@@ -149,13 +150,13 @@ def mistakes(rank_info: RankInfo, trainer: TrainerSettings) -> Iterator[UserErro
 
 
 def another_has_ended(error: BaseException) -> bool:
-    """Whether a collective has failed because another rank is gone; torch.distributed has no type of its own for it."""
-    told = isinstance(error, RuntimeError) and str(error)
-    return bool(told and re.search("connection (closed|reset)|broken pipe", told, re.IGNORECASE))
+    """Whether a collective has failed because another rank has ended; torch has no exception type for it."""
+    message = str(error) if isinstance(error, RuntimeError) else ""
+    return bool(re.search("connection (closed|reset)|broken pipe", message, re.IGNORECASE))
 
 
 def expand_hosts(text: str) -> tuple[str, ...]:
-    """SLURM's way to write many names: "n[01-03,7],login" → n01, n02, n03, n7, login."""
+    """Expands SLURM's notation for lists of hosts: "n[01-03,7],login" → n01, n02, n03, n7, login."""
     names: list[str] = []
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
         grown = [""]

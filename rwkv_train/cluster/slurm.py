@@ -1,4 +1,4 @@
-"""What a job asks of SLURM's controller: how much time it has left, and to be put back into the queue."""
+"""Requests to SLURM's controller: the time that a job has left, and to put it back into the queue."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from datetime import datetime
 
-_PATIENCE = 30.0  # seconds for an answer of the controller's
+CONTROLLER_TIMEOUT = 30.0  # seconds for an answer of the controller
 
 
 @dataclass(frozen=True)
@@ -15,35 +15,36 @@ class Job:
     """The job that this process is part of.
 
     Args:
-        number: SLURM's, 17, or 17_3 for a task of an array.
-        command: puts it back into the queue; its number is appended. None: nothing does.
+        number: SLURM's job ID: 17, or 17_3 for a task of an array.
+        command: the shell command that puts it back into the queue, to which the ID is appended; None: never.
     """
 
     number: str
     command: str | None = "scontrol requeue"
 
     def seconds_left(self) -> float | None:
-        """Until SLURM ends the job: at its time limit, or at the end of the grace of a preemption. None: not known."""
+        """Seconds until SLURM ends the job: its time limit, or the grace period of a preemption; None: unknown."""
         try:
-            return (datetime.fromisoformat(self._told().get("EndTime", "")) - datetime.now()).total_seconds()
+            end = datetime.fromisoformat(self._controller_facts().get("EndTime", ""))
+            return (end - datetime.now()).total_seconds()
         except ValueError:  # Unknown
             return None
 
     def why_not(self) -> str | None:
-        """Why the job is not to be put back; None: it is. A job that its user has cancelled stays cancelled."""
+        """Why the job must not be put back; None: it may. A job that its user has cancelled stays cancelled."""
         if self.command is None:
             return "cluster.requeue=null"
-        told = self._told()
-        if told.get("BatchFlag") == "0":
+        facts = self._controller_facts()
+        if facts.get("BatchFlag") == "0":
             return f"job {self.number} has no batch script: sbatch starts jobs that can come back"
-        state = told.get("JobState", "RUNNING")
+        state = facts.get("JobState", "RUNNING")
         return None if state in ("RUNNING", "SIGNALING") else f"job {self.number} is {state}"
 
     def requeue(self) -> str | None:
-        """Puts the job back, once; SLURM ends its processes upon that, this one among them.
+        """Puts the job back into the queue, upon which SLURM ends its processes, this one among them.
 
         Returns:
-            why that failed; None: it did not.
+            why it failed; None: it succeeded.
         """
         assert self.command is not None
         try:
@@ -51,26 +52,26 @@ class Job:
                 [*shlex.split(self.command), self.number],
                 capture_output=True,
                 text=True,
-                timeout=_PATIENCE,
+                timeout=CONTROLLER_TIMEOUT,
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"{self.command} {self.number}: {error}"
-        said = " ".join((done.stderr or done.stdout).split())
-        return (
-            None if done.returncode == 0 else f"{self.command} {self.number}: {said or f'exit code {done.returncode}'}"
-        )
+        output = " ".join((done.stderr or done.stdout).split())
+        if done.returncode == 0:
+            return None
+        return f"{self.command} {self.number}: {output or f'exit code {done.returncode}'}"
 
-    def _told(self) -> dict[str, str]:
-        """What the controller says of the job; empty where it does not answer."""
+    def _controller_facts(self) -> dict[str, str]:
+        """The fields of `scontrol show job`; empty where the controller does not answer."""
         command = ["scontrol", "show", "job", "--oneliner", self.number]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=CONTROLLER_TIMEOUT, check=False)
         except (OSError, subprocess.TimeoutExpired):
             return {}
-        pairs = (word.partition("=") for word in done.stdout.split())
-        told: dict[str, str] = {}
+        pairs = (field.partition("=") for field in done.stdout.split())
+        facts: dict[str, str] = {}
         for name, equals, value in pairs:
             if equals:
-                told.setdefault(name, value)
-        return told
+                facts.setdefault(name, value)
+        return facts

@@ -1,7 +1,7 @@
-"""`launcher=slurm`: each run of a command line becomes a job of SLURM's, by the submitit of hydra-submitit-launcher.
+"""`launcher=slurm`: submits each run of a command line as a SLURM job, with the settings of hydra-submitit-launcher.
 
-The plugin's own launcher waits for all jobs and calls a task of Hydra's; this one submits the same command lines with
-the same settings, and ends.
+The plugin's own launcher waits for all jobs and runs Hydra's task function in them; this one submits the same command
+lines with the same settings, and returns.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError
 
-_FOLDER = ".submitit"  # below run.root: what submitit keeps of each job, its output among it
+JOB_FOLDER = ".submitit"  # below run.root: submitit's files of each job, among them its output
 
 
 def submit(lines: Sequence[Sequence[str]], configs: Sequence[Config], run: Callable[[Sequence[str]], Any]) -> list[str]:
-    """Submits a job for each command line; those that ask for the same are one array.
+    """Submits a job for each command line; command lines that ask for the same resources become one array.
 
     Args:
-        lines: words of each run.
-        configs: theirs, settled.
-        run: what a job calls with its words, in every task.
+        lines: settings of each run, as typed.
+        configs: of the runs, checked.
+        run: called in every task of a job with the settings of its run.
 
     Returns:
-        the jobs' numbers.
+        the jobs' IDs, in the order of `lines`.
 
     Raises:
-        UserError: unknown words of `launcher`, a package or SLURM that is not there, a job that SLURM refuses.
+        UserError: an unknown setting of `launcher`, a missing package, no SLURM here, or a job that SLURM refuses.
     """
     try:
         import submitit
@@ -44,42 +44,44 @@ def submit(lines: Sequence[Sequence[str]], configs: Sequence[Config], run: Calla
         same = [number for number, one in enumerate(asked) if one == parameters]
         try:
             root = Path(configs[same[0]].run.root).expanduser().absolute()
-            executor = submitit.AutoExecutor(folder=root / _FOLDER / "%j", cluster="slurm")
+            executor = submitit.AutoExecutor(folder=root / JOB_FOLDER / "%j", cluster="slurm")
             executor.update_parameters(**parameters)
             with executor.batch():
                 for number in same:
                     jobs[number] = executor.submit(run, lines[number])
         except (FailedJobError, RuntimeError, OSError) as error:  # no srun, no sbatch, no such partition
-            said = " ".join(str(error).split())
-            raise UserError(f"launcher=slurm: {said}", "sbatch and srun must work here; launcher.partition=…") from None
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"launcher=slurm: {reason}", "sbatch and srun must work here; launcher.partition=…"
+            ) from None
     return [str(jobs[number].job_id) for number in range(len(lines))]
 
 
 def _parameters(config: Config) -> dict[str, Any]:
-    """What submitit is told: the words of `launcher`, and the nodes and tasks that the run needs."""
+    """submitit's parameters: the settings of `launcher`, and the nodes and tasks that the run needs."""
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf, SlurmQueueConf
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    given = {word: value for word, value in config.launcher.items() if value is not None}
+    given = {key: value for key, value in config.launcher.items() if value is not None}
     devices = config.trainer.devices
     given.setdefault("nodes", config.trainer.machines)
     given.setdefault("tasks_per_node", given.get("gpus_per_node", 1) if devices == "auto" else devices)
     schema = OmegaConf.structured(SlurmQueueConf)
-    valid = [word for word in schema if word not in ("_target_", "submitit_folder", "max_num_timeout")]
-    for word in given:
-        if word not in valid:
-            near = difflib.get_close_matches(word, valid, 1, 0.6)
+    valid = [key for key in schema if key not in ("_target_", "submitit_folder", "max_num_timeout")]
+    for key in given:
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, 1, 0.6)
             hint = f"nearest: {near[0]}; " if near else ""
-            raise UserError(f"launcher.{word}: there is no such word", f"{hint}valid: {', '.join(sorted(valid))}")
+            raise UserError(f"launcher.{key}: there is no such setting", f"{hint}valid: {', '.join(sorted(valid))}")
     try:
         settled: Mapping[str, Any] = OmegaConf.merge(schema, given)  # type: ignore[assignment]
-        told = {word: settled[word] for word in valid if word in given}
+        merged = {key: settled[key] for key in valid if key in given}
     except OmegaConfBaseException as error:
         raise UserError(
-            f"launcher: {str(error).splitlines()[0]}", "the words are those of hydra-submitit-launcher"
+            f"launcher: {str(error).splitlines()[0]}", "valid settings are those of hydra-submitit-launcher"
         ) from None
     base = set(OmegaConf.structured(BaseQueueConf))
-    plain = {w: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for w, v in told.items()}
+    plain = {w: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for w, v in merged.items()}
     named = {w if w in base else f"slurm_{w}": v for w, v in plain.items()}
     return {"name": f"{config.arch}-{config.model.size}", **named}

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rwkv_train.config import BatchSettings, DataSettings
 from rwkv_train.config.mesh import ONE_RANK, Mesh
-from rwkv_train.data.ahead import Ahead, Batch, MaskedBatch
+from rwkv_train.data.ahead import Ahead
 from rwkv_train.data.arrays import Ints
+from rwkv_train.data.batch import Batch
 from rwkv_train.data.mixture import Mixture, SourceShare
 from rwkv_train.data.order import ReferenceOrder, ShuffledOrder, split_batch
 from rwkv_train.data.packing import pack
@@ -247,9 +247,7 @@ class Batches:
         first = np.arange(data_step * self.split.samples, data_step * self.split.samples + 1, dtype=np.int64)
         sources, places = self.located(first)
         block = self._fill(self._rows, sources, places, self.context)
-        if not self.masked:
-            return _tensor(block.tokens), _tensor(block.targets)
-        return _alone(block)
+        return _batch(block, np.zeros(1, np.int64), sources, _mean(block) if self.masked else None)
 
     def places(self, step: int, steps: int = 1) -> tuple[Ints, Ints]:
         """Sources and places of all samples of `steps` steps, in the order of their numbers."""
@@ -277,19 +275,14 @@ class Batches:
         block = self._fill(self._rows, sources, places, self.context)
         return {**told, "text": bytes(self.tokenizer.decode(block.tokens[0].tolist())).decode("utf-8", "replace")}
 
-    def sources_of_pass(self, step: int, index: int) -> list[int]:
-        """The number of the source of each sample of this rank's micro-batch `index` of a step."""
-        found: list[int] = self.places(step)[0][self.split.share(0, index, self.rank)].tolist()
-        return found
-
     def assemble(self, sources: Ints, places: Ints, index: int) -> Batch:
         """This rank's micro-batch of the step with these samples."""
         share = self.split.share(0, index, self.rank)
         block = self._fill(self._rows, sources[share], places[share], self.context)
         if not self.masked:
-            return _tensor(block.tokens), _tensor(block.targets)
+            return _batch(block, share, sources[share])
         predicted = sum(int(rows.count_predictions(places[sources == n]).sum()) for n, rows in enumerate(self._rows))
-        return _masked(block, max(1, predicted) / (self.split.mesh.data * self.accumulation))
+        return _batch(block, share, sources[share], max(1, predicted) / (self.split.mesh.data * self.accumulation))
 
     def _fill(self, rows: Sequence[Rows], sources: Ints, places: Ints, context: int) -> BatchArrays:
         block = BatchArrays.empty(len(places), context, self.reset)
@@ -332,24 +325,25 @@ class Batches:
 
     def validation_batch(self, source: int, numbers: Ints) -> Batch:
         """The held-out rows of a source with these numbers (B,); what lies past the end of the text is ignored."""
-        block = self._fill(self._held_out, np.full_like(numbers, source), numbers, self.validation_context)
-        if block.starts is None:
-            return _tensor(block.tokens), _tensor(block.targets)
-        return _alone(block)
+        sources = np.full_like(numbers, source)
+        block = self._fill(self._held_out, sources, numbers, self.validation_context)
+        return _batch(block, numbers, sources, None if block.starts is None else _mean(block))
 
 
-def _tensor(array: Any) -> Tensor:
-    return torch.from_numpy(array)
+def _batch(block: BatchArrays, samples: Ints, sources: Ints, predictions: float | None = None) -> Batch:
+    return Batch(
+        torch.from_numpy(block.tokens),
+        torch.from_numpy(block.targets),
+        samples,
+        sources,
+        None if block.starts is None else torch.from_numpy(block.starts),
+        None if predictions is None else torch.tensor(predictions),
+    )
 
 
-def _masked(block: BatchArrays, predictions: float) -> MaskedBatch:
-    starts = None if block.starts is None else _tensor(block.starts)
-    return MaskedBatch(_tensor(block.tokens), _tensor(block.targets), starts, torch.tensor(predictions))
-
-
-def _alone(block: BatchArrays) -> MaskedBatch:
-    """A batch of its own, whose loss is the mean over its predictions."""
-    return _masked(block, float(max(1, (block.targets != IGNORED).sum())))
+def _mean(block: BatchArrays) -> float:
+    """The `predictions` of a batch of its own, whose loss is the mean over them."""
+    return float(max(1, (block.targets != IGNORED).sum()))
 
 
 class TrainBatches:

@@ -1,4 +1,4 @@
-"""Lightning's view of the batches: the only file of this room that knows a trainer."""
+"""Lightning's view of the batches: the only file of this folder that imports Lightning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import lightning as L
 
-from rwkv_train.data.ahead import Batch
+from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.config import DataSettings, SourceSettings
 from rwkv_train.config.schema import from_tree
 from rwkv_train.data.manifest import read_manifest
@@ -22,7 +23,7 @@ from rwkv_train.data.store import Store
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.perplexity import combine, measure
-from rwkv_train.inference.loading import load_model, remembered, tokenizer_of
+from rwkv_train.inference.loading import description_of, load_model, tokenizer_of
 from rwkv_train.models import LanguageModel
 
 _DEFAULT_CONTEXT = 1024  # for weights without the configuration of their run
@@ -103,12 +104,12 @@ def run(options: EvalOptions) -> int:
 
         task_manager = lm_eval_adapter.find_tasks(names, [Path(folder).expanduser() for folder in options.include])
     model = load_model(checkpoint, options.device)
-    meta = remembered(checkpoint)
+    meta = description_of(checkpoint)
     tokenizer = tokenizer_of(checkpoint, model.config.vocab_size, options.tokenizer)
     shape = model.config
     results: dict[str, Any] = {
         "checkpoint": options.checkpoint,
-        "step": meta.get("step"),
+        "step": None if meta is None else meta.step,
         "model": {"arch": shape.arch, "n_layer": shape.n_layer, "n_embd": shape.n_embd, "vocab_size": shape.vocab_size},
         "tokenizer": tokenizer.identity,
     }
@@ -130,7 +131,7 @@ def run(options: EvalOptions) -> int:
     return 0
 
 
-def _sources(options: EvalOptions, meta: Mapping[str, Any], tokenizer: Tokenizer) -> list[tuple[str, Store]]:
+def _sources(options: EvalOptions, meta: CheckpointMeta | None, tokenizer: Tokenizer) -> list[tuple[str, Store]]:
     """The tokens to evaluate on, by name: the data of the options, or the held-out data of the run."""
     if not options.data:
         return _held_out(options.checkpoint, meta)
@@ -157,7 +158,7 @@ def _sources(options: EvalOptions, meta: Mapping[str, Any], tokenizer: Tokenizer
                     f"was trained with {ours}",
                     "prepare the store with that tokenizer, or give the text itself",
                 )
-    extend = (meta.get("config") or {}).get("vocab", {}).get("extend", ())
+    extend = () if meta is None else meta.config.get("vocab", {}).get("extend", ())
     _, opened = open_sources(data, extend)
     short = next((source.name for source in opened if len(source.train) < 2), None)
     if short is not None:
@@ -165,15 +166,16 @@ def _sources(options: EvalOptions, meta: Mapping[str, Any], tokenizer: Tokenizer
     return [(source.name, source.train) for source in opened]
 
 
-def _held_out(checkpoint: str, meta: Mapping[str, Any]) -> list[tuple[str, Store]]:
+def _held_out(checkpoint: str, meta: CheckpointMeta | None) -> list[tuple[str, Store]]:
     try:
-        config = from_tree(meta["config"])
+        if meta is None:
+            raise UserError("the checkpoint belongs to no run")
+        config = from_tree(meta.config)
         _, opened = open_sources(config.data, config.vocab.extend)
         held = [(source.name, source.held_out) for source in opened if len(source.held_out) > 1]
-    except (UserError, KeyError) as error:
-        reason = f" ({error.what})" if isinstance(error, UserError) else ""
+    except UserError as error:
         raise UserError(
-            f"the held-out data of the run of {checkpoint} is not found{reason}",
+            f"the held-out data of the run of {checkpoint} is not found ({error.what})",
             "give the data to evaluate on, --data PATH (a store, a text file or a directory), or --tasks",
         ) from None
     if not held:
@@ -186,10 +188,10 @@ def _perplexities(
     tokenizer: Tokenizer,
     sources: Sequence[tuple[str, Store]],
     options: EvalOptions,
-    meta: Mapping[str, Any],
+    meta: CheckpointMeta | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    config = meta.get("config") or {}
+    config = {} if meta is None else meta.config
     run_context = (config.get("validation") or {}).get("context") or (config.get("batch") or {}).get("context")
     context, results = options.context or run_context or _DEFAULT_CONTEXT, []
     for name, store in sources:

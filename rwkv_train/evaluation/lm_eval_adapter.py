@@ -25,7 +25,7 @@ from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.prefixes import PrefixedText, share_prefixes
 from rwkv_train.evaluation.scoring import score
-from rwkv_train.inference.continuation import begin, continue_texts
+from rwkv_train.inference.continuation import continue_texts, join_states
 from rwkv_train.inference.sampling import Sampling
 from rwkv_train.models import LanguageModel, State
 
@@ -134,7 +134,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             tokens[index, : len(rest)] = torch.tensor(rest)
             targets[index, len(rest) - len(scored) : len(rest)] = torch.tensor(scored)
         state: State | None
-        state = begin(self.model, [row.state for row in rows])
+        state = join_states(self.model, [row.state for row in rows])
         nats, greedy = torch.zeros(len(rows), dtype=torch.float64), torch.ones(len(rows), dtype=torch.bool)
         for part, part_targets in zip(
             tokens.split(_TOKENS_PER_PASS, 1), targets.split(_TOKENS_PER_PASS, 1), strict=True

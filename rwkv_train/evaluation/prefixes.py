@@ -12,7 +12,7 @@ from rwkv_train.inference.continuation import read
 from rwkv_train.models import LanguageModel, State
 
 MIN_TOKENS_SAVED = 32  # by reading a prefix on its own
-STATE_BYTES = 2**31  # bytes of states that are held at once at most; the texts that share prefixes are limited by it
+MAX_STATE_BYTES = 2**31  # of all states that are held at a time at most
 
 
 class PrefixedText(NamedTuple):
@@ -41,7 +41,7 @@ def share_prefixes(
         batch: texts per batch; those of a batch have similar numbers of tokens left.
     """
     ordered = sorted(range(len(texts)), key=lambda number: list(texts[number]))
-    at_once = max(2, STATE_BYTES // max(1, model.empty_state(1).row_bytes()))
+    at_once = max(2, MAX_STATE_BYTES // max(1, model.empty_state(1).row_bytes()))
     for first in range(0, len(ordered), at_once):
         prefixed = _read_prefixes(model, texts, limits, ordered[first : first + at_once])
         prefixed.sort(key=lambda text: text.read - len(texts[text.number]))  # longest rest first

@@ -1,1 +1,1 @@
-"""Inference: the model as an RNN, one token after the other, with a memory of constant size."""
+"""Inference: loading a checkpoint's model and tokenizer, generation, export to other formats."""

@@ -1,7 +1,7 @@
-"""Texts continued together: each one is what it would be alone, whatever is in the batch beside it.
+"""Several texts continued in one batch; each is what it would be if it were continued alone.
 
-Nothing is padded: of prompts of different lengths, as many tokens are read at once as all of them still have, and a
-text that has ended leaves the batch. Each text has its own draws.
+Nothing is padded: prompts of different lengths are read in steps of the shortest remaining length, and a text that has
+ended leaves the batch. Each text has its own random generator.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.inference.sampling import Sampling, sample
 from rwkv_train.models import LanguageModel, State
 
-_AT_ONCE = 1024  # tokens of a prompt that are read in one pass: the memory for a long one does not grow with it
+MAX_PROMPT_CHUNK = 1024  # tokens of a prompt read in one forward pass; bounds the memory for activations
 
-Prompt = tuple[Sequence[int], State | None]  # tokens, at least one, and the memory (of one row) of what is before them
+Prompt = tuple[Sequence[int], State | None]  # tokens, at least one, and the state (one row) before them, if any
 
 
 @torch.inference_mode()
@@ -32,13 +32,13 @@ def read(model: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Tensor, State
     device = model.emb.weight.device
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row][0]))
     ids = [torch.tensor(list(prompts[row][0]), device=device) for row in order]
-    state = begin(model, [prompts[row][1] for row in order])
+    state = join_states(model, [prompts[row][1] for row in order])
     logits: list[Tensor] = []
     states: list[State] = []
-    done, live = 0, len(ids)  # tokens read of each; the rows that have more, the last ones of `ids`
+    done, live = 0, len(ids)  # tokens read of each; number of rows that have more, the last ones of `ids`
     while live:
         first = len(ids) - live
-        upto = min(len(ids[first]), done + _AT_ONCE)
+        upto = min(len(ids[first]), done + MAX_PROMPT_CHUNK)
         tokens = torch.stack([row[done:upto] for row in ids[first:]])
         found, state = model(tokens, state, None, _last)
         ended = sum(len(row) == upto for row in ids[first:])
@@ -48,16 +48,16 @@ def read(model: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Tensor, State
             state = state.rows(range(ended, live))
         done, live = upto, live - ended
     back = sorted(range(len(order)), key=order.__getitem__)
-    return torch.stack([logits[place] for place in back]), State.join(states).rows(back)
+    return torch.stack([logits[row] for row in back]), State.join(states).rows(back)
 
 
 def _last(hidden: Tensor, weight: Tensor) -> Tensor:
-    """The logits (B, V) after the last token: those of a prompt's other tokens are not needed."""
+    """A readout: the logits (B, V) after the last token only."""
     return F.linear(hidden[:, -1], weight)
 
 
-def begin(model: LanguageModel, states: Sequence[State | None]) -> State | None:
-    """States of one row each as one batch, where None is a text of which nothing was read; None: all are."""
+def join_states(model: LanguageModel, states: Sequence[State | None]) -> State | None:
+    """States of one row each as one batch; None stands for the empty state, also where all are empty."""
     if all(state is None for state in states):
         return None
     empty = model.empty_state(1)
@@ -67,14 +67,14 @@ def begin(model: LanguageModel, states: Sequence[State | None]) -> State | None:
 def streams(
     model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int | None], ended: set[int]
 ) -> Iterator[dict[int, int]]:
-    """Yields, again and again, the next token of each text that has not ended, by the text's number.
+    """Yields the next token of each text that has not ended, as {number of the text: token}, until all have ended.
 
     Args:
-        model: on any device.
-        prompts: what each text begins with.
+        model: the model, on any device.
+        prompts: the beginning of each text.
         sampling: how tokens are drawn.
-        seeds: of each text's draws; None: a random one.
-        ended: the caller adds the texts that are to get no more tokens.
+        seeds: seed of each text's random generator; None: a random seed.
+        ended: numbers of the texts that get no more tokens; the caller adds to it.
     """
     device = model.emb.weight.device
     draws = []
@@ -88,8 +88,8 @@ def streams(
     logits, state = read(model, prompts)
     live = list(range(len(prompts)))
     while live:
-        told = logits.cpu()
-        new = {text: sample(told[row], sampling, draws[text], seen[text]) for row, text in enumerate(live)}
+        on_cpu = logits.cpu()
+        new = {text: sample(on_cpu[row], sampling, draws[text], seen[text]) for row, text in enumerate(live)}
         yield new
         if ended.intersection(live):
             state = state.rows([row for row, text in enumerate(live) if text not in ended])
@@ -105,12 +105,12 @@ def streams(
 
 @dataclass
 class Continuation:
-    """What a text went on with.
+    """The continuation of a text.
 
     Attributes:
-        text: the bytes before the stop string, if one came.
-        tokens: all that were drawn, those of a stop string too.
-        ended: why no more came: length, stop or end_of_text.
+        text: the decoded bytes, up to the stop string if one was generated.
+        tokens: all generated tokens, including those of a stop string.
+        ended: why the generation ended: length, stop or end_of_text.
     """
 
     text: bytes = b""
@@ -127,15 +127,20 @@ def continue_texts(
     seeds: Sequence[int | None],
     stops: Sequence[bytes] = (),
     at_end: bool = True,
-    told: Callable[[int, bytes], None] | None = None,
+    on_text: Callable[[int, bytes], None] | None = None,
 ) -> list[Continuation]:
-    """Continues texts until they are long enough, hold a stop string or come to their end.
+    """Continues texts until the maximum length, a stop string, or an end-of-text token.
 
     Args:
-        tokens: at most so many for each.
-        stops: strings that end a text; what is kept ends before the first of them.
-        at_end: whether an end-of-text ends it.
-        told: is called with a text's number and its next bytes, as soon as no stop string can begin in them.
+        model: the model, on any device.
+        tokenizer: the model's tokenizer.
+        prompts: the beginning of each text.
+        tokens: maximum number of tokens of each continuation.
+        sampling: how tokens are drawn.
+        seeds: seed of each text's random generator; None: a random seed.
+        stops: strings that end a text; the kept text ends before the first of them.
+        at_end: whether an end-of-text token ends a text.
+        on_text: called with a text's number and its next bytes, once no stop string can begin in them.
     """
     results = [Continuation() for _ in prompts]
     if not tokens or not prompts:
@@ -149,20 +154,20 @@ def continue_texts(
                 ended.add(number)
             else:
                 result.tokens.append(token)
-                piece = tokenizer.decode([token]) if not stops else b""
-                result.text = tokenizer.decode(result.tokens) if stops else result.text + piece
-                found = [place for stop in stops if (place := result.text.find(stop)) >= 0]
+                decoded = tokenizer.decode([token]) if not stops else b""
+                result.text = tokenizer.decode(result.tokens) if stops else result.text + decoded
+                found = [offset for stop in stops if (offset := result.text.find(stop)) >= 0]
                 if found:
                     result.text, result.ended = result.text[: min(found)], "stop"
                 if found or len(result.tokens) == tokens:
                     ended.add(number)
-            if told is not None:
+            if on_text is not None:
                 safe = len(result.text) - (0 if number in ended else _may_begin(result.text, stops))
-                told(number, result.text[settled[number] : safe])
+                on_text(number, result.text[settled[number] : safe])
                 settled[number] = max(settled[number], safe)
     return results
 
 
 def _may_begin(text: bytes, stops: Sequence[bytes]) -> int:
-    """The length of the longest end of a text that a stop string begins with."""
+    """Length of the longest suffix of a text that is a proper prefix of a stop string."""
     return max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)

@@ -1,6 +1,6 @@
-"""`rwkv-train export`: a checkpoint's weights as one file or as a directory for transformers, parameter by parameter.
+"""`rwkv-train export`: the weights of a checkpoint as one file, or as a directory for transformers.
 
-Files are laid out first and then filled through a memory map: never more than one parameter is in memory.
+Files are laid out first and then filled through a memory map, so that at most one parameter is in memory.
 """
 
 from __future__ import annotations
@@ -11,36 +11,80 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rwkv_train.checkpoint.shards import WEIGHT, Reader, Shapes
+from rwkv_train.checkpoint.shards import WEIGHT, Reader
 from rwkv_train.data.tokenizers import tokenizer_files
 from rwkv_train.errors import UserError
 from rwkv_train.inference.loading import tokenizer_of
+from rwkv_train.models.config import ModelConfig
+from rwkv_train.models.detect import detect
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
-# The field's names → those of transformers' RwkvForCausalLM, part by part.
-_HF = {
-    "emb": "rwkv.embeddings",
-    "blocks": "rwkv.blocks",
-    "ln_out": "rwkv.ln_out",
-    "ln0": "pre_ln",
-    "att": "attention",
-    "ffn": "feed_forward",
-    "time_mix_k": "time_mix_key",
-    "time_mix_v": "time_mix_value",
-    "time_mix_r": "time_mix_receptance",
+
+@dataclass(frozen=True)
+class TransformersModel:
+    """How transformers keeps a model of one of our architectures.
+
+    Args:
+        parts: the field's names → transformers' own, part by part of a dotted name; absent parts are the same.
+        config: the model's shape → config.json, without the dtype.
+    """
+
+    parts: Mapping[str, str]
+    config: Callable[[ModelConfig], dict[str, Any]]
+
+    def name(self, name: str) -> str:
+        """A parameter's name in transformers."""
+        return ".".join(self.parts.get(part, part) for part in name.split("."))
+
+
+def _rwkv_config(shape: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["RwkvForCausalLM"],
+        "model_type": "rwkv",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.n_embd,
+        "attention_hidden_size": shape.n_embd,
+        "intermediate_size": shape.dim_ffn,
+        "num_hidden_layers": shape.n_layer,
+        "layer_norm_epsilon": 1e-5,
+        "context_length": 1024,
+        "rescale_every": 0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+
+
+TRANSFORMERS = {  # by architecture
+    "rwkv4": TransformersModel(
+        {
+            "emb": "rwkv.embeddings",
+            "blocks": "rwkv.blocks",
+            "ln_out": "rwkv.ln_out",
+            "ln0": "pre_ln",
+            "att": "attention",
+            "ffn": "feed_forward",
+            "time_mix_k": "time_mix_key",
+            "time_mix_v": "time_mix_value",
+            "time_mix_r": "time_mix_receptance",
+        },
+        _rwkv_config,
+    )
 }
 
 
 def export(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
-    """`consolidate`, with every mistake and refusal as a UserError."""
+    """`consolidate`, with every failure as a UserError."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is not known", f"valid: {', '.join(DTYPES)}")
     if not checkpoint.exists():
@@ -52,7 +96,7 @@ def export(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
     try:
         return consolidate(checkpoint, target, dtype)
     except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror or error}", "give another place") from None
+        raise UserError(f"{target} cannot be written: {error.strerror or error}", "give another path") from None
 
 
 def consolidate(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
@@ -65,7 +109,7 @@ def consolidate(checkpoint: Path, target: Path, dtype: str | None = None) -> Pat
         dtype: float32, bfloat16 or float16; None: as they are.
 
     Returns:
-        the file that was written; it takes its place when it is whole.
+        the file that was written; it gets its name once it is complete.
 
     Raises:
         UserError: a part of the checkpoint is missing, or transformers has no model of its generation.
@@ -77,31 +121,29 @@ def consolidate(checkpoint: Path, target: Path, dtype: str | None = None) -> Pat
         target.parent.mkdir(parents=True, exist_ok=True)
         write = _write_pth if target.suffix == ".pth" else _write_safetensors
         return _written(target, lambda path: write(reader, path, kind, lambda name: name))
-    config = _hf_config(reader.shapes, kind)
+    shape = detect(reader.shapes, str(checkpoint))
+    if shape.arch not in TRANSFORMERS:
+        raise UserError(f"transformers has no model of arch={shape.arch}", "export to .pth or .safetensors")
+    theirs = TRANSFORMERS[shape.arch]
     target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name, content in _tokenizer_files(checkpoint, reader.shapes).items():
+    (target / "config.json").write_text(json.dumps({**theirs.config(shape), "dtype": kind}, indent=2) + "\n")
+    for name, content in _tokenizer_files(checkpoint, shape.vocab_size).items():
         (target / name).write_text(content, encoding="utf-8")
-    return _written(target / "model.safetensors", lambda path: _write_safetensors(reader, path, kind, hf_name))
-
-
-def hf_name(name: str) -> str:
-    """A parameter's name in transformers' RwkvForCausalLM."""
-    return ".".join(_HF.get(part, part) for part in name.split("."))
+    return _written(target / "model.safetensors", lambda path: _write_safetensors(reader, path, kind, theirs.name))
 
 
 def _written(target: Path, write: Callable[[Path], None]) -> Path:
-    aside = target.with_name(f".writing-{target.name}")
+    temporary = target.with_name(f".writing-{target.name}")
     try:
-        write(aside)
-        aside.replace(target)
+        write(temporary)
+        temporary.replace(target)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return target
 
 
 def _write_pth(reader: Reader, path: Path, dtype: str, named: Callable[[str], str]) -> None:
-    """torch.save's own layout with holes, mapped and filled."""
+    """torch.save's layout without data, then filled through a memory map."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
 
     with FakeTensorMode():
@@ -122,7 +164,7 @@ def _write_pth(reader: Reader, path: Path, dtype: str, named: Callable[[str], st
 
 
 def _write_safetensors(reader: Reader, path: Path, dtype: str, named: Callable[[str], str]) -> None:
-    """Eight bytes with the length of the header, the header as JSON, the tensors one behind the other."""
+    """Eight bytes with the length of the header, the header as JSON, the tensors one after another."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end, size = 0, DTYPES[dtype].itemsize
     for name, shape in reader.shapes.items():
@@ -137,32 +179,9 @@ def _write_safetensors(reader: Reader, path: Path, dtype: str, named: Callable[[
                 file.write(values.to(DTYPES[dtype]).view(torch.uint8).numpy().tobytes())
 
 
-def _tokenizer_files(checkpoint: Path, shapes: Shapes) -> dict[str, str]:
-    """The files of the tokenizer that the checkpoint was trained with, where that can be told."""
+def _tokenizer_files(checkpoint: Path, vocab_size: int) -> dict[str, str]:
+    """The files of the tokenizer that the checkpoint was trained with, where it is known."""
     try:
-        return tokenizer_files(tokenizer_of(checkpoint, shapes["emb.weight"][0]))
+        return tokenizer_files(tokenizer_of(checkpoint, vocab_size))
     except UserError:
         return {}
-
-
-def _hf_config(shapes: Shapes, dtype: str) -> Mapping[str, Any]:
-    vocab_size, channels = shapes["emb.weight"]
-    if "blocks.0.att.time_first" not in shapes or len(shapes["blocks.0.att.time_first"]) != 1:
-        raise UserError("transformers has no model of this generation", "export to .pth or .safetensors")
-    return {
-        "architectures": ["RwkvForCausalLM"],
-        "model_type": "rwkv",
-        "vocab_size": vocab_size,
-        "hidden_size": channels,
-        "attention_hidden_size": channels,
-        "intermediate_size": shapes["blocks.0.ffn.key.weight"][0],
-        "num_hidden_layers": sum(name.endswith(".ln1.weight") for name in shapes),
-        "layer_norm_epsilon": 1e-5,
-        "context_length": 1024,
-        "rescale_every": 0,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "dtype": dtype,
-    }

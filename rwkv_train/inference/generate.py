@@ -91,8 +91,8 @@ def run(options: GenerateOptions) -> int:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     streamed = batch == 1 and not options.as_json
 
-    def show(_: int, piece: bytes) -> None:
-        sys.stdout.write(decoder.decode(piece))
+    def show(_: int, text: bytes) -> None:
+        sys.stdout.write(decoder.decode(text))
         sys.stdout.flush()
 
     if streamed:
@@ -110,12 +110,12 @@ def run(options: GenerateOptions) -> int:
         show if streamed else None,
     )
     if options.as_json:
-        told = [
+        results = [
             {"text": text.text.decode(errors="replace"), "tokens": text.tokens, "ended": text.ended, "seed": drawn}
             for text, drawn in zip(texts, seeds, strict=True)
         ]
         about = {"checkpoint": options.checkpoint, "tokenizer": tokenizer.identity, "prompt": prompt}
-        print(json.dumps({**about, "sampling": asdict(options.sampling), "stop": list(stops), "texts": told}))
+        print(json.dumps({**about, "sampling": asdict(options.sampling), "stop": list(stops), "texts": results}))
     elif streamed:
         print(decoder.decode(b"", final=True))
     else:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from rwkv_train.checkpoint.meta import META, CheckpointMeta
+from rwkv_train.checkpoint.name import checkpoints_below
 from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
 from rwkv_train.config.schema import from_tree
 from rwkv_train.data.sources import find_tokenizer, stores_of
@@ -18,7 +18,7 @@ from rwkv_train.models import LanguageModel, build_model
 from rwkv_train.models.detect import detect
 from rwkv_train.models.weights import refuse_mismatches
 
-_NAMED = "--tokenizer names the one that it was trained with: bytes, world, or the path of a tokenizer.json"
+_REMEDY = "--tokenizer names the one that it was trained with: bytes, world, or the path of a tokenizer.json"
 
 
 def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
@@ -45,20 +45,21 @@ def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
     return model.to(("cuda" if gpu else "cpu") if device == "auto" else device).eval()
 
 
-def remembered(checkpoint: Path) -> dict[str, Any]:
-    """meta.json of a checkpoint directory, or of the newest one of the run that a .pth file lies in; {}: there is none.
+def description_of(checkpoint: Path) -> CheckpointMeta | None:
+    """The description of a checkpoint directory, or of the newest checkpoint of the run that a .pth file belongs to.
 
-    It holds, among others, `config` (the run's, as a tree) and `tokenizer` (its identity).
+    Returns:
+        the description; None: these are weights without a run.
+
+    Raises:
+        UserError: meta.json of the checkpoint directory cannot be read.
     """
-    places = [checkpoint] if checkpoint.is_dir() else sorted(checkpoint.parent.glob("checkpoints/step_*"), reverse=True)
-    for place in places:
-        try:
-            meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(meta, dict):
-            return meta
-    return {}
+    if checkpoint.is_dir():
+        return CheckpointMeta.read(checkpoint) if (checkpoint / META).exists() else None
+    for path in reversed(checkpoints_below(checkpoint.parent)):
+        with suppress(UserError):  # one that is just being deleted
+            return CheckpointMeta.read(path)
+    return None
 
 
 def tokenizer_of(checkpoint: Path, vocab_size: int, name: str | None = None) -> Tokenizer:
@@ -72,17 +73,20 @@ def tokenizer_of(checkpoint: Path, vocab_size: int, name: str | None = None) -> 
     Raises:
         UserError: it is another one than the checkpoint's, it has more tokens than the model, or nothing tells which.
     """
-    meta = remembered(checkpoint)
-    identity = meta.get("tokenizer")
+    meta = description_of(checkpoint)
     if name is None:
-        tokenizer = _recalled(checkpoint, meta, identity) if identity else _by_size(vocab_size)
+        tokenizer = _by_size(vocab_size) if meta is None else _from_meta(checkpoint, meta)
     else:
-        extend = (meta.get("config") or {}).get("vocab", {}).get("extend", ())
-        tokenizer = load_tokenizer(name, extend)
+        tokenizer = load_tokenizer(name, () if meta is None else meta.config.get("vocab", {}).get("extend", ()))
     if tokenizer is None or tokenizer.vocab_size > vocab_size:
         has = "" if tokenizer is None else f", the tokenizer {tokenizer.name} {tokenizer.vocab_size:,}"
-        raise UserError(f"{checkpoint} has a vocabulary of {vocab_size:,} tokens{has}", _NAMED)
-    refuse_other(checkpoint, identity, tokenizer, f"--tokenizer {name}" if name else f"{tokenizer.name} here")
+        raise UserError(f"{checkpoint} has a vocabulary of {vocab_size:,} tokens{has}", _REMEDY)
+    refuse_other(
+        checkpoint,
+        None if meta is None else meta.tokenizer,
+        tokenizer,
+        f"--tokenizer {name}" if name else f"{tokenizer.name} here",
+    )
     return tokenizer
 
 
@@ -101,12 +105,15 @@ def _by_size(vocab_size: int) -> Tokenizer | None:
     return None if known is None else load_tokenizer(known)
 
 
-def _recalled(checkpoint: Path, meta: Mapping[str, Any], identity: str) -> Tokenizer:
+def _from_meta(checkpoint: Path, meta: CheckpointMeta) -> Tokenizer:
+    identity = meta.tokenizer
     try:
-        config = from_tree(meta["config"])
+        config = from_tree(meta.config)
         return find_tokenizer(config.data, config.vocab.extend, stores_of(config.data))
-    except (UserError, KeyError):  # of another version, or its data lies elsewhere
+    except UserError:  # the configuration of another version, or its data has moved
         kind, _, extended = identity.split(":")[0].partition("+")
         if kind in ("bytes", "world") and not extended:
             return load_tokenizer(kind)
-        raise UserError(f"{checkpoint} was trained with the tokenizer {identity}, which is not found", _NAMED) from None
+        raise UserError(
+            f"{checkpoint} was trained with the tokenizer {identity}, which is not found", _REMEDY
+        ) from None

@@ -71,6 +71,10 @@ class LanguageModel(nn.Module):
         # counted now: a strategy may cut the parameters later
         self._matmul_parameters = sum(p.numel() for name, p in self.named_parameters() if name in self.products)
 
+    def checkpoint_activations(self, every: int) -> None:
+        """Recomputes every n-th block in the backward pass; 0: none."""
+        self.activation_checkpointing = every
+
     def forward(
         self,
         tokens: Tensor,

@@ -29,14 +29,12 @@ class LayerChart:
         description: one phrase, as docs/metrics.md has it.
         quantiles: names of the numbers where a layer's value is a list of several; five of them, from minimum to
             maximum, are drawn as a band.
-        saturation: of a share: the cause to name for a layer without gradient where the share is close to 1.
     """
 
     title: str
     unit: str
     description: str
     quantiles: tuple[str, ...] = ()
-    saturation: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,6 @@ ARCHITECTURES: dict[str, Registration] = {
                 "Saturated receptance gates",
                 "share",
                 "gates of the time mix below 0.02 or above 0.98",
-                saturation="its receptance is saturated",
             ),
             "decay/half_life": HALF_LIFE,
         },

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, over all its attempts: directory, records, history, status."""
+"""What a run leaves on disk over all its attempts: directory, records, history, status."""

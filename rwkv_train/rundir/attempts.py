@@ -1,14 +1,18 @@
-"""The starts of a run on the disk: `attempts/0003/` is the third one's, and nobody else writes in it.
+"""The attempts of a run: each start of a run is one, and writes only below its own numbered directory.
 
     attempts/0003/
-        start.json        what it goes on from, written before its first row
+        start.json        the checkpoint it continues from, written before its first row
         metrics.jsonl     its rows
-        events.jsonl      its events; watchdog.jsonl, its watchdog's
+        events.jsonl      its events; watchdog.jsonl has those of its watchdog
         stacks_rank_0001.txt …
 
-A number is claimed by making its directory, which one process alone can do, on NFS as well. Then, and not before, the
-claimer looks for a checkpoint to go on from: an older attempt that saves once more either has its checkpoint seen,
-or sees that a newer one has begun, and deletes nothing.
+A number is claimed by making the directory, which succeeds for one process only, on NFS too. The attempt looks for a
+checkpoint to continue from after that: then an older attempt that saves once more has either been seen, or sees in
+turn that a newer attempt has begun, and deletes nothing.
+
+An older attempt may still be alive: paused before a write, or on a node that the cluster has given up. It cannot be
+kept from writing, so what it writes is made not to count. The start notes form a chain from the newest attempt back,
+and the chain defines which steps of which attempt are the run's. No clock is involved.
 """
 
 from __future__ import annotations
@@ -18,22 +22,95 @@ import json
 import os
 import platform
 import re
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rwkv_train.errors import UserError
-from rwkv_train.rundir.lineage import Lineage, Start
 
-EVENTS = ("events.jsonl", "watchdog.jsonl")  # of one attempt: the run's own, the watchdog's
+EVENT_FILES = ("events.jsonl", "watchdog.jsonl")  # of one attempt: the run's own, the watchdog's
 _NOTE = "start.json"
 
 
+@dataclass(frozen=True)
+class AttemptStart:
+    """What an attempt notes when it begins.
+
+    Attributes:
+        number: of the attempt, from 1.
+        step: step of the checkpoint that it continues from; 0 for a new run.
+        parent: the attempt that wrote that checkpoint; None: it is not one of this run.
+        seen: number of lines in each event file of the earlier attempts at that time; later lines do not count.
+    """
+
+    number: int
+    step: int = 0
+    parent: int | None = None
+    seen: Mapping[str, int] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"attempt": self.number, "step": self.step, "parent": self.parent, "seen": dict(self.seen)}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> AttemptStart:
+        return cls(found["attempt"], found["step"], found["parent"], found["seen"])
+
+
+@dataclass(frozen=True)
+class Span:
+    """The steps of one attempt that are the run's.
+
+    Attributes:
+        number: of the attempt.
+        after: the last step before them.
+        upto: the last of them; None: all that the attempt has written and will write.
+    """
+
+    number: int
+    after: int
+    upto: int | None
+
+    def contains(self, step: int) -> bool:
+        return self.after < step and (self.upto is None or step <= self.upto)
+
+
+class Lineage:
+    """The chain of attempts that leads to one of them.
+
+    Args:
+        starts: start notes of all attempts.
+        head: the attempt at which the chain ends; None: the newest.
+    """
+
+    def __init__(self, starts: Iterable[AttemptStart], head: int | None = None) -> None:
+        self._starts = {start.number: start for start in starts}
+        newest = max(self._starts, default=None)
+        self.spans = tuple(reversed(list(self._backwards(newest if head is None else head))))
+
+    def _backwards(self, number: int | None) -> Iterator[Span]:
+        upto: int | None = None
+        while number is not None and (start := self._starts.get(number)) is not None:
+            yield Span(number, start.step or -1, upto)  # a new run may save before its first step
+            upto = start.step
+            number = start.parent if start.parent is None or start.parent < number else None
+
+    def includes(self, number: int, step: int) -> bool:
+        """Whether what attempt `number` wrote for a step belongs to the run."""
+        return any(span.number == number and span.contains(step) for span in self.spans)
+
+    def counted_lines(self, file: str) -> int | None:
+        """How many lines of an event file belong to the run; None: all, since no attempt has begun after its own."""
+        return min((start.seen[file] for start in self._starts.values() if file in start.seen), default=None)
+
+
 class Attempts:
-    """All starts of the run in a directory; reading needs none of them to be there."""
+    """All attempts of the run in a directory, which need not exist yet.
+
+    Args:
+        run: the run's directory.
+    """
 
     def __init__(self, run: Path) -> None:
         self.run, self.path = run, run / "attempts"
@@ -42,7 +119,7 @@ class Attempts:
         return self.path / f"{number:04d}"
 
     def numbers(self) -> list[int]:
-        """All that were claimed, oldest first."""
+        """All claimed numbers, ascending."""
         names = os.listdir(self.path) if self.path.is_dir() else []
         return sorted(int(name) for name in names if re.fullmatch(r"\d{4,}", name))
 
@@ -50,10 +127,10 @@ class Attempts:
         """Takes the next number.
 
         Raises:
-            UserError: the disk refuses a directory.
+            UserError: the disk refuses a directory, or the directory holds a run whose attempts/ was removed.
         """
         try:
-            self._adopt()
+            self._refuse_orphans()
             self.path.mkdir(parents=True, exist_ok=True)
             while True:
                 number = max(self.numbers(), default=0) + 1
@@ -63,72 +140,75 @@ class Attempts:
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}", "run.root=DIR elsewhere") from None
 
-    def begin(self, number: int, step: int, parent: int | None) -> None:
-        """Notes what an attempt goes on from; must precede everything else that it writes."""
-        files = (f"{earlier:04d}/{file}" for earlier in self.numbers() if earlier < number for file in EVENTS)
-        seen = {name: len(_lines(self.path / name)) for name in files}
-        note = Start(number, step, parent, seen).as_json()
-        aside = self.directory(number) / f".{_NOTE}"
-        aside.write_text(json.dumps({**note, "time": time.time(), "host": platform.node(), "pid": os.getpid()}))
-        aside.replace(self.directory(number) / _NOTE)
+    def _refuse_orphans(self) -> None:
+        """Checkpoints and rows without the notes that say whose they are would be passed over and overwritten."""
+        if self.numbers():
+            return
+        saved = sorted(self.run.glob("checkpoints/step_*"))
+        if not saved and not (self.run / "metrics.jsonl").exists():
+            return
+        if self.numbers():  # another process has claimed meanwhile, and what was found is its own
+            return
+        source = f" resume={saved[-1]}" if saved else ""
+        raise UserError(
+            f"{self.run} holds a run, but its attempts/ is missing, without which no row or checkpoint counts",
+            f"put attempts/ back, or start a new run: run.name=NEW{source}",
+        )
 
-    def starts(self) -> list[Start]:
-        """Of those that have begun; one that was claimed and noted nothing has written nothing that counts."""
+    def begin(self, number: int, step: int, parent: int | None) -> None:
+        """Writes the start note of an attempt; must precede everything else that it writes.
+
+        Args:
+            number: of the attempt.
+            step: step of the checkpoint that it continues from; 0: none.
+            parent: the attempt that wrote that checkpoint; None: it is not one of this run.
+        """
+        files = (f"{earlier:04d}/{file}" for earlier in self.numbers() if earlier < number for file in EVENT_FILES)
+        seen = {name: len(_lines(self.path / name)) for name in files}
+        note = AttemptStart(number, step, parent, seen).as_json()
+        temporary = self.directory(number) / f".{_NOTE}"
+        temporary.write_text(json.dumps({**note, "time": time.time(), "host": platform.node(), "pid": os.getpid()}))
+        temporary.replace(self.directory(number) / _NOTE)
+
+    def starts(self) -> list[AttemptStart]:
+        """Start notes of all attempts; one that was claimed but has no note has written nothing that counts."""
         found = []
         for number in self.numbers():
             with contextlib.suppress(OSError, ValueError, KeyError):
-                found.append(Start.from_json(json.loads((self.directory(number) / _NOTE).read_text())))
+                found.append(AttemptStart.from_json(json.loads((self.directory(number) / _NOTE).read_text())))
         return found
 
     def lineage(self, head: int | None = None) -> Lineage:
-        """The chain to an attempt, of those that had begun before it; None: to the newest that has begun."""
+        """The chain to attempt `head`, as it was when that began; None: to the newest attempt."""
         starts = self.starts()
         return Lineage([start for start in starts if head is None or start.number <= head], head)
 
     def superseded(self, number: int) -> bool:
-        """Whether a newer attempt has been claimed."""
+        """Whether a newer attempt than this one has been claimed."""
         return max(self.numbers(), default=0) > number
 
     def metrics(self, head: int | None = None) -> Iterator[bytes]:
-        """The run's rows: each step once, by the attempt whose it is."""
+        """The run's rows, as lines of JSON: each step once, from the attempt that it belongs to."""
         for span in self.lineage(head).spans:
             for line in _lines(self.directory(span.number) / "metrics.jsonl"):
-                if span.holds(json.loads(line)["step"]):
+                if span.contains(json.loads(line)["step"]):
                     yield line
 
     def events(self, head: int | None = None) -> Iterator[bytes]:
-        """What happened to the run, attempt by attempt, each in the order of time."""
+        """The run's events, as lines of JSON: attempt by attempt, each sorted by time."""
         lineage = self.lineage(head)
         for number in self.numbers():
             if head is not None and number > head:
                 break
             lines: list[bytes] = []
-            for file in EVENTS:
+            for file in EVENT_FILES:
                 name = f"{number:04d}/{file}"
-                lines += _lines(self.path / name)[: lineage.lines(name)]
+                lines += _lines(self.path / name)[: lineage.counted_lines(name)]
             yield from sorted(lines, key=_time)
-
-    def _adopt(self) -> None:
-        """Notes an attempt for a run whose directory is from before there were notes, or came without them."""
-        old = [self.run / name for name in ("metrics.jsonl", "events.jsonl") if (self.run / name).exists()]
-        names = (re.fullmatch(r"step_(\d+)(?:-(\d+))?", path.name) for path in self.run.glob("checkpoints/step_*"))
-        saved = [(int(name[1]), int(name[2] or 0)) for name in names if name]
-        if not (old or saved) or self.numbers():  # looked up in this order: else they might be those of a new start
-            return
-        number = max(saved, default=(0, 0))[1]  # whose the newest is: all that is there becomes that one's
-        self.path.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".adopted-", dir=self.path))
-        for path in old:
-            shutil.copyfile(path, aside / path.name)
-        (aside / _NOTE).write_text(json.dumps(Start(number).as_json()))
-        try:
-            aside.rename(self.directory(number))
-        except OSError:  # somebody else was faster
-            shutil.rmtree(aside)
 
 
 def _lines(path: Path) -> list[bytes]:
-    """The whole lines of a file; a last one that a kill left torn is none."""
+    """The complete lines of a file; a last one that a kill has cut off is not among them."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The directory of a run: keyed on the run's name, used by one process group at a time."""
+"""The directory of a run: named after the run, used by one process group at a time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TextIO
 
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.attempts import Attempts
-from rwkv_train.rundir.jsonl import Events, JsonLines, Shown
+from rwkv_train.rundir.jsonl import Events, JsonLines, MergedView
 
 
 class RunDirectory:
     """`<root>/<name>/`: config.yaml, metrics.jsonl, events.jsonl, checkpoints/, loss.png, samples.txt, weights.pth.
 
-    metrics.jsonl and events.jsonl are the merge of what stands in attempts/, a folder for each start of the run.
+    metrics.jsonl and events.jsonl are merged from attempts/, which has a directory for each start of the run.
     """
 
     def __init__(self, root: str, name: str) -> None:
@@ -30,19 +30,19 @@ class RunDirectory:
         self.curve = self.path / "loss.png"
         self.samples = self.path / "samples.txt"
         self.weights = self.path / "weights.pth"
-        self.passed_over = self.path / "passed_over.json"  # data that the run has rewound behind
+        self.passed_over = self.path / "passed_over.json"  # steps of data that a rewind has skipped
         self.logs = self.path / "logs"
         self.attempts = Attempts(self.path)
-        self.number = 0  # of this start, once it has one
+        self.number = 0  # of this attempt, once it is claimed
 
     def claim_attempt(self) -> int:
-        """Takes the number of this start; its files are written in the attempt's own folder from now on."""
+        """Takes the number of this attempt; its files are written to the attempt's own directory from now on."""
         self.number = self.attempts.claim()
         return self.number
 
     @contextmanager
     def atomic_write(self, path: Path) -> Iterator[Path]:
-        """Where the block writes a file of the run, among this start's own; behind the block it gets its name."""
+        """A path among this attempt's own files for the block to write; it is renamed to `path` after the block."""
         own = self.attempts.directory(self.number) / path.name
         try:
             yield own
@@ -52,24 +52,30 @@ class RunDirectory:
 
     @contextmanager
     def records(self, number: int, enabled: bool, tokens_per_step: int = 0) -> Iterator[tuple[Events, JsonLines]]:
-        """Events and metrics of one attempt; their merges with those before it are made anew, and follow."""
-        starts, own = self.attempts, self.attempts.directory(number)
-        events = Shown(self.events, number, starts, starts.events)
-        metrics = Shown(self.metrics, number, starts, starts.metrics)
-        found = (
+        """Events and metrics of one attempt, with merged views of all attempts that are kept up to date.
+
+        Args:
+            number: of the attempt.
+            enabled: whether this process writes them.
+            tokens_per_step: for the token count of each event.
+        """
+        attempts, own = self.attempts, self.attempts.directory(number)
+        events = MergedView(self.events, number, attempts, attempts.events)
+        metrics = MergedView(self.metrics, number, attempts, attempts.metrics)
+        records = (
             Events(own / "events.jsonl", enabled, events, tokens_per_step),
             JsonLines(own / "metrics.jsonl", enabled, metrics),
         )
-        with closing(found[1]), closing(found[0]):  # each, even where the other's last merge fails
-            for record in found:
-                record.show()
-            yield found
+        with closing(records[1]), closing(records[0]):  # each, even where the other's last merge fails
+            for record in records:
+                record.refresh()
+            yield records
 
     def refuse_unusable(self) -> None:
-        """Raises the UserErrors of `claimed` without making or changing anything."""
-        there = next(path for path in [self.path, *self.path.absolute().parents] if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            why = "it is a file" if there.is_file() else f"{there} is read-only"
+        """Raises the UserErrors of `claimed` without creating or changing anything."""
+        nearest = next(path for path in [self.path, *self.path.absolute().parents] if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            why = "it is a file" if nearest.is_file() else f"{nearest} is read-only"
             raise UserError(f"the run directory {self.path} cannot be written: {why}", "run.root=DIR puts it elsewhere")
         lock = self.path / ".lock"
         if lock.exists():
@@ -78,15 +84,15 @@ class RunDirectory:
 
     @contextmanager
     def claimed(self, first: bool, job: str | None = None) -> Iterator[None]:
-        """Makes the directory and keeps it for this process until the block or the process ends, however it ends.
+        """Creates the directory and locks it for this process until the block or the process ends.
 
         Args:
-            first: whether this is the run's first process; the others use what it has claimed.
-            job: SLURM's number; an earlier start of the same job, which a dead node has left behind, is no hindrance:
-                what it still writes does not count (attempts.py).
+            first: whether this is rank 0; the other ranks rely on its lock.
+            job: number of the SLURM job. A lock of the same job does not count: it belongs to an earlier attempt on a
+                node that the cluster has given up, and what that still writes does not count either (attempts.py).
 
         Raises:
-            UserError: another process has it, or it cannot be written.
+            UserError: the directory is in use by another process, or cannot be written.
         """
         if not first:
             yield
@@ -105,14 +111,14 @@ class RunDirectory:
                 lock.seek(0)
                 if not mark or not lock.read().strip().endswith(mark):
                     raise
-            with contextlib.suppress(OSError):  # a full disk: the claim holds, it only has no name
+            with contextlib.suppress(OSError):  # a full disk: the lock holds, it only does not name its owner
                 os.truncate(lock.fileno(), 0)
                 os.write(lock.fileno(), f"pid {os.getpid()} on {os.uname().nodename}{mark}".encode())
             yield
 
 
 def _lock(file: TextIO, path: Path) -> None:
-    """Raises a UserError where another process has the lock."""
+    """Raises a UserError if another process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -1,4 +1,4 @@
-"""What happened to a run over all its starts, read from its records: how each ended, what was lost, where time went."""
+"""The history of a run over all its attempts, read from its records: how each ended, what was lost, where time went."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 import psutil
 
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.rundir.jsonl import JsonLines
 
-STARTS = ("started", "resumed")
-PLANNED = (  # ends that are no failures
+START_EVENTS = ("started", "resumed")
+PLANNED_ENDS = (  # events that end an attempt without a failure
     "finished",
     "stopped",
     "interrupted",
@@ -23,19 +22,19 @@ PLANNED = (  # ends that are no failures
     "requeue_failed",
     "unhealthy",
 )
-TRIES = 3  # failures at one step after which a run stops
+MAX_FAILURES = 3  # consecutive failures at one step after which a run stops
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Start:
-    """One start of a run and what became of it.
+class AttemptRecord:
+    """The events of one attempt.
 
     Attributes:
-        events: its own, the first of them started or resumed.
-        after: how the start before had ended.
-        reached: the last step of the run when this start began; it may have been thrown away.
+        events: in order; the first is "started" or "resumed".
+        after: how the previous attempt had ended; None: there is none.
+        reached: the last step of the run when this attempt began; it may be after the checkpoint that it resumed from.
     """
 
     events: Sequence[Row]
@@ -44,19 +43,19 @@ class Start:
 
     @property
     def ended(self) -> str:
-        """How; "killed" where it did not say so."""
-        told = [row["event"] for row in self.events if row["event"] in (*PLANNED, "failed", "given_up")]
-        return str(told[-1]) if told else "killed"
+        """How the attempt ended; "killed" if it recorded no end."""
+        ends = [row["event"] for row in self.events if row["event"] in (*PLANNED_ENDS, "failed", "given_up")]
+        return str(ends[-1]) if ends else "killed"
 
 
 @dataclass(frozen=True)
-class Account:
+class TimeAccount:
     """Where the time of a run went, in seconds.
 
     Attributes:
-        wall: from its first start to its last sign of life.
-        productive: in the steps that it consists of.
-        lost: the rest, by cause.
+        wall: time from the first start to the last record.
+        productive: time in steps that are part of the run.
+        lost: the remaining time by cause.
     """
 
     wall: float
@@ -72,83 +71,89 @@ class History:
     """The records of a run directory as they are now.
 
     Args:
-        events: of all starts, in their order.
-        rows: of metrics.jsonl, each step once.
-        alive: when something was written last, in seconds since 1970; counts where the last start has not told its end.
+        events: events of all attempts, in order.
+        rows: rows of metrics.jsonl, each step once.
+        alive: when a record was last written, in Unix seconds; used if the last attempt has recorded no end.
+
+    Attributes:
+        attempts: the events of each attempt.
     """
 
     def __init__(self, events: Sequence[Row], rows: Sequence[Row], alive: float = 0.0) -> None:
         self.events, self.rows = events, rows
-        firsts = [number for number, row in enumerate(events) if row["event"] in STARTS]
+        firsts = [number for number, row in enumerate(events) if row["event"] in START_EVENTS]
         bounds = zip(firsts, [*firsts[1:], len(events)], strict=False)
-        self.starts = [
-            Start(
+        self.attempts = [
+            AttemptRecord(
                 events[first:end], events[first].get("after"), int(events[first].get("reached", events[first]["step"]))
             )
             for first, end in bounds
         ]
-        told = [float(row["time"]) for row in events]
-        self.alive = max([*told, *([alive] if self.starts and self.starts[-1].ended == "killed" else [])], default=0.0)
+        times = [float(row["time"]) for row in events]
+        if self.attempts and self.attempts[-1].ended == "killed":
+            times.append(alive)
+        self.alive = max(times, default=0.0)
 
     @classmethod
     def read(cls, run: RunDirectory) -> History:
-        """Of a run directory, which need not exist; what a watchdog wrote last is not yet in the merge, and counts."""
+        """Reads a run directory, which need not exist.
+
+        The attempts' own files are read: the merged view lacks what a watchdog wrote last.
+        """
         files = [path for path in (run.events, run.metrics) if path.exists()]
         alive = max((path.stat().st_mtime for path in files), default=0.0)
-        starts = run.attempts
-        if not starts.numbers():  # from before there were attempts
-            return cls(JsonLines(run.events).rows(), JsonLines(run.metrics).rows(), alive)
-        return cls(list(map(json.loads, starts.events())), list(map(json.loads, starts.metrics())), alive)
+        attempts = run.attempts
+        return cls(list(map(json.loads, attempts.events())), list(map(json.loads, attempts.metrics())), alive)
 
     @property
     def reached(self) -> int:
-        """The last step that was done, whether or not a checkpoint has it."""
+        """The last step that was done, whether or not a checkpoint includes it."""
         return int(self.rows[-1]["step"]) if self.rows else 0
 
     def next_start(self, step: int) -> dict[str, Any]:
-        """What the event of a start behind a step tells: how long it took to get there, and of the start before."""
+        """Details of the event of an attempt that starts at `step`: its start-up time, and what came before it."""
         starting = round(time.time() - psutil.Process().create_time(), 3)
-        if not self.starts:
+        if not self.attempts:
             return {"seconds_starting": starting}
-        thrown_away = [row for row in self.rows if row["step"] > step]
+        repeated = [row for row in self.rows if row["step"] > step]
         return {
-            "after": self.starts[-1].ended,
+            "after": self.attempts[-1].ended,
             "reached": self.reached,
-            "steps_lost": len(thrown_away),
-            "seconds_lost": round(sum(float(row["seconds"]) for row in thrown_away), 3),
+            "steps_lost": len(repeated),
+            "seconds_lost": round(sum(float(row["seconds"]) for row in repeated), 3),
             "seconds_down": round(max(0.0, time.time() - starting - self.alive), 3),
             "seconds_starting": starting,
         }
 
     def failures(self) -> int:
-        """How many starts in a row have failed at the step that was reached last; a given-up run counts anew."""
-        count, ended, reached = 0, self.starts[-1].ended if self.starts else "finished", self.reached
-        for start in reversed(self.starts):
-            if ended in (*PLANNED, "given_up"):
+        """How many consecutive attempts have failed at the step reached last; after a given-up run it counts from 0."""
+        count, ended, reached = 0, self.attempts[-1].ended if self.attempts else "finished", self.reached
+        for attempt in reversed(self.attempts):
+            if ended in (*PLANNED_ENDS, "given_up"):
                 break
             count += 1
-            if start.after is None or start.reached != reached:
+            if attempt.after is None or attempt.reached != reached:
                 break
-            ended = start.after
+            ended = attempt.after
         return count
 
-    def last_words(self) -> str:
-        """The reason of the newest failure that gave one."""
-        told = [str(row["reason"]) for row in self.events if row["event"] == "failed" and "reason" in row]
-        return told[-1] if told else "it was killed from outside, or its node was lost"
+    def last_failure(self) -> str:
+        """The reason of the last failure that recorded one."""
+        reasons = [str(row["reason"]) for row in self.events if row["event"] == "failed" and "reason" in row]
+        return reasons[-1] if reasons else "it was killed from outside, or its node was lost"
 
-    def account(self) -> Account:
-        """Goodput: what part of the time went into steps that count, and what the rest went into."""
-        if not self.starts:
-            return Account(0.0, 0.0)
+    def account(self) -> TimeAccount:
+        """How much of the time went into steps that are part of the run, and what the rest went into."""
+        if not self.attempts:
+            return TimeAccount(0.0, 0.0)
         wall = self.alive - float(self.events[0]["time"]) + float(self.events[0].get("seconds_starting", 0.0))
         lost = dict.fromkeys(("down", "steps done again", "starting", "checkpoints"), 0.0)
-        for start in self.starts:
-            first = start.events[0]
+        for attempt in self.attempts:
+            first = attempt.events[0]
             lost["down"] += float(first.get("seconds_down", 0.0))
             lost["steps done again"] += float(first.get("seconds_lost", 0.0))
             lost["starting"] += float(first.get("seconds_starting", 0.0))
-            lost["checkpoints"] += sum(float(row.get("pause", 0.0)) for row in start.events)
+            lost["checkpoints"] += sum(float(row.get("pause", 0.0)) for row in attempt.events)
         productive = sum(float(row["seconds"]) for row in self.rows)
         lost["loading, validation and the rest"] = max(0.0, wall - productive - sum(lost.values()))
-        return Account(wall, productive, lost)
+        return TimeAccount(wall, productive, lost)

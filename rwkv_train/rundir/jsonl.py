@@ -1,4 +1,4 @@
-"""The run's own records: JSON lines, a file for each attempt, and their merge; and what the disk refused."""
+"""Records as JSON lines: one file per attempt, the merged view of all attempts, and write errors that cost no run."""
 
 from __future__ import annotations
 
@@ -17,36 +17,40 @@ from rwkv_train.rundir.attempts import Attempts
 
 
 class WriteErrors:
-    """Writes that the disk refused: each is told at once, loudly, and costs no more than what it would have written."""
+    """Writes that the disk refused: each is reported at once, and costs only what it would have written.
+
+    Attributes:
+        count: number of errors so far.
+    """
 
     def __init__(self) -> None:
         self.count = 0
 
     @contextmanager
     def tolerate(self, path: Path) -> Iterator[None]:
-        """Tells an OSError of the block, counts it, and goes on behind the block."""
+        """Reports and counts an OSError of the block instead of raising it."""
         try:
             yield
         except OSError as error:
-            self.tell(path, error)
+            self.report(path, error)
 
-    def tell(self, path: Path, error: OSError) -> None:
+    def report(self, path: Path, error: OSError) -> None:
         self.count += 1
-        print(f"\nWARNING: {path} could not be written: {error.strerror or error}; the run goes on", file=sys.stderr)
+        print(f"\nWARNING: {path} could not be written: {error.strerror or error}; training continues", file=sys.stderr)
 
 
-class Shown:
-    """metrics.jsonl or events.jsonl: the merge of what all attempts have written, for people and tools.
+class MergedView:
+    """metrics.jsonl or events.jsonl of a run: the merged lines of all attempts, for people and tools.
 
-    It is made anew beside its place and renamed, and then followed through the open file, by its inode and not by its
-    name: an older attempt that is still alive goes on writing into the file that it once put there, which has no
-    name any more. The truth are the attempts' own files; this one can be made again at any time.
+    The file is built beside its final place and renamed, then appended to through the open file, by inode and not by
+    name: an older attempt that is still alive keeps writing into its own former view, which has no name any more. The
+    attempts' own files are authoritative; the view can be rebuilt from them at any time.
 
     Args:
-        path: of the merge.
-        number: of this attempt.
+        path: path of the view.
+        number: of the attempt that writes it.
         attempts: of the run.
-        merged: the lines, up to this attempt's.
+        merged: returns the lines as seen from an attempt.
     """
 
     def __init__(self, path: Path, number: int, attempts: Attempts, merged: Callable[[int], Iterable[bytes]]) -> None:
@@ -55,44 +59,44 @@ class Shown:
         self._file: BinaryIO | None = None
 
     def lines(self) -> Iterable[bytes]:
-        """What should stand there."""
+        """The lines that the view should have."""
         return self._merged(self.number)
 
-    def renew(self) -> None:
-        """Makes the merge anew, unless a newer attempt shows its own.
+    def rebuild(self) -> None:
+        """Writes the view again, unless a newer attempt has one.
 
         Raises:
-            OSError: the disk refused; what was there stays.
+            OSError: the disk refused; the previous view stays.
         """
         if self._attempts.superseded(self.number):
             return
-        aside = self.path.with_name(f".{self.path.name}.{self.number:04d}")
-        file = open(aside, "w+b", buffering=0)  # noqa: SIM115  kept open
+        temporary = self.path.with_name(f".{self.path.name}.{self.number:04d}")
+        file = open(temporary, "w+b", buffering=0)  # noqa: SIM115  kept open
         try:
             append(file, b"".join(self.lines()))
-            aside.replace(self.path)
+            temporary.replace(self.path)
         except BaseException:
             file.close()
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         self.close()
         self._file = file
 
     @property
     def current(self) -> bool:
-        """Whether what this attempt follows is what stands at the path."""
-        return self._file is not None and _same(self._file, self.path)
+        """Whether the file that this attempt appends to is the one at the path."""
+        return self._file is not None and _same_file(self._file, self.path)
 
-    def follow(self, lines: bytes) -> None:
-        """Adds what the attempt's own file has just got.
+    def append(self, lines: bytes) -> None:
+        """Adds lines that the attempt's own file already has.
 
         Raises:
             OSError: the disk refused.
         """
         if self._file is not None and self.current:
             append(self._file, lines)
-        else:  # nobody has made it yet, or somebody else has put another one there
-            self.renew()
+        else:  # not built yet, or another process has put its own in this place
+            self.rebuild()
 
     def close(self) -> None:
         if self._file is not None:
@@ -101,23 +105,23 @@ class Shown:
 
 
 class JsonLines:
-    """A file of one JSON object per line. Rows that a full disk refuses wait, and are written with the next ones.
+    """A file with one JSON object per line. Rows that a full disk refuses are kept and written with later ones.
 
     Args:
-        path: the file; made when the first row comes. Nobody else writes into it.
-        enabled: False on all ranks but the first: nothing is written.
-        shown: the merge that shall follow.
+        path: the file, made with the first row. No other process writes to it.
+        enabled: whether rows are written; False on all ranks but rank 0.
+        view: the merged view to be updated too; None: there is none.
     """
 
-    def __init__(self, path: Path, enabled: bool = True, shown: Shown | None = None) -> None:
-        self.path, self.enabled, self.shown = path, enabled, shown
-        self._waiting: list[bytes] = []
-        self._unshown: list[bytes] = []
+    def __init__(self, path: Path, enabled: bool = True, view: MergedView | None = None) -> None:
+        self.path, self.enabled, self.view = path, enabled, view
+        self._unwritten: list[bytes] = []
+        self._unmerged: list[bytes] = []
 
     @property
     def lost(self) -> int:
-        """Rows that are not in the file."""
-        return max(len(self._waiting), len(self._unshown))
+        """Number of rows that are not on the disk."""
+        return max(len(self._unwritten), len(self._unmerged))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds a row and hands it to the operating system, so that a killed process loses none."""
@@ -125,70 +129,86 @@ class JsonLines:
             return
         before = self.lost
         line = json.dumps(row).encode() + b"\n"
-        self._waiting.append(line)
-        self._unshown.append(line)
+        self._unwritten.append(line)
+        self._unmerged.append(line)
         try:
             with open(self.path, "ab", buffering=0) as file:
-                append(file, b"".join(self._waiting))
-            self._waiting.clear()
-            if self.shown is not None:
-                self.shown.follow(b"".join(self._unshown))
-            self._unshown.clear()
+                append(file, b"".join(self._unwritten))
+            self._unwritten.clear()
+            if self.view is not None:
+                self.view.append(b"".join(self._unmerged))
+            self._unmerged.clear()
         except OSError as error:
             if not before:
-                path = self.path if self.shown is None else self.shown.path
+                path = self.path if self.view is None else self.view.path
                 print(
-                    f"\nWARNING: {path} could not be written: {error.strerror}; the run goes on, its rows wait",
+                    f"\nWARNING: {path} could not be written: {error.strerror}; training continues, and its rows are "
+                    "written once there is room",
                     file=sys.stderr,
                 )
 
     def rows(self) -> list[dict[str, Any]]:
-        """All whole rows of the run up to now, those that wait too; a last line that a kill left torn is not one."""
-        if self.shown is not None:
-            lines = list(self.shown.lines())
+        """All complete rows of the run so far, unwritten ones included."""
+        if self.view is not None:
+            lines = list(self.view.lines())
         else:
             lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
-        return [json.loads(line) for line in [*lines, *self._waiting]]
+        return [json.loads(line) for line in [*lines, *self._unwritten]]
 
-    def go_on(self, path: Path) -> None:
-        """The rows go into another attempt's file from now on, that of a run which went back."""
+    def follow_attempt(self, path: Path) -> None:
+        """Writes to the file of another attempt from now on: that of a run which was rewound."""
         self.path = path
-        if self.shown is not None:
-            self.shown.close()
-            self.shown.number = int(path.parent.name)
-        self.show()
+        if self.view is not None:
+            self.view.close()
+            self.view.number = int(path.parent.name)
+        self.refresh()
 
-    def show(self, anew: bool = False) -> None:
-        """Makes the merge anew, in any case or where it is not current; what the disk refuses the next row tells."""
-        if self.enabled and self.shown is not None and (anew or self._unshown or not self.shown.current):
+    def refresh(self, force: bool = False) -> None:
+        """Rebuilds the merged view where it is not up to date; a write error is reported with the next row.
+
+        Args:
+            force: rebuild it in any case.
+        """
+        if self.enabled and self.view is not None and (force or self._unmerged or not self.view.current):
             with contextlib.suppress(OSError):
-                self.shown.renew()
-                self._unshown.clear()
+                self.view.rebuild()
+                self._unmerged.clear()
 
     def close(self) -> None:
-        """Brings the merge up to date for the last time."""
+        """Brings the merged view up to date for the last time."""
         try:
-            self.show()
+            self.refresh()
         finally:
-            if self.shown is not None:
-                self.shown.close()
+            if self.view is not None:
+                self.view.close()
 
 
 class Events(JsonLines):
-    """What happened to the run: started, resumed, checkpoint, finished …, with step, tokens and wall-clock time."""
+    """What happened to the run: started, resumed, checkpoint, finished …, each with step, tokens and wall-clock time.
 
-    def __init__(self, path: Path, enabled: bool = True, shown: Shown | None = None, tokens_per_step: int = 0) -> None:
-        super().__init__(path, enabled, shown)
+    Attributes:
+        tokens_per_step: converts steps to tokens.
+        listeners: called with each event.
+    """
+
+    def __init__(
+        self, path: Path, enabled: bool = True, view: MergedView | None = None, tokens_per_step: int = 0
+    ) -> None:
+        super().__init__(path, enabled, view)
         self.tokens_per_step = tokens_per_step
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
 
     def add(self, event: str, step: int, **details: Any) -> None:
         tokens = step * self.tokens_per_step
-        self.append({"time": round(time.time(), 3), "event": event, "step": step, "tokens": tokens, **details})
+        row = {"time": round(time.time(), 3), "event": event, "step": step, "tokens": tokens, **details}
+        self.append(row)
+        for listener in self.listeners:
+            listener(row)
 
     def close(self) -> None:
-        """The watchdog has a file of its own, which nothing follows."""
+        """Rebuilds the view once more: events of the watchdog are in a file of its own, which is not followed."""
         try:
-            self.show(anew=True)
+            self.refresh(force=True)
         finally:
             super().close()
 
@@ -200,12 +220,12 @@ def append(file: BinaryIO, data: bytes) -> None:
         OSError: the disk refused, or took a part, which is removed again.
     """
     end = file.seek(0, os.SEEK_END)
-    if file.write(data) < len(data):  # a disk that is nearly full takes a part: no torn line stays
+    if file.write(data) < len(data):  # a nearly full disk takes a part: no cut line stays
         os.ftruncate(file.fileno(), end)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _same(file: BinaryIO, path: Path) -> bool:
+def _same_file(file: BinaryIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:

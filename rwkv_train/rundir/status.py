@@ -1,4 +1,4 @@
-"""`rwkv-train status RUN_DIR …`: how runs get on, from their records alone."""
+"""`rwkv-train status RUN_DIR …`: the state of runs, from their records alone."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from rich.table import Table
 
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.rundir.history import History, Start
+from rwkv_train.rundir.history import AttemptRecord, History
 
-_WIDE = 200  # columns where the output is no terminal
-_SILENT = 600.0  # seconds without a word after which a run that has not ended is told to be silent
+_WIDTH = 200  # characters per line where the output is not a terminal
+_SILENT_AFTER = 600.0  # seconds without a record after which a run that has not ended is shown as silent
 
 
 def status(paths: Sequence[Path]) -> int:
-    """Prints the state of each run; of a single one also its starts and where its time went.
+    """Prints the state of each run; of a single one also its attempts and where its time went.
 
     Returns:
-        the exit code: 1 where a run has given up or failed.
+        exit code: 1 if a run has given up or failed.
 
     Raises:
-        UserError: a path at which there is no run.
+        UserError: there is no run at a path.
     """
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console.width = _WIDE
+        console.width = _WIDTH
     found = {path: _find(path.expanduser()) for path in paths}
-    table = Table("run", "state", "step", "tokens", "loss", "starts", "goodput")
+    table = Table("run", "state", "step", "tokens", "loss", "attempts", "goodput")
     for path, history in found.items():
         last = history.rows[-1] if history.rows else {}
         loss = f"{last['train/loss']:.4f}" if "train/loss" in last else ""
@@ -42,12 +42,12 @@ def status(paths: Sequence[Path]) -> int:
             step,
             f"{last.get('tokens', 0):,}",
             loss,
-            str(len(history.starts)),
+            str(len(history.attempts)),
             f"{history.account().goodput:.0%}",
         )
     console.print(table)
     if len(found) == 1:
-        _tell(next(iter(found.values())), console)
+        _print_attempts(next(iter(found.values())), console)
     return int(any(_state(history).startswith(("given up", "failed")) for history in found.values()))
 
 
@@ -63,7 +63,7 @@ def _find(path: Path) -> History:
 
 
 def _total(path: Path) -> int | None:
-    """Steps of the whole run; None: it has no end, or does not say."""
+    """Total steps of the run; None: it has no budget, or its configuration cannot be read."""
     try:
         tree = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         budget, tokens = tree["budget"], tree["batch"]["tokens"]
@@ -73,51 +73,52 @@ def _total(path: Path) -> int | None:
 
 
 def _state(history: History) -> str:
-    if not history.starts:
+    if not history.attempts:
         return "not started"
-    ended = history.starts[-1].ended
+    ended = history.attempts[-1].ended
     if ended == "given_up":
         return f"given up at step {history.reached}"
     if ended != "killed":
         return ended.replace("_", " ")
     silent = time.time() - history.alive
-    return "running" if silent < _SILENT else f"silent for {_span(silent)}"
+    return "running" if silent < _SILENT_AFTER else f"silent for {_span(silent)}"
 
 
-def _tell(history: History, console: Console) -> None:
-    """A line for each start, and where the time went."""
+def _print_attempts(history: History, console: Console) -> None:
+    """Prints a line for each attempt, and where the time went."""
     console.print()
-    for number, start in enumerate(history.starts, 1):
-        first = start.events[0]
-        after = history.starts[number] if number < len(history.starts) else None
+    for number, attempt in enumerate(history.attempts, 1):
+        first = attempt.events[0]
+        after = history.attempts[number] if number < len(history.attempts) else None
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(first["time"])))
         reached = history.reached if after is None else after.reached
-        line = f"{began}  steps {first['step']} to {reached}  {_ended(start, history if after is None else None)}"
+        line = f"{began}  steps {first['step']} to {reached}  {_ended(attempt, history if after is None else None)}"
         if after is not None and (lost := after.events[0]).get("steps_lost"):
-            line += f"; {lost['steps_lost']} steps to be done again, {_span(float(lost['seconds_lost']))}"
+            line += f"; {lost['steps_lost']} steps repeated, {_span(float(lost['seconds_lost']))}"
         if "seconds_down" in first:
-            line += f"; had been down for {_span(float(first['seconds_down']))}"
+            line += f"; restarted after {_span(float(first['seconds_down']))}"
         console.print(line, markup=False)
     account = history.account()
     console.print(
-        f"\ngoodput {account.goodput:.1%}: {_span(account.productive)} in steps that count, of {_span(account.wall)}"
+        f"\ngoodput {account.goodput:.1%}: {_span(account.productive)} in steps of the run, of {_span(account.wall)}"
     )
     for cause, seconds in account.lost.items():
         if seconds >= 0.05:
             console.print(f"  {_span(seconds):>10}  {seconds / account.wall:6.1%}  {cause}")
 
 
-def _ended(start: Start, newest: History | None) -> str:
-    if newest is not None and start.ended == "killed":
+def _ended(attempt: AttemptRecord, newest: History | None) -> str:
+    """How an attempt ended, with the reason; `newest` is the history if it is the last attempt."""
+    if newest is not None and attempt.ended == "killed":
         return _state(newest)
-    rows = [row for row in start.events if row["event"] == start.ended or "reason" in row or "signal" in row]
+    rows = [row for row in attempt.events if row["event"] == attempt.ended or "reason" in row or "signal" in row]
     why = next((row[key] for row in reversed(rows) for key in ("reason", "signal") if key in row), "")
-    how = start.ended.replace("_", " ")
-    return f"{how} ({why})" if why and start.ended not in ("finished", "stopped") else how
+    how = attempt.ended.replace("_", " ")
+    return f"{how} ({why})" if why and attempt.ended not in ("finished", "stopped") else how
 
 
 def _span(seconds: float) -> str:
-    """Seconds as people say them."""
+    """A duration with a fitting unit."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     if seconds < 3600:

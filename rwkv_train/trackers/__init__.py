@@ -1,14 +1,15 @@
-"""Trackers: W&B, TensorBoard, a table, Lightning's loggers. Each is a copy of metrics.jsonl, and none may cost a run.
+"""Trackers: W&B, TensorBoard, a CSV table, Lightning's loggers: copies of metrics.jsonl that cannot fail a run.
 
-A tracker lives in a process of its own that reads metrics.jsonl as it grows. The file is the queue between the two: the
-training writes a row as it would without trackers, and one that is slow, out of reach, out of disk, hanging or killed
-is not noticed there. What it has not got, it gets later.
+A tracker of a service (`Tracker`) runs in a process of its own that reads metrics.jsonl as it grows. The file is the
+queue: training writes a row as it would without trackers, and is not affected by a tracker that is slow, unreachable,
+hanging or killed; that tracker gets its rows later. A tracker that only writes local files (`LocalTracker`) is called
+by the training process; an error of it costs a warning.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -17,44 +18,51 @@ from typing import Any
 from rwkv_train.models.registry import layer_charts
 
 Row = Mapping[str, Any]
-TOLD = ("bad_step", "rewound", "alert", "checkpoint_failed", "unhealthy")  # events that somebody should see
+REPORTED_EVENTS = ("bad_step", "rewound", "checkpoint_failed", "unhealthy")  # shown as text or alerts
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a tracker is told of a run."""
+class TrackedRun:
+    """What a tracker knows of a run.
+
+    Attributes:
+        path: the run's directory.
+        name: the run's name.
+        info: configuration, versions, data, hardware, plan.
+        changed: whether the run continues with another configuration or code than its checkpoint was made with.
+    """
 
     path: Path
     name: str
-    info: Mapping[str, Any] = field(default_factory=dict)  # config, versions, data, hardware, plan
-    changed: bool = False  # whether the run goes on with another config or code than its checkpoint was made with
+    info: Mapping[str, Any] = field(default_factory=dict)
+    changed: bool = False
 
 
 class Tracker(ABC):
-    """One copy of a run. All methods are called in the tracker's own process; an exception means: try again later.
+    """A tracker in a process of its own. If a method raises, the process tries again later.
 
     Attributes:
-        state: plain values that are kept in the run directory for the next process; `sent` is the last step that is
-            there for sure, `reached` the last one that was handed over.
+        state: plain values that are kept in the run directory for the next process: `sent` is the last step that the
+            tracker certainly has, `reached` the last one that was handed over.
     """
 
     state: dict[str, Any]
 
     @abstractmethod
-    def begin(self, run: Run, step: int) -> int:
-        """Opens the copy of a run that goes on from a step.
+    def begin(self, run: TrackedRun, step: int) -> int:
+        """Opens the copy of a run that continues from a step.
 
         Returns:
-            the step behind which rows are wanted, at most `step`: older ones again where they may be lost.
+            the step after which rows are wanted, at most `step`: earlier ones again if they may be lost.
         """
 
     @abstractmethod
     def row(self, row: Row) -> None:
-        """Takes a row of metrics.jsonl; they come in the order of their steps."""
+        """Takes a row of metrics.jsonl; rows come in the order of their steps."""
 
     @abstractmethod
     def back(self, step: int) -> int:
-        """The run was rewound: what it has told behind that step does not count any more. Returns as `begin` does."""
+        """The run was rewound to a step: later rows do not count any more. Returns as `begin` does."""
 
     @abstractmethod
     def event(self, event: Row) -> None:
@@ -62,15 +70,37 @@ class Tracker(ABC):
 
     @abstractmethod
     def flush(self) -> None:
-        """Puts what was taken where a kill does not reach it, and notes it in `state` where it can."""
+        """Stores the rows so that a kill does not lose them, and notes that in `state` if it can."""
 
     @abstractmethod
     def end(self) -> None:
-        """Closes it; all rows have come."""
+        """Closes the copy; all rows have come."""
+
+
+class LocalTracker:
+    """A tracker that writes local files from the training process; by default it ignores everything."""
+
+    def open(self, run: TrackedRun, step: int, rows: Callable[[], Sequence[Row]]) -> None:
+        """Opens the copy of a run that continues from a step.
+
+        Args:
+            run: the run.
+            step: 0 for a new run.
+            rows: reads the rows of metrics.jsonl so far.
+        """
+
+    def row(self, row: Row) -> None:
+        """Takes a row of metrics.jsonl; rows come in the order of their steps."""
+
+    def event(self, event: Row) -> None:
+        """Takes a row of events.jsonl; after "rewound", steps come again from the one after its `step`."""
+
+    def close(self, rows: Callable[[], Sequence[Row]]) -> None:
+        """Closes the copy; `rows` reads all rows of metrics.jsonl."""
 
 
 def flat(row: Row) -> Iterator[tuple[str, float]]:
-    """The numbers of a row, by a key each: KEY/00 of a layer, KEY/00/median of its half-lives; no nulls."""
+    """The numbers of a row, each under its own key: KEY/00 per layer, KEY/00/median for quantiles; no nulls."""
     names_of = layer_charts()
     for key, value in row.items():
         if isinstance(value, list):
@@ -85,7 +115,7 @@ def flat(row: Row) -> Iterator[tuple[str, float]]:
 
 
 def text_of(event: Row) -> str:
-    """What an event says, for people."""
+    """An event as a line of text."""
     details = ", ".join(
         f"{k}: {v}" for k, v in event.items() if k not in ("time", "event", "step", "text") and v is not None
     )

@@ -1,7 +1,7 @@
-"""The process of one tracker: reads metrics.jsonl and events.jsonl as they grow, and hands them over.
+"""The process of one tracker: reads metrics.jsonl and events.jsonl as they grow, and hands their rows over.
 
-It is told what to do by a line of JSON on its standard input; the end of the input is the end of the training process,
-however it ended. What is in the files by then is handed over still.
+It gets its settings as a line of JSON on standard input. The end of the input means that the training process has
+ended, however it did; the process then hands over what the files have by that time, and ends.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from typing import Any
 
 from rwkv_train.errors import UserError
 from rwkv_train.instantiate import Makers, prepare
-from rwkv_train.trackers import Row, Run, Tracker
+from rwkv_train.trackers import LocalTracker, Row, TrackedRun, Tracker
 
-POLL = 1.0  # seconds between two looks at the files
-RETRIES = (5, 30, 120, 600)  # seconds before a tracker that has failed is tried again
-AT_ONCE = 2000  # rows between two flushes
+POLL_INTERVAL = 1.0  # seconds between two reads of the files
+RETRY_DELAYS = (5, 30, 120, 600)  # seconds before a tracker that has failed is tried again
+ROWS_PER_FLUSH = 2000
 
 
 class Tail:
-    """The lines that were added to a file since the last look; one that was cut in between is noticed.
+    """Reads the lines that were added to a file since the last read; notices when the file was replaced or cut.
 
     Args:
-        path: a file of JSON lines, which may not be there yet.
+        path: a file of JSON lines, which need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._at, self._last = 0, b""
+        self._offset, self._last_line = 0, b""
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """New whole rows. After a cut all rows come again, from the first on."""
+        """New complete rows. If the file was replaced, all rows come again, from the first on."""
         try:
             file = open(self.path, "rb")  # noqa: SIM115
         except FileNotFoundError:
             return
         with file:
-            file.seek(max(0, self._at - len(self._last)))
-            if file.read(len(self._last)) != self._last:
-                self._at = 0
-            file.seek(self._at)
+            file.seek(max(0, self._offset - len(self._last_line)))
+            if file.read(len(self._last_line)) != self._last_line:
+                self._offset = 0
+            file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
                     return
-                self._at += len(line)
-                self._last = line
+                self._offset += len(line)
+                self._last_line = line
                 yield json.loads(line)
 
 
@@ -57,57 +57,60 @@ class Follower:
     """Keeps a tracker up to date with a run's files.
 
     Args:
-        tracker: gets what is new.
-        run: told to it.
-        step: from which the run goes on; 0: a new one.
-        notes: the file in which the tracker's state is kept.
-        rows, events: metrics.jsonl and events.jsonl, which grow, and are made anew where a run begins or goes back.
+        tracker: gets new rows and events.
+        run: the run, for the tracker.
+        step: the step from which the run continues; 0 for a new run.
+        notes: file in which the tracker's state is kept.
+        rows, events: metrics.jsonl and events.jsonl, which grow, and are replaced when a run resumes or is rewound.
+
+    Attributes:
+        since: Unix seconds; earlier events are not handed over.
     """
 
-    def __init__(self, tracker: Tracker, run: Run, step: int, notes: Path, rows: Path, events: Path) -> None:
+    def __init__(self, tracker: Tracker, run: TrackedRun, step: int, notes: Path, rows: Path, events: Path) -> None:
         self.tracker, self.run, self.step, self.notes = tracker, run, step, notes
         self._rows, self._events = Tail(rows), Tail(events)
-        self._told: set[str] = set()  # events
+        self._seen: set[str] = set()  # events that were handed over
         self.since = time.time()
-        self._last = 0  # step that was handed over last
+        self._last = 0  # step of the last row that was handed over
         self._open = False
         if notes.exists():
             tracker.state.update(json.loads(notes.read_text()))
 
     def catch_up(self) -> int:
-        """Hands over what is new; the number of rows."""
+        """Hands over new rows and events; returns the number of rows."""
         if not self._open:
-            self._go_on(self.tracker.begin(self.run, self.step))
+            self._continue_after(self.tracker.begin(self.run, self.step))
             self._open = True
-        for event in self._events.rows():  # before the rows: what was written behind a rewind stands behind its event
+        for event in self._events.rows():  # before the rows: rows after a rewind come after its event
             known = json.dumps(event)
-            if event["time"] < self.since or known in self._told:
+            if event["time"] < self.since or known in self._seen:
                 continue
-            self._told.add(known)
+            self._seen.add(known)
             if event["event"] == "rewound":
                 self._rows = Tail(self._rows.path)
-                self._go_on(self.tracker.back(event["step"]))
+                self._continue_after(self.tracker.back(event["step"]))
             self.tracker.event(event)
         count = 0
         for row in self._rows.rows():
             if row["step"] > self._last:
                 self._take(row)
                 count += 1
-                if count % AT_ONCE == 0:
+                if count % ROWS_PER_FLUSH == 0:
                     self._flush()
         if count:
             self._flush()
         return count
 
     def fail(self) -> None:
-        """The tracker has raised: the next call of `catch_up` opens it anew, from what it is known to have."""
+        """The tracker has raised: the next `catch_up` opens it again, from what it is known to have."""
         self._open, self._rows = False, Tail(self._rows.path)
         self.step = max(self.step, self._last)
 
-    def _go_on(self, behind: int) -> None:
-        self._last = behind
-        if "sent" in self.tracker.state:  # what is done again counts, and is there only when it was sent again
-            self.tracker.state["sent"] = min(self.tracker.state["sent"], behind)
+    def _continue_after(self, step: int) -> None:
+        self._last = step
+        if "sent" in self.tracker.state:  # repeated steps count, and are stored only after they were sent again
+            self.tracker.state["sent"] = min(self.tracker.state["sent"], step)
         self._note()
 
     def _flush(self) -> None:
@@ -129,13 +132,13 @@ class Follower:
         self._note()
 
 
-def follow(follower: Follower, over: Callable[[float], bool], tell: Callable[[str], None]) -> None:
-    """Keeps a tracker up to date until the run is over, however often it fails; a failure is told once.
+def follow(follower: Follower, over: Callable[[float], bool], report: Callable[[str], None]) -> None:
+    """Keeps a tracker up to date until the run is over, however often it fails; a failure is reported once.
 
     Args:
         follower: of the tracker.
-        over: waits so many seconds at most, and says whether the run has ended.
-        tell: where a failure is told.
+        over: waits at most so many seconds, and returns whether the run has ended.
+        report: called with a failure.
     """
     failures, ended = 0, False
     while True:
@@ -145,34 +148,34 @@ def follow(follower: Follower, over: Callable[[float], bool], tell: Callable[[st
                 follower.end()
                 return
             failures = 0
-            ended = over(0.0 if ended else POLL)
-        except Exception as error:  # others' code: whatever it raises, the run is not to know
+            ended = over(0.0 if ended else POLL_INTERVAL)
+        except Exception as error:  # code of other packages: whatever it raises, training continues
             if not failures:
-                tell(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                report(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             if ended:
                 return
             follower.fail()
-            ended = over(RETRIES[min(failures, len(RETRIES) - 1)])
+            ended = over(RETRY_DELAYS[min(failures, len(RETRY_DELAYS) - 1)])
             failures += 1
 
 
-def make(name: str, tree: Mapping[str, Any], packages: Sequence[str]) -> Tracker:
+def make(name: str, tree: Mapping[str, Any], packages: Sequence[str]) -> Tracker | LocalTracker:
     """The tracker of an entry of `logger`.
 
     Raises:
         UserErrors: its class cannot be found, or its arguments do not fit.
     """
-    makers: Makers[Any] = prepare("logger", {name: tree}, (Tracker, _lightnings(tree)), packages)
+    makers: Makers[Any] = prepare("logger", {name: tree}, (Tracker, LocalTracker, _logger_class(tree)), packages)
     tracker = makers[0]()
-    if isinstance(tracker, Tracker):
+    if isinstance(tracker, (Tracker, LocalTracker)):
         return tracker
-    from rwkv_train.trackers.lightning import OfLightning
+    from rwkv_train.trackers.lightning import LightningTracker
 
-    return OfLightning(tracker)
+    return LightningTracker(tracker)
 
 
-def _lightnings(tree: Mapping[str, Any]) -> type:
-    """Lightning's base class of loggers; it takes seconds to import, so only where it is asked for."""
+def _logger_class(tree: Mapping[str, Any]) -> type:
+    """Lightning's base class of loggers, whose import takes seconds: only where another package's class is named."""
     if str(tree.get("_target_", "")).startswith("rwkv_train."):
         return Tracker
     from lightning.pytorch.loggers import Logger
@@ -181,25 +184,28 @@ def _lightnings(tree: Mapping[str, Any]) -> type:
 
 
 def main() -> int:
-    """What `python -m rwkv_train.trackers.follow` does."""
-    told = json.loads(sys.stdin.buffer.readline())
-    name = told["name"]
+    """`python -m rwkv_train.trackers.follow`."""
+    settings = json.loads(sys.stdin.buffer.readline())
+    name = settings["name"]
 
-    def tell(text: str) -> None:
-        print(f"\nlogger={name}: {text}; the run goes on, and its rows wait", file=sys.stderr, flush=True)
+    def report(text: str) -> None:
+        print(f"\nlogger={name}: {text}; training continues, it gets its rows later", file=sys.stderr, flush=True)
 
     def over(seconds: float) -> bool:
         return bool(select.select([sys.stdin], [], [], seconds)[0])
 
     try:
-        tracker = make(name, told["tree"], told["packages"])
+        tracker = make(name, settings["tree"], settings["packages"])
     except UserError as error:
-        tell(str(error))
+        report(str(error))
         return 1
-    path = Path(told["path"])
-    run = Run(path, told["run"], told["info"], told["changed"])
+    assert isinstance(tracker, Tracker)
+    path = Path(settings["path"])
+    run = TrackedRun(path, settings["run"], settings["info"], settings["changed"])
     notes = path / "trackers" / f"{name}.json"
-    follow(Follower(tracker, run, told["step"], notes, Path(told["rows"]), Path(told["events"])), over, tell)
+    follow(
+        Follower(tracker, run, settings["step"], notes, Path(settings["rows"]), Path(settings["events"])), over, report
+    )
     return 0
 
 

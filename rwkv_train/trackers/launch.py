@@ -1,4 +1,4 @@
-"""The training process's side of the trackers: starts a process for each, and does not wait for it."""
+"""The training process's side of the trackers: local ones are called, the others get a process each."""
 
 from __future__ import annotations
 
@@ -9,51 +9,75 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from rwkv_train.errors import UserError
+from rwkv_train.instantiate import prepare
 from rwkv_train.resources import resource
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.trackers import Run
+from rwkv_train.rundir.jsonl import JsonLines
+from rwkv_train.trackers import LocalTracker, Row, TrackedRun
 from rwkv_train.trackers.follow import Follower, make
+from rwkv_train.trackers.local import LocalTrackers
 
-PATIENCE = 30.0  # seconds that trackers have for what is left when the run is over
+PATIENCE = 30.0  # seconds that tracker processes have for the remaining rows when the run has ended
 
 
-class Processes:
-    """The processes of a run's trackers; none where nothing is asked for.
+class Trackers:
+    """The trackers of a run, in this process and in processes of their own.
 
     Args:
-        trees: entry of `logger` → its tree, found right before.
-        packages: whose classes the trees may name.
-        told: what a tracker's process needs beside its tree.
+        trees: entry of `logger` → its tree, already checked.
+        packages: packages whose classes the trees may name.
+        run: the run.
+        step: the step that it continues from; 0 for a new run.
+        directory: the run's directory, whose metrics.jsonl and events.jsonl the trackers read.
     """
 
-    def __init__(self, trees: Mapping[str, Any], packages: Sequence[str], told: Mapping[str, Any]) -> None:
+    def __init__(
+        self, trees: Mapping[str, Any], packages: Sequence[str], run: TrackedRun, step: int, directory: RunDirectory
+    ) -> None:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        local: dict[str, LocalTracker] = {}
+        settings = {
+            "path": str(run.path),
+            "run": run.name,
+            "info": run.info,
+            "changed": run.changed,
+            "step": step,
+            "rows": str(directory.metrics.absolute()),
+            "events": str(directory.events.absolute()),
+            "packages": list(packages),
+        }
         for name, tree in trees.items():
-            _lower(Path(told["path"]) / "trackers" / f"{name}.json", told["step"])
-            process = subprocess.Popen(
-                [sys.executable, "-m", "rwkv_train.trackers.follow"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # a Ctrl-C is for the training, which then ends this one
-            )
-            self._processes[name] = process
-            line = {**told, "name": name, "tree": tree, "packages": list(packages)}
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it has ended, and said why
-                process.stdin.write(json.dumps(line).encode() + b"\n")
-                process.stdin.flush()
+            if _is_local(name, tree, packages):
+                local[name] = cast(LocalTracker, make(name, tree, packages))
+            else:
+                _lower_sent(run.path / "trackers" / f"{name}.json", step)
+                self._processes[name] = _start({**settings, "name": name, "tree": tree})
+        self._local = LocalTrackers(local, run, step, directory.metrics)
+
+    def row(self, row: Row) -> None:
+        """Takes a row of metrics.jsonl, for local trackers."""
+        self._local.row(row)
+
+    def event(self, event: Row) -> None:
+        """Takes a row of events.jsonl, for local trackers."""
+        self._local.event(event)
 
     def close(self, seconds: float = PATIENCE) -> list[str]:
-        """Lets them hand over what is left; the names of those that did not do so in time, and are ended."""
+        """Closes all trackers; the processes have so many seconds for the remaining rows.
+
+        Returns:
+            the names of those that were not done in time, and were killed.
+        """
         for process in self._processes.values():
             assert process.stdin is not None
             with contextlib.suppress(OSError):
                 process.stdin.close()
+        self._local.close()
         late, end = [], time.monotonic() + seconds
         for name, process in self._processes.items():
             try:
@@ -66,8 +90,30 @@ class Processes:
         return late
 
 
-def _lower(notes: Path, step: int) -> None:
-    """Notes that what is behind a step will be done again, before a process can be killed that has not begun."""
+def _is_local(name: str, tree: Mapping[str, Any], packages: Sequence[str]) -> bool:
+    try:
+        return bool(prepare("logger", {name: tree}, LocalTracker, packages))
+    except UserError:  # it was checked that it is one or the other
+        return False
+
+
+def _start(settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    """Starts the process of a tracker."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rwkv_train.trackers.follow"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for the training process, which then ends this one
+    )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it has ended, and reported why
+        process.stdin.write(json.dumps(settings).encode() + b"\n")
+        process.stdin.flush()
+    return process
+
+
+def _lower_sent(notes: Path, step: int) -> None:
+    """Notes that later steps will be repeated; done here because the tracker's process may be killed before it does."""
     with contextlib.suppress(OSError, ValueError):  # none yet
         state = json.loads(notes.read_text())
         aside = notes.with_name(f".{notes.name}")
@@ -76,28 +122,38 @@ def _lower(notes: Path, step: int) -> None:
 
 
 def push(path: Path, name: str, tree: Mapping[str, Any], packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Makes a tracker's copy of a run anew, from metrics.jsonl and events.jsonl.
+    """Makes a tracker's copy of a run again, from metrics.jsonl and events.jsonl.
 
     Args:
         path: the run directory.
-        name: of the tracker, for its notes.
+        name: name of the tracker.
         tree: `{"_target_": "rwkv_train.trackers.wandb.Wandb", …}`.
-        packages: whose classes the tree may name.
+        packages: packages whose classes the tree may name.
 
     Returns:
-        the tracker's state: for W&B `id`, for all `sent`, the last step.
+        the tracker's state: `sent`, the last step, and for W&B `id`.
 
     Raises:
         UserError: the run has no rows, or the tracker cannot be made.
-        Exception: whatever the tracker raises.
+        Exception: any exception of the tracker.
     """
-    run = RunDirectory(str(path.parent), path.name)
-    if not run.metrics.exists() or not run.metrics.stat().st_size:
+    directory = RunDirectory(str(path.parent), path.name)
+    rows = JsonLines(directory.metrics).rows()
+    if not rows:
         raise UserError(f"{path} has no metrics.jsonl with a row", "name the directory of a run, such as runs/NAME")
+    tracker, run = make(name, tree, packages), TrackedRun(path, path.name, {"config": _config(directory)})
+    if isinstance(tracker, LocalTracker):
+        tracker.open(run, 0, lambda: [])
+        for event in JsonLines(directory.events).rows():
+            if event["event"] != "rewound":
+                tracker.event(event)
+        for row in rows:
+            tracker.row(row)
+        tracker.close(lambda: rows)
+        return {"sent": rows[-1]["step"]}
     notes = path / "trackers" / f"pushed-{name}.json"
     notes.unlink(missing_ok=True)
-    tracker = make(name, tree, packages)
-    follower = Follower(tracker, Run(path, path.name, {"config": _config(run)}), 0, notes, run.metrics, run.events)
+    follower = Follower(tracker, run, 0, notes, directory.metrics, directory.events)
     follower.since = 0.0
     while follower.catch_up():
         pass
@@ -108,7 +164,7 @@ def push(path: Path, name: str, tree: Mapping[str, Any], packages: Sequence[str]
 def push_all(runs: Sequence[Path], name: str) -> int:
     """`rwkv-train report RUN_DIR … --push TRACKER`: exit code 0.
 
-    The tracker is the one of conf/logger; of its arguments those count that a run was started with.
+    The tracker is that of conf/logger, with the arguments that the run was started with.
     """
     for path in runs:
         tree = yaml.safe_load((resource("conf") / "logger" / f"{name}.yaml").read_text(encoding="utf-8"))[name]

@@ -1,15 +1,17 @@
-"""Lightning's own loggers (MLFlowLogger and others): they get the rows of metrics.jsonl under the same keys."""
+"""Lightning's loggers (MLFlowLogger and others) as trackers: they get the rows of metrics.jsonl under the same keys."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rwkv_train.trackers import Row, Run, Tracker, flat
+from rwkv_train.trackers import Row, TrackedRun, Tracker, flat
 
 
-class OfLightning(Tracker):
-    """Args:
-    logger: one that Lightning's Trainer would take; here nobody waits for it.
+class LightningTracker(Tracker):
+    """Hands rows to a logger of Lightning.
+
+    Args:
+        logger: one that Lightning's Trainer accepts.
     """
 
     def __init__(self, logger: Any) -> None:
@@ -17,7 +19,7 @@ class OfLightning(Tracker):
         self.state: dict[str, Any] = {}
         self._last = 0
 
-    def begin(self, run: Run, step: int) -> int:
+    def begin(self, run: TrackedRun, step: int) -> int:
         self.logger.log_hyperparams(dict(run.info.get("config", {})))
         return self.back(step)
 
@@ -29,7 +31,7 @@ class OfLightning(Tracker):
         self.logger.log_metrics({key: value for key, value in flat(row) if key != "step"}, step=self._last)
 
     def event(self, event: Row) -> None:
-        """Lightning's loggers know none."""
+        """Ignored: Lightning's loggers have no events."""
 
     def flush(self) -> None:
         self.logger.save()

@@ -1,77 +1,83 @@
-"""TensorBoard: event files with the keys of metrics.jsonl, written without torch."""
+"""TensorBoard: event files with the keys of metrics.jsonl."""
 
 from __future__ import annotations
 
-import os
+import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_train.trackers import TOLD, Row, Run, Tracker, flat, text_of
+from rwkv_train.trackers import REPORTED_EVENTS, LocalTracker, Row, TrackedRun, flat, text_of
+
+FLUSH_INTERVAL = 30.0  # seconds
+MAX_QUEUED_EVENTS = 10_000  # for the writer's thread; beyond that training would wait for a disk that does not respond
 
 
-class TensorBoard(Tracker):
-    """`tensorboard --logdir runs` shows them.
+class TensorBoard(LocalTracker):
+    """`tensorboard --logdir runs` shows the run.
 
-    A process that goes on writes a file of its own that begins with the mark "from this step on, what older files say
-    does not count" (a session log), which TensorBoard heeds.
+    Each process writes an event file of its own. It starts with a mark that voids the steps of older files which the
+    run repeats (`purge_step`). The last step that is certainly on the disk is noted in trackers/tensorboard.json; what
+    a kill has lost after it is written again from metrics.jsonl.
 
     Args:
-        directory: where the event files lie; null: tensorboard/ of the run directory.
+        directory: where the event files are written; null: tensorboard/ of the run directory.
     """
 
     def __init__(self, directory: str | None = None) -> None:
         self.directory = directory
-        self.state: dict[str, Any] = {}
-        self._file: Any = None
+        self._writer: Any = None
+        self._flushed_at = 0.0
         self._last = 0
 
-    def begin(self, run: Run, step: int) -> int:
-        from tensorboard.compat.proto import event_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
+    def open(self, run: TrackedRun, step: int, rows: Callable[[], Sequence[Row]]) -> None:
+        self._directory = Path(self.directory) if self.directory else run.path / "tensorboard"
+        self._note = run.path / "trackers" / "tensorboard.json"
+        self._start(step)
+        for row in rows() if self._last < step else ():
+            if self._last < row["step"] <= step:
+                self.row(row)
 
-        self._event: Any = event_pb2
-        folder = Path(self.directory) if self.directory else run.path / "tensorboard"
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns() // 1000}.{os.uname().nodename}.{os.getpid()}"
-        self._file = RecordWriter(open(folder / name, "wb"))  # noqa: SIM115  closed by `end`
-        self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
-        return self.back(step)
+    def _start(self, step: int) -> None:
+        """Begins a new event file after a step, or after an earlier one if later rows may be lost."""
+        from torch.utils.tensorboard.writer import SummaryWriter
 
-    def back(self, step: int) -> int:
-        step = min(step, self.state.get("sent", 0))
-        start = self._event.SessionLog(status=self._event.SessionLog.START)
-        self._write(self._event.Event(wall_time=time.time(), step=step + 1, session_log=start))
-        self._last = step
-        self.flush()
-        return step
+        sent = json.loads(self._note.read_text())["sent"] if self._note.exists() else 0
+        self._last = min(step, sent)
+        self._write_note()
+        self._writer = SummaryWriter(str(self._directory), purge_step=self._last + 1, max_queue=MAX_QUEUED_EVENTS)
+        self._flushed_at = time.monotonic()
 
     def row(self, row: Row) -> None:
-        event = self._event.Event(wall_time=row.get("time") or time.time(), step=row["step"])
-        for key, value in flat(row):
-            if key not in ("step", "time"):
-                event.summary.value.add(tag=key, simple_value=value)
-        self._write(event)
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [(key, value) for key, value in flat(row) if key not in ("step", "time")]
+        summary = Summary(value=[Summary.Value(tag=key, simple_value=value) for key, value in values])
+        self._writer.file_writer.add_summary(summary, row["step"], row.get("time"))  # one event for the whole row
         self._last = row["step"]
+        if time.monotonic() - self._flushed_at > FLUSH_INTERVAL:
+            self._flush()
 
     def event(self, event: Row) -> None:
-        if event["event"] not in TOLD:
-            return
-        from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
-        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        if event["event"] in REPORTED_EVENTS:
+            self._writer.add_text("events", text_of(event), event["step"], event["time"])
+        if event["event"] == "rewound":
+            self._flush()
+            self._writer.close()
+            self._start(event["step"])
 
-        told = self._event.Event(wall_time=event["time"], step=event["step"])
-        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-        text = TensorProto(dtype="DT_STRING", string_val=[text_of(event).encode()])
-        told.summary.value.add(tag="events", metadata=metadata, tensor=text)
-        self._write(told)
+    def _flush(self) -> None:
+        self._writer.flush()
+        self._write_note()
+        self._flushed_at = time.monotonic()
 
-    def _write(self, event: Any) -> None:
-        self._file.write(event.SerializeToString())
+    def _write_note(self) -> None:
+        self._note.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._note.with_name(f".{self._note.name}")
+        temporary.write_text(json.dumps({"sent": self._last}))
+        temporary.replace(self._note)
 
-    def flush(self) -> None:
-        self._file.flush()
-        self.state["sent"] = self.state["reached"] = self._last
-
-    def end(self) -> None:
-        self._file.close()
+    def close(self, rows: Callable[[], Sequence[Row]]) -> None:
+        self._flush()
+        self._writer.close()

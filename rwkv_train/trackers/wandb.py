@@ -1,4 +1,4 @@
-"""Weights & Biases: a run of metrics.jsonl on the axes step, tokens and hours."""
+"""Weights & Biases: the rows of metrics.jsonl on the axes step, tokens and hours."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Literal
 
-from rwkv_train.trackers import TOLD, Row, Run, Tracker, flat, text_of
+from rwkv_train.checkpoint.name import CheckpointName, checkpoints_below
+from rwkv_train.trackers import REPORTED_EVENTS, Row, TrackedRun, Tracker, flat, text_of
 
-SECONDS = 60  # that wandb.init may take before the run goes on offline
+INIT_TIMEOUT = 60  # seconds that wandb.init may take before the run is written offline
 
 
 class Wandb(Tracker):
-    """The run's id is kept in the run directory: one run there is one run here, however often it was resumed.
+    """One run directory is one run of W&B, however often it is resumed: its id is kept in the run directory.
 
-    Steps are values of our own, never wandb's: its own step cannot go back, and starts anew offline. What was sent
-    before a kill may be lost, so a process that goes on sends again what it does not know to be there: the last one
-    counts. Online, the server says what it has. A run that goes back and then goes another way (rewound, or resumed
-    with other settings) gets a new id and all its rows; the old one keeps what was left, and a tag that says so.
+    `step` is logged as a value of ours; wandb's own step cannot decrease, and restarts at 0 offline. Rows sent before a
+    kill may be lost, so the next process sends again what is not certainly stored, and the last value of a step counts.
+    Online, the server reports what it has. A run that diverges from its former course (rewound, or resumed with other
+    settings) becomes a new run of W&B with all its rows; the old one keeps the abandoned rows and is tagged.
 
     Args:
-        project, group, tags, notes, entity: as wandb.init has them.
-        mode: online, offline or disabled; null: as WANDB_MODE says.
-        name: null: the run's.
-        artifacts: weights: the final ones; checkpoints: each of them; null: none.
+        project, group, tags, notes, entity: arguments of wandb.init.
+        mode: online, offline or disabled; null: the value of WANDB_MODE, else online.
+        name: name in W&B; null: the run's.
+        artifacts: weights: upload the final weights; checkpoints: upload each checkpoint too; null: nothing.
     """
 
     def __init__(
@@ -46,27 +47,28 @@ class Wandb(Tracker):
         self._run: Any = None
         self._last = 0
 
-    def begin(self, run: Run, step: int) -> int:
-        self._of = run
+    def begin(self, run: TrackedRun, step: int) -> int:
+        self._source = run
         self.state.setdefault("id", token_hex(4))
-        reached, first = self.state.get("reached", 0), self.state.get("ways", 1)
-        if reached > step and run.changed:
-            self._another_way()
+        diverged = self.state.get("reached", 0) > step and run.changed
+        if diverged:
+            self._diverge()
         self._open()
-        if self.state.get("ways", 1) != first:
+        if diverged:
             return 0
-        there = self._run.summary.get("step") if self._run.resumed else None  # what the server has
-        return min(step, self.state.get("sent", 0)) if there is None else int(there)
+        stored = self._run.summary.get("step") if self._run.resumed else None  # by the server
+        return min(step, self.state.get("sent", 0)) if stored is None else int(stored)
 
     def back(self, step: int) -> int:
-        with contextlib.suppress(Exception):  # it is the past
+        with contextlib.suppress(Exception):  # the abandoned run
             self._run.tags = (*self._run.tags, f"left at step {step}")
             self._run.finish()
-        self._another_way()
+        self._diverge()
         self._open()
         return 0
 
-    def _another_way(self) -> None:
+    def _diverge(self) -> None:
+        """Takes the id of a new run of W&B."""
         self.state["ways"] = self.state.get("ways", 1) + 1
         self.state["id"] = f"{self.state['id'].split('-')[0]}-{self.state['ways']}"
         self.state["sent"] = self.state["reached"] = 0
@@ -74,24 +76,24 @@ class Wandb(Tracker):
     def _open(self) -> None:
         import wandb
 
-        ways = self.state.get("ways", 1)
+        course = self.state.get("ways", 1)  # 1, and one more each time that the run has diverged
         arguments: dict[str, Any] = {
             "project": self.project,
             "entity": self.entity,
-            "group": self.group or (self._of.name if ways > 1 else None),
+            "group": self.group or (self._source.name if course > 1 else None),
             "tags": self.tags,
             "notes": self.notes,
-            "name": (self.name or self._of.name) + (f"-{ways}" if ways > 1 else ""),
+            "name": (self.name or self._source.name) + (f"-{course}" if course > 1 else ""),
             "id": self.state["id"],
             "resume": "allow",
-            "dir": str(self._of.path),
-            "config": dict(self._of.info),
+            "dir": str(self._source.path),
+            "config": dict(self._source.info),
             "allow_val_change": True,
         }
         settings: dict[str, Any] = {
             "silent": True,
             "console": "off",
-            "init_timeout": SECONDS,
+            "init_timeout": INIT_TIMEOUT,
             "x_stats_pid": os.getppid(),
         }
         try:
@@ -100,7 +102,7 @@ class Wandb(Tracker):
             reason = str(error).splitlines()[0]
             print(
                 f"\nlogger=wandb: {reason}; the run is written offline\n"
-                f"  later: wandb sync {self._of.path}/wandb/offline-run-*",
+                f"  later: wandb sync {self._source.path}/wandb/offline-run-*",
                 file=sys.stderr,
                 flush=True,
             )
@@ -116,20 +118,23 @@ class Wandb(Tracker):
 
     def event(self, event: Row) -> None:
         kind = event["event"]
-        if kind in TOLD:
-            self._run.alert(title=f"{self._of.name}: {kind}", text=text_of(event), level="WARN")
+        if kind in REPORTED_EVENTS:
+            self._run.alert(title=f"{self._source.name}: {kind}", text=text_of(event), level="WARN")
         elif kind == "checkpoint" and self.artifacts == "checkpoints":
-            for path in sorted(self._of.path.glob(f"checkpoints/step_{event['step']:09d}*"))[-1:]:
+            saved = [
+                path for path in checkpoints_below(self._source.path) if CheckpointName.of(path).step == event["step"]
+            ]
+            for path in saved[-1:]:
                 self._attach("checkpoint", path, event["step"])
         elif kind == "finished" and self.artifacts is not None:
-            self._attach("weights", self._of.path / "weights.pth", event["step"])
+            self._attach("weights", self._source.path / "weights.pth", event["step"])
 
     def _attach(self, kind: str, path: Path, step: int) -> None:
         import wandb
 
-        if not path.exists():  # deleted already, or the disk refused it
+        if not path.exists():  # deleted meanwhile, or the disk refused it
             return
-        artifact = wandb.Artifact(f"{self._of.name}-{kind}", type="model", metadata={"step": step})
+        artifact = wandb.Artifact(f"{self._source.name}-{kind}", type="model", metadata={"step": step})
         (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
         self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
@@ -137,5 +142,5 @@ class Wandb(Tracker):
         self.state["reached"] = max(self._last, self.state.get("reached", 0))
 
     def end(self) -> None:
-        self._run.finish()  # only now all rows are on the disk or at the server
+        self._run.finish()  # only after this all rows are on the disk or at the server
         self.state["sent"] = self.state["reached"] = self._last

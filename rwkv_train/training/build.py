@@ -16,7 +16,7 @@ from rwkv_train.rundir.jsonl import WriteErrors
 from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.stop import StopOnSignal, follow_parent
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.observers import Observers, make_observers
+from rwkv_train.training.observers import Observers, RunTrackers, make_observers
 from rwkv_train.training.outputs import write_sample
 from rwkv_train.training.setup import RunSetup
 from rwkv_train.training.statistics import Statistics
@@ -51,6 +51,7 @@ def build(
     attempt: RunAttempt,
     write_errors: WriteErrors,
     signals: StopOnSignal,
+    trackers: RunTrackers,
     callbacks: Makers[Callback],
 ) -> Training:
     """Makes what trains. Nothing is written, and no rank waits for another.
@@ -58,14 +59,15 @@ def build(
     Args:
         setup, attempt, write_errors: of the run.
         signals: the callback that hears signals already.
+        trackers: started already.
         callbacks: the user's, called after ours.
     """
-    setup.data.begin(attempt.step, attempt.meta.get("position"), attempt.skips)
+    setup.data.begin(attempt.step, None if attempt.meta is None else attempt.meta.position, attempt.skips)
     strategy = _build_strategy(setup, attempt)
     sample = None
     if attempt.checkpoint is None and setup.first and not strategy.sharded:
         sample = LambdaCallback(on_train_start=lambda *_: write_sample(setup, 0, write_errors))
-    observers = make_observers(setup, attempt, write_errors, signals, sample)
+    observers = make_observers(setup, attempt, write_errors, signals, trackers, sample)
     if not setup.first:
         follow_parent()
     return Training(

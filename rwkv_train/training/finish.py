@@ -6,12 +6,12 @@ from rwkv_train.checkpoint.directory import newest
 from rwkv_train.exit_codes import Ending, ExitCode
 from rwkv_train.training.build import Training
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
-from rwkv_train.training.observers import Trackers
+from rwkv_train.training.observers import RunTrackers
 from rwkv_train.training.outputs import write_outputs
 from rwkv_train.training.requeue import Requeue
 
 
-def finish(training: Training, trackers: Trackers, requeue: Requeue) -> Ending:
+def finish(training: Training, trackers: RunTrackers, requeue: Requeue) -> Ending:
     """After Lightning's loop has ended by itself: records why, and writes what belongs to that ending.
 
     Args:
@@ -57,4 +57,4 @@ def next_start(saving: CheckpointCallback) -> str:
     """What the same command does next, for people."""
     if saving.last is None:
         return "there is no checkpoint yet: the same command starts at step 0"
-    return f"the same command goes on from the checkpoint of step {saving.last}"
+    return f"the same command resumes from the checkpoint of step {saving.last}"

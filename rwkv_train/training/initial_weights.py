@@ -1,4 +1,4 @@
-"""The first weights, shard by shard: no rank holds the model, and the expensive matrices are made by one rank each."""
+"""The initial weights, shard by shard: no rank holds the complete model, and one rank computes each costly matrix."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rwkv_train.checkpoint.shards import StateShard
 from rwkv_train.models import ModelConfig, RecipeRow
 from rwkv_train.models.recipe import Orthogonal, initial_value
 
-Range = tuple[int, int]  # of a flattened tensor
+Range = tuple[int, int]  # first element and end, of a flattened tensor
 
 
 class Recipe:
-    """The recipe's initial values: the same ones, to the bit, whatever the number of ranks.
+    """The initial values of a recipe; bit-equal for every number of ranks.
 
     Args:
         rows: of all parameters, by name.
-        shapes: the same.
+        shapes: of all parameters, by name.
         config: the model's shape.
         seed: of the values.
     """
@@ -31,11 +31,11 @@ class Recipe:
         self.rows, self.config, self.seed = rows, config, seed
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
 
-    def fill(self, pieces: Sequence[StateShard]) -> None:
-        """Stores into each piece the values of its range; called by all ranks at once, each with its own pieces."""
+    def fill(self, shards: Sequence[StateShard]) -> None:
+        """Stores into each shard the values of its range; a collective call, each rank passes its own shards."""
         wanted: dict[str, list[StateShard]] = {name: [] for name in self.shapes}
-        for piece in pieces:
-            wanted[piece.name].append(piece)
+        for shard in shards:
+            wanted[shard.name].append(shard)
         shared = dist.is_initialized() and dist.get_world_size() > 1
         costly = [name for name in self.shapes if shared and isinstance(self.rows[name].init, Orthogonal)]
         for name in self.shapes.keys() - set(costly):
@@ -45,7 +45,7 @@ class Recipe:
             self._fill_shared(costly, wanted)
 
     def _fill_shared(self, costly: list[str], wanted: Mapping[str, list[StateShard]]) -> None:
-        """Every rank makes its own costly matrices, one at a time, and sends the others their ranges."""
+        """Every rank computes some of the costly matrices, one at a time, and sends the other ranks their ranges."""
         group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         rank, ranks = dist.get_rank(), dist.get_world_size()
         needs: list[dict[str, Range]] = [{} for _ in range(ranks)]
@@ -62,9 +62,9 @@ class Recipe:
 
 
 def rounds(work: Mapping[str, int], ranks: int) -> list[list[str | None]]:
-    """Who makes what when: in each round every rank makes at most one, and rounds hold matrices of like work.
+    """Assigns matrices to ranks: in each round every rank computes at most one, and all of a round cost about the same.
 
-    The largest come first, each given to the rank that has least to do by then.
+    The largest are assigned first, each to the rank that has the least work so far.
     """
     queues: list[list[str]] = [[] for _ in range(ranks)]
     load = [0] * ranks
@@ -83,41 +83,41 @@ def _deliver(
     owner: int,
     value: Tensor | None,
     needs: Sequence[Range],
-    pieces: Sequence[StateShard],
+    shards: Sequence[StateShard],
     rank: int,
     group: object,
 ) -> None:
-    """Brings one matrix's ranges from its owner (who has its value) to the ranks that need them."""
+    """Sends the ranges of one matrix from its owner, which has its value, to the ranks that need them."""
     numel = max(stop for _, stop in needs)
-    everybody = all(need == (0, numel) for need in needs)
+    all_ranks = all(need == (0, numel) for need in needs)
     if rank == owner:
         assert value is not None
-        if everybody:
+        if all_ranks:
             dist.broadcast(value, owner, group=group)  # type: ignore[arg-type]
         else:
             for other, (start, stop) in enumerate(needs):
                 if other != owner and start < stop:
                     dist.send(value[start:stop], other, group=group)  # type: ignore[arg-type]
-        _store(pieces, value, 0)
+        _store(shards, value, 0)
         return
     start, stop = needs[rank]
     if start < stop:
         values = torch.empty(stop - start)
-        if everybody:
+        if all_ranks:
             dist.broadcast(values, owner, group=group)  # type: ignore[arg-type]
         else:
             dist.recv(values, owner, group=group)  # type: ignore[arg-type]
-        _store(pieces, values, start)
+        _store(shards, values, start)
 
 
-def _span(pieces: Sequence[StateShard]) -> Range:
-    """The smallest range with all pieces in it."""
-    ranges = [(piece.start, piece.start + piece.values.numel()) for piece in pieces if piece.values.numel()]
+def _span(shards: Sequence[StateShard]) -> Range:
+    """The smallest range that contains all shards."""
+    ranges = [(shard.start, shard.start + shard.values.numel()) for shard in shards if shard.values.numel()]
     return (min(start for start, _ in ranges), max(stop for _, stop in ranges)) if ranges else (0, 0)
 
 
-def _store(pieces: Sequence[StateShard], values: Tensor, start: int) -> None:
-    """Stores the pieces' ranges of `values`, whose first element is element `start` of the tensor."""
-    for piece in pieces:
-        first = piece.start - start
-        piece.store(values[first : first + piece.values.numel()])
+def _store(shards: Sequence[StateShard], values: Tensor, start: int) -> None:
+    """Stores the ranges of the shards; `values` begin at element `start` of the tensor."""
+    for shard in shards:
+        first = shard.start - start
+        shard.store(values[first : first + shard.values.numel()])

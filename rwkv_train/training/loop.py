@@ -20,7 +20,7 @@ from rwkv_train.training.attempt import RunAttempt, open_attempt
 from rwkv_train.training.build import Training, build
 from rwkv_train.training.callbacks.checkpoint import Superseded
 from rwkv_train.training.finish import finish, next_start
-from rwkv_train.training.observers import Trackers
+from rwkv_train.training.observers import RunTrackers
 from rwkv_train.training.requeue import Requeue
 from rwkv_train.training.setup import RunSetup, describe, versions
 
@@ -36,7 +36,7 @@ def fit(setup: RunSetup) -> ExitCode:
     """
     config, console = setup.config, setup.console
     callbacks = prepare("callbacks", config.callbacks, Callback, config.packages)
-    trackers, requeue, write_errors = Trackers(setup), Requeue(setup), WriteErrors()
+    trackers, requeue, write_errors = RunTrackers(setup), Requeue(setup), WriteErrors()
     with (
         setup.directory.claimed(setup.first, setup.rank_info.job),
         requeue.signals.heard(),
@@ -50,7 +50,7 @@ def fit(setup: RunSetup) -> ExitCode:
         ending = requeue.give_up_at_start(attempt)
         if ending is None:
             _announce(attempt, setup, trackers)
-            training = build(setup, attempt, write_errors, requeue.signals, callbacks)
+            training = build(setup, attempt, write_errors, requeue.signals, trackers, callbacks)
             ending = _train(training, requeue) or finish(training, trackers, requeue)
         if ending.message:
             console.print(ending.message)
@@ -69,7 +69,7 @@ def _meet_ranks(setup: RunSetup) -> None:
         keep_log(setup.directory.logs, setup.rank_info)
 
 
-def _announce(attempt: RunAttempt, setup: RunSetup, trackers: Trackers) -> None:
+def _announce(attempt: RunAttempt, setup: RunSetup, trackers: RunTrackers) -> None:
     """Records that the attempt starts, starts the trackers, and prints what is about to be trained."""
     event = "started" if attempt.checkpoint is None else "resumed"
     attempt.events.add(event, attempt.step, **attempt.history.next_start(attempt.step))

@@ -46,8 +46,8 @@ def language_model_loss(
         targets: (B, T) int64; -100 is not predicted.
         l2wrap: weight of ½ · max_logit² · l2wrap / (B·T) per position in the gradient; it is not in the value. 0: none.
             (RWKV-LM's recipe uses 1e-4; B·T counts the masked positions as well.)
-        predictions: what the sum over the predicted tokens is divided by; None: their number. With masks it is
-            that of the whole step, per pass and device, so that every token counts the same wherever it is.
+        predictions: () float32, what the sum over the predicted tokens is divided by; None: their number. With masks it
+            is `Batch.predictions`, so that every token of a step has the same weight, in whichever micro-batch it is.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if predictions is None:
@@ -63,7 +63,7 @@ def language_model_loss(
 class _ChunkedLoss(torch.autograd.Function):
     """The same loss from hidden states: head, cross-entropy and both gradients, some rows at a time.
 
-    The gradients are made in the forward pass, while a chunk's logits are there; the backward pass scales them.
+    The gradients are computed in the forward pass, while the logits of a chunk exist; the backward pass scales them.
     """
 
     @staticmethod
@@ -75,7 +75,7 @@ class _ChunkedLoss(torch.autograd.Function):
         to_hidden = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for part, goal, place in _chunks(rows, goals, weight.shape[0]):
+        for part, goal, span in _chunks(rows, goals, weight.shape[0]):
             logits = F.linear(part, weight)
             wide = logits.float()
             total += F.cross_entropy(wide, goal, ignore_index=IGNORED, reduction="sum")
@@ -89,7 +89,7 @@ class _ChunkedLoss(torch.autograd.Function):
             slope.scatter_add_(-1, where, largest * (l2wrap / goals.numel()))
             narrow = slope.to(logits.dtype)
             if to_hidden is not None:
-                to_hidden[place] = narrow @ weight.to(narrow.dtype)
+                to_hidden[span] = narrow @ weight.to(narrow.dtype)
             if to_weight is not None:
                 to_weight += narrow.t() @ part.to(narrow.dtype)
         ctx.to_hidden = None if to_hidden is None else to_hidden.view_as(hidden)
@@ -105,21 +105,21 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _chunks(rows: Tensor, goals: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
-    """Rows (N, C) and their targets (N), so many at a time that LOGITS_AT_ONCE holds, and where they stand."""
+    """Rows (N, C) and their targets (N) in chunks of at most LOGITS_AT_ONCE logits, each with its range of rows."""
     size = max(1, LOGITS_AT_ONCE // vocab_size)
     for first in range(0, len(rows), size):
-        place = slice(first, min(first + size, len(rows)))
-        yield rows[place], goals[place], place
+        span = slice(first, min(first + size, len(rows)))
+        yield rows[span], goals[span], span
 
 
 def head_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float = 1e-4, predictions: Tensor | None = None
 ) -> Tensor:
-    """`language_model_loss` of the logits hidden · weightᵀ, which never exist as a whole: equal up to rounding.
+    """`language_model_loss` of the logits hidden · weightᵀ, of which only a chunk exists at a time; equal to rounding.
 
     Args:
-        hidden: (B, T, C), what the head gets.
-        weight: (V, C), the head's.
+        hidden: (B, T, C), the input of the head.
+        weight: (V, C), of the head.
         targets: (B, T) int64; -100 is not predicted.
         l2wrap, predictions: as in `language_model_loss`.
     """
@@ -127,7 +127,7 @@ def head_loss(
 
 
 def too_many_logits(targets: Tensor, vocab_size: int) -> bool:
-    """Whether the logits of a batch are worked on in chunks."""
+    """Whether the logits of a batch are computed in chunks."""
     return targets.numel() * vocab_size > LOGITS_AT_ONCE
 
 

@@ -12,41 +12,40 @@ import torch
 from torch import Tensor
 
 from rwkv_train.config import OptimSettings
+from rwkv_train.data.batch import Batch
 from rwkv_train.data.rows import IGNORED
 from rwkv_train.models import LanguageModel, RecipeRow, State
 from rwkv_train.training.loss import head_loss, head_nats, language_model_loss, summed_nats, too_many_logits
 from rwkv_train.training.optim import build_optimizer, learning_rate, parameter_groups
 from rwkv_train.training.statistics import Statistics
+from rwkv_train.training.step_verdict import StepVerdict
 from rwkv_train.training.strategy import ShardedStrategy
 
-Batch = Sequence[Any]  # tokens, targets and, of documents, starts and predictions: data/ahead.py
 
-
-def documents_of(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Tokens, targets, starts and predictions of a batch; the last two are None where it is cut from the stream."""
-    tokens, targets, *rest = batch
-    starts, predictions = rest or (None, None)
-    return tokens, targets, starts, predictions
-
-
-def _told(tell: Callable[..., None], readout: Callable[..., Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
-    """A readout whose arguments somebody else gets as well."""
-    tell(hidden, weight)
+def _recorded(record: Callable[..., None], readout: Callable[..., Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
+    """A readout whose arguments are recorded before."""
+    record(hidden, weight)
     return readout(hidden, weight)
 
 
 class RWKVModule(L.LightningModule):
-    """Trains a model on batches of (tokens, targets), each (B, T) int64; documents bring their starts and a mask.
+    """Trains a language model.
 
     Args:
         model: the language model.
         recipe: each parameter's row, by name.
         optim: optimiser settings.
         total_steps: length of the run in optimiser steps; None: no end.
-        tokens_per_step: of the whole batch, over all devices and micro-batches.
+        tokens_per_step: tokens of the global batch, over all ranks and micro-batches.
         compile: whether training runs torch.compile of the model.
-        sources: names of the validated ones, in the order of the validation's loaders.
-        statistics: what each step tells of itself; None: a plain one.
+        sources: names of the validated sources, in the order of the validation loaders.
+        statistics: measures the layers; None: every 100 steps.
+        verdict: decides which steps are bad; None: those that are not finite.
+
+    Attributes:
+        grad_norm: () float32, of the last optimiser step, before clipping.
+        lr: base learning rate of the last optimiser step.
+        rewound: whether the next batch is of another step than the run; see `read_again`.
     """
 
     def __init__(
@@ -59,6 +58,7 @@ class RWKVModule(L.LightningModule):
         compile: bool = False,
         sources: Sequence[str] = ("",),
         statistics: Statistics | None = None,
+        verdict: StepVerdict | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -67,69 +67,66 @@ class RWKVModule(L.LightningModule):
         self.total_steps = total_steps
         self.tokens_per_step = tokens_per_step
         self.statistics = statistics or Statistics(model, 100, hooks=not compile)
-        self.grad_norm = torch.tensor(math.nan)  # of the last optimiser step, before clipping
+        self.verdict = verdict or StepVerdict()
+        self.grad_norm = torch.tensor(math.nan)
         self.lr = math.nan
-        self.rewound = False  # whether the run stands before another step than the batch that comes next
+        self.rewound = False
         self._forward = [torch.compile(model, fullgraph=True) if compile else model]  # a list: not a second submodule
         self._sources = sources
         self._validation: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sources]
 
     def configure_model(self) -> None:
-        """Called when the ranks know each other: the strategy gives the parameters memory where they have none."""
+        """Called when the process group exists: the strategy gives the parameters memory where they have none."""
         self.strategy.materialise(self.model)
-
-    def read_again(self) -> None:
-        """The next batch is of another step than the run: Lightning shall ask for the data again."""
-        self.rewound = True
 
     @property
     def tokens_seen(self) -> int:
         return self.trainer.global_step * self.tokens_per_step
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
-        """-1 tells Lightning to read the data anew: the run was rewound."""
+        """-1 makes Lightning start another iteration over the data: the run was rewound."""
         if self.rewound:
             self.rewound = False
             return -1
-        if self._passes == 0:
-            self.statistics.begin(self.trainer.global_step + 1, self.strategy)
+        if self._microbatches_done == 0:
+            self.statistics.begin_step(self.trainer.global_step + 1, self.strategy)
+            self.verdict.begin_step(self.strategy.root_device)
         return None
 
+    def read_again(self) -> None:
+        """Makes the next batch be read again: the run was rewound to another step than that of the batch in hand."""
+        self.rewound = True
+
     @property
-    def _passes(self) -> int:
-        """How many of the step's passes are done."""
-        return len(self.statistics.losses) % self.trainer.accumulate_grad_batches
+    def _microbatches_done(self) -> int:
+        """Micro-batches of the current step that are done; 0 where all are."""
+        return len(self.verdict.losses) % self.trainer.accumulate_grad_batches
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, state = self._loss(self._forward[0], batch, self.optim.l2wrap, self.statistics)
-        self.statistics.passed(loss, state)
+        self.verdict.record_microbatch(loss, state)
+        self.statistics.record_microbatch(state)
         return loss
 
     def _loss(
         self, model: Callable[..., Any], batch: Batch, l2wrap: float, statistics: Statistics | None = None
     ) -> tuple[Tensor, State]:
-        tokens, targets, starts, predictions = documents_of(batch)
+        tokens, targets, starts, predictions = batch.tokens, batch.targets, batch.starts, batch.predictions
         if statistics is not None and not statistics.due:
             statistics = None
         if too_many_logits(targets, self.model.config.vocab_size):
             readout: Callable[..., Tensor] = partial(head_loss, targets=targets, l2wrap=l2wrap, predictions=predictions)
-            if statistics is not None and statistics.listens:
-                readout = partial(_told, partial(statistics.hidden, targets, self._sources_of_pass()), readout)
+            if statistics is not None and statistics.hooks:
+                readout = partial(_recorded, partial(statistics.record_hidden, targets, batch.sources), readout)
             loss, state = model(tokens, starts=starts, readout=readout)
             return loss, state
         logits, state = model(tokens, starts=starts)
         if statistics is not None:
-            statistics.logits(logits, targets, self._sources_of_pass())
+            statistics.record_logits(logits, targets, batch.sources)
         return language_model_loss(logits, targets, l2wrap, predictions), state
 
-    def _sources_of_pass(self) -> Sequence[int]:
-        """The number of the source of each sample of this pass on this rank."""
-        data, passes = self.trainer.datamodule.batches, self._passes  # type: ignore[attr-defined]
-        sources: Sequence[int] = data.sources_of_pass(self.trainer.global_step, passes)
-        return sources
-
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        tokens, targets, starts, _ = documents_of(batch)
+        tokens, targets, starts = batch.tokens, batch.targets, batch.starts
         if too_many_logits(targets, self.model.config.vocab_size):
             nats, _ = self.model(tokens, starts=starts, readout=partial(head_nats, targets=targets))
             self._validation[dataloader_idx].append((nats, (targets != IGNORED).sum()))
@@ -145,7 +142,7 @@ class RWKVModule(L.LightningModule):
             rows.append(torch.stack([nats, torch.stack([counts for _, counts in results]).sum().to(nats)]))
             results.clear()
         sums = self.trainer.strategy.reduce(torch.stack(rows), reduce_op="sum")  # (sources, 2)
-        many = torch.distributed.is_initialized()  # also of one process, where Lightning warns otherwise
+        many = torch.distributed.is_initialized()  # also with one rank, where Lightning warns otherwise
         nats, count = sums.sum(0)
         self.log("val/loss", nats / count, sync_dist=many, add_dataloader_idx=False)
         if len(self._sources) > 1:
@@ -153,12 +150,12 @@ class RWKVModule(L.LightningModule):
                 self.log(f"val/loss/{source}", nats / count, sync_dist=many, add_dataloader_idx=False)
 
     def probe(self, batch: Batch) -> Tensor:
-        """The loss of a batch, without L2Wrap and without gradient: what tells one set of weights from another."""
+        """The loss () of a batch without L2Wrap and without gradient: equal weights and data give the same one."""
         with torch.no_grad():
             return self._loss(self.model, batch, 0.0)[0]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Called when the strategy has made the parameters what they are while it trains."""
+        """Called after the strategy has sharded the parameters."""
         return build_optimizer(
             parameter_groups(self.model, self.recipe, self.optim.weight_decay, self.optim.rules), self.optim
         )
@@ -177,16 +174,16 @@ class RWKVModule(L.LightningModule):
 
         The step that follows changes nothing where the loss or the gradient is bad.
         """
-        if self._passes:  # DeepSpeed's engine is called for every pass
+        if self._microbatches_done:  # DeepSpeed's engine is called for every micro-batch
             return
         norm = self.strategy.clip(math.inf if self.optim.clip is None else self.optim.clip)
-        self.strategy.skip_update_if(self.statistics.judge(norm))
+        self.strategy.skip_update_if(self.verdict.judge(norm))
         self.grad_norm = self.grad_norm if norm is None else norm
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        if self._passes:
+        if self._microbatches_done:
             return
         norm = self.strategy.norm_of_step()
         self.grad_norm = self.grad_norm if norm is None else norm
-        self.grad_norm = self.statistics.stepped(self.grad_norm)
+        self.grad_norm = self.verdict.after_step(self.grad_norm)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -15,13 +14,14 @@ import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers import Logger
 
+from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.config.schema import differences
 from rwkv_train.errors import UserError
 from rwkv_train.instantiate import prepare
 from rwkv_train.planning.report import as_json
-from rwkv_train.rundir.jsonl import WriteErrors
-from rwkv_train.trackers import Tracker
-from rwkv_train.trackers.launch import PATIENCE, Processes
+from rwkv_train.rundir.jsonl import Events, WriteErrors
+from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker
+from rwkv_train.trackers.launch import PATIENCE, Trackers
 from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.bad_steps import BadSteps
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
@@ -81,6 +81,7 @@ def make_observers(
     attempt: RunAttempt,
     write_errors: WriteErrors,
     signals: StopOnSignal,
+    trackers: RunTrackers,
     first_sample: LambdaCallback | None = None,
 ) -> Observers:
     """Makes the callbacks of a run, and connects them with each other.
@@ -90,11 +91,12 @@ def make_observers(
         attempt: whose records they write.
         write_errors: counts what the disk refuses.
         signals: heard since before the attempt began.
+        trackers: started already.
         first_sample: see Observers.
     """
     config, run, data, console = setup.config, setup.directory, setup.data, setup.console
     events, lines = attempt.events, attempt.metrics
-    last_words = partial(events.show, anew=True)
+    last_words = partial(events.refresh, force=True)
     alone = setup.resolved.mesh.ranks == 1
     watchdog = Watchdog(config.watchdog, run.attempts, setup.first, alone, setup.rank_info.node, last_words)
     meta = {
@@ -109,6 +111,7 @@ def make_observers(
     signals.connect(saving)
     spent = Spent.of(run.attempts, lines)
     metrics = Metrics(lines, data.bytes_per_token, config.optim.clip, lambda: saving.paused, spent)
+    trackers.follow(metrics, events)
     bad_steps = BadSteps(
         config.health, metrics, saving, data, run, setup.tree, events, write_errors, console, attempt.rewinds
     )
@@ -127,8 +130,8 @@ def make_observers(
     )
 
 
-class Trackers:
-    """The trackers of `logger=`, each in a process of its own on the first rank's node; the block ends them.
+class RunTrackers:
+    """The trackers of `logger=`, on the first rank; leaving the block ends them.
 
     Args:
         setup: of the run.
@@ -140,34 +143,34 @@ class Trackers:
     def __init__(self, setup: RunSetup) -> None:
         self.setup = setup
         self._patience = PATIENCE
-        self._processes: Processes | None = None
-        prepare("logger", setup.config.logger, (Tracker, Logger), setup.config.packages)  # made by their processes
+        self._trackers: Trackers | None = None
+        kinds = (Tracker, LocalTracker, Logger)
+        prepare("logger", setup.config.logger, kinds, setup.config.packages)  # they are made by `start`
 
-    def __enter__(self) -> Trackers:
+    def __enter__(self) -> RunTrackers:
         return self
 
-    def start(self, step: int, meta: Mapping[str, Any]) -> None:
+    def start(self, step: int, meta: CheckpointMeta | None) -> None:
         """Starts them, on the first rank.
 
         Args:
             step: that the run resumes from; 0 for a new run.
-            meta: of the checkpoint; empty: none.
+            meta: of the checkpoint; None: there is none.
         """
         config, run = self.setup.config, self.setup.directory
         if not self.setup.first or not config.logger:
             return
         tree, code = self.setup.tree, versions()
-        changed = bool(meta) and bool(differences(meta["config"], tree) or meta.get("versions") != code)
-        payload = {
-            "path": str(run.path.absolute()),
-            "run": run.path.name,
-            "info": {"config": tree, "versions": code, **_surroundings(self.setup)},
-            "changed": changed,
-            "step": step,
-            "rows": str(run.metrics.absolute()),
-            "events": str(run.events.absolute()),
-        }
-        self._processes = Processes(config.logger, config.packages, payload)
+        changed = meta is not None and bool(differences(meta.config, tree) or meta.versions != code)
+        info = {"config": tree, "versions": code, **_surroundings(self.setup)}
+        tracked = TrackedRun(run.path.absolute(), run.path.name, info, changed)
+        self._trackers = Trackers(config.logger, config.packages, tracked, step, run)
+
+    def follow(self, metrics: Metrics, events: Events) -> None:
+        """Connects those that live in this process with the run's rows and events."""
+        if self._trackers is not None:
+            metrics.listeners.append(self._trackers.row)
+            events.listeners.append(self._trackers.event)
 
     def hurry(self) -> None:
         """A signal ends the run: they have little time for the last rows."""
@@ -176,9 +179,9 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._processes is None:
+        if self._trackers is None:
             return
-        for name in self._processes.close(self._patience):
+        for name in self._trackers.close(self._patience):
             self.setup.console.print(
                 f"logger={name} has not taken all rows within {self._patience:g} s and was ended; "
                 f"`rwkv-train report {self.setup.directory.path} --push {name}` sends them again"

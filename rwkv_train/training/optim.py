@@ -58,7 +58,7 @@ def parameter_groups(
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each group: learning-rate multiplier, weight decay, tensors, values, and kinds of names."""
+    """One line for each group: learning-rate multiplier, weight decay, number of tensors and values, kinds of names."""
     return [
         f"lr ×{group['lr_multiplier']:g}, weight decay {group['weight_decay']:g}: {_summary(group['params'])}"
         for group in groups
@@ -79,15 +79,15 @@ def _summary(members: Sequence[tuple[str, nn.Parameter]]) -> str:
 
 
 def build_optimizer(groups: list[dict[str, Any]], optim: OptimSettings) -> torch.optim.AdamW:
-    """AdamW in its fused form (with weight decay 0 it is Adam). Learning rates are written before each step."""
+    """Fused AdamW (Adam where weight decay is 0). The module sets the learning rates before each step."""
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def learning_rate(optim: OptimSettings, step: int, total_steps: int | None, tokens_per_step: int) -> float:
     """The base learning rate of optimiser step `step` (0 for the first): a pure function of its arguments.
 
-    Warm-up rises linearly from 1 % (factor 0.01 + 0.99 · step / warm-up, as in the reference code); after it and a
-    constant span of `hold` the rate decays to final_lr at the end of the budget, by the schedule's shape.
+    It rises linearly from 1 % (factor 0.01 + 0.99 · step / warm-up, as in the reference code), stays constant for
+    `hold`, and decays to final_lr at the end of the budget, in the shape of the schedule.
 
     Args:
         total_steps: length of the run; None (a run without end) is valid for the constant shape only.

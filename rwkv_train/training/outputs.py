@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rwkv_train.checkpoint.directory import directory_name
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.storage import LocalStorage, dump
 from rwkv_train.evaluation.baselines import baselines
 from rwkv_train.evaluation.report.figures import draw_loss_curve
@@ -56,7 +56,7 @@ def write_outputs(
         write_errors: counts what the disk refuses.
     """
     run, data = setup.directory, setup.data
-    last = run.checkpoints / directory_name(step, strategy.attempt)
+    last = run.checkpoints / str(CheckpointName(step, strategy.attempt))
     if not strategy.divided or last.exists():
         with write_errors.tolerate(run.weights), run.atomic_write(run.weights) as path:
             if strategy.divided:

@@ -1,7 +1,7 @@
-"""`replay=FILE`: one bad step again, exactly, with every tensor looked at.
+"""`replay=FILE`: repeats one bad step exactly, and checks every tensor of it.
 
-The run's own config and the checkpoint before the step are in the file. The steps between them are trained again (the
-same to the bit), in a directory that is removed afterwards, and nothing of the run itself is touched.
+The file names the run's config and the checkpoint before the step. The steps in between are trained again, equal to the
+last bit, in a directory that is removed afterwards; nothing of the run itself is touched.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from rwkv_train.training.module import RWKVModule
 
 
 def read_replay(path: Path) -> dict[str, Any]:
-    """What Health has written of a bad step; checks.py has looked at it."""
-    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return told
+    """The record of a bad step that BadSteps has written; cli/checks.py has validated it."""
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
 
 
 @contextmanager
 def replayed(config: Config, first: bool) -> Iterator[Config]:
-    """The run's own config, from the checkpoint before the step on, in a directory that goes with the block.
+    """Yields the run's own config, resumed from the checkpoint before the step, in a directory that the block removes.
 
     Args:
-        config: with `replay`; of the rest only callbacks and packages count, as nothing is made from a file's word.
+        config: with `replay`. Of the rest only callbacks and packages count: nothing is instantiated from a file.
         first: whether this process removes the directory.
     """
     file = Path(str(config.replay)).expanduser()
-    told = read_replay(file)
-    own = from_tree({**told["config"], "logger": {}, "callbacks": {}})
+    record = read_replay(file)
+    own = from_tree({**record["config"], "logger": {}, "callbacks": {}})
     root = file.parent / f".again_{file.stem}"
     if first:
         shutil.rmtree(root, ignore_errors=True)
@@ -51,7 +51,7 @@ def replayed(config: Config, first: bool) -> Iterator[Config]:
         yield replace(
             own,
             run=RunSettings(name="again", root=str(root), allow_changes=True),
-            resume=told["checkpoint"] or "never",
+            resume=record["checkpoint"] or "never",
             budget=BudgetSettings(own.budget.total, None),
             samples=replace(own.samples, tokens=0),
             profile=False,
@@ -65,15 +65,18 @@ def replayed(config: Config, first: bool) -> Iterator[Config]:
 
 
 class Replay(Callback):
-    """Looks at every tensor of one step, and ends the run behind it.
+    """Checks every tensor of one step, and ends the run after it.
 
     Args:
-        told: of the bad step.
-        console: where to.
+        record: of the bad step.
+        console: where the findings are printed.
+
+    Attributes:
+        healthy: whether the step was not bad this time.
     """
 
-    def __init__(self, told: dict[str, Any], console: Console) -> None:
-        self.told, self.console = told, console
+    def __init__(self, record: dict[str, Any], console: Console) -> None:
+        self.record, self.console = record, console
         self.healthy = True
         self._found: list[str] = []
         self._hooks: list[Any] = []
@@ -81,30 +84,30 @@ class Replay(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.limit_val_batches = 0
         self.console.print(
-            f"replay  step {self.told['step']}, {self.told['step'] - trainer.global_step} steps from here"
+            f"replay  step {self.record['step']}, {self.record['step'] - trainer.global_step} steps from here"
         )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step != self.told["step"] - 1 or self._hooks:
+        if trainer.global_step != self.record["step"] - 1 or self._hooks:
             return
         for name, parameter in pl_module.named_parameters():
-            self._look(f"the weights of {_short(name)}", parameter.detach())
+            self._check(f"the weights of {_short(name)}", parameter.detach())
         for name, module in pl_module.named_modules():
             if name and not isinstance(module, nn.ModuleList):
-                self._hooks.append(module.register_forward_hook(self._listen(_short(name))))
+                self._hooks.append(module.register_forward_hook(self._hook(_short(name))))
 
-    def _listen(self, name: str) -> Any:
-        def listen(module: nn.Module, inputs: Any, output: Any) -> None:
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             values = output[0] if isinstance(output, tuple) else output
             if isinstance(values, Tensor):
-                self._look(f"the output of {name or 'the model'}", values.detach())
+                self._check(f"the output of {name or 'the model'}", values.detach())
 
-        return listen
+        return hook
 
-    def _look(self, what: str, values: Tensor) -> None:
-        """Notes a tensor that is not finite."""
+    def _check(self, what: str, values: Tensor) -> None:
+        """Notes a tensor with values that are not finite."""
         bad = ~values.isfinite()
         if not bool(bad.any()):
             return
@@ -118,31 +121,33 @@ class Replay(Callback):
     ) -> None:
         if not self._hooks:
             return
-        for name, parameter in reversed(list(pl_module.named_parameters())):  # a backward pass comes from the end
+        for name, parameter in reversed(list(pl_module.named_parameters())):  # as the backward pass
             if parameter.grad is not None:
-                self._look(f"the gradient of {_short(name)}", parameter.grad.detach())
+                self._check(f"the gradient of {_short(name)}", parameter.grad.detach())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step != self.told["step"]:
+        if trainer.global_step != self.record["step"]:
             return
         assert isinstance(pl_module, RWKVModule)
         for hook in self._hooks:
             hook.remove()
-        assert pl_module.statistics.loss is not None
-        loss, norm = float(pl_module.statistics.loss), float(pl_module.grad_norm)
-        self.healthy = math.isfinite(loss) and math.isfinite(norm) and self.told["kind"] != "spike"
-        before = self.told["loss"]
+        assert pl_module.verdict.loss is not None
+        loss, norm = float(pl_module.verdict.loss), float(pl_module.grad_norm)
+        self.healthy = math.isfinite(loss) and math.isfinite(norm) and self.record["kind"] != "spike"
+        before = self.record["loss"]
         same = loss == before or (before is None and not math.isfinite(loss))
-        said = "as it was then" if same else f"then it was {'not finite' if before is None else before}"
-        self._say(f"loss {loss:.6g} ({said}), gradient norm {norm:.6g}")
+        comparison = "as it was then" if same else f"then it was {'not finite' if before is None else before}"
+        self._say(f"loss {loss:.6g} ({comparison}), gradient norm {norm:.6g}")
         if self._found:
             self._say(f"the first that is not finite: {self._found[0]}")
             for line in self._found[1:4]:
                 self._say(f"  then {line}")
         elif self.healthy:
-            self._say("all is finite now: a callback or the hardware made the step bad, not its data or its weights")
+            self._say(
+                "every tensor is finite now: a callback or the hardware made the step bad, not its data or its weights"
+            )
         trainer.should_stop = True
 
     def _say(self, text: str) -> None:
@@ -150,5 +155,5 @@ class Replay(Callback):
 
 
 def _short(name: str) -> str:
-    """A name inside the LightningModule as the model's own."""
+    """A name inside the LightningModule as the model's own name."""
     return name.removeprefix("model.") if name != "model" else ""

@@ -10,7 +10,7 @@ from rwkv_train.cluster.rank_info import another_has_ended
 from rwkv_train.cluster.slurm import Job
 from rwkv_train.errors import UserError
 from rwkv_train.exit_codes import Ending, ExitCode
-from rwkv_train.rundir.history import TRIES, History
+from rwkv_train.rundir.history import MAX_FAILURES, History
 from rwkv_train.rundir.jsonl import Events
 from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.stop import StopOnSignal
@@ -48,9 +48,9 @@ class Requeue:
         That ending is recorded, so that the next start tries again. On the first rank only; None elsewhere.
         """
         history = attempt.history
-        if not self.setup.first or history.failures() < TRIES:
+        if not self.setup.first or history.failures() < MAX_FAILURES:
             return None
-        return self._given_up(attempt.events, history.reached, history.last_words())
+        return self._given_up(attempt.events, history.reached, history.last_failure())
 
     def after_signal(self, events: Events, step: int, name: str, too_late: str | None, resumable: str) -> Ending:
         """Records which signal has stopped the run, and decides whether `requeue` will put its job back.
@@ -102,7 +102,7 @@ class Requeue:
         events, rows = attempt.events, attempt.metrics.rows()
         reached = int(rows[-1]["step"]) if rows else 0
         events.add("failed", reached, reason=reason)
-        given_up = History(events.rows(), rows).failures() >= TRIES
+        given_up = History(events.rows(), rows).failures() >= MAX_FAILURES
         return self._given_up(events, reached, reason) if given_up else None
 
     def _first_reason(self, error: BaseException, strategy: ShardedStrategy) -> str:
@@ -110,7 +110,7 @@ class Requeue:
         rank_info, text = self.setup.rank_info, " ".join(str(error).split())
         what = "another rank has ended" if another_has_ended(error) else f"{type(error).__name__}: {text[:200]}"
         reason = f"rank {rank_info.rank} on {rank_info.node}: {what}"
-        board: Any = getattr(getattr(strategy, "writer", None), "board", None)
+        board: Any = getattr(getattr(strategy, "writer", None), "store", None)
         with suppress(Exception):  # the first rank may be the one that has ended, and its store with it
             if not rank_info.first:
                 board.set("failed", reason)
@@ -126,6 +126,6 @@ class Requeue:
         run = self.setup.directory
         return Ending(
             ExitCode.GIVEN_UP,
-            f"[bold red]{run.path} has failed {TRIES} times at step {step}[/bold red]: {reason}\n"
+            f"[bold red]{run.path} has failed {MAX_FAILURES} times at step {step}[/bold red]: {reason}\n"
             f"  the same command tries again once the cause is removed; the logs of all ranks: {run.logs}",
         )

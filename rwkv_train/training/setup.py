@@ -159,7 +159,7 @@ def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel
         if valued:
             model = model.to_empty(device="cpu")
             source.fill(StateShard(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in model.named_parameters())
-    model.activation_checkpointing = int(config.activation_checkpointing)
+    model.checkpoint_activations(int(config.activation_checkpointing))
     return model, None if valued else source
 
 
@@ -170,15 +170,15 @@ def check_checkpoint(path: Path, setup: RunSetup) -> None:
         UserError: it lists what differs, unless run.allow_changes=true allows it.
     """
     meta = read_meta(path)
-    refuse_mismatches(f"the checkpoint {path}", meta["shapes"], setup.model)
-    changed = differences(meta["config"], setup.tree)
+    refuse_mismatches(f"the checkpoint {path}", meta.shapes, setup.model)
+    changed = differences(meta.config, setup.tree)
     placed = [change for change in changed if change.split(":")[0] in PLACEMENT]
     changed = [change for change in changed if change not in placed]
-    if meta["data"] != setup.data.digest:
-        changed.append(f"the data itself: content hash {meta['data']} → {setup.data.digest}")
+    if meta.data != setup.data.digest:
+        changed.append(f"the data itself: content hash {meta.data} → {setup.data.digest}")
     tokenizer = setup.data.tokenizer.identity
-    if meta.get("tokenizer", tokenizer) != tokenizer:
-        changed.append(f"the tokenizer: {meta['tokenizer']} → {tokenizer}")
+    if meta.tokenizer != tokenizer:
+        changed.append(f"the tokenizer: {meta.tokenizer} → {tokenizer}")
     if changed and not setup.config.run.allow_changes:
         raise UserError(
             f"the checkpoint {path} was made with another config: {'; '.join(changed)}",

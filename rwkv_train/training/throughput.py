@@ -1,4 +1,4 @@
-"""How fast the machine multiplies matrices, what share of it a training step uses, and memory kept for speed."""
+"""Matmul rate of a device, model FLOPs utilisation, the time of a step's parts, and the allocator's settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def matmul_rate(device: torch.device, precision: str) -> float:
-    """Floating-point operations per second of a matrix product on this device, in the step's dtype: best of a few."""
+    """FLOP/s of a square matrix product on this device, in the step's dtype: the best of a few."""
     size, repeats = (1024, 12) if device.type == "cpu" else (8192, 8)
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     if device.type == "cpu" and dtype == torch.bfloat16:
@@ -33,18 +33,18 @@ def utilisation(flops_per_token: int, tokens_per_second: float, rate: float, dev
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep memory for the next step that is freed from now on; what is free already it gives back.
+    """Makes glibc keep memory that is freed from now on for the next step; memory that is free already is returned.
 
-    By itself it gives the pages of each large tensor back at once, and every step faults them in again.
+    By default it returns the pages of each large tensor at once, and every step faults them in again.
     """
     _set_allocator(mmap_threshold=1 << 30, trim_threshold=(1 << 31) - 1)
 
 
 def return_freed_memory() -> None:
-    """Has glibc give each large tensor's pages back when it is freed, from the first one on.
+    """Makes glibc return each large tensor's pages to the system when it is freed.
 
-    For ranks that share the state out because memory is short: gathered parameters, buckets and gradients come and go
-    in all sizes, and the holes that they leave in a heap would be as large as a rank's share.
+    For ranks that shard the state because memory is short: gathered parameters, buckets and gradients come and go in
+    all sizes, and the holes that they leave in a heap would be as large as a rank's shard.
     """
     _set_allocator(mmap_threshold=1 << 17, trim_threshold=1 << 17)
 
@@ -60,10 +60,10 @@ def _set_allocator(mmap_threshold: int, trim_threshold: int) -> None:
 
 
 class Stopwatch:
-    """Where a step's time goes: marks set while the host runs ahead of the device, read when the device is there too.
+    """Times the parts of a step: marks are set while the host runs ahead of the device, and read when it has caught up.
 
     Args:
-        device: a CUDA device's own clock is read (events in its stream), else the host's.
+        device: of a CUDA device the clock of its stream is read (events), else the host's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -78,16 +78,16 @@ class Stopwatch:
         return event
 
     def mark(self, part: str) -> None:
-        """What has ended just now was `part`; "" is counted nowhere."""
+        """Ends a part of the step; "" is counted nowhere."""
         self._marks.append((part, self._now()))
 
     def lap(self) -> list[tuple[str, Any]]:
-        """The marks since the last lap, for `seconds`; the next one begins at the last of them."""
+        """Returns the marks since the last lap, for `seconds`, and begins the next lap at the last of them."""
         marks, self._marks = self._marks, self._marks[-1:]
         return marks
 
     def seconds(self, marks: list[tuple[str, Any]]) -> dict[str, float]:
-        """The time of each part of a lap that the device has behind it."""
+        """Seconds of each part of a lap that the device has completed."""
         spent: dict[str, float] = {}
         for (_, before), (part, now) in itertools.pairwise(marks):
             took = before.elapsed_time(now) / 1000 if self._cuda else now - before

@@ -1,6 +1,6 @@
-"""Who writes, who waits, who is missing: the rules as plain functions of messages and times.
+"""The watchdog: finds ranks that hang, are stopped or are lost, names them, and ends the run.
 
-No torch, no Lightning, no clock and no file system here, so that tests/watchdog can run the same classes over
-thousands of schedules of a thousand ranks. guard.py is the exception: the small process beside each rank that gives the
-watchdog its clock, its network and its hands.
+verdict.py has the rules, as plain functions of messages and times: no torch, no Lightning, no clock and no file system,
+so that tests/watchdog can run the same classes over thousands of schedules of a thousand ranks. monitor.py is the small
+process beside each rank that measures time, talks to the other monitors and acts; heartbeat.py is what it reads.
 """

@@ -1,6 +1,6 @@
-"""A rank's heartbeat: a few numbers in memory that the rank shares with its guard, written in some microseconds.
+"""A rank's heartbeat: a few numbers in memory shared with its monitor, written in some microseconds.
 
-The guard reads them whatever the rank does, also while it is stopped.
+The monitor can read them whatever the rank does, even while it is stopped.
 """
 
 from __future__ import annotations
@@ -17,32 +17,36 @@ from rwkv_train.watchdog.verdict import Phase
 _FORMAT = struct.Struct("<QQQQQQdddd")
 _VERSION = struct.Struct("<Q")
 SIZE = _VERSION.size * 2 + _FORMAT.size
+_MEAN_WEIGHT = 0.1  # of the newest step in the mean step time
 
 
 @dataclass
 class Beat:
-    """The content.
+    """The content of a heartbeat. Times are seconds of time.monotonic(), which all processes of a machine share.
 
-    Args:
-        step, place, index, phase: where the rank is; see Report.
-        paced: steps that were done.
-        count: of beats.
-        since: when it came there; all times are seconds of time.monotonic(), which a machine's processes share.
-        writing: since when a checkpoint has been on its way to the disk; 0: none is.
-        pace: seconds of a step, the mean of the last ones (each counts a tenth), without the very first.
-        work: seconds of the rank's own work in the last one.
+    Attributes:
+        step: finished optimiser steps.
+        phase_number: how many phases of the step came before this one.
+        index: number of the micro-batch, or of the validation batch.
+        phase: the current phase, a Phase.
+        steps_timed: number of steps that this process has done.
+        count: number of beats so far.
+        since: time of the last beat.
+        saving_since: since when a checkpoint has been on its way to the disk; 0: none is.
+        step_time: exponential mean of the time of a step, without the very first.
+        work: seconds of the rank's own work in its last step.
         alive: when a thread of the rank last ran.
     """
 
     step: int = 0
-    place: int = 0
+    phase_number: int = 0
     index: int = 0
     phase: int = Phase.STARTUP
-    paced: int = 0
+    steps_timed: int = 0
     count: int = 0
     since: float = 0.0
-    writing: float = 0.0
-    pace: float = 0.0
+    saving_since: float = 0.0
+    step_time: float = 0.0
     work: float = 0.0
     alive: float = 0.0
 
@@ -51,7 +55,7 @@ class Heartbeat:
     """The rank's side; `alive` may be called by another thread.
 
     Attributes:
-        fd: of the memory, to be inherited by the guard.
+        fd: file descriptor of the shared memory, to be inherited by the monitor.
     """
 
     def __init__(self) -> None:
@@ -67,36 +71,38 @@ class Heartbeat:
         self.alive()
 
     def beat(self, phase: Phase, step: int, index: int = 0) -> None:
-        """The rank has come to the next place: another phase, another batch or another step."""
+        """The rank has made progress: another phase, batch or step."""
         beat = self._beat
         if step != beat.step:
-            beat.place = 0
+            beat.phase_number = 0
         elif phase != beat.phase:
-            beat.place += 1
+            beat.phase_number += 1
         beat.step, beat.phase, beat.index, beat.since = step, phase, index, time.monotonic()
         beat.count += 1
         self._store()
 
-    def stepped(self, seconds: float, work: float) -> None:
-        """What the last step took; goes out with the next beat."""
+    def step_done(self, seconds: float, work: float) -> None:
+        """Records the time of a step and of the rank's own work in it; visible with the next beat."""
         beat = self._beat
-        beat.paced, beat.work = beat.paced + 1, work
-        if beat.paced > 1:
-            beat.pace = seconds if beat.paced == 2 else 0.9 * beat.pace + 0.1 * seconds
+        beat.steps_timed, beat.work = beat.steps_timed + 1, work
+        if beat.steps_timed > 1:
+            first = beat.steps_timed == 2
+            beat.step_time = seconds if first else (1 - _MEAN_WEIGHT) * beat.step_time + _MEAN_WEIGHT * seconds
 
-    def writing(self, since: float) -> None:
-        """A checkpoint has begun to be written, or (0) all of it is there."""
-        self._beat.writing = since
+    def saving(self, since: float) -> None:
+        """Records since when a checkpoint is on its way to the disk; 0: none is."""
+        self._beat.saving_since = since
 
     def alive(self) -> None:
-        """Some thread of the rank runs."""
+        """Records that a thread of the rank runs."""
         _VERSION.pack_into(self._memory, SIZE, int(time.monotonic() * 1e6))
 
     def _store(self) -> None:
         beat = self._beat
         _VERSION.pack_into(self._memory, 0, 2 * beat.count + 1)  # odd: being written
-        whole = (beat.step, beat.place, beat.index, beat.phase, beat.paced, beat.count)
-        _FORMAT.pack_into(self._memory, _VERSION.size, *whole, beat.since, beat.writing, beat.pace, beat.work)
+        integers = (beat.step, beat.phase_number, beat.index, beat.phase, beat.steps_timed, beat.count)
+        seconds = (beat.since, beat.saving_since, beat.step_time, beat.work)
+        _FORMAT.pack_into(self._memory, _VERSION.size, *integers, *seconds)
         _VERSION.pack_into(self._memory, _VERSION.size + _FORMAT.size, 2 * beat.count)
         _VERSION.pack_into(self._memory, 0, 2 * beat.count)
 
@@ -105,15 +111,19 @@ class Heartbeat:
         os.close(self.fd)
 
 
-class Listener:
-    """The guard's side."""
+class HeartbeatReader:
+    """The monitor's side.
+
+    Args:
+        fd: file descriptor of the shared memory.
+    """
 
     def __init__(self, fd: int) -> None:
         self._memory = mmap.mmap(fd, 2 * SIZE, prot=mmap.PROT_READ)
         self._last = Beat()
 
     def read(self) -> Beat:
-        """The newest whole beat."""
+        """The newest beat that was completely written."""
         for _ in range(100):
             first = _VERSION.unpack_from(self._memory, 0)[0]
             values = _FORMAT.unpack_from(self._memory, _VERSION.size)

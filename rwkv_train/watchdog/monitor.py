@@ -1,15 +1,13 @@
-"""The process beside each rank that watches it: `python -m rwkv_train.watchdog.monitor SETTINGS`.
+"""The process beside each rank that monitors it: `python -m rwkv_train.watchdog.monitor SETTINGS`.
 
-A process, because nothing inside the rank can be relied on: SIGSTOP halts all of its threads, and one that waits for a
-device or a disk may hold the interpreter's lock. One for each rank and not for each node, because then it is its rank's
-child and nobody needs to find out who starts it, who ends it, and what becomes of it when that one dies. It is small (a
-bare interpreter, about 10 MB), wakes once a second, and ends when its rank does, which it sees at once: the other end
-of its pipe is the rank's alone.
+It is a process, because nothing inside the rank can be relied on: SIGSTOP halts all of its threads, and one that waits
+for a device or a disk may hold the interpreter's lock. There is one for each rank, not for each node: as a child of its
+rank it needs nobody else to start or end it, and sees the rank's end at once as the end of a pipe. It is small (a bare
+interpreter, about 10 MB), wakes once a second, and imports nothing but the standard library.
 
-Rank 0's guard is the coordinator and listens on a socket; the others' report to it once a second and get the verdict as
-the answer (watch.py). A verdict has every guard write down its rank's stacks, by py-spy from outside, and end its rank:
-first by a word to a thread of it, that leaves with exit code 76, after some seconds by SIGKILL. Nothing but the
-standard library is imported here.
+The monitor of rank 0 is the coordinator and listens on a socket; the others report to it once a second and get the
+verdict in the answer (verdict.py). On a verdict every monitor writes its rank's stacks, by py-spy from outside, and
+ends its rank: first by a message to a thread of it, which exits with code 76, after some seconds by SIGKILL.
 """
 
 from __future__ import annotations
@@ -28,94 +26,119 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_train.exit_codes import ExitCode
-from rwkv_train.watchdog.heartbeat import Listener
-from rwkv_train.watchdog.verdict import Coordinator, Limits, Member, Phase, Report, Stragglers, Verdict, limit
+from rwkv_train.watchdog.heartbeat import HeartbeatReader
+from rwkv_train.watchdog.verdict import (
+    Coordinator,
+    Limits,
+    Member,
+    Phase,
+    RankReport,
+    Stragglers,
+    Verdict,
+    phase_limit,
+)
 
-TICK = 1.0  # seconds between two looks
-LENIENT = 10  # times the limits, where there is one rank alone
-GAP = 5.0  # seconds by which a look comes too late when this process itself was stopped
-DUMP = 10.0  # seconds that py-spy may take
-PATIENCE = 5.0  # seconds that a rank has for its last word before SIGKILL
-LAST = 2.0  # seconds by which a guilty rank ends after the others
+TICK = 1.0  # seconds between two looks at the rank
+SINGLE_RANK_FACTOR = 10  # by which all limits are larger where there is one rank only
+STOPPED_AFTER = 5.0  # seconds by which a tick is late when this process itself was stopped
+STACK_TIMEOUT = 10.0  # seconds that py-spy, or all monitors together, may take for the stacks
+EXIT_TIMEOUT = 5.0  # seconds that a rank has to exit before SIGKILL
+CULPRIT_DELAY = 2.0  # seconds by which a culprit ends after the other ranks
 
 
-class Line:
-    """A socket or pipe that carries a JSON object per line, both ways, and never blocks."""
+class JsonSocket:
+    """A socket that carries one JSON object per line in both directions and never blocks.
+
+    Attributes:
+        open: False once nothing more can come.
+    """
 
     def __init__(self, channel: socket.socket) -> None:
         channel.setblocking(False)
         self.channel, self.open = channel, True
-        self._came, self._goes = b"", b""
+        self._received, self._unsent = b"", b""
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """What has come; `open` is False once nothing more can come."""
+        """The messages that have come."""
         try:
             while data := self.channel.recv(1 << 16):
-                self._came += data
+                self._received += data
             self.open = False
         except BlockingIOError:
             pass
         except OSError:
             self.open = False
-        *lines, self._came = self._came.split(b"\n")
+        *lines, self._received = self._received.split(b"\n")
         for line in lines:
             with suppress(ValueError):
-                if isinstance(message := json.loads(line), dict):  # a stranger may have found the port
+                if isinstance(message := json.loads(line), dict):  # any program may connect to the port
                     yield message
 
     def write(self, message: dict[str, Any]) -> None:
-        """Sends what fits now; the rest goes with the next message."""
-        self._goes += json.dumps(message).encode() + b"\n"
+        """Sends what fits now; the rest is sent with the next message."""
+        self._unsent += json.dumps(message).encode() + b"\n"
         try:
-            self._goes = self._goes[self.channel.send(self._goes) :]
+            self._unsent = self._unsent[self.channel.send(self._unsent) :]
         except BlockingIOError:
             pass
         except OSError:
             self.open = False
 
 
-class Rank:
-    """The process that is watched, seen from outside."""
+class MonitoredRank:
+    """The monitored process, seen from outside.
 
-    def __init__(self, pid: int, heart: Listener, limits: Limits, alone: bool) -> None:
-        self.pid, self.heart, self.limits = pid, heart, limits
-        self.alone = alone  # nobody waits for a rank that is alone: it may be stopped by Ctrl-Z, or in a debugger
+    Args:
+        pid: its process id.
+        heartbeat: its heartbeat.
+        limits: the settings.
+        alone: whether it is the only rank: no other rank waits for it, and it may be stopped by Ctrl-Z or a debugger.
+
+    Attributes:
+        number: number of the rank.
+        node: name of its node.
+        ended: as in RankReport.
+    """
+
+    def __init__(self, pid: int, heartbeat: HeartbeatReader, limits: Limits, alone: bool) -> None:
+        self.pid, self.heartbeat, self.limits, self.alone = pid, heartbeat, limits, alone
         self.number, self.node = 0, ""
         self.ended: str | None = None
-        self._stopped: float | None = None
-        self._excused = 0.0  # until when standing still does not count
+        self._stopped_since: float | None = None
+        self._excused_until = 0.0  # time without progress counts from here
 
     def excuse(self, now: float) -> None:
-        """This guard itself was stopped, and the rank probably with it: both begin anew."""
-        self._excused, self._stopped = now, None
+        """This monitor itself was stopped, and probably the rank with it: durations count from now."""
+        self._excused_until, self._stopped_since = now, None
 
-    def report(self, now: float) -> Report:
-        beat, state = self.heart.read(), self._state()
+    def report(self, now: float) -> RankReport:
+        beat, state = self.heartbeat.read(), self._state()
         if state not in "Tt":
-            self._stopped = None
+            self._stopped_since = None
         elif self.alone:
             self.excuse(now)
-        elif self._stopped is None:
-            self._stopped = now
-        return Report(
+        elif self._stopped_since is None:
+            self._stopped_since = now
+        limit = phase_limit(self.limits, beat.phase, beat.steps_timed, beat.step_time)
+        return RankReport(
             self.number,
             self.node,
             beat.step,
-            beat.place,
+            beat.phase_number,
             beat.index,
             beat.phase,
-            still=now - max(beat.since, self._excused),
-            limit=limit(self.limits, beat.phase, beat.paced, beat.pace) * (LENIENT if self.alone else 1),
-            stopped=0.0 if self._stopped is None else now - self._stopped,
-            frozen=now - max(beat.alive, self._excused),
+            in_phase=now - max(beat.since, self._excused_until),
+            limit=limit * (SINGLE_RANK_FACTOR if self.alone else 1),
+            stopped=0.0 if self._stopped_since is None else now - self._stopped_since,
+            frozen=now - max(beat.alive, self._excused_until),
             state=state,
-            writing=now - beat.writing if beat.writing else 0.0,
+            saving=now - beat.saving_since if beat.saving_since else 0.0,
             work=beat.work,
             ended=self.ended,
         )
 
     def _state(self) -> str:
-        """As the kernel names it; of a thread that waits for a disk, if there is one."""
+        """The state as the kernel names it; D if any thread waits for a disk."""
         try:
             states = [
                 path.read_text().rsplit(")")[-1].split()[0] for path in Path(f"/proc/{self.pid}/task").glob("*/stat")
@@ -126,69 +149,76 @@ class Rank:
 
 
 class Monitor:
-    """The loop.
+    """The main loop of a monitor process.
 
     Args:
-        settings: pid, alone, memory and listener (file descriptors), limits, stragglers (factor, steps), py_spy (path).
+        settings: pid, alone, memory, channel and listener (file descriptors), limits, stragglers (factor, steps) and
+            py_spy (path).
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.limits = Limits(**settings["limits"])
-        self.rank = Rank(settings["pid"], Listener(settings["memory"]), self.limits, settings["alone"])
-        self.settings = settings
-        self.words = Line(socket.socket(fileno=settings["words"]))  # with the rank
+        heartbeat = HeartbeatReader(settings["memory"])
+        self.rank = MonitoredRank(settings["pid"], heartbeat, self.limits, settings["alone"])
+        self.py_spy: str | None = settings["py_spy"]
+        self.channel = JsonSocket(socket.socket(fileno=settings["channel"]))  # with the rank
         self.server = None if settings["listener"] is None else socket.socket(fileno=settings["listener"])
         self.stragglers = Stragglers(*settings["stragglers"])
         self.member: Member | None = None
         self.coordinator: Coordinator | None = None
-        self.upwards: Line | None = None  # to the coordinator
-        self.members: list[Line] = []
+        self.to_coordinator: JsonSocket | None = None
+        self.members: list[JsonSocket] = []
         self.directory: Path | None = None
         self.token, self.address = "", ("", 0)
-        self.slow_save = False
-        self.writes = False  # whether watchdog.jsonl is this guard's
+        self.reported_slow_save = False
+        self.owns_events = False  # whether this monitor has created watchdog.jsonl
 
     def run(self) -> None:
-        """Until the rank has ended."""
-        selector, looked = selectors.DefaultSelector(), time.monotonic()
-        selector.register(self.words.channel, selectors.EVENT_READ)
+        """Monitors until the rank has ended."""
+        selector, due = selectors.DefaultSelector(), time.monotonic()
+        selector.register(self.channel.channel, selectors.EVENT_READ)
         if self.server is not None:
             self.server.setblocking(False)
             selector.register(self.server, selectors.EVENT_READ)
-        due = looked
         while True:
             for key, _ in selector.select(max(0.0, due - time.monotonic())):
                 if key.fileobj is self.server:
-                    with suppress(OSError):
-                        self.members.append(Line(self.server.accept()[0]))
-            self._hear_rank()
+                    self._accept()
+            self._read_rank()
             now = time.monotonic()
-            if now - due > GAP:
-                self._skip(now, now - due)
+            if now - due > STOPPED_AFTER:
+                self._discount(now, now - due)
             due = now + TICK if now >= due else due
             verdict = self._look(now)
             if verdict is not None:
-                self._end(verdict)
+                self._end_run(verdict)
                 return
             if self.rank.ended is not None:
                 if self.coordinator is None or self.coordinator.over or self.rank.ended == "":
-                    self._leave()
+                    self._say_goodbye()
                     return
-                with suppress(KeyError):  # rank 0 has failed: the others are judged before this one leaves
-                    selector.unregister(self.words.channel)
+                with suppress(KeyError):  # rank 0 has failed: the other ranks are judged before this monitor ends
+                    selector.unregister(self.channel.channel)
 
-    def _hear_rank(self) -> None:
-        for word in self.words.read():
-            if "join" in word:
-                self._join(**word["join"])
-            elif "directory" in word:
-                self.directory, self.writes = Path(word["directory"]), False
-            elif "ended" in word:
-                self.rank.ended = word["ended"]
-        if self.rank.ended is None and (not self.words.open or os.getppid() != self.rank.pid):
-            self.rank.ended = "it died without a word (killed, out of memory, or a crash)"
+    def _accept(self) -> None:
+        with suppress(OSError):
+            assert self.server is not None
+            self.members.append(JsonSocket(self.server.accept()[0]))
+
+    def _read_rank(self) -> None:
+        """Reads the messages of the rank, and notices its end."""
+        for message in self.channel.read():
+            if "join" in message:
+                self._join(**message["join"])
+            elif "directory" in message:
+                self.directory, self.owns_events = Path(message["directory"]), False
+            elif "ended" in message:
+                self.rank.ended = message["ended"]
+        if self.rank.ended is None and (not self.channel.open or os.getppid() != self.rank.pid):
+            self.rank.ended = "it died without a message (killed, out of memory, or a crash)"
 
     def _join(self, rank: int, ranks: int, node: str, directory: str, address: list[Any], token: str) -> None:
+        """The rank knows its number now, and where the coordinator listens."""
         now = time.monotonic()
         self.rank.number, self.rank.node = rank, node
         self.directory, self.address, self.token = Path(directory), (address[0], address[1]), token
@@ -197,161 +227,172 @@ class Monitor:
         else:
             self.member = Member(rank, now)
 
-    def _skip(self, now: float, seconds: float) -> None:
+    def _discount(self, now: float, seconds: float) -> None:
+        """This process was stopped for so long."""
         self.rank.excuse(now)
         for judge in (self.coordinator, self.member):
             if judge is not None:
-                judge.skip(seconds)
+                judge.discount(seconds)
 
     def _look(self, now: float) -> Verdict | None:
+        """One look at the rank, and the exchange with the other monitors."""
         report = self.rank.report(now)
         if self.coordinator is not None:
-            self.coordinator.hear(report, now)
-            self._hear_members(self.coordinator, now)
-            self._tell_slow(self.coordinator)
+            self.coordinator.receive(report, now)
+            self._read_members(self.coordinator, now)
+            self._report_slow(self.coordinator)
             return self.coordinator.judge(now)
         if self.member is not None:
-            self._talk(self.member, report, now)
+            self._exchange(self.member, report, now)
             if not self.member.released:
                 return self.member.judge(now)
-        if report.ended is None and report.still > report.limit:  # the others are not there yet, or no more
-            doing = Phase(report.phase).told
-            reason = f"rank {self.rank.number} alone: its {doing} did not come to an end in {report.limit:.0f} s"
+        if report.ended is None and report.in_phase > report.limit:  # the coordinator is not there yet, or not any more
+            phase = Phase(report.phase).label
+            reason = f"rank {self.rank.number} alone hangs: {phase} for more than {report.limit:.0f} s"
             return Verdict([self.rank.number], report.step, reason)
         return None
 
-    def _hear_members(self, coordinator: Coordinator, now: float) -> None:
-        for line in self.members:
-            for message in line.read():
+    def _read_members(self, coordinator: Coordinator, now: float) -> None:
+        for member in self.members:
+            for message in member.read():
                 if message.pop("token", None) == self.token:
-                    coordinator.hear(Report(**message), now)
+                    coordinator.receive(RankReport(**message), now)
                     verdict = coordinator.verdict
-                    line.write({} if verdict is None else verdict.as_json())
-        self.members = [line for line in self.members if line.open]
+                    member.write({} if verdict is None else verdict.as_json())
+        self.members = [member for member in self.members if member.open]
 
-    def _talk(self, member: Member, report: Report, now: float) -> None:
-        if self.upwards is None or not self.upwards.open:
+    def _exchange(self, member: Member, report: RankReport, now: float) -> None:
+        """Sends a report to the coordinator and reads its answers."""
+        if self.to_coordinator is None or not self.to_coordinator.open:
             with suppress(OSError):
-                self.upwards = Line(socket.create_connection(self.address, timeout=TICK))
-        if self.upwards is not None:
-            self.upwards.write({**report.as_json(), "token": self.token})
-            for answer in self.upwards.read():
-                member.hear(answer, now)
+                self.to_coordinator = JsonSocket(socket.create_connection(self.address, timeout=TICK))
+        if self.to_coordinator is not None:
+            self.to_coordinator.write({**report.as_json(), "token": self.token})
+            for answer in self.to_coordinator.read():
+                member.receive(answer, now)
 
-    def _tell_slow(self, coordinator: Coordinator) -> None:
+    def _report_slow(self, coordinator: Coordinator) -> None:
+        """Reports stragglers and slow saves."""
         reports = coordinator.reports
-        for report, times in self.stragglers.hear(reports):
+        for report, times in self.stragglers.update(reports):
             self._event("straggler", report.step, rank=report.rank, node=report.node, times=round(times, 2))
-            self._say(
+            self._print(
                 f"rank {report.rank} on {report.node} is a straggler: its own work in a step takes "
-                f"{times:.1f} times as long as the others'"
+                f"{times:.1f} times as long as that of the others"
             )
-        slow = max(reports.values(), key=lambda report: report.writing, default=None)
-        if slow is None or not slow.writing:
-            self.slow_save = False
-        elif slow.writing > max(self.limits.floor, self.limits.checkpoint / 10) and not self.slow_save:
-            self.slow_save = True
-            self._event("checkpoint_slow", slow.step, rank=slow.rank, node=slow.node, seconds=round(slow.writing, 1))
-            self._say(f"rank {slow.rank} on {slow.node} has been writing a checkpoint for {slow.writing:.0f} s")
+        slow = max(reports.values(), key=lambda report: report.saving, default=None)
+        if slow is None or not slow.saving:
+            self.reported_slow_save = False
+        elif slow.saving > max(self.limits.floor, self.limits.checkpoint / 10) and not self.reported_slow_save:
+            self.reported_slow_save = True
+            self._event("checkpoint_slow", slow.step, rank=slow.rank, node=slow.node, seconds=round(slow.saving, 1))
+            self._print(f"rank {slow.rank} on {slow.node} has been writing a checkpoint for {slow.saving:.0f} s")
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(f"\nWATCHDOG: {text}", file=sys.stderr, flush=True)
 
     def _event(self, event: str, step: int, **fields: Any) -> None:
-        """A row of watchdog.jsonl, by the one guard that has made the file."""
+        """Adds a row to watchdog.jsonl; only the monitor that has created the file writes to it."""
         if self.directory is None:
             return
         row = {"time": round(time.time(), 3), "event": event, "step": step, **fields}
-        with suppress(OSError), open(self.directory / "watchdog.jsonl", "a" if self.writes else "x") as file:
-            self.writes = True
+        with suppress(OSError), open(self.directory / "watchdog.jsonl", "a" if self.owns_events else "x") as file:
+            self.owns_events = True
             file.write(json.dumps(row) + "\n")
 
-    def _end(self, verdict: Verdict) -> None:
-        """Tells everybody, writes stacks down, ends the rank."""
-        for line in self.members:
-            line.write(verdict.as_json())
-        missing = self._dump_stacks(verdict) if self.rank.ended is None else None
+    def _end_run(self, verdict: Verdict) -> None:
+        """Sends the verdict to all monitors, writes the stacks, and ends the rank."""
+        for member in self.members:
+            member.write(verdict.as_json())
+        incomplete = self._dump_stacks(verdict) if self.rank.ended is None else None
         if self.rank.number in (0, *verdict.ranks[:1]) or self.member is None:
             where = "" if self.directory is None else f"\n  stacks: {self.directory}/stacks_rank_*.txt"
-            again = f"the run ends with exit code {ExitCode.HUNG}: the same command goes on"
-            self._say(f"{verdict.reason}{where}\n  {again}")
+            self._print(
+                f"{verdict.reason}{where}\n  the run ends with exit code {ExitCode.HUNG}: the same command resumes it"
+            )
         if self.member is None or 0 in verdict.ranks:
             self._event("failed", verdict.step, reason=f"watchdog: {verdict.reason}", ranks=list(verdict.ranks))
         self._await_stacks(verdict)
         if self.rank.ended is not None:
             return
         if self.rank.number in verdict.ranks and not self.rank.alone:
-            time.sleep(LAST)  # its end is what the others would see first, as a broken connection
-        self.words.write({"end": ExitCode.HUNG, "stacks": None if missing is None else str(missing)})
+            time.sleep(CULPRIT_DELAY)  # the other ranks would see its end as a broken connection
+        self.channel.write({"end": ExitCode.HUNG, "stacks": None if incomplete is None else str(incomplete)})
         with suppress(ProcessLookupError):
             os.kill(self.rank.pid, signal.SIGCONT)
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + EXIT_TIMEOUT
         while time.monotonic() < end and self.rank.ended is None:
             time.sleep(0.05)
-            self._hear_rank()
+            self._read_rank()
         with suppress(ProcessLookupError):
             if self.rank.ended is None:
                 os.kill(self.rank.pid, signal.SIGKILL)
 
     def _await_stacks(self, verdict: Verdict) -> None:
-        """Returns when all guards have written their rank's stacks: the end of one rank may be the end of all."""
-        end, ready = time.monotonic() + DUMP, False
-        done: set[Line] = set()
-        if self.upwards is not None:
-            self.upwards.write({"token": self.token, "done": True})
+        """Returns when all monitors have written their rank's stacks: the end of one rank may end the others."""
+        end, ready = time.monotonic() + STACK_TIMEOUT, False
+        done: set[JsonSocket] = set()
+        if self.to_coordinator is not None:
+            self.to_coordinator.write({"token": self.token, "done": True})
         while not ready and time.monotonic() < end:
             if self.server is not None:
-                with suppress(OSError):
-                    self.members.append(Line(self.server.accept()[0]))
-                for line in self.members:
-                    for message in line.read():
+                self._accept()
+                for member in self.members:
+                    for message in member.read():
                         if message.get("token") == self.token and "done" in message:
-                            done.add(line)
+                            done.add(member)
                         else:
-                            line.write(verdict.as_json())
-                self.members = [line for line in self.members if line.open]
-                ready = all(line in done for line in self.members)
-            elif self.upwards is not None:
-                ready = any("go" in answer for answer in self.upwards.read()) or not self.upwards.open
+                            member.write(verdict.as_json())
+                self.members = [member for member in self.members if member.open]
+                ready = all(member in done for member in self.members)
+            elif self.to_coordinator is not None:
+                answers = self.to_coordinator.read()
+                ready = any("go" in answer for answer in answers) or not self.to_coordinator.open
             else:
                 ready = True
             time.sleep(0.05)
-        for line in self.members:
-            line.write({"go": True})
+        for member in self.members:
+            member.write({"go": True})
 
     def _dump_stacks(self, verdict: Verdict) -> Path | None:
-        """Writes the rank's stacks; returns the file where the rank itself shall add them, since py-spy could not."""
+        """Writes the rank's stacks with py-spy.
+
+        Returns:
+            None if that succeeded or there is no directory; else the file to which the rank itself shall add them.
+        """
         if self.directory is None:
             return None
         path = self.directory / f"stacks_rank_{self.rank.number:04d}.txt"
-        tool, why = self.settings["py_spy"], "py-spy is not installed"
+        why = "py-spy is not installed"
         with suppress(OSError), open(path, "w", encoding="utf-8") as file:
             file.write(f"{verdict.reason}\n\n")
             file.flush()
-            if tool is not None:
-                command = [tool, "dump", "--nonblocking", "--pid", str(self.rank.pid)]
+            if self.py_spy is not None:
+                command = [self.py_spy, "dump", "--nonblocking", "--pid", str(self.rank.pid)]
                 try:
-                    done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, timeout=DUMP, check=False)
-                    if done.returncode == 0:
+                    dump = subprocess.run(
+                        command, stdout=file, stderr=subprocess.PIPE, timeout=STACK_TIMEOUT, check=False
+                    )
+                    if dump.returncode == 0:
                         return None
-                    why = done.stderr.decode(errors="replace").strip()
+                    why = dump.stderr.decode(errors="replace").strip()
                 except (OSError, subprocess.TimeoutExpired) as error:
                     why = str(error)
             file.write(f"py-spy: {why}\n")
         return path
 
-    def _leave(self) -> None:
-        """The rank came to its end, or has told why it failed."""
-        if self.upwards is not None and self.member is not None:
-            self._talk(self.member, self.rank.report(time.monotonic()), time.monotonic())
-        for line in self.members:
-            line.write({"bye": True})
+    def _say_goodbye(self) -> None:
+        """The rank has ended normally, or has reported why it failed: the others are told not to wait for answers."""
+        if self.to_coordinator is not None and self.member is not None:
+            self._exchange(self.member, self.rank.report(time.monotonic()), time.monotonic())
+        for member in self.members:
+            member.write({"bye": True})
 
 
 def main() -> None:
-    """Watches the process that has started this one."""
+    """Monitors the process that has started this one."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they are for the rank
+        signal.signal(number, signal.SIG_IGN)  # they are meant for the rank
     Monitor(json.loads(sys.argv[1])).run()
 
 

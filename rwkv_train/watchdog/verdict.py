@@ -1,29 +1,30 @@
-"""The watchdog's judgement: from what each rank reports of itself, who keeps the others waiting, and for too long.
+"""The watchdog's rules: from what each rank's monitor reports, which rank blocks the others for too long.
 
-Each rank has a guard, a process of its own (guard.py), that looks at its rank every second and reports to the first
-rank's guard, the coordinator, whose answer carries the verdict once there is one. Reports and answers may be lost: they
-are repeated as long as the run goes on. A verdict needs no clock but the judge's own: what is reported are durations.
+Each rank has a monitor, a process of its own (monitor.py), that looks at its rank every second and reports to the
+monitor of rank 0, the coordinator, whose answer carries the verdict once there is one. Reports and answers may be lost:
+they are repeated as long as the run lasts. A verdict needs no clock but the coordinator's: only durations are reported.
 
-In synchronous training everybody soon waits for the rank that hangs, so being late tells nothing. Guilty is who is
-behind: all ranks go through the same places in the same order, and those that wait have come further than the one that
-does not come. Who is dead, silent or stopped is guilty whatever its place.
+In synchronous training every rank soon waits for the one that hangs, so being late does not show which one that is.
+All ranks go through the same phases in the same order, and those that wait have come further than the one that they
+wait for: the culprit is the rank that is furthest behind. A rank that is dead, silent or stopped is a culprit wherever
+it is.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any
 
-SILENCE = 15.0  # seconds without a report after which a rank counts as lost
-SPREAD = 10.0  # seconds more, so that all that were lost together are named together, whoever was heard last
-ALONE = 30.0  # seconds without an answer after which a guard decides by itself: the coordinator is to be first
-FROZEN = 5.0  # seconds without a sign of any thread of a process after which it counts as frozen
-GRACE = 5.0  # seconds in which the others may notice by themselves that a rank has ended
-LEARNED = 5  # steps that make a mean
+REPORT_TIMEOUT = 15.0  # seconds without a report after which a rank counts as lost
+REPORT_SPREAD = 10.0  # seconds more: ranks that were lost together are then named together, whichever reported last
+ANSWER_TIMEOUT = 30.0  # seconds without an answer after which a monitor decides alone: the coordinator must be first
+FROZEN_AFTER = 5.0  # seconds without activity of any thread after which a process counts as frozen
+EXIT_GRACE = 5.0  # seconds in which the other ranks may notice by themselves that a rank has ended
+MIN_STEPS_FOR_MEAN = 5
 
 
 class Phase(IntEnum):
@@ -33,24 +34,27 @@ class Phase(IntEnum):
     DATA = 1  # between two steps: records, the next batch
     FORWARD = 2
     BACKWARD = 3
-    OPTIMISER = 4  # its own gradients are there: all-reduce, clipping, the update
+    OPTIMISER = 4  # the rank's own gradients are complete: all-reduce, clipping, the update
     VALIDATION = 5
     CHECKPOINT = 6
-    END = 7  # behind the last step
+    END = 7  # after the last step
 
     @property
-    def told(self) -> str:
+    def label(self) -> str:
         return {Phase.STARTUP: "start-up", Phase.OPTIMISER: "all-reduce and optimiser"}.get(self, self.name.lower())
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds that a rank may stay in one place.
+    """How long a rank may stay in one phase, in seconds unless said otherwise.
 
-    Args:
-        factor: of the mean step: what the place of a step may take.
-        floor: what it may take in any case.
-        startup, first_step, checkpoint, validation: of these.
+    Attributes:
+        factor: limit of the phases of a step, as a multiple of the mean step time.
+        floor: least limit of the phases of a step.
+        startup: limit of the start-up.
+        first_step: limit of the phases of the first steps, before a mean is known.
+        checkpoint: limit of a wait for a checkpoint.
+        validation: limit of a batch of the validation.
     """
 
     factor: float = 10.0
@@ -62,43 +66,45 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Report:
-    """How a rank is, as its guard sees it.
+class RankReport:
+    """The state of a rank as its monitor sees it; durations in seconds.
 
-    Args:
-        rank, node: whose.
+    Attributes:
+        rank: number of the rank.
+        node: name of its node.
         step: finished optimiser steps.
-        place: of the program within the step; all ranks go through the same ones.
-        index: of the micro-batch, or of the validation's batch.
-        phase: what is done there.
-        still: seconds since it came there.
-        limit: seconds that it may stay there.
-        stopped: seconds that the process has been stopped by a signal.
-        frozen: seconds since any thread of it ran.
-        state: of the process, as the kernel names it: R, S, D, T …
-        writing: seconds that a checkpoint has been on its way to the disk; 0: none is.
-        work: seconds of its own work in its last step, waiting for others left out.
-        ended: None while it runs; "" when it came to its end, else why not.
+        phase_number: how many phases of the step came before this one; all ranks go through the same ones.
+        index: number of the micro-batch, or of the validation batch.
+        phase: the current phase, a Phase.
+        in_phase: time since the last progress, a new phase or batch.
+        limit: how long that may be.
+        stopped: time for which the process has been stopped by a signal; 0: it is not.
+        frozen: time since any thread of the process ran.
+        state: state of the process as the kernel names it: R, S, D, T …
+        saving: time for which a checkpoint has been on its way to the disk; 0: none is.
+        work: time of the rank's own work in its last step, without waiting for other ranks.
+        ended: None while it runs; "" after a normal end, else the reason.
     """
 
     rank: int
     node: str = ""
     step: int = 0
-    place: int = 0
+    phase_number: int = 0
     index: int = 0
     phase: int = Phase.STARTUP
-    still: float = 0.0
+    in_phase: float = 0.0
     limit: float = 1800.0
     stopped: float = 0.0
     frozen: float = 0.0
     state: str = "S"
-    writing: float = 0.0
+    saving: float = 0.0
     work: float = 0.0
     ended: str | None = None
 
     @property
     def position(self) -> tuple[int, int, int]:
-        return self.step, self.place, self.index
+        """How far the rank has come."""
+        return self.step, self.phase_number, self.index
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -108,10 +114,10 @@ class Report:
 class Verdict:
     """Why a run ends.
 
-    Args:
-        ranks: the guilty ones.
+    Attributes:
+        ranks: the culprits.
         step: finished steps of the first of them.
-        reason: for people: who, where, doing what, for how long.
+        reason: who, where, in which phase, for how long.
     """
 
     ranks: Sequence[int]
@@ -122,65 +128,68 @@ class Verdict:
         return {"ranks": list(self.ranks), "step": self.step, "reason": self.reason}
 
 
-def limit(limits: Limits, phase: int, steps: int, pace: float) -> float:
-    """Seconds that a rank may stay in a place: for steps learned from the run itself.
+def phase_limit(limits: Limits, phase: int, steps: int, step_time: float) -> float:
+    """How long a rank may stay in a phase, in seconds; for the phases of a step it follows from the run itself.
 
     Args:
         limits: the settings.
-        phase: what is done there.
-        steps: that this process has done.
-        pace: seconds of one, the mean of the last ones.
+        phase: the phase.
+        steps: number of steps that this process has done.
+        step_time: mean time of the last steps, in seconds.
     """
-    own = {
+    fixed = {
         Phase.STARTUP: limits.startup,
         Phase.CHECKPOINT: limits.checkpoint,
         Phase.VALIDATION: limits.validation,
         Phase.END: limits.checkpoint,
     }
-    if phase in own:
-        return own[Phase(phase)]
-    return limits.first_step if steps < LEARNED else max(limits.floor, limits.factor * pace)
+    if phase in fixed:
+        return fixed[Phase(phase)]
+    return limits.first_step if steps < MIN_STEPS_FOR_MEAN else max(limits.floor, limits.factor * step_time)
 
 
 @dataclass
-class _Heard:
-    report: Report
-    at: float  # when, by the coordinator's clock
-    told: bool = False  # whether the rank was heard at all
+class _LastReport:
+    """The newest report of a rank, when it came by the coordinator's clock, and whether it is a real one."""
+
+    report: RankReport
+    at: float
+    received: bool = False
 
 
 @dataclass
 class Coordinator:
-    """Judges a run of so many ranks.
+    """Judges all ranks of a run.
 
     Args:
-        ranks: of the run.
-        limits: for those that have not been heard yet, and of who is stopped.
-        now: seconds by any clock that only goes on; those of the other calls too.
+        ranks: number of ranks.
+        limits: limits of ranks that have not reported yet, and of stopped ones.
+        now: seconds by any monotonic clock; the same clock in all calls.
+        verdict: the verdict, once there is one.
     """
 
     ranks: int
     limits: Limits
     now: float
     verdict: Verdict | None = None
-    _heard: dict[int, _Heard] = field(default_factory=dict)
+    _last: dict[int, _LastReport] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._heard = {rank: _Heard(Report(rank), self.now) for rank in range(self.ranks)}
+        self._last = {rank: _LastReport(RankReport(rank), self.now) for rank in range(self.ranks)}
 
-    def hear(self, report: Report, now: float) -> None:
-        """A rank's report; one that comes late, behind a newer one, does no harm."""
-        before = self._heard[report.rank]
+    def receive(self, report: RankReport, now: float) -> None:
+        """Takes the report of a rank; one that arrives late, after a newer one, does no harm."""
+        before = self._last[report.rank]
         if before.report.ended is None:
-            self._heard[report.rank] = _Heard(report, now, told=True)
+            self._last[report.rank] = _LastReport(report, now, received=True)
 
-    def skip(self, seconds: float) -> None:
-        """The coordinator itself was stopped for so long: nobody was silent because of that."""
-        for heard in self._heard.values():
-            heard.at += seconds
+    def discount(self, seconds: float) -> None:
+        """The coordinator itself was stopped for so long: that time is not counted as silence of the ranks."""
+        for last in self._last.values():
+            last.at += seconds
 
     def judge(self, now: float) -> Verdict | None:
-        """The verdict, which stays once there is one; None: nothing is wrong, or not for long enough."""
+        """The verdict, which is final once there is one; None: no rank exceeds a limit."""
         if self.verdict is None:
             self.verdict = self._judge(now)
         return self.verdict
@@ -188,51 +197,56 @@ class Coordinator:
     @property
     def over(self) -> bool:
         """Whether every rank has ended."""
-        return all(heard.report.ended is not None for heard in self._heard.values())
+        return all(last.report.ended is not None for last in self._last.values())
 
     @property
-    def reports(self) -> dict[int, Report]:
-        """The newest ones of the ranks that run."""
-        return {rank: h.report for rank, h in self._heard.items() if h.told and h.report.ended is None}
+    def reports(self) -> dict[int, RankReport]:
+        """The newest reports of the running ranks."""
+        return {rank: last.report for rank, last in self._last.items() if last.received and last.report.ended is None}
 
     def _judge(self, now: float) -> Verdict | None:
-        running = [heard for heard in self._heard.values() if heard.report.ended != ""]
-        left = [heard for heard in running if heard.report.ended is None]
-        died = [heard.report for heard in running if heard.report.ended is not None and now - heard.at > GRACE]
-        if died and left:
-            return self._guilty(died, lambda report: f"has ended: {report.ended}")
-        silent = [(now - (heard.at if heard.told else heard.at + self.limits.startup), heard.report) for heard in left]
-        lost = [report for seconds, report in silent if seconds > SILENCE]
-        if any(seconds > SILENCE + SPREAD for seconds, _ in silent):
-            return self._guilty(lost, lambda report: f"has not been heard for {SILENCE:.0f} s, nor its node's watchdog")
-        told = [heard.report for heard in left if heard.told]
-        stopped = [report for report in told if report.stopped > self.limits.floor]
+        unfinished = [last for last in self._last.values() if last.report.ended != ""]
+        running = [last for last in unfinished if last.report.ended is None]
+        died = [last.report for last in unfinished if last.report.ended is not None and now - last.at > EXIT_GRACE]
+        if died and running:
+            return self._against(died, lambda report: f"has ended: {report.ended}")
+        silent = [
+            (now - (last.at if last.received else last.at + self.limits.startup), last.report) for last in running
+        ]
+        if any(seconds > REPORT_TIMEOUT + REPORT_SPREAD for seconds, _ in silent):
+            lost = [report for seconds, report in silent if seconds > REPORT_TIMEOUT]
+            return self._against(lost, lambda report: f"is lost: no report from its node for {REPORT_TIMEOUT:.0f} s")
+        reports = [last.report for last in running if last.received]
+        stopped = [report for report in reports if report.stopped > self.limits.floor]
         if stopped:
-            return self._guilty(stopped, lambda one: f"has been stopped for {one.stopped:.0f} s ({_doing(one)})")
-        behind = furthest_behind(told)
-        if not behind or any(report.still <= report.limit for report in behind):
+            return self._against(
+                stopped, lambda report: f"has been stopped for {report.stopped:.0f} s ({_location(report)})"
+            )
+        behind = furthest_behind(reports)
+        if not behind or any(report.in_phase <= report.limit for report in behind):
             return None
-        return self._guilty(behind, lambda report: f"does not get on: {_doing(report)} for {_late(report)}")
+        return self._against(behind, lambda report: f"hangs: {_location(report)} for {_duration(report)}")
 
-    def _guilty(self, reports: Sequence[Report], why: Any) -> Verdict:
+    def _against(self, reports: Sequence[RankReport], why: Callable[[RankReport], str]) -> Verdict:
+        """The verdict against these ranks."""
         first = min(reports, key=lambda report: report.rank)
         others = f", and {len(reports) - 1} more ranks" if len(reports) > 1 else ""
         waiting = self.ranks - len(reports)
-        waits = f"; {waiting} wait" if waiting > 1 else "; the other one waits" if waiting else ""
+        waits = f"; {waiting} ranks wait" if waiting > 1 else "; the other rank waits" if waiting else ""
         node = f" on {first.node}" if first.node else ""
         reason = f"rank {first.rank}{node}{others} {why(first)}{waits}"
         return Verdict([report.rank for report in reports], first.step, reason)
 
 
-def furthest_behind(reports: Iterable[Report]) -> list[Report]:
-    """Those that all others wait for; of several at the same place, those that something else speaks against."""
+def furthest_behind(reports: Iterable[RankReport]) -> list[RankReport]:
+    """The ranks that all others wait for; of several at the same position, those with further signs of a fault."""
     reports = list(reports)
     least = min((report.position for report in reports), default=None)
     behind = [report for report in reports if report.position == least]
     signs = [
-        {report.rank for report in behind if report.frozen > FROZEN},
+        {report.rank for report in behind if report.frozen > FROZEN_AFTER},
         {report.rank for report in behind if report.state == "D"},
-        {report.rank for report in behind if report.phase == Phase.CHECKPOINT and report.writing > 0},
+        {report.rank for report in behind if report.phase == Phase.CHECKPOINT and report.saving > 0},
     ]
     for sign in signs:
         marked = [report for report in behind if report.rank in sign]
@@ -241,56 +255,63 @@ def furthest_behind(reports: Iterable[Report]) -> list[Report]:
     return behind
 
 
-def _doing(report: Report) -> str:
-    return f"{Phase(report.phase).told} of step {report.step + (report.phase != Phase.END)}"
+def _location(report: RankReport) -> str:
+    return f"{Phase(report.phase).label} of step {report.step + (report.phase != Phase.END)}"
 
 
-def _late(report: Report) -> str:
+def _duration(report: RankReport) -> str:
     if report.state == "D":
-        state = "inside the kernel: a disk, a network file system or a device does not answer"
+        detail = "inside the kernel: a disk, a network file system or a device does not respond"
+    elif report.frozen > FROZEN_AFTER:
+        detail = "none of its threads runs"
     else:
-        state = "no thread of it runs" if report.frozen > FROZEN else f"{report.limit:.0f} s are its limit"
-    return f"{report.still:.0f} s ({state})"
+        detail = f"limit {report.limit:.0f} s"
+    return f"{report.in_phase:.0f} s ({detail})"
 
 
 class Member:
-    """A guard's side of the talk with the coordinator: when it has been left alone for too long, its rank ends too.
+    """A monitor's side of the exchange with the coordinator: without answers for too long, it ends its rank itself.
 
     Args:
-        rank: whose guard.
-        now: as of the coordinator, by this guard's own clock.
+        rank: number of its rank.
+        now: seconds by this monitor's own monotonic clock; the same clock in all calls.
+
+    Attributes:
+        verdict: the verdict, once there is one.
+        released: whether rank 0 has ended normally, so that no answers come any more.
     """
 
     def __init__(self, rank: int, now: float) -> None:
         self.rank = rank
-        self._answered, self.released = now, False
         self.verdict: Verdict | None = None
+        self.released = False
+        self._answered = now
 
-    def hear(self, answer: Mapping[str, Any], now: float) -> None:
-        """The coordinator's answer: {} while all is well, a verdict, or {"bye"} when its own rank came to its end."""
+    def receive(self, answer: Mapping[str, Any], now: float) -> None:
+        """Takes an answer of the coordinator: {} if nothing is wrong, a verdict, or {"bye"} when rank 0 has ended."""
         self._answered = now
         if "bye" in answer:
             self.released = True
         if "reason" in answer and self.verdict is None:
             self.verdict = Verdict(answer["ranks"], answer["step"], answer["reason"])
 
-    def skip(self, seconds: float) -> None:
-        """This guard itself was stopped for so long."""
+    def discount(self, seconds: float) -> None:
+        """This monitor itself was stopped for so long: that time is not counted as silence of the coordinator."""
         self._answered += seconds
 
     def judge(self, now: float) -> Verdict | None:
-        if self.verdict is None and not self.released and now - self._answered > ALONE:
-            reason = f"rank 0's watchdog has not answered rank {self.rank}'s for {ALONE:.0f} s: its node is lost"
+        if self.verdict is None and not self.released and now - self._answered > ANSWER_TIMEOUT:
+            reason = f"rank 0 is lost: no answer from its node to rank {self.rank} for {ANSWER_TIMEOUT:.0f} s"
             self.verdict = Verdict([0], 0, reason)
         return self.verdict
 
 
 class Stragglers:
-    """Names the rank whose own work takes longer than the others', step after step.
+    """Finds ranks whose own work takes longer than the others', step after step.
 
     Args:
-        factor: times the median of all ranks.
-        steps: for so many steps in a row.
+        factor: a straggler takes at least this many times the median of the other ranks.
+        steps: for this many steps in a row.
     """
 
     def __init__(self, factor: float, steps: int) -> None:
@@ -299,11 +320,11 @@ class Stragglers:
         self._since: dict[int, int] = {}
         self._named: set[int] = set()
 
-    def hear(self, reports: Mapping[int, Report]) -> list[tuple[Report, float]]:
-        """Takes what the ranks report.
+    def update(self, reports: Mapping[int, RankReport]) -> list[tuple[RankReport, float]]:
+        """Takes the newest report of each rank.
 
         Returns:
-            who is named now, and how many times as long it works; nobody twice, unless it has recovered between.
+            new stragglers with how many times as long they take; a rank again only after it has recovered.
         """
         for rank, report in reports.items():
             recent = self._recent.setdefault(rank, deque(maxlen=9))

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import pytest
 import torch
 
-from rwkv_train.checkpoint.directory import counted, newest, read_meta, verify
+from rwkv_train.checkpoint.directory import list_checkpoints, newest, read_meta, verify
 from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.cli import launcher
 from rwkv_train.errors import UserError
@@ -75,7 +75,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(
     assert left == ({kept.name} if kept else set())
     said = capfd.readouterr()
     assert "could not be written: No space left on device" in said.err
-    assert f"the last whole checkpoint is {kept or 'none'}" in said.err
+    assert f"the last complete checkpoint is {kept or 'none'}" in said.err
     assert "WARNING: the disk refused" in said.out
     assert "checkpoint_failed" in [row["event"] for row in rows(run, "events.jsonl")]
 
@@ -90,8 +90,9 @@ def test_what_a_checkpoint_holds(whole: Path) -> None:
     state = torch.load(path / "state.pth", weights_only=True)
     assert set(state["exp_avg"]) == set(state["exp_avg_sq"]) == set(weights)  # keyed by name
     meta = read_meta(path)
-    assert (meta["step"], meta["tokens"]) == (9, 9 * 128)
-    assert meta["config"]["model"]["n_embd"] == 32
+    assert (meta.step, meta.tokens, meta.updates) == (9, 9 * 128, 9)
+    assert meta.config["model"]["n_embd"] == 32
+    assert meta.shapes["emb.weight"] == (256, 32)
 
 
 def test_the_newest_stay(whole: Path, tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_from_an_older_checkpoint_on_the_newer_ones_do_not_count(whole: Path, co
     assert resume(copy, f"resume={run / 'checkpoints' / 'step_000000003-0001'}") == 0
     assert losses(run) == losses(whole / "runs" / "run")
     assert (run / "checkpoints" / "step_000000006-0001").is_dir()  # it stays, and is nobody's
-    assert [path.name for path in counted(run / "checkpoints")] == [
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == [
         "step_000000003-0001",
         "step_000000006-0002",
         "step_000000009-0002",

@@ -1,4 +1,4 @@
-"""Pieces: any ranges that together are the state are written, found and put together again."""
+"""State shards: any ranges that together make up the state are written and read back as any other ranges."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from torch import Tensor
 from rwkv_train.checkpoint.directory import newest, verify
 from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, Reader, StateShard, contents, file_names
 from rwkv_train.checkpoint.storage import LocalStorage
-from rwkv_train.checkpoint.writer import OwnBoard, Writer
+from rwkv_train.checkpoint.writer import InProcessStore, Writer
 from rwkv_train.errors import UserError
 from rwkv_train.models import ModelConfig
 from rwkv_train.models.detect import detect_file
+from rwkv_train.rundir.attempts import Attempts
+from tests.checkpoint.metas import meta_of
 
 SHAPES = {"emb.weight": (7, 5), "ln.weight": (5,), "head.weight": (11, 5)}
 
@@ -37,20 +39,19 @@ def split(values: Tensor, ranks: int, draw: random.Random) -> list[tuple[int, Te
 
 
 def write(path: Path, ranks: int, seed: int = 0) -> dict[tuple[str, str], Tensor]:
-    """A checkpoint of so many writers, whose shares are drawn by lot; its state."""
-    state, board, draw = state_of(seed), OwnBoard(), random.Random(seed)
+    """Writes a checkpoint of so many ranks, whose shards are drawn at random; returns its state."""
+    state, store, draw = state_of(seed), InProcessStore(), random.Random(seed)
     cuts = {name: split(state[WEIGHT, name], ranks, draw) for name in SHAPES}
-    for rank in reversed(range(ranks)):  # the first one waits for the others' words on the board
+    for rank in reversed(range(ranks)):  # rank 0 comes last: it reads the others' messages
 
-        def pieces(rank: int = rank) -> Iterator[StateShard]:
+        def shards(rank: int = rank) -> Iterator[StateShard]:
             for (kind, name), values in state.items():
                 start, part = cuts[name][rank]
                 yield StateShard(kind, name, start, values.flatten()[start : start + part.numel()], True)
 
-        files = dict(zip(file_names(rank, ranks), contents(pieces(), SHAPES), strict=True))
-        writer = Writer(LocalStorage(), rank, ranks, board)
-        meta = {"step": 5, "shapes": {name: list(shape) for name, shape in SHAPES.items()}, "writers": ranks}
-        writer.begin(path, files, meta)
+        files = dict(zip(file_names(rank, ranks), contents(shards(), SHAPES), strict=True))
+        writer = Writer(LocalStorage(), rank, ranks, store)
+        writer.begin(path, files, meta_of(step=5, shapes=SHAPES, writers=ranks))
         writer.wait()
         assert [outcome.error for outcome in writer.finished()] == [None]
     return state
@@ -58,11 +59,13 @@ def write(path: Path, ranks: int, seed: int = 0) -> dict[tuple[str, str], Tensor
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_any_ranges_are_read_from_any(tmp_path: Path, ranks: int) -> None:
-    path = tmp_path / "step_000000005"
+    attempts = Attempts(tmp_path)
+    attempts.begin(attempts.claim(), 0, None)
+    path = tmp_path / "checkpoints" / "step_000000005-0001"
     state = write(path, ranks)
     assert verify(path) is None
-    assert newest(tmp_path)[0] == path
-    assert (tmp_path / "latest").read_text() == path.name
+    assert newest(path.parent)[0] == path
+    assert (path.parent / "latest").read_text() == path.name
     reader, draw = Reader(path), random.Random(1)
     assert reader.shapes == SHAPES
     for others in (1, 3, 4):
@@ -88,7 +91,7 @@ def test_a_file_with_weights_is_read_as_well(tmp_path: Path) -> None:
 
 
 def test_the_shape_of_a_sharded_checkpoint_is_known(tmp_path: Path) -> None:
-    path = tmp_path / "step_000000005"
+    path = tmp_path / "step_000000005-0001"
     write(path, 2)
     shapes = {"emb.weight": [9, 4], "blocks.0.ffn.key.weight": [16, 4], "blocks.0.att.time_first": [4]}
     shapes["blocks.0.att.time_decay"] = [4]
@@ -97,7 +100,7 @@ def test_the_shape_of_a_sharded_checkpoint_is_known(tmp_path: Path) -> None:
 
 
 def test_elements_that_nobody_wrote_are_missed(tmp_path: Path) -> None:
-    path = tmp_path / "step_000000005"
+    path = tmp_path / "step_000000005-0001"
     write(path, 3, seed=2)
     meta = json.loads((path / "meta.json").read_text())
     for name in file_names(1, 3):
@@ -113,7 +116,7 @@ def test_elements_that_nobody_wrote_are_missed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights_0001_of_0002.pth", "state_0000_of_0002.pth"])
 def test_a_missing_shard_is_named(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "step_000000005"
+    path = tmp_path / "step_000000005-0001"
     write(path, 2)
     (path / name).unlink()
     damage = verify(path)
@@ -128,10 +131,10 @@ def test_a_rank_that_cannot_write_costs_the_checkpoint_and_says_so(tmp_path: Pat
         def write(self, path: Path) -> None:
             raise OSError(28, "No space left on device", str(path))
 
-    board, path = OwnBoard(), tmp_path / "step_000000005"
+    store, path = InProcessStore(), tmp_path / "step_000000005-0001"
     for rank, storage, told in ((1, Full(), "No space left"), (0, LocalStorage(), "rank 1: No space left on device")):
-        writer = Writer(storage, rank, 2, board)
-        writer.begin(path, {file_names(rank, 2)[0]: {}}, {})
+        writer = Writer(storage, rank, 2, store)
+        writer.begin(path, {file_names(rank, 2)[0]: {}}, meta_of())
         writer.wait()
         (outcome,) = writer.finished()
         assert outcome.error is not None

@@ -1,4 +1,4 @@
-"""Attempts alive at once, stopped and killed anywhere: no half checkpoint, no file of two, nothing lost."""
+"""Attempts alive at once, paused and killed anywhere: no half checkpoint, no file with two writers, nothing lost."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 
 from rwkv_train.checkpoint import commit, writer
-from rwkv_train.rundir.attempts import Attempts
-from rwkv_train.rundir.jsonl import Shown
-from rwkv_train.rundir.lineage import Lineage
+from rwkv_train.rundir.attempts import Attempts, Lineage
+from rwkv_train.rundir.jsonl import MergedView
 from tests.checkpoint.writing import play
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """In memory where there is such a file system: thousands of directories come and go."""
+    """In memory if there is such a file system: thousands of directories are created and removed."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as path:
         yield Path(path) / "world"
@@ -30,7 +29,7 @@ def failures(folder: Path, seeds: range) -> list[str]:
     return [f"seed {seed}: {wrong}" for seed in seeds if (wrong := play(folder, seed)) is not None]
 
 
-def test_every_schedule_leaves_a_whole_run(folder: Path) -> None:
+def test_every_schedule_leaves_a_complete_run(folder: Path) -> None:
     assert failures(folder, range(150)) == []
 
 
@@ -44,20 +43,20 @@ def everything_counts(self: Lineage, number: int, step: int) -> bool:
     return True
 
 
-def the_marker_is_not_waited_for(self: commit.Commit, more: Any) -> dict[str, Any]:
-    """Written with what is known already."""
-    files = {name: entry for word in self._heard.values() for name, entry in word.files.items()}
+def the_manifest_is_not_waited_for(self: commit.Commit, more: Any) -> dict[str, Any]:
+    """Written with the acks that have come so far."""
+    files = {name: entry for ack in self._acks.values() for name, entry in ack.files.items()}
     return {"attempt": self.attempt, "step": self.step, "files": {**files, **more}}
 
 
 def a_number_is_looked_up(self: Attempts) -> int:
-    """A check, then a write: two may have looked at the same time."""
+    """A check, then a write: two processes may have checked at the same time."""
     number = max(self.numbers(), default=0) + 1
     self.directory(number).mkdir(parents=True, exist_ok=True)
     return number
 
 
-def the_merge_is_followed_by_its_name(self: Shown, lines: bytes) -> None:
+def the_merge_is_followed_by_its_name(self: MergedView, lines: bytes) -> None:
     with open(self.path, "ab") as file:
         file.write(lines)
 
@@ -67,13 +66,13 @@ def without_a_number(path: Path) -> Path:
 
 
 BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
-    (Lineage, "counts", everything_counts),
-    (commit.Commit, "marker", the_marker_is_not_waited_for),
+    (Lineage, "includes", everything_counts),
+    (commit.Commit, "manifest", the_manifest_is_not_waited_for),
     (Attempts, "claim", a_number_is_looked_up),
     (Attempts, "superseded", lambda self, number: False),
     (Attempts, "lineage", lambda self, head=None: Lineage([])),
-    (Shown, "follow", the_merge_is_followed_by_its_name),
-    (writer, "aside_of", without_a_number),
+    (MergedView, "append", the_merge_is_followed_by_its_name),
+    (writer, "temporary_path", without_a_number),
 ]
 
 
@@ -81,6 +80,6 @@ BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
 def test_a_broken_rule_is_seen(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where, name, instead = BROKEN[number]
     monkeypatch.setattr(where, name, instead)
-    if instead is the_marker_is_not_waited_for:
+    if instead is the_manifest_is_not_waited_for:
         monkeypatch.setattr(commit.Commit, "missing", property(lambda self: []))
     assert any(play(folder, seed) is not None for seed in range(400))

@@ -1,10 +1,9 @@
-"""Attempts of one run that live at the same time, on a real directory, interleaved at every call to the file
-system.
+"""Attempts of one run that are alive at the same time, on a real directory, interleaved at every file operation.
 
-Each rank of each attempt is a thread that runs the real code: the claim, the note, the records, the writer, the
-deletion of old checkpoints. One thread runs at a time. Python's audit hook stops it before every operation on a file,
-and a seeded draw says who goes on: so that a process can be stopped between any check and any write, for any time, be
-killed there, or wake up long after another attempt has taken over.
+Each rank of each attempt is a thread that runs the real code: the claim, the start note, the records, the writer, the
+deletion of old checkpoints. One thread runs at a time. Python's audit hook stops it before every file operation, and a
+seeded draw decides which one runs next: a process can be paused between any check and any write for any time, be killed
+there, or wake up long after another attempt has taken over.
 """
 
 from __future__ import annotations
@@ -20,20 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rwkv_train.checkpoint.directory import (
-    attempt_of,
-    counted,
-    directory_name,
-    newest,
-    remove_unfinished,
-    step_of,
-    verify,
-)
+from rwkv_train.checkpoint.directory import list_checkpoints, newest, remove_unfinished, verify
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.checkpoint.writer import Writer
 from rwkv_train.config import CheckpointSettings, Duration
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
+from tests.checkpoint.metas import meta_of
 
 EVERY, STEPS = 3, 12
 OPERATIONS = {"open", "os.listdir", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.truncate"}
@@ -44,7 +37,7 @@ class Killed(BaseException):
 
 
 class Process(threading.Thread):
-    """One rank: runs when it is given the baton, and gives it back before each operation on a file."""
+    """One rank: runs while it holds the baton, and returns it before each file operation."""
 
     def __init__(self, world: World, name: str, body: Callable[[], None]) -> None:
         super().__init__(name=name, daemon=True)
@@ -66,7 +59,7 @@ class Process(threading.Thread):
             self.world.back.release()
 
     def point(self) -> None:
-        """Somebody else may go on."""
+        """Lets another process run."""
         self.world.back.release()
         self.baton.acquire()
         if self.killed:
@@ -83,7 +76,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         and str(path).startswith("/")
         and not str(path).startswith(str(process.world.folder))
     ):
-        return  # Python's own, a module's source say; relative names are those of shutil.rmtree
+        return  # Python's own, such as a module's source; relative names are those of shutil.rmtree
     process.world.note(process, event, arguments)
     process.point()
 
@@ -91,26 +84,26 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 _hooked = False
 
 
-class Board:
+class Store:
     """The ranks' key-value store of one attempt."""
 
     def __init__(self) -> None:
-        self.words: dict[str, bytes] = {}
+        self.values: dict[str, bytes] = {}
 
     def set(self, key: str, value: str) -> None:
-        self.words[key] = value.encode()
+        self.values[key] = value.encode()
 
     def get(self, key: str) -> bytes:
-        return self.words[key]
+        return self.values[key]
 
     def wait(self, keys: list[str], timeout: timedelta) -> None:
         for _ in range(300):
-            if all(key in self.words for key in keys):
+            if all(key in self.values for key in keys):
                 return
             process = threading.current_thread()
             assert isinstance(process, Process)
             process.point()
-        raise TimeoutError("a rank has not been heard")
+        raise TimeoutError("no message from a rank")
 
 
 class Disk(LocalStorage):
@@ -125,9 +118,9 @@ class World:
 
     Args:
         folder: an empty directory.
-        seed: of who goes on when, who sleeps, who is killed.
-        ranks: of each attempt.
-        attempts: how many there are; a new one begins while the ones before may still live.
+        seed: seed of which process runs when, sleeps or is killed.
+        ranks: number of ranks of each attempt.
+        attempts: number of attempts; a new one begins while earlier ones may still be alive.
     """
 
     def __init__(self, folder: Path, seed: int, ranks: int = 2, attempts: int = 3) -> None:
@@ -141,7 +134,7 @@ class World:
         self.back = threading.Semaphore(0)
         self.processes: list[Process] = []
         self.problems: list[str] = []
-        self.writers: dict[str, set[str]] = {}  # file → who has opened it for writing
+        self.writers: dict[str, set[str]] = {}  # file → attempts that have opened it for writing
 
     def note(self, process: Process, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(arguments[0], (str, Path)) and any(c in str(arguments[1]) for c in "wax+"):
@@ -149,15 +142,15 @@ class World:
 
     def launch(self) -> None:
         self.left -= 1
-        board, shared = Board(), dict[str, int]()
+        store, shared = Store(), dict[str, int]()
         for rank in range(self.ranks):
-            body = partial(self.other, shared, board, rank) if rank else partial(self.first, shared, board)
+            body = partial(self.other, shared, store, rank) if rank else partial(self.first, shared, store)
             process = Process(self, f"start{self.left}.{rank}", body)
             process.start()
             self.processes.append(process)
 
     def schedule(self, turns: int = 4000) -> None:
-        """Runs all of it; whoever has not ended by itself then is killed."""
+        """Runs the schedule; processes that have not ended by then are killed."""
         self.launch()
         for _ in range(turns):
             alive = [process for process in self.processes if not process.done]
@@ -173,7 +166,7 @@ class World:
             if dice < 0.003:
                 process.killed = True
             elif dice < 0.02:
-                process.asleep = self.draw.choice((20, 200, 1000))  # stopped: it wakes in another time
+                process.asleep = self.draw.choice((20, 200, 1000))  # paused; wakes up later
                 continue
             process.baton.release()
             self.back.acquire()
@@ -184,23 +177,23 @@ class World:
                 self.back.acquire()
             process.join()
 
-    def save(self, number: int, step: int, rank: int, board: Board) -> str | None:
-        """A rank's part of a save, by the real writer, and the real deletion behind it; why it failed."""
+    def save(self, number: int, step: int, rank: int, store: Store) -> str | None:
+        """A rank's part of a save by the real writer, followed by the real deletion; returns why it failed."""
         settings = CheckpointSettings(Duration(steps=EVERY), 1, None, False, True)
         policy = CheckpointCallback(self.run.checkpoints, settings, 1, {}, None, Disk())  # type: ignore[arg-type]
-        policy._number = number
-        writer = Writer(Disk(), rank, self.ranks, board, policy._retain)
+        policy._attempt = number
+        writer = Writer(Disk(), rank, self.ranks, store, policy._retain)
         part = {f"part_{rank}.json": [number, step, rank]}
-        writer._save(self.run.checkpoints / directory_name(step, number), part, {"step": step}, str(step))
+        final = self.run.checkpoints / str(CheckpointName(step, number))
+        writer._save(final, part, meta_of(step=step), str(step))
         return writer.finished()[0].error
 
-    def first(self, shared: dict[str, int], board: Board) -> None:
+    def first(self, shared: dict[str, int], store: Store) -> None:
         """Rank 0, in the order of training/loop.py."""
         run = self.run
         number = run.attempts.claim()
         base, _ = newest(run.checkpoints)
-        begin = 0 if base is None else step_of(base) or 0
-        run.attempts.begin(number, begin, None if base is None else attempt_of(base))
+        begin = self.begin(number, base)
         remove_unfinished(run.checkpoints, number, Disk())
         with run.records(number, True) as (events, lines):
             events.add("resumed" if begin else "started", begin)
@@ -210,10 +203,17 @@ class World:
                 if step % EVERY == 0:
                     if run.attempts.superseded(number):
                         return
-                    error = self.save(number, step, 0, board)
+                    error = self.save(number, step, 0, store)
                     events.add("checkpoint" if error is None else "checkpoint_failed", step)
 
-    def other(self, shared: dict[str, int], board: Board, rank: int) -> None:
+    def begin(self, number: int, base: Path | None) -> int:
+        """Notes the start of an attempt from a checkpoint; returns its step."""
+        name = None if base is None else CheckpointName.of(base)
+        step = 0 if name is None else name.step
+        self.run.attempts.begin(number, step, None if name is None else name.attempt)
+        return step
+
+    def other(self, shared: dict[str, int], store: Store, rank: int) -> None:
         """Another rank: its part of every save."""
         process = threading.current_thread()
         assert isinstance(process, Process)
@@ -221,33 +221,37 @@ class World:
             process.point()
         for step in range(shared["step"] + 1, STEPS + 1):
             if step % EVERY == 0:
-                self.save(shared["number"], step, rank, board)
+                self.save(shared["number"], step, rank, store)
 
     def wrong(self) -> str | None:
-        """What must not be; None: all is as it has to be."""
+        """The first violated invariant; None: all hold."""
         run = self.run
         if self.problems:
             return self.problems[0]
         for path, who in self.writers.items():
             if len(who) > 1:
                 return f"{path} was written by {sorted(who)}"
-        committed = [path for path in counted(run.checkpoints) if (path / "manifest.json").exists()]
-        for path in committed:  # without a manifest it is one that was being deleted
+        committed = [path for path in list_checkpoints(run.checkpoints) if (path / "manifest.json").exists()]
+        for path in committed:  # one without a manifest was being deleted
             if (damage := verify(path)) is not None:
                 return f"{path.name} counts and is damaged: {damage.reason}"
             for rank in range(self.ranks):
                 part = path / f"part_{rank}.json"
                 whose = json.loads(part.read_text()) if part.exists() else None
-                if whose != [attempt_of(path), step_of(path), rank]:
+                name = CheckpointName.of(path)
+                if whose != [name.attempt, name.step, rank]:
                     return f"{path.name} has for rank {rank} the part of {whose}"
         starts = run.attempts.starts()
-        base = starts[-1].step if starts else 0
+        base, last = (starts[-1].step, starts[-1].number) if starts else (0, 0)
         found, _ = newest(run.checkpoints)
-        if base and (found is None or (step_of(found) or 0) < base):
-            return f"the checkpoint of step {base}, from which the newest start went on, is gone"
+        if base and (found is None or CheckpointName.of(found).step < base):
+            return f"the checkpoint of step {base}, from which the newest attempt continued, is gone"
+        complete = [path for path in run.checkpoints.glob("step_*") if verify(path) is None]
+        own = [name for path in complete if (name := CheckpointName.of(path)).attempt == last]
+        if own and (found is None or CheckpointName.of(found) < max(own)):
+            return f"{max(own)} of the newest attempt does not count"
         number = run.attempts.claim()
-        step = 0 if found is None else step_of(found) or 0
-        run.attempts.begin(number, step, None if found is None else attempt_of(found))
+        step = self.begin(number, found)
         rows = [json.loads(line) for line in run.attempts.metrics()]
         if [row["step"] for row in rows] != list(range(1, step + 1)):
             return f"the rows before step {step} are {[row['step'] for row in rows]}"
@@ -257,11 +261,11 @@ class World:
 
 
 def play(folder: Path, seed: int) -> str | None:
-    """A schedule of its own in a directory that is removed again; what was wrong."""
+    """Runs a schedule in a directory that is removed afterwards; returns what was wrong."""
     shutil.rmtree(folder, ignore_errors=True)
     world = World(folder, seed, ranks=1 + seed % 3, attempts=2 + seed % 2)
     world.schedule()
     wrong = world.wrong()
-    world.processes.clear()  # they hold the world, and with it open files
+    world.processes.clear()  # they reference the world, and with it open files
     shutil.rmtree(folder)
     return wrong

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def trained(monkeypatch: pytest.MonkeyPatch, outcome: Callable[..., int]) -> None:
-    """Puts a stand-in where training would begin."""
+    """Replaces training."""
     room = types.ModuleType("rwkv_train.training.run")
     room.train = outcome  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rwkv_train.training.run", room)
@@ -62,7 +62,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         ({"OMP_WAIT_POLICY": "active"}, "None active"),
     ],
 )
-def test_waiting_threads_give_their_cores_away_unless_told_otherwise(given: dict[str, str], settled: str) -> None:
+def test_waiting_threads_give_up_their_cores_unless_set_otherwise(given: dict[str, str], settled: str) -> None:
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     seen = "print(*[os.environ.get(name) for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')], 'torch' in sys.modules)"
     code = f"import os, sys; from rwkv_train.cli import launcher; launcher.main(['--help']); {seen}"
@@ -78,7 +78,7 @@ def test_help_may_be_cut_short() -> None:
     assert (done.stdout[:6], done.stderr) == ("usage:", "")
 
 
-def test_all_mistakes_in_one_block(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_errors_in_one_block(capsys: pytest.CaptureFixture[str]) -> None:
     assert launcher.main(["seed=x", "modle=7b", "optim=sgd"]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -89,7 +89,7 @@ def test_all_mistakes_in_one_block(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_only_the_first_process_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_rank_0_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert launcher.rank() == 1
     assert launcher.main(["seed=x"]) == 2
@@ -143,9 +143,9 @@ def test_multirun_checks_all_and_then_runs_each(
     assert launcher.main(["-m", "model=nano,tiny", "batch.tokens=2048,3", "trainer.devices=1"]) == 2
     assert launcher.main(["-m", "seed=1,2", "run.name=same"]) == 2
     assert runs == []
-    told = capsys.readouterr().err
-    assert told.count("batch.tokens=3 is not a multiple") == 1
-    assert "run.name=same would be the directory of 2 runs" in told
+    errors = capsys.readouterr().err
+    assert errors.count("batch.tokens=3 is not a multiple") == 1
+    assert "run.name=same would be the directory of 2 runs" in errors
 
 
 def test_multirun_expands_what_hydra_expands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_help_shows_everything() -> None:
     assert "model=       nano small [tiny] 169m 430m 1b5 3b 7b 14b" in text
     for group, names in CONF.groups.items():
         if group != "local":
-            found = re.search(rf"^  {group}=(.*(?:\n {{8,}}\S.*)*)", text, re.MULTILINE)  # long ones go on below
+            found = re.search(rf"^  {group}=(.*(?:\n {{8,}}\S.*)*)", text, re.MULTILINE)  # long ones are wrapped
             assert found
             assert found[1].replace("[", " ").replace("]", " ").split() == names
     words = set(schema()) - {"arch", "strategy", "model.size", "logger"}
@@ -208,7 +208,7 @@ def test_the_examples_of_plan(argv: list[str], capsys: pytest.CaptureFixture[str
 def best_time(
     argv: Sequence[str], folder: Path, code: int, attempts: int = 4
 ) -> tuple[float, subprocess.CompletedProcess[str]]:
-    """Shortest wall-clock time of a process from start to end; the machine may be busy with other things."""
+    """Shortest wall-clock time of a process from start to end of several attempts, since the machine may be busy."""
     times = []
     for _ in range(attempts):
         start = time.perf_counter()
@@ -220,7 +220,7 @@ def best_time(
     return min(times), result
 
 
-def test_a_mistake_is_told_within_the_time_and_leaves_nothing(tmp_path: Path) -> None:
+def test_an_error_is_reported_in_time_and_nothing_is_written(tmp_path: Path) -> None:
     seconds, result = best_time(["model.n_layers=4", "batch.tokens=2000"], tmp_path, 2)
     assert seconds <= 1.5
     assert result.stdout == ""
@@ -229,7 +229,7 @@ def test_a_mistake_is_told_within_the_time_and_leaves_nothing(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_comes_within_the_time(tmp_path: Path) -> None:
+def test_help_is_printed_in_time(tmp_path: Path) -> None:
     seconds, result = best_time(["--help"], tmp_path, 0)
     assert seconds <= 2
     assert result.stdout.startswith("usage: python train.py")

@@ -1,4 +1,4 @@
-"""What a user does wrong, as real commands: exit code 2, one or two lines, in time, and nothing is written."""
+"""User errors as real commands: exit code 2, a message of one or two lines, in time, and nothing is written."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from rwkv_train.training.run import train
 from rwkv_train.training.setup import assemble
 from tests.runs import ROOT, losses, rows, start, words_for
 
-CONFIG, TORCH, LIGHTNING = 1.5, 4.0, 10.0  # CPU seconds within which a mistake is told, by what it needs to be seen
+CONFIG, TORCH, LIGHTNING = 1.5, 4.0, 10.0  # CPU seconds within which an error is reported, by what is needed to find it
 
 
 @dataclass
-class Told:
+class Result:
     code: int
     out: str
     err: str
     cpu: float  # user and system seconds, of the process alone: the machine may be busy with other things
 
 
-def tell(argv: Sequence[str], folder: Path) -> Told:
+def run_python(argv: Sequence[str], folder: Path) -> Result:
     """Runs `python ARGV` in a folder."""
     with open(folder / "out", "w+") as out, open(folder / "err", "w+") as err:
         process = subprocess.Popen([sys.executable, *argv], cwd=folder, stdout=out, stderr=err)
@@ -44,14 +44,14 @@ def tell(argv: Sequence[str], folder: Path) -> Told:
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
-        told = Told(process.returncode, out.read(), err.read(), used.ru_utime + used.ru_stime)
+        result = Result(process.returncode, out.read(), err.read(), used.ru_utime + used.ru_stime)
     for name in ("out", "err"):
         (folder / name).unlink()
-    return told
+    return result
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file and folder below a folder with its content's hash; .lock says who came last, and is no record."""
+    """Every file and folder below a folder with the hash of its content, without .lock, which names its last owner."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in folder.rglob("*")
@@ -85,8 +85,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 NEWEST = "runs/run/checkpoints/step_000000004-0001"
 GENERATE = ["-m", "rwkv_train.cli.main", "generate"]
 
-# What is typed (behind the words of a tiny run of text.txt, in a folder like `template`), in which time, and what
-# each message says.
+# Arguments (added to the overrides of a tiny run of text.txt, in a copy of `template`), the time limit, and a part of
+# each message.
 MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "unknown key": (
         ["model.n_layers=4"],
@@ -108,7 +108,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "data empty": (["data.path=nothing.txt"], CONFIG, ["data.path=nothing.txt is an empty file"]),
     "folder empty": (["data.path=nothing"], CONFIG, ["data.path=nothing is an empty directory"]),
     "data binary": (["data.path=picture.txt"], TORCH, ["data.path=picture.txt contains no text (skipped: 1 binary"]),
-    "data short": (  # on two devices: one message, and nobody waits for the other
+    "data short": (  # on two devices: one message, and no rank waits for the other
         ["data.path=short.txt", "trainer.devices=2"],
         TORCH,
         ["has 11 tokens; one sample of batch.context=32 needs 33"],
@@ -241,21 +241,21 @@ def test_a_mistake(mistake: str, template: Path, tmp_path: Path) -> None:
             tiny = [word for word in tiny if word in words or not word.startswith("model.")]
         words = [str(ROOT / "train.py"), *tiny]
     before = snapshot(folder)
-    told = tell(words, folder)
+    result = run_python(words, folder)
     assert snapshot(folder) == before
-    assert (told.code, told.out) == (2, "")
+    assert (result.code, result.out) == (2, "")
     for part in expected:
-        assert part in told.err
-    assert told.err.count("error: ") == len(expected)
-    assert len(told.err.splitlines()) <= 2 * len(expected)
-    assert "Traceback" not in told.err
-    if told.cpu > seconds:  # the caches of a busy machine; a second time in a row it is the program
-        told = tell(words, folder)
-    assert told.cpu <= seconds
+        assert part in result.err
+    assert result.err.count("error: ") == len(expected)
+    assert len(result.err.splitlines()) <= 2 * len(expected)
+    assert "Traceback" not in result.err
+    if result.cpu > seconds:  # cold caches of a busy machine; twice in a row, it is the program
+        result = run_python(words, folder)
+    assert result.cpu <= seconds
 
 
 def test_a_device_without_the_precision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An old GPU, and too few of them; there is none here."""
+    """An old GPU, and too few of them; simulated."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GeForce GTX 1080")
@@ -278,7 +278,7 @@ def test_a_strategy_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch, tm
 
 @contextmanager
 def running(words: Sequence[str], begun: Callable[[], bool]) -> Iterator[subprocess.Popen[str]]:
-    """`python train.py WORDS` from the moment on at which it has begun; it does not outlive the block."""
+    """`python train.py WORDS` from the moment when it has begun; it is killed at the end of the block."""
     with start(words) as process:
         try:
             while not begun():
@@ -289,31 +289,31 @@ def running(words: Sequence[str], begun: Callable[[], bool]) -> Iterator[subproc
             process.kill()
 
 
-def test_in_use_then_interrupted_then_gone_on_with(tmp_path: Path) -> None:
-    """While a run goes on nobody else gets its directory; Ctrl-C ends it with a line; the same command goes on."""
+def test_in_use_then_interrupted_then_resumed(tmp_path: Path) -> None:
+    """A running run keeps its directory locked; Ctrl-C ends it with one line; the same command resumes it."""
     words = words_for(
         tmp_path, "run", "budget.steps=1000000", "checkpoint.every.steps=20", "validation.every.steps=5000"
     )
     run = tmp_path / "runs" / "run"
     with running(words, lambda: any(run.glob("checkpoints/step_*"))) as process:
-        process.send_signal(signal.SIGSTOP)  # it holds the directory, and what is written now is written by others
+        process.send_signal(signal.SIGSTOP)  # it holds the lock, and only other processes write now
         before = snapshot(tmp_path)
-        told = tell([str(ROOT / "train.py"), *words], tmp_path)
+        result = run_python([str(ROOT / "train.py"), *words], tmp_path)
         assert snapshot(tmp_path) == before
         process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[0]
-    assert (told.code, told.out) == (2, "")
+    assert (result.code, result.out) == (2, "")
     assert re.fullmatch(
         rf"error: the run directory {run} is in use by another process \(pid {process.pid} on .+\)\n"
         r"  wait for it, stop it, or give this run another name: run\.name=NAME\n",
-        told.err,
+        result.err,
     )
-    assert told.cpu <= LIGHTNING
+    assert result.cpu <= LIGHTNING
     assert process.returncode == 75
     assert "Traceback" not in said
     step = len(losses(run))
-    last = re.search(r"\nSIGINT at step (\d+); the same command goes on from the checkpoint of step (\d+)\n$", said)
+    last = re.search(r"\nSIGINT at step (\d+); the same command resumes from the checkpoint of step (\d+)\n$", said)
     assert last is not None, said
     assert int(last[1]) == int(last[2]) == step
 

@@ -1,4 +1,4 @@
-"""What a user types becomes a Config, or messages that say what is wrong; all without torch."""
+"""Overrides become a Config, or messages that say what is wrong; all without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rwkv_train.cli.conf_folders import ConfFolders
 from rwkv_train.cli.configure import ConfigBuilder, config_builder
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Duration
-from rwkv_train.config.schema import as_tree, differences, from_tree, schema
+from rwkv_train.config.schema import as_tree, differences, durations, from_tree, identity, schema
 from rwkv_train.config.suggestions import nearest
 from rwkv_train.config.values import parse_count
 from rwkv_train.errors import UserError, UserErrors
@@ -27,7 +27,7 @@ from tests.data.test_indexed import ours
 from tests.runs import save_weights
 
 CONF = resource("conf")
-RUNS = "run.root=no-such-folder"  # tests look at no run of the checkout's
+RUNS = "run.root=no-such-folder"  # so that no run of the checkout matters
 
 
 @pytest.fixture
@@ -129,9 +129,9 @@ WRONG = {
 def test_an_error_is_reported(case: str, conf: ConfigBuilder) -> None:
     words, expected = WRONG[case]
     problems = mistakes(conf, *words)
-    told = [str(problem) for problem in problems]
-    assert len(told) == len(expected), told
-    for message, pattern in zip(told, expected, strict=True):
+    messages = [str(problem) for problem in problems]
+    assert len(messages) == len(expected), messages
+    for message, pattern in zip(messages, expected, strict=True):
         assert re.search(pattern, message, re.DOTALL), message
         assert len(message.splitlines()) <= 2
     assert all(problem.what.strip() and problem.remedy.strip() for problem in problems) or case == "interpolation"
@@ -243,6 +243,46 @@ def test_the_duration_that_is_given_last_counts(conf: ConfigBuilder, tmp_path: P
     assert (hold.hold, hold.warmup) == (Duration(tokens=1_500_000), Duration(tokens=100_000))
     config = conf.build(["budget.steps=null", "budget.hours=1", "optim.schedule.shape=constant"])
     assert (config.budget.total, config.budget.hours) == (None, 1.0)
+
+
+@pytest.mark.parametrize("name", durations())
+def test_every_duration_is_checked(name: str, conf: ConfigBuilder) -> None:
+    """Whatever its class says: one unit at a time, required or not, zero or not."""
+    messages = [str(problem) for problem in mistakes(conf, f"{name}.steps=5", f"{name}.tokens=5k", "seed=x")]
+    assert any(f"{name}.steps=5 and {name}.tokens=5000 exclude each other" in message for message in messages)
+    zero = [str(problem) for problem in mistakes(conf, f"{name}.tokens=0", "seed=x")]
+    allowed = name in ("optim.schedule.warmup", "optim.schedule.hold")
+    assert any(f"{name}.tokens=0 is not valid" in message for message in zero) == (not allowed)
+    none = [str(problem) for problem in mistakes(conf, f"{name}.steps=null", f"{name}.tokens=null", "seed=x")]
+    optional = name in ("budget", "checkpoint.permanent")
+    assert any(f"{name} is not given" in message for message in none) == (not optional)
+
+
+def test_the_identity_of_a_run_is_without_how_it_is_operated(conf: ConfigBuilder) -> None:
+    names = set(identity(as_tree(conf.build([]))))
+    assert {"optim.lr", "seed", "data.path", "trainer.devices", "checkpoint.keep"} <= names
+    assert not names & {"run.name", "watchdog.factor", "health.z", "statistics.every.steps", "resume", "logger", "mfu"}
+
+
+def test_an_unknown_setting_in_a_published_row(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    row = "n_layer: 1, n_embd: 8, lr: 1e-3, final_lr: 1e-4, betas: [0.8, 0.9]"
+    (tmp_path / "model" / "mine.yaml").write_text(f"size: mine\npublished: {{rwkv4: {{{row}, epss: 1}}}}\n")
+    with config_builder([CONF, tmp_path], Machine(cores=2)) as conf:
+        (problem,) = mistakes(conf, "model=mine")
+        assert problem.what == "conf/model/mine.yaml: published.rwkv4.epss: there is no such setting"
+        assert problem.remedy.startswith("nearest: eps; valid: ")
+
+
+def test_a_published_row_may_hold_any_setting_of_the_optimiser(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    row = "n_layer: 1, n_embd: 8, lr: 1e-3, final_lr: 1e-4, eps: 1e-18, clip: 0.5"
+    (tmp_path / "model" / "mine.yaml").write_text(f"size: mine\npublished: {{rwkv4: {{{row}}}}}\n")
+    with config_builder([CONF, tmp_path], Machine(cores=2)) as conf:
+        optim = conf.build(["model=mine", "optim.eps=null"]).optim
+        assert (optim.eps, optim.clip) == (1e-18, 1.0)  # clip has a default in conf/optim
+        optim = conf.build(["model=mine", "optim.eps=1e-6", "optim.clip=null"]).optim
+        assert (optim.eps, optim.clip) == (1e-6, None)
 
 
 def test_the_name_of_a_run(conf: ConfigBuilder) -> None:

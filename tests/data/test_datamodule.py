@@ -10,9 +10,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 
 from rwkv_train.config import BatchSettings, DataSettings
 from rwkv_train.config.mesh import Mesh
+from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import IGNORED, Batches
 from rwkv_train.data.datamodule import DataModule
 from rwkv_train.errors import UserError
@@ -34,7 +36,7 @@ def module(corpus: Path, tokens: int = 64, context: int = 8, micro: int | None =
 
 def test_a_batch_is_tokens_and_what_follows_each(corpus: Path) -> None:
     data = module(corpus)
-    tokens, targets = data.batch(3)
+    tokens, targets, *_ = data.batch(3)
     assert tokens.shape == targets.shape == (8, 8)
     assert tokens.dtype == targets.dtype == torch.int64
     assert tokens.is_contiguous()
@@ -89,7 +91,7 @@ def test_validation_predicts_every_held_out_token_once(corpus: Path, context: in
         data.rank = rank
         loader = data.validation()
         batches.add((len(loader), len(list(loader))))
-        for number, (tokens, targets) in enumerate(loader):
+        for number, (tokens, targets, *_) in enumerate(loader):
             assert tokens.shape == targets.shape
             assert int(tokens.min()) >= 0
             rows = zip(tokens, targets, strict=True)
@@ -102,6 +104,31 @@ def test_validation_predicts_every_held_out_token_once(corpus: Path, context: in
         text += targets[real].tolist()
     assert bytes(text) == data.held_out.tokens.tobytes()[1:]
     assert data.held_out.tokens[0] == data.tokenizer.end_of_text
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_batch_has_the_numbers_of_its_samples(corpus: Path, ranks: int) -> None:
+    data = module(corpus, micro=2, mesh=Mesh(ranks))
+    alone = module(corpus).batch(5)
+    found = {}
+    for rank in range(ranks):
+        data.rank = rank
+        data.start_step = 5
+        for batch in islice(data.training(), data.accumulation):
+            found.update(zip(batch.samples.tolist(), batch.tokens, strict=True))
+            assert batch.sources.tolist() == [0, 0]
+    assert sorted(found) == alone.samples.tolist() == list(range(data.split.samples))
+    assert all(torch.equal(found[number], row) for number, row in zip(alone.samples, alone.tokens, strict=True))
+
+
+def test_lightning_moves_a_batch_as_what_it_is(corpus: Path) -> None:
+    """Its type, its numbers on the host and what is None stay."""
+    batch = module(corpus).batch(0)
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert isinstance(moved, Batch)
+    assert (moved.tokens.device.type, moved.targets.device.type) == ("meta", "meta")
+    assert moved.samples is batch.samples
+    assert moved.starts is moved.predictions is None
 
 
 def test_a_limited_validation_is_spread_over_the_text(corpus: Path) -> None:
@@ -121,7 +148,7 @@ def test_eighteen_short_samples_train(tmp_path: Path) -> None:
     for number in range(18):
         (tmp_path / f"{number}.txt").write_bytes(b"question? answer!\n")
     data = module(tmp_path, tokens=512, context=128)
-    tokens, _ = data.batch(1_000)
+    tokens, *_ = data.batch(1_000)
     assert tokens.shape == (4, 128)
 
 
@@ -202,19 +229,3 @@ def test_another_number_of_ranks_than_the_data_was_split_for_is_refused(corpus: 
     data = module(corpus, mesh=Mesh(2))
     with pytest.raises(RuntimeError, match="the trainer has 1 ranks, the data was split for 2"):
         trainer(tmp_path, data).fit(RecordingModule(), datamodule=DataModule(data))
-
-
-def one_rank(rank: int, ranks: int, path: str) -> tuple[list[bytes], int]:
-    data = module(Path(path), micro=2, mesh=Mesh(ranks))
-    data.rank = rank
-    rows = [bytes(row.tolist()) for index in range(data.accumulation) for row in data.batch(9, index)[0]]
-    predicted = torch.tensor(sum(int((targets != IGNORED).sum()) for _, targets in data.validation()))
-    torch.distributed.all_reduce(predicted)
-    return rows, int(predicted)
-
-
-def test_two_real_ranks_share_a_batch_and_a_validation(corpus: Path, run_ranks) -> None:  # type: ignore[no-untyped-def]
-    (first, predicted), (second, _) = run_ranks(one_rank, 2, str(corpus))
-    alone = module(corpus)
-    assert sorted(first + second) == sorted(bytes(row.tolist()) for row in alone.batch(9)[0])
-    assert predicted == len(alone.held_out) - 1

@@ -195,7 +195,7 @@ def test_opening_a_store_does_not_read_it(tmp_path: Path) -> None:
     write_index(tmp_path / "x.idx", np.uint16, lambda: iter([np.array([document] * count + [rest], np.int32)]))
     data = batches(tmp_path / "x", hold_out=0.0)
     assert len(data.train) == size // 2
-    tokens, targets = data.batch(10**6)
+    tokens, targets, *_ = data.batch(10**6)
     assert tokens.shape == (2, 8)
     assert not tokens.any()
     assert not targets.any()

@@ -57,7 +57,7 @@ def test_three_resumes_in_a_row_are_one_run(files: str) -> None:
         part.begin(begin, position)
         loader = iter(part.training())
         for step in range(begin, end):
-            tokens, targets = next(loader)
+            tokens, targets, *_ = next(loader)
             assert torch.equal(tokens, expected[step][0])
             assert torch.equal(targets, expected[step][1])
         for _ in range(3):

@@ -24,6 +24,7 @@ from rwkv_train.evaluation.eval_command import EvalOptions, run
 from rwkv_train.evaluation.perplexity import combine, measure
 from rwkv_train.models import LanguageModel, ModelConfig, build_model
 from rwkv_train.training.run import train
+from tests.checkpoint.metas import meta_of
 from tests.data.test_indexed import ours
 from tests.oracles.models import lively_model
 from tests.runs import rows, words_for
@@ -190,12 +191,13 @@ def test_a_mismatched_tokenizer_is_refused(trained: Path, tmp_path: Path) -> Non
     assert f"{checkpoint} was trained with bytes" in message
 
     wide = build_model(ModelConfig("rwkv4", 1, 8, 65536))
-    folder = tmp_path / "step_000000001"
-    folder.mkdir()
-    torch.save(wide.state_dict(), folder / "weights.pth")
-    (folder / "meta.json").write_text(json.dumps({"step": 1, "tokenizer": "json:0123456789ab", "config": {}}))
-    message = refused({"checkpoint": str(folder), "tokenizer": "world"})
+    newest = tmp_path / "checkpoints" / "step_000000001-0001"
+    newest.mkdir(parents=True)
+    weights = str(tmp_path / "weights.pth")
+    torch.save(wide.state_dict(), weights)
+    (newest / "meta.json").write_text(json.dumps(meta_of(tokenizer="json:0123456789ab").as_json()))
+    message = refused({"checkpoint": weights, "tokenizer": "world"})
     assert "was trained with the tokenizer json:0123456789ab, --tokenizer world is world:" in message
     assert "would mean other texts\n  leave --tokenizer out" in message
-    message = refused({"checkpoint": str(folder)})
+    message = refused({"checkpoint": weights})
     assert "was trained with the tokenizer json:0123456789ab, which is not found\n  --tokenizer names" in message

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_train.checkpoint.directory import step_of
 from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, same_weights, train_ranks, words_for
+from tests.runs import losses, rows, same_weights, stopped_at, train_ranks, words_for
 
 STRATEGIES = ("ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3")
 THIRTY = ("budget.steps=30", "checkpoint.every.steps=10", "validation.every.steps=15", "checkpoint.keep=9")
@@ -30,16 +29,6 @@ def run_of(folder: Path, strategy: str, ranks: int = 2) -> Path:
     if not (folder / "runs" / name).exists():
         train_ranks(words_for(folder, name, *THIRTY, f"strategy={strategy}"), ranks)
     return folder / "runs" / name
-
-
-def stopped_at(run: Path, step: int, name: str) -> Path:
-    """A copy of a run as if it had been stopped behind a step."""
-    copy = run.with_name(name)
-    shutil.copytree(run, copy)
-    for checkpoint in (copy / "checkpoints").glob("step_*"):
-        if (step_of(checkpoint) or 0) > step:
-            shutil.rmtree(checkpoint)
-    return copy
 
 
 def assert_close(run: Path, other: Path, bound: float = 1e-6) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from rwkv_train.checkpoint.directory import step_of
 from rwkv_train.cli import launcher
 from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.training.run import train
 from tests.exact import variation
-from tests.runs import losses, rows, same_weights, train_ranks, words_for
+from tests.runs import losses, rows, same_weights, stopped_at, train_ranks, words_for
 
 STEPS = ("budget.steps=12", "checkpoint.every.steps=6", "validation.every.steps=12", "checkpoint.keep=9")
 MORE = ("statistics.every.steps=4", "optim.weight_decay=0.1", "optim.schedule.warmup.steps=2")
@@ -106,13 +104,3 @@ def test_a_checkpoint_moves_to_another_strategy(folder: Path, before: str, after
         train_ranks(words, 2, prepare=variation.install)
     assert_close(moved, folder / "runs" / "single")
     assert_untrained_are_kept(moved)
-
-
-def stopped_at(run: Path, step: int, name: str) -> Path:
-    """A copy of a run as if it had been stopped after a step."""
-    copy = run.with_name(name)
-    shutil.copytree(run, copy)
-    for checkpoint in (copy / "checkpoints").glob("step_*"):
-        if (step_of(checkpoint) or 0) > step:
-            shutil.rmtree(checkpoint)
-    return copy

@@ -17,7 +17,7 @@ PROMPTS = ["a", "def f(", "to be or not to be", "x" * 33, "def g(", "z"]
 
 
 class Kept:
-    """Keeps the pieces that are told."""
+    """Collects the bytes that are shown."""
 
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = pieces
@@ -51,7 +51,7 @@ def test_a_text_does_not_depend_on_its_batch(model: LanguageModel, sampling: Sam
 
 
 def test_reading_is_the_parallel_mode_of_each(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(continuation, "_AT_ONCE", 7)  # long prompts are read in parts
+    monkeypatch.setattr(continuation, "MAX_PROMPT_CHUNK", 7)  # long prompts are read in parts
     with torch.no_grad():
         logits, state = read(model, encode(*PROMPTS))
         for row, (ids, _) in enumerate(encode(*PROMPTS)):
@@ -79,23 +79,23 @@ def test_prompts_go_on_from_what_was_read(model: LanguageModel) -> None:
 def test_stop_strings_end_a_text(model: LanguageModel) -> None:
     (plain,) = texts(model, encode("def "), Sampling(0.9), 5)
     for stop in (plain.text[10:13], plain.text[20:21]):
-        told: list[bytes] = []
+        shown: list[bytes] = []
         stops = [b"\xff\xfe\xfd", stop]
-        (ended,) = texts(model, encode("def "), Sampling(0.9), 5, stops=stops, told=Kept(told))
+        (ended,) = texts(model, encode("def "), Sampling(0.9), 5, stops=stops, on_text=Kept(shown))
         assert ended.ended == "stop"
         assert ended.text == plain.text[: plain.text.find(stop)]
-        assert b"".join(told) == ended.text, "nothing of a stop string was shown"
+        assert b"".join(shown) == ended.text, "nothing of a stop string was shown"
     assert plain.ended == "length"
     assert len(plain.text) == 40
 
 
 def test_what_could_be_a_stop_string_is_held_back(model: LanguageModel) -> None:
-    told: list[bytes] = []
+    shown: list[bytes] = []
     (plain,) = texts(model, encode("def "), Sampling(0.9), 5)
     never = plain.text[:3] + b"\xff"
-    (again,) = texts(model, encode("def "), Sampling(0.9), 5, stops=[never], told=Kept(told))
-    assert told[:3] == [b"", b"", b""]
-    assert b"".join(told) == again.text == plain.text
+    (again,) = texts(model, encode("def "), Sampling(0.9), 5, stops=[never], on_text=Kept(shown))
+    assert shown[:3] == [b"", b"", b""]
+    assert b"".join(shown) == again.text == plain.text
 
 
 def test_an_end_of_text_ends_one_where_it_should(model: LanguageModel) -> None:

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, StateShard, contents, file_names
 from rwkv_train.checkpoint.storage import LocalStorage
-from rwkv_train.checkpoint.writer import OwnBoard, Writer
+from rwkv_train.checkpoint.writer import InProcessStore, Writer
 from rwkv_train.cli.main import main as cli
-from rwkv_train.inference.export import export, hf_name
+from rwkv_train.inference.export import TRANSFORMERS, export
 from rwkv_train.models import LanguageModel, ModelConfig, build_model
 from rwkv_train.models.weights import shapes_of
+from tests.checkpoint.metas import meta_of
 
 SHAPE = ModelConfig("rwkv4", 2, 64, 96)
 
@@ -31,7 +32,7 @@ def lively(shape: ModelConfig = SHAPE) -> LanguageModel:
 
 
 def checkpoint_of(model: LanguageModel, folder: Path, writers: int) -> Path:
-    path, board, shapes = folder / "step_000000001", OwnBoard(), shapes_of(dict(model.named_parameters()))
+    path, board, shapes = folder / "step_000000001-0001", InProcessStore(), shapes_of(dict(model.named_parameters()))
     for rank in reversed(range(writers)):
         pieces = []
         for name, parameter in model.named_parameters():
@@ -40,7 +41,7 @@ def checkpoint_of(model: LanguageModel, folder: Path, writers: int) -> Path:
             values = parameter.detach().flatten()[first:last]
             pieces += [StateShard(kind, name, first, values, True) for kind in (WEIGHT, *MOMENTS)]
         files = dict(zip(file_names(rank, writers), contents(pieces, shapes), strict=True))
-        meta = {"step": 1, "shapes": {name: list(shape) for name, shape in shapes.items()}, "writers": writers}
+        meta = meta_of(shapes=shapes, writers=writers)
         writer = Writer(LocalStorage(), rank, writers, board)
         writer.begin(path, files, meta)
         writer.wait()
@@ -52,7 +53,7 @@ def checkpoint_of(model: LanguageModel, folder: Path, writers: int) -> Path:
 def test_a_file(tmp_path: Path, writers: int, ending: str) -> None:
     model = lively()
     target = tmp_path / "deep" / f"out.{ending}"
-    assert cli.main(["export", str(checkpoint_of(model, tmp_path, writers)), str(target)]) == 0
+    assert cli(["export", str(checkpoint_of(model, tmp_path, writers)), str(target)]) == 0
     weights = torch.load(target, weights_only=True) if ending == "pth" else load_file(target)
     wanted = model.state_dict()
     assert list(weights) == list(wanted) or ending == "safetensors"
@@ -84,9 +85,9 @@ def test_transformers_loads_it_and_gives_the_same_logits(tmp_path: Path) -> None
 
 
 def test_names() -> None:
-    assert hf_name("blocks.0.att.time_mix_k") == "rwkv.blocks.0.attention.time_mix_key"
-    assert hf_name("blocks.0.ln0.weight") == "rwkv.blocks.0.pre_ln.weight"
-    assert hf_name("head.weight") == "head.weight"
+    assert TRANSFORMERS["rwkv4"].name("blocks.0.att.time_mix_k") == "rwkv.blocks.0.attention.time_mix_key"
+    assert TRANSFORMERS["rwkv4"].name("blocks.0.ln0.weight") == "rwkv.blocks.0.pre_ln.weight"
+    assert TRANSFORMERS["rwkv4"].name("head.weight") == "head.weight"
 
 
 @pytest.mark.parametrize(
@@ -94,11 +95,11 @@ def test_names() -> None:
     [
         (["no", "out.pth"], "there is no checkpoint at no"),
         (
-            ["step_000000001", "out.gguf"],
+            ["step_000000001-0001", "out.gguf"],
             "out.gguf: the ending .gguf is not known\n  valid: .pth, .safetensors, a directory",
         ),
-        (["step_000000001", "out.pth", "--dtype", "int4"], "--dtype int4 is not known\n  valid: float32"),
-        (["step_000000001", "/proc/out.pth"], "/proc/out.pth cannot be written"),
+        (["step_000000001-0001", "out.pth", "--dtype", "int4"], "--dtype int4 is not known\n  valid: float32"),
+        (["step_000000001-0001", "/proc/out.pth"], "/proc/out.pth cannot be written"),
     ],
 )
 def test_mistakes(
@@ -107,7 +108,7 @@ def test_mistakes(
     checkpoint_of(build_model(SHAPE), tmp_path, 2)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert cli.main(["export", *words]) == 2
+    assert cli(["export", *words]) == 2
     assert told in capfd.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -122,6 +123,7 @@ def test_the_memory_is_that_of_two_parameters(tmp_path: Path, ending: str) -> No
     code = f"""
 import pathlib
 from rwkv_train.inference.export import export
+from tests.checkpoint.metas import meta_of
 def status(field):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

@@ -59,7 +59,7 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as weights"):
         run(GenerateOptions(str(tmp_path / "torn.pth"), "", 1, USUAL))
     torch.save({"x.weight": torch.zeros(2)}, tmp_path / "foreign.pth")
-    with pytest.raises(UserError, match="does not hold an RWKV model's weights"):
+    with pytest.raises(UserError, match="does not hold the weights of a language model"):
         load_model(tmp_path / "foreign.pth")
     for words, told in (
         ({"tokens": -1}, "--tokens -1 is out of range"),
@@ -80,7 +80,7 @@ def test_the_tokenizer_is_found_by_the_vocabulary_or_named(tmp_path: Path, capsy
 
     assert run(GenerateOptions(save(65536), "你好", 3, USUAL, 0)) == 0
     assert capsys.readouterr().out.startswith("你好")
-    with pytest.raises(UserError, match=r"has a vocabulary of 300 tokens\n  --tokenizer names the one"):
+    with pytest.raises(UserError, match=r"has a vocabulary of 300 tokens\n  --tokenizer gives the one"):
         run(GenerateOptions(save(300), "x", 3, USUAL, 0))
     assert run(GenerateOptions(save(300), "x", 3, USUAL, 0, "bytes")) == 0
     with pytest.raises(UserError, match=r"of 300 tokens, the tokenizer world 65,536"):

@@ -91,9 +91,13 @@ class OneDevice:
     """What Statistics asks of a strategy, for a model on one device."""
 
     root_device = torch.device("cpu")
+    gradient_norms = None
 
     def __init__(self, model: LanguageModel) -> None:
         self.model, self.shapes = model, shapes_of(dict(model.named_parameters()))
+
+    def trainable_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return self.model.named_parameters()
 
     def pieces(self, moments: bool) -> Iterator[StateShard]:
         for name, parameter in self.model.named_parameters():
@@ -105,13 +109,13 @@ class OneDevice:
 
 def test_statistics_are_the_architecture_s(model: LanguageModel) -> None:
     statistics, strategy = Statistics(model, every=1), OneDevice(model)
-    statistics.begin(1, strategy)  # type: ignore[arg-type]
+    statistics.begin_step(1, strategy)  # type: ignore[arg-type]
     states = []
     for length in (9, 12):
-        logits, state = model(text(2, length))
-        statistics.passed(logits.square().mean(), state)
+        _, state = model(text(2, length))
+        statistics.record_microbatch(state)
         states.append(state)
-    found: dict[str, Any] = statistics.of_layers(strategy, None)  # type: ignore[arg-type]
+    found: dict[str, Any] = statistics.layer_values(strategy)  # type: ignore[arg-type]
     assert set(found) > {"layers/state_rms", "layers/active", "decay/half_life", "layers/contribution"}
     assert "layers/receptance_saturated" not in found
     squares = [
@@ -123,7 +127,7 @@ def test_statistics_are_the_architecture_s(model: LanguageModel) -> None:
     assert found["decay/half_life"][2].tolist() == pytest.approx(
         [float(lives.quantile(q)) for q in (0, 0.1, 0.5, 0.9, 1)]
     )
-    assert all(flags.shape == (1, 3, 2) and bool(flags.all()) for flags in statistics.finite)
+    assert all(s.finite(at_once=1).shape == (1, 3, 2) and bool(s.finite(at_once=1).all()) for s in states)
     states[0].layers[1].wkv[1, 0, 5] = math.nan
     assert (~states[0].finite(at_once=1)).nonzero().tolist() == [[0, 1, 1]]
     assert torch.equal(states[0].finite(at_once=1), states[0].finite(at_once=2**20))

@@ -1,8 +1,7 @@
-"""Each start of a run writes under its own number; what an older one still writes counts no more, and harms nothing."""
+"""Each attempt of a run writes under its own number; what an older one still writes does not count and does no harm."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_train.checkpoint.directory import counted, newest, remove_unfinished
+from rwkv_train.checkpoint.directory import list_checkpoints, newest, remove_unfinished
 from rwkv_train.cli import launcher
+from rwkv_train.errors import UserError
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, same_weights, words_for
+from tests.runs import losses, rows, words_for
 
 NINE = ("budget.steps=9", "checkpoint.every.steps=3", "validation.every.steps=100")
 
@@ -38,19 +38,19 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def test_nobody_gets_a_number_twice(run: RunDirectory) -> None:
+def test_no_number_is_claimed_twice(run: RunDirectory) -> None:
     with ThreadPoolExecutor(16) as pool:
         numbers = list(pool.map(lambda _: Attempts(run.path).claim(), range(64)))
     assert sorted(numbers) == list(range(1, 65))
 
 
-def test_rows_are_shown_while_they_come_and_each_step_once(run: RunDirectory) -> None:
+def test_rows_appear_in_the_merged_view_at_once_and_each_step_once(run: RunDirectory) -> None:
     with run.records(begun(run), True) as (_, lines):
         for step in (1, 2, 3, 4):
             lines.append({"step": step, "by": "first"})
             assert rows(run.path) == lines.rows()
         before = run.metrics.stat().st_ino
-    assert run.metrics.stat().st_ino == before  # it was current at the end: nothing was to be done
+    assert run.metrics.stat().st_ino == before  # it was up to date: no rebuild at the end
     with run.records(begun(run, 2, 1), True) as (_, lines):
         assert steps(run) == [(1, "first"), (2, "first")]
         lines.append({"step": 3, "by": "second"})
@@ -58,7 +58,7 @@ def test_rows_are_shown_while_they_come_and_each_step_once(run: RunDirectory) ->
 
 
 def test_an_old_attempt_that_wakes_up_changes_nothing(run: RunDirectory) -> None:
-    """It goes on with everything that a run does: rows, events, its end; and the new one does not even notice."""
+    """It continues with everything that a run does: rows, events, its end; the newer attempt is not affected."""
     with run.records(begun(run), True) as (old_events, old_lines):
         old_events.add("started", 0)
         old_lines.append({"step": 1, "by": "old"})
@@ -78,8 +78,8 @@ def test_an_old_attempt_that_wakes_up_changes_nothing(run: RunDirectory) -> None
             assert rows(run.path) == lines.rows()
 
 
-def test_a_merge_that_an_old_attempt_puts_there_late_is_mended(run: RunDirectory) -> None:
-    """It was stopped between its check and the renaming."""
+def test_a_view_that_an_old_attempt_puts_in_place_late_is_replaced(run: RunDirectory) -> None:
+    """It was paused between its check and the renaming."""
     with run.records(begun(run), True) as (_, old):
         old.append({"step": 1, "by": "old"})
         with run.records(begun(run), True) as (_, lines):
@@ -90,13 +90,13 @@ def test_a_merge_that_an_old_attempt_puts_there_late_is_mended(run: RunDirectory
             assert steps(run) == [(1, "new"), (2, "new")]
 
 
-def test_one_that_has_noted_nothing_counts_for_nothing(run: RunDirectory) -> None:
+def test_an_attempt_without_a_start_note_does_not_count(run: RunDirectory) -> None:
     first, silent = begun(run), run.attempts.claim()
     for number, step in ((first, 3), (silent, 6)):
         (run.checkpoints / f"step_{step:09d}-{number:04d}").mkdir()
     third = begun(run, 3, first)
     (run.checkpoints / f"step_{9:09d}-{third:04d}").mkdir()
-    assert [path.name for path in counted(run.checkpoints)] == ["step_000000003-0001", "step_000000009-0003"]
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_000000003-0001", "step_000000009-0003"]
 
 
 def test_what_a_newer_one_is_writing_is_not_removed(run: RunDirectory) -> None:
@@ -109,45 +109,20 @@ def test_what_a_newer_one_is_writing_is_not_removed(run: RunDirectory) -> None:
     ]
 
 
-def as_it_was(run: Path) -> None:
-    """Makes a run directory of it as it was before there were attempts."""
-    shutil.rmtree(run / "attempts")
-    for path in (run / "checkpoints").glob("step_*"):
-        manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps({"files": manifest["files"]}))
-        path.rename(path.with_name(path.name.partition("-")[0]))
-
-
-def test_runs_from_before_go_on(tmp_path: Path) -> None:
-    words = words_for(tmp_path, "run", *NINE, "run.allow_changes=true")
-    assert train(launcher.load(words_for(tmp_path, "whole", *NINE, "budget.steps=15"))) == 0
-    assert train(launcher.load(words)) == 0
-    run = tmp_path / "runs" / "run"
-    as_it_was(run)
-    assert train(launcher.load(words)) == 0  # finished
-    assert not (run / "attempts").exists()
-    assert train(launcher.load([*words, "budget.steps=15", "optim.schedule.shape=constant"])) == 0
-    assert len(losses(run)) == 15
-    assert [row["event"] for row in rows(run, "events.jsonl") if row["event"] != "checkpoint"] == [
-        "started",
-        "finished",
-        "resumed",
-        "finished",
-    ]
-    names = [path.name for path in counted(run / "checkpoints")]
-    assert names == ["step_000000009", "step_000000012-0001", "step_000000015-0001"]
-
-
-def test_a_run_whose_notes_are_gone_goes_on(tmp_path: Path) -> None:
+def test_a_run_without_its_attempts_is_refused(tmp_path: Path) -> None:
+    """Its rows and checkpoints would not count, and the new attempt would overwrite them."""
     words = words_for(tmp_path, "run", *NINE)
     assert train(launcher.load(words)) == 0
     run = tmp_path / "runs" / "run"
-    shutil.copytree(run, tmp_path / "runs" / "whole")
-    shutil.rmtree(run / "checkpoints" / "step_000000009-0001")
-    shutil.rmtree(run / "attempts")
-    assert train(launcher.load(words)) == 0
-    assert losses(run) == losses(tmp_path / "runs" / "whole")
-    assert same_weights(run, tmp_path / "runs" / "whole")
+    before = (run / "metrics.jsonl").read_bytes()
+    (run / "attempts").rename(tmp_path / "attempts")
+    checkpoint = run / "checkpoints" / "step_000000009-0001"
+    with pytest.raises(UserError, match=rf"attempts/ is missing.*\n.*put attempts/ back.* resume={checkpoint}"):
+        train(launcher.load(words))
+    assert (run / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="attempts/ is missing"):
+        train(launcher.load(words))
 
 
 def test_a_manifest_of_another_save_is_damage(tmp_path: Path) -> None:
@@ -158,7 +133,7 @@ def test_a_manifest_of_another_save_is_damage(tmp_path: Path) -> None:
     )
     found, (damage,) = newest(checkpoints)
     assert found == checkpoints / "step_000000006-0001"
-    assert damage.reason == "manifest.json is that of step 6 by start 1 of the run"
+    assert damage.reason == "manifest.json belongs to step_000000006-0001"
 
 
 def test_a_run_that_a_newer_start_has_taken_over_ends_and_deletes_nothing(
@@ -177,8 +152,8 @@ def test_a_run_that_a_newer_start_has_taken_over_ends_and_deletes_nothing(
         train(launcher.load(words_for(tmp_path, "run", *NINE, "checkpoint.keep=1", "checkpoint.background=false"))) == 4
     )
     monkeypatch.undo()
-    assert f"a newer start of {run} goes on with it; this one ends at step 9" in capsys.readouterr().out
-    assert counted(run / "checkpoints")[-1].name == "step_000000006-0001"
+    assert f"a newer start of {run} has taken over; this one ends at step 9" in capsys.readouterr().out
+    assert list_checkpoints(run / "checkpoints")[-1].name == "step_000000006-0001"
     assert not (run / "weights.pth").exists()
     assert train(launcher.load(words_for(tmp_path, "run", *NINE))) == 0
     assert len(losses(run)) == 9

@@ -1,4 +1,4 @@
-"""What the records of a run tell: how each start ended, failures in a row, goodput, and `rwkv-train status`."""
+"""What the records of a run show: how each attempt ended, consecutive failures, goodput, and `rwkv-train status`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rwkv_train.errors import UserError
+from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.rundir.history import History
 from rwkv_train.rundir.status import status
 
@@ -24,22 +25,22 @@ def steps(last: int, seconds: float = 2.0) -> Rows:
     ]
 
 
-def told(*events: tuple[str, int, dict[str, Any]], apart: float = 10.0) -> Rows:
+def events_of(*events: tuple[str, int, dict[str, Any]], begin: float = 1000.0) -> Rows:
     return [
-        {"time": 1000 + apart * number, "event": event, "step": step, "tokens": 10 * step, **more}
+        {"time": begin + 10 * number, "event": event, "step": step, "tokens": 10 * step, **more}
         for number, (event, step, more) in enumerate(events)
     ]
 
 
 def failing(*reached: int, ended: str | None = "failed") -> History:
-    """Starts that failed behind these steps, each from step 0."""
+    """Attempts that failed after these steps, each from step 0."""
     events: list[tuple[str, int, dict[str, Any]]] = []
     for number, step in enumerate(reached):
         before = {"after": ended or "killed", "reached": reached[number - 1]} if number else {}
         events.append(("started", 0, before))
         if ended is not None:
             events.append((ended, step, {"reason": f"why {number}"}))
-    return History(told(*events), steps(reached[-1]))
+    return History(events_of(*events), steps(reached[-1]))
 
 
 @pytest.mark.parametrize(
@@ -48,14 +49,14 @@ def failing(*reached: int, ended: str | None = "failed") -> History:
 )
 def test_failures_at_one_step(reached: list[int], failures: int) -> None:
     assert failing(*reached).failures() == failures
-    assert failing(*reached, ended=None).failures() == failures  # killed without a word
+    assert failing(*reached, ended=None).failures() == failures  # killed: no end was recorded
     assert failing(*reached, ended="preempted").failures() == 0
-    assert failing(*reached).last_words() == f"why {len(reached) - 1}"
+    assert failing(*reached).last_failure() == f"why {len(reached) - 1}"
 
 
 def test_what_came_between_failures() -> None:
     assert History([], []).failures() == 0
-    events = told(
+    events = events_of(
         ("started", 0, {}),
         ("failed", 7, {}),
         ("started", 0, {"after": "failed", "reached": 7}),
@@ -65,13 +66,13 @@ def test_what_came_between_failures() -> None:
         ("failed", 7, {}),
     )
     assert History(events, steps(7)).failures() == 1
-    events += told(("given_up", 7, {}))
-    assert History(events, steps(7)).failures() == 0  # who starts it again has mended something
+    events += events_of(("given_up", 7, {}))
+    assert History(events, steps(7)).failures() == 0  # a user who starts it again has changed something
 
 
-def test_what_the_next_start_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_details_of_the_next_start(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(History([], []).next_start(0)) == {"seconds_starting"}
-    history = History(told(("started", 0, {}), ("checkpoint", 20, {})), steps(27), alive=time.time() - 100)
+    history = History(events_of(("started", 0, {}), ("checkpoint", 20, {})), steps(27), alive=time.time() - 100)
     row = history.next_start(20)
     assert (row["after"], row["reached"], row["steps_lost"], row["seconds_lost"]) == ("killed", 27, 7, 14.0)
     assert row["seconds_down"] == pytest.approx(max(0.0, 100 - row["seconds_starting"]), abs=2)
@@ -79,7 +80,7 @@ def test_what_the_next_start_tells(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def goodput() -> History:
     """100 s: 60 in steps that count, 8 in steps done again, 6 in checkpoints, 9 down, 5 + 4 starting, 8 in the rest."""
-    events = told(
+    events = events_of(
         ("started", 0, {"seconds_starting": 5.0}),
         ("checkpoint", 10, {"pause": 2.0}),
         ("checkpoint", 20, {"pause": 3.0}),
@@ -119,10 +120,15 @@ def test_goodput() -> None:
 
 
 def write(run: Path, history: History) -> Path:
-    run.mkdir(parents=True)
+    """A run directory with these records, all of them of one attempt."""
+    directory = RunDirectory(str(run.parent), run.name)
+    number = directory.attempts.claim()
+    directory.attempts.begin(number, 0, None)
+    own = directory.attempts.directory(number)
     for name, rows in (("events.jsonl", history.events), ("metrics.jsonl", history.rows)):
-        (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return run
+        (own / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with directory.records(number, True):
+        return run
 
 
 def shown(capsys: pytest.CaptureFixture[str], paths: Sequence[Path], code: int = 0) -> str:
@@ -139,10 +145,10 @@ def test_status_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "30 of 30",
         "300",
         "4.7000",
-        "steps 0 to 24  failed (rank 1 on n2: RuntimeError: boom); 4 steps to be done again, 8.0 s",
-        "goodput 60.0%: 1.0 min in steps that count, of 1.7 min",
+        "steps 0 to 24  failed (rank 1 on n2: RuntimeError: boom); 4 steps repeated, 8.0 s",
+        "goodput 60.0%: 1.0 min in steps of the run, of 1.7 min",
         "  9.0 s    9.0%  down",
-        "had been down for 9.0 s",
+        "restarted after 9.0 s",
     ):
         assert words in said, said
 
@@ -155,7 +161,7 @@ def test_status_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     said = shown(capsys, runs, code=1)
     for words in ("finished", "failed", "running"):
         assert words in said
-    events = [*failing(5, 5, 5).events, *told(("given_up", 5, {}))]
+    events = [*failing(5, 5, 5).events, *events_of(("given_up", 5, {}), begin=2000.0)]
     runs = [write(tmp_path / "d", History(events, steps(5)))]
     assert "given up at step 5" in shown(capsys, runs, code=1)
 

@@ -161,4 +161,4 @@ def test_a_partition_that_is_not_there(cluster: Cluster, tmp_path: Path) -> None
     said = one_message(run(cluster, *train(*words), code=2))
     assert "invalid partition specified: nope" in said
     said = one_message(run(cluster, *train(f"run.root={tmp_path}", "launcher=slurm", "launcher.partitions=x"), code=2))
-    assert "launcher.partitions: there is no such word\n  nearest: partition; valid: account, " in said
+    assert "launcher.partitions: there is no such setting\n  nearest: partition; valid: account, " in said

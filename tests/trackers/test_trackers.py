@@ -1,4 +1,4 @@
-"""Trackers: whatever happens to the run or to them, in the end they have its rows, and it is not held up."""
+"""Trackers: whatever happens to the run or to them, in the end they have its rows, and training is not delayed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import pytest
 from rwkv_train.cli import launcher
 from rwkv_train.cli import main as cli
 from rwkv_train.errors import UserError
-from rwkv_train.trackers import Row, Run, Tracker, flat
-from rwkv_train.trackers.csv_table import CSV
+from rwkv_train.trackers import LocalTracker, Row, TrackedRun, Tracker, flat
 from rwkv_train.trackers.follow import Follower, Tail, follow
 from rwkv_train.trackers.launch import push
+from rwkv_train.trackers.local import LocalTrackers
 from rwkv_train.trackers.tensorboard import TensorBoard
 from rwkv_train.training import observers
 from rwkv_train.training.run import train
 from tests.runs import rows, words_for
 from tests.trackers.readers import tensorboard_rows, wandb_rows
+from tests.trackers.spies import Memory
 
 ALL = [
     "logger=wandb",
@@ -33,7 +34,7 @@ ALL = [
 
 
 def narrow(number: float) -> float:
-    """As TensorBoard keeps it: in float32."""
+    """As TensorBoard stores it: in float32."""
     return float(struct.unpack("f", struct.pack("f", number))[0])
 
 
@@ -55,7 +56,7 @@ def check_copies(run: Path) -> None:
 
 
 def test_all_of_them(tmp_path: Path) -> None:
-    """Two parts of a run: one run of W&B, no gap, no step twice; what W&B is told of the run besides."""
+    """A run in two parts: one run of W&B, no gap, no step twice in any tracker."""
     words = words_for(tmp_path, "run", *ALL, "statistics.every.steps=5", "run.allow_changes=true")
     assert train(launcher.load([*words, "budget.steps=12"])) == 0
     run = tmp_path / "runs" / "run"
@@ -68,41 +69,9 @@ def test_all_of_them(tmp_path: Path) -> None:
     assert len(list(run.glob("wandb/offline-run-*"))) == 2
 
 
-class Memory(Tracker):
-    """Keeps what it is told; raises, or takes its time, where it is told to."""
-
-    def __init__(self, failures: int = 0) -> None:
-        self.state: dict[str, Any] = {}
-        self.rows: dict[int, Row] = {}
-        self.events: list[Row] = []
-        self.failures, self.ended = failures, False
-
-    def begin(self, run: Run, step: int) -> int:
-        if self.failures:
-            self.failures -= 1
-            raise ConnectionError("nobody there")
-        return self.back(step)
-
-    def back(self, step: int) -> int:
-        self.rows = {s: row for s, row in self.rows.items() if s <= step}
-        return min(step, self.state.get("sent", 0))
-
-    def row(self, row: Row) -> None:
-        self.rows[row["step"]] = row
-
-    def event(self, event: Row) -> None:
-        self.events.append(event)
-
-    def flush(self) -> None:
-        self.state["sent"] = max(self.rows, default=0)
-
-    def end(self) -> None:
-        self.ended = True
-
-
 def follower(folder: Path, tracker: Tracker, step: int = 0) -> Follower:
     notes = folder / "trackers" / "it.json"
-    return Follower(tracker, Run(folder, "run"), step, notes, folder / "m.jsonl", folder / "e.jsonl")
+    return Follower(tracker, TrackedRun(folder, "run"), step, notes, folder / "m.jsonl", folder / "e.jsonl")
 
 
 def add(path: Path, *added: dict[str, Any]) -> None:
@@ -111,7 +80,7 @@ def add(path: Path, *added: dict[str, Any]) -> None:
 
 
 def test_the_file_is_the_queue(tmp_path: Path) -> None:
-    """Rows come as they are written; a torn one later; those of a rewind replace what they went back behind."""
+    """Rows come as they are written, an incomplete one later; those after a rewind replace the earlier ones."""
     tracker = Memory()
     it = follower(tmp_path, tracker)
     assert it.catch_up() == 0
@@ -130,7 +99,7 @@ def test_the_file_is_the_queue(tmp_path: Path) -> None:
     it.catch_up()
     assert {step: row["x"] for step, row in tracker.rows.items()} == {1: 1, 2: 1, 3: 2, 4: 2, 5: 2, 6: 2}
     assert [event["event"] for event in tracker.events] == ["rewound"]
-    # the next process goes on from step 4
+    # the next process continues from step 4
     again = Memory()
     it = follower(tmp_path, again, step=4)
     lines = (tmp_path / "m.jsonl").read_text().splitlines(keepends=True)
@@ -138,7 +107,7 @@ def test_the_file_is_the_queue(tmp_path: Path) -> None:
     add(tmp_path / "m.jsonl", {"step": 5, "x": 3})
     it.catch_up()
     assert set(again.rows) == {5}
-    # one that goes on from step 2 and is killed before anything is safe: the next one sends again from there
+    # one that continues from step 2 and is killed before anything is stored: the next one sends again from there
     killed = Memory()
     killed.flush = lambda: None  # type: ignore[method-assign]
     follower(tmp_path, killed, step=2).catch_up()
@@ -148,41 +117,31 @@ def test_the_file_is_the_queue(tmp_path: Path) -> None:
 
 
 def test_a_tracker_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told once, tried again, and has everything in the end; one that never works is given up with the run."""
+    """Its failure is reported once, it is retried, and has all rows in the end; one that never works is given up."""
     add(tmp_path / "m.jsonl", {"step": 1}, {"step": 2})
-    tracker, told, waited = Memory(failures=3), list[str](), list[float]()
+    tracker, reported, waited = Memory(failures=3), list[str](), list[float]()
 
     def over(seconds: float) -> bool:
         waited.append(seconds)
         return len(waited) > 5
 
-    follow(follower(tmp_path, tracker), over, told.append)
-    assert told == ["ConnectionError: nobody there"]
+    follow(follower(tmp_path, tracker), over, reported.append)
+    assert reported == ["ConnectionError: no answer"]
     assert set(tracker.rows) == {1, 2}
     assert tracker.ended
     assert waited[:3] == [5, 30, 120]
     hopeless = Memory(failures=10**9)
     waited.clear()
-    follow(follower(tmp_path, hopeless), over, told.append)
+    follow(follower(tmp_path, hopeless), over, reported.append)
     assert not hopeless.ended
 
 
-class Hanging(Memory):
-    def row(self, row: Row) -> None:
-        time.sleep(10_000)
-
-
-class Failing(Memory):
-    def row(self, row: Row) -> None:
-        raise OSError(28, "No space left on device")
-
-
 @pytest.mark.parametrize("kind", ["Hanging", "Failing"])
-def test_a_run_is_not_held_up(
+def test_training_is_not_delayed(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(observers, "PATIENCE", 2.0 if kind == "Hanging" else 90.0)
-    words = [f"+logger.it._target_=tests.trackers.test_trackers.{kind}", "packages=[tests]", "budget.steps=20"]
+    words = [f"+logger.it._target_=tests.trackers.spies.{kind}", "packages=[tests]", "budget.steps=20"]
     began = time.monotonic()
     assert train(launcher.load(words_for(tmp_path, "run", *words))) == 0
     assert len(rows(tmp_path / "runs" / "run")) == 20
@@ -191,13 +150,15 @@ def test_a_run_is_not_held_up(
     if kind == "Hanging":
         assert "logger=it has not taken all rows within 2 s and was ended" in said.out
     else:
-        assert said.err.count("logger=it: OSError: [Errno 28] No space left on device; the run goes on") == 1
+        assert (
+            said.err.count("logger=it: OSError: [Errno 28] No space left on device; training continues, it gets") == 1
+        )
 
 
 def test_wandb_without_a_key(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is written offline, and says how it gets to W&B later."""
+    """The run is written offline, and the message says how to send it later."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -211,7 +172,7 @@ def test_wandb_without_a_key(
 
 
 def test_push(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that had no tracker gets one from its files."""
+    """A run without a tracker is handed to one from its files."""
     assert train(launcher.load(words_for(tmp_path, "run", "budget.steps=8", "statistics.every.steps=4"))) == 0
     run = tmp_path / "runs" / "run"
     tree = {"_target_": "rwkv_train.trackers.wandb.Wandb", "mode": "offline"}
@@ -250,35 +211,65 @@ def test_tail_of_nothing(tmp_path: Path) -> None:
     assert list(Tail(tmp_path / "no.jsonl").rows()) == []
 
 
-@pytest.mark.parametrize("tracker", [TensorBoard, CSV])
-def test_a_state_of_its_own(tracker: type[Tracker]) -> None:
-    assert tracker().state == {}
+def row(step: int, loss: float) -> dict[str, Any]:
+    return {"step": step, "time": 1e9 + step, "train/loss": loss}
 
 
 def test_tensorboard_reads_it_as_we_do(tmp_path: Path) -> None:
-    """A process that is killed behind step 5, one that goes on from step 3, and a rewind to step 4."""
+    """A process that is killed after step 5, one that continues from step 3, and a rewind to step 4."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = Run(tmp_path, "run")
+    run = TrackedRun(tmp_path, "run")
     first = TensorBoard()
-    assert first.begin(run, 0) == 0
+    first.open(run, 0, list)
     for step in range(1, 6):
-        first.row({"step": step, "time": 1e9 + step, "train/loss": float(step)})
-    first.flush()
+        first.row(row(step, float(step)))
+    first._flush()
     second = TensorBoard()
-    second.state = dict(first.state)
-    assert second.begin(run, 3) == 3
-    first.end()
+    second.open(run, 3, list)
     for step in (4, 5, 6):
-        second.row({"step": step, "time": 1e9 + step, "train/loss": 10.0 + step})
+        second.row(row(step, 10.0 + step))
     second.event({"time": 1e9, "event": "rewound", "step": 4})
-    second.flush()
-    assert second.back(4) == 4
-    second.row({"step": 5, "time": 1e9, "train/loss": 20.0})
-    second.flush()
-    second.end()
+    second.row(row(5, 20.0))
+    second.close(list)
     expected = {1: 1.0, 2: 2.0, 3: 3.0, 4: 14.0, 5: 20.0}
     assert {step: row["train/loss"] for step, row in tensorboard_rows(tmp_path).items()} == expected
     read = EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
     assert {event.step: event.value for event in read.Scalars("train/loss")} == expected
+    assert "rewound" in str(read.Tensors("events/text_summary"))
+
+
+@pytest.mark.parametrize("stored", [0, 2, 4])
+def test_what_a_kill_has_lost_is_written_again(tmp_path: Path, stored: int) -> None:
+    """Rows up to a step are on the disk, four are in metrics.jsonl, and the run continues from the third."""
+    run, rows_ = TrackedRun(tmp_path, "run"), [row(step, float(step)) for step in range(1, 5)]
+    if stored:
+        killed = TensorBoard()
+        killed.open(run, 0, list)
+        for each in rows_[:stored]:
+            killed.row(each)
+        killed.close(list)
+    tracker = TensorBoard()
+    tracker.open(run, 3, lambda: rows_)
+    tracker.row(row(4, 40.0))
+    tracker.close(list)
+    board = tensorboard_rows(tmp_path)
+    assert {step: each["train/loss"] for step, each in board.items()} == {1: 1.0, 2: 2.0, 3: 3.0, 4: 40.0}
+
+
+class Raising(LocalTracker):
+    def row(self, row: Row) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_local_tracker_that_raises_costs_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    board = TensorBoard()
+    trackers = LocalTrackers({"a": Raising(), "b": board}, TrackedRun(tmp_path, "run"), 0, tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        trackers.row(row(step, 1.0))
+    trackers.close()
+    assert tensorboard_rows(tmp_path).keys() == {1, 2}
+    said = capsys.readouterr().err
+    assert said.count("logger=a: OSError: [Errno 28] No space left on device; training continues without it") == 1
+    assert f"rwkv-train report {tmp_path} --push a" in said

@@ -1,13 +1,20 @@
-"""Callbacks that make a step bad; tests name them as `callbacks.….`"""
+"""Callbacks that make a step bad, which tests name as `callbacks.….`, and a storage that is full."""
 
 from __future__ import annotations
 
-from typing import Any
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+
+from rwkv_train.checkpoint.storage import LocalStorage
 
 
 class Fault(Callback):
@@ -53,3 +60,29 @@ class Fault(Callback):
             with torch.no_grad():
                 for parameter in pl_module.parameters():
                     parameter *= 3.0
+
+
+class SmallFiles(LocalStorage):
+    """A disk that refuses files of more than `size` bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    @contextmanager
+    def write(self, path: Path) -> Iterator[BinaryIO]:
+        with super().write(path) as file:
+            yield cast(BinaryIO, _SmallFile(file, self.size))
+
+
+class _SmallFile:
+    def __init__(self, file: BinaryIO, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        self.room -= memoryview(data).nbytes
+        if self.room < 0:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()

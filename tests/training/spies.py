@@ -136,3 +136,13 @@ class Start(Callback):
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+class Order(Callback):
+    """The classes of the run's callbacks, in the order in which Lightning calls them."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.path.write_text("\n".join(type(callback).__name__ for callback in trainer.callbacks))  # type: ignore[attr-defined]

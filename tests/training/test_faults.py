@@ -1,4 +1,4 @@
-"""What goes wrong while a run goes on and is nobody's mistake, and runs at the edges of what a run can be."""
+"""Faults during a run that no user has caused, and runs at the edges of what is possible."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from rwkv_train.cli import launcher
 from rwkv_train.rundir.jsonl import JsonLines
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, start, train_ranks, words_for, write_text
+from tests.runs import losses, rows, start_ranks, train_ranks, words_for, write_text
+from tests.training.faults import SmallFiles
 
 
 @contextmanager
-def disk_that_takes(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes: what is more is refused, as by a full disk."""
+def disk_with_room_for(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond `size` bytes: more is refused, as by a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -35,57 +36,58 @@ def validated(run: Path) -> list[int]:
 
 
 def test_a_full_disk_refuses_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Checkpoints, rows, samples, weights, curve: each is told, the run goes on to its end, and says 3."""
+    """Checkpoints, rows, samples, weights, curve: each is reported, the run continues to its end, with exit code 3."""
     words = words_for(tmp_path, "run", "budget.steps=60", "samples.tokens=20")
     assert train(launcher.load([*words, "budget.steps=20"])) == 0
     run = tmp_path / "runs" / "run"
     before = {name: (run / name).read_bytes() for name in ("loss.png", "weights.pth", "metrics.jsonl")}
     capsys.readouterr()
-    with disk_that_takes(len(before["metrics.jsonl"]) + 600):
+    with disk_with_room_for(len(before["metrics.jsonl"]) + 600):
         assert train(launcher.load([*words, "run.allow_changes=true"])) == 3
     said = capsys.readouterr()
     for name in ("metrics.jsonl", "weights.pth", "loss.png"):
         assert said.err.count(f"{run / name} could not be written: ") == 1
-    assert said.err.count("could not be written: File too large\n  training goes on") == 4  # checkpoints 30, 40, 50, 60
+    assert (
+        said.err.count("could not be written: File too large\n  training continues") == 4
+    )  # checkpoints 30, 40, 50, 60
     kept = newest(run / "checkpoints")[0]
     assert kept is not None
     assert kept.name == "step_000000020-0001"
-    assert f"the last whole checkpoint is {kept}" in said.out
-    assert "60 steps, 7,680 tokens" in said.out  # the summary knows the rows that wait
+    assert f"the last complete checkpoint is {kept}" in said.out
+    assert "60 steps, 7,680 tokens" in said.out  # the summary includes the unwritten rows
     assert (run / "loss.png").read_bytes() == before["loss.png"]
     assert (run / "weights.pth").read_bytes() == before["weights.pth"]
     assert (run / "metrics.jsonl").read_bytes().startswith(before["metrics.jsonl"])
-    assert len(losses(run)) < 60  # whole rows, no torn one
+    assert len(losses(run)) < 60  # complete rows only
 
     assert train(launcher.load([*words, "run.allow_changes=true"])) == 0  # there is room again
     assert len(losses(run)) == 60
 
 
 def test_a_disk_that_fills_up_under_two_ranks(tmp_path: Path) -> None:
-    """Both write; the command ends with 3 when all steps are done, and the checkpoint from before stays."""
+    """Both write; rank 0 ends with 3 when all steps are done, and the earlier checkpoint is kept."""
     words = words_for(tmp_path, "run", "strategy=fsdp", "checkpoint.every.steps=5", "run.allow_changes=true")
     train_ranks([*words, "budget.steps=10"], 2)
     run = tmp_path / "runs" / "run"
-    more = [*words, "budget.steps=30", "trainer.devices=2"]
-    with disk_that_takes(40_000), start(more) as process:  # a file of weights has 90,000 bytes
-        try:
-            said = process.communicate(timeout=170)[0]
-        finally:
-            process.kill()
-    assert process.returncode == 3, said
-    assert said.count("could not be written: File too large\n  training goes on") == 4  # 15, 20, 25, 30
+    processes = start_ranks([*words, "budget.steps=30"], 2, SmallFiles(40_000))  # a file of weights has 90,000 bytes
+    for process in processes:
+        process.join(170)
+        process.kill()
+    said = next((run / "logs").glob("rank_0000_*.log")).read_text()
+    assert [process.exitcode for process in processes] == [3, 0], said
+    assert said.count("could not be written: File too large\n  training continues") == 4  # 15, 20, 25, 30
     kept, damaged = newest(run / "checkpoints")
     assert kept == run / "checkpoints" / "step_000000010-0001"
     assert not damaged
-    assert said.count(f"the last whole checkpoint is {kept}") == 5
+    assert said.count(f"the last complete checkpoint is {kept}") == 5
     assert len(losses(run)) == 30
     assert "Traceback" not in said
 
 
-def test_rows_wait_for_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_written_once_there_is_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = JsonLines(tmp_path / "rows.jsonl")
     lines.append({"step": 1})
-    with disk_that_takes(20):
+    with disk_with_room_for(20):
         for step in (2, 3, 4):
             lines.append({"step": step})
         assert (tmp_path / "rows.jsonl").read_text() == '{"step": 1}\n'
@@ -107,7 +109,7 @@ def test_text_that_is_no_utf8(tmp_path: Path) -> None:
 
 
 def test_eighteen_short_samples(tmp_path: Path) -> None:
-    """Each of them its own document of a line; every step sees more samples than there are."""
+    """Each is a document of one line; every step reads more samples than there are."""
     folder = tmp_path / "lines"
     folder.mkdir()
     for number in range(18):
@@ -145,13 +147,13 @@ def test_validation_comes_when_due_and_once_at_the_end(
 
 
 def test_out_of_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each start has its time, however long the run has taken before."""
+    """Each start has the full time, however long the run has taken before."""
     words = words_for(tmp_path, "run", "budget.hours=1e-9", "batch.micro=2")
     run = tmp_path / "runs" / "run"
     for step in (1, 2, 3):
         assert train(launcher.load(words)) == 0
         said = capsys.readouterr().out
-        ending = f"budget.hours=1e-09 is over: step {step} of 50; the same command goes on from the checkpoint of step"
+        ending = f"budget.hours=1e-09 is over: step {step} of 50; the same command resumes from the checkpoint of step"
         assert f"{ending} {step}\n" in said
         assert len(losses(run)) == step
         assert validated(run) == list(range(1, step + 1))  # where it stopped
@@ -159,7 +161,7 @@ def test_out_of_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert events == ["started", "stopped", "resumed", "stopped", "resumed", "stopped"]
 
 
-def test_a_run_cut_into_pieces_by_the_clock_is_the_run_in_one_piece(tmp_path: Path) -> None:
+def test_a_run_stopped_by_the_clock_again_and_again_equals_an_undisturbed_run(tmp_path: Path) -> None:
     write_text(tmp_path / "text.txt")
     assert train(launcher.load(words_for(tmp_path, "whole", "budget.steps=3"))) == 0
     for _ in range(3):

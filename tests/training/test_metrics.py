@@ -230,12 +230,17 @@ def test_a_rank_that_owns_nothing() -> None:
 
     def pieces(owned: bool) -> Any:
         found = [StateShard(WEIGHT, name, 0, p.detach().view(-1), owned) for name, p in model.named_parameters()]
-        return SimpleNamespace(pieces=lambda moments: iter(found), shapes=shapes, root_device=torch.device("cpu"))
+        return SimpleNamespace(
+            pieces=lambda moments: iter(found),
+            trainable_weights=model.named_parameters,
+            shapes=shapes,
+            root_device=torch.device("cpu"),
+        )
 
     for owned in (True, False):
         statistics = Statistics(model, 1, hooks=False)
         strategy = pieces(owned)
-        statistics.begin(1, strategy)
+        statistics.begin_step(1, strategy)
         with torch.no_grad():
             model.head.weight += 1.0
         update, weight = statistics._update(strategy)

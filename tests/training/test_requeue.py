@@ -33,7 +33,7 @@ def test_time_is_too_short_for_a_checkpoint(tmp_path: Path) -> None:
     assert last["no_checkpoint"].startswith("0 s are left and a checkpoint takes ")
     assert saved[-1] == last["step"] // 10 * 10 or last["step"] % 10 == 0
     assert f"no checkpoint of step {last['step']}: 0 s are left" in said
-    assert f"SIGTERM at step {last['step']}; the same command goes on from the checkpoint of step {saved[-1]}" in said
+    assert f"SIGTERM at step {last['step']}; the same command resumes from the checkpoint of step {saved[-1]}" in said
 
 
 def test_three_failures_at_one_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from rwkv_train.checkpoint.directory import newest
 from rwkv_train.cli import launcher
+from rwkv_train.exit_codes import ExitCode
 from rwkv_train.training.run import train
 from tests.runs import losses, rows, same_weights, start, start_ranks, words_for
 
@@ -79,15 +80,16 @@ def test_when_one_rank_dies_the_other_ends(tmp_path: Path, lost: int) -> None:
 
 
 def test_stopped_and_gone_on_with_is_the_run_without_a_stop(tmp_path: Path) -> None:
-    forty = ("budget.steps=40", "checkpoint.every.steps=100", "validation.every.steps=15")
-    assert train(launcher.load(words_for(tmp_path, "whole", *forty))) == 0
+    steps = ("budget.steps=150", "checkpoint.every.steps=500", "validation.every.steps=60")
+    assert train(launcher.load(words_for(tmp_path, "whole", *steps))) == 0
     stopped = tmp_path / "runs" / "stopped"
-    (process,) = start_ranks(words_for(tmp_path, "stopped", *forty), 1)
+    (process,) = start_ranks(words_for(tmp_path, "stopped", *steps), 1)
     wait_for(stopped, 6)
     process.terminate()
     process.join(60)
-    if process.exitcode == 75:
-        assert train(launcher.load(words_for(tmp_path, "stopped", *forty))) == 0
+    assert process.exitcode == ExitCode.STOPPED
+    assert 6 <= len(losses(stopped)) < 150
+    assert train(launcher.load(words_for(tmp_path, "stopped", *steps))) == 0
     whole = tmp_path / "runs" / "whole"
     assert losses(stopped) == losses(whole)
     assert [row.get("val/loss") for row in rows(stopped)] == [row.get("val/loss") for row in rows(whole)]

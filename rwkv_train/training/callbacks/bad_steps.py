@@ -1,4 +1,4 @@
-"""What is done about a bad step: its update is left out, and if that does not help the run goes back or stops."""
+"""What follows a bad step: its update is left out, and if that does not help the run is rewound or stopped."""
 
 from __future__ import annotations
 
@@ -21,57 +21,74 @@ from torch import Tensor
 from rwkv_train.checkpoint.directory import newest, read_meta
 from rwkv_train.checkpoint.shards import Reader
 from rwkv_train.config import HealthSettings
+from rwkv_train.data.arrays import Ints
+from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.rundir.jsonl import Events, WriteErrors
-from rwkv_train.training.alerts import Alerts, Window
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics, Row
 from rwkv_train.training.module import RWKVModule
+from rwkv_train.training.spikes import Window
 from rwkv_train.training.strategy.shared import GradientNorms
 
-RENEWED = 10  # steps between two limits
-SHOWN = 4  # bad samples that are told
-KEPT = 3  # checkpoints for replays; older ones take no more room
-MOST = 64  # of them in the replay file
-TEXT = 120  # characters of each
+STEPS_PER_LIMIT = 10  # the limit for spikes is computed again after so many steps
+MAX_PRINTED_SAMPLES = 4
+MAX_PRINTED_CHARACTERS = 120  # of each sample
+MAX_REPLAY_SAMPLES = 64  # in a replay file
+MAX_REPLAY_CHECKPOINTS = 3  # kept for replays; older ones are deleted
 
 
 @dataclass
 class _Evidence:
-    """What a step leaves for the case that it turns out bad."""
+    """What is kept of a step until its verdict is on the host.
 
-    limit: float  # a larger loss is a spike
-    finite: list[Tensor]  # Statistics.finite
+    Args:
+        limit: a larger loss is a spike.
+        finite: see `StepVerdict`, an element for each micro-batch.
+        samples: `Batch.samples` of each micro-batch.
+        gradient_norms: None: the strategy does not know them.
+    """
+
+    limit: float
+    finite: list[Tensor]
+    samples: list[Ints]
     gradient_norms: GradientNorms | None
 
 
 @dataclass
 class _Bad:
-    """What is known of a bad step."""
+    """What is known of a bad step.
 
-    kind: str  # nonfinite or spike
-    tensor: str  # the first bad one
+    Args:
+        kind: "nonfinite" or "spike".
+        tensor: the first one that is bad, for messages.
+        layer: its block; None: in none.
+        samples: `Batches.sample` of the bad ones.
+    """
+
+    kind: str
+    tensor: str
     layer: int | None
-    samples: list[dict[str, Any]]  # Batches.sample of each
+    samples: list[dict[str, Any]]
 
 
 class BadSteps(Callback):
-    """Judges each row when it is written, at the same step on all ranks, and acts before the next step begins.
+    """Reads each row when it is written, at the same step on all ranks, and acts before the next step begins.
 
-    The update of a bad step is left out on the device itself (see Statistics.judge): nobody waits for a verdict. What
-    comes later, a rewind or the end, is decided here, from numbers that are the same on all ranks.
+    The update of a bad step is left out on the device (`StepVerdict`), without waiting for the host. Whether the run is
+    rewound or stopped is decided here, from numbers that are the same on all ranks.
 
     Args:
-        settings: what is bad, and what it costs.
-        metrics: whose rows are judged.
-        saving: knows the checkpoints.
+        settings: what counts as bad, and what follows.
+        metrics: its rows are read.
+        saving: restores checkpoints.
         data: of the run.
-        run: where replay files and skipped data are kept.
-        tree: the settled config, for replay files.
-        events, write_errors: the run's.
-        console: where bad steps are reported.
+        run: where replay files and the skipped data are recorded.
+        tree: the resolved config, for replay files.
+        events, write_errors: of the run.
+        console: where alerts are printed.
         rewinds: how often the run was rewound before this start.
     """
 
@@ -90,15 +107,15 @@ class BadSteps(Callback):
     ) -> None:
         self.settings, self.metrics, self.saving, self.data, self.run = settings, metrics, saving, data, run
         self.tree, self.events, self.write_errors, self.console = tree, events, write_errors, console
-        self.stopped: str | None = None  # why the run was ended
+        self.stopped: str | None = None  # why the run was stopped
         self.rewinds = rewinds
         self.window = Window(settings.window, settings.z)
-        self._alerts = Alerts()
         self._evidence: dict[int, _Evidence] = {}  # by step
+        self._samples_so_far: list[Ints] = []  # of the current step's micro-batches
         self._streak = 0  # bad steps in a row
         self._first_bad = 0  # of them
-        self._high = False  # whether the step before was a spike that only alerts
-        self._todo: str | None = None  # rewind or stop, before the next step
+        self._high = False  # whether the step before was a spike that is only reported
+        self._action: str | None = None  # "rewind" or "stop", before the next step
         self._limit = math.inf
         self._module: RWKVModule | None = None
         metrics.listeners.append(self._see)
@@ -113,40 +130,40 @@ class BadSteps(Callback):
         assert isinstance(pl_module, RWKVModule)
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        todo, self._todo = self._todo, None
-        if todo is not None:
-            reason = self._rewind(trainer, pl_module) if todo == "rewind" else "a bad step, and the policy is to stop"
+        self._samples_so_far = []
+        action, self._action = self._action, None
+        if action is not None:
+            reason = self._rewind(trainer, pl_module) if action == "rewind" else "a bad step, and the policy is to stop"
             if reason is not None:
                 self.stopped = reason
                 trainer.should_stop = True
                 pl_module.read_again()
-        if trainer.global_step % RENEWED == 0:
+        if trainer.global_step % STEPS_PER_LIMIT == 0:
             self._limit = self.window.limit()
         if self.settings.spike != "alert":
-            pl_module.statistics.set_limit(self._limit)
+            pl_module.verdict.set_limit(self._limit)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, RWKVModule)
+        self._samples_so_far.append(batch.samples)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            norms = pl_module.strategy.gradient_norms
-            self._evidence[trainer.global_step] = _Evidence(self._limit, pl_module.statistics.finite, norms)
+            norms, samples = pl_module.strategy.gradient_norms, self._samples_so_far
+            self._evidence[trainer.global_step] = _Evidence(self._limit, pl_module.verdict.finite, samples, norms)
 
     def _see(self, row: Row) -> None:
-        """Judges a step; called on all ranks, which see the same numbers."""
+        """Reads the row of a step; called on all ranks, which see the same numbers."""
         step, loss = row["step"], row["train/loss"]
         evidence = self._evidence.pop(step, None)
         self.window.add(loss)
-        for kind, text in self._alerts.see(row):
-            self._tell(kind, step, text)
         finite = loss is not None and row["grad_norm"] is not None
         if evidence is None or (finite and loss <= evidence.limit):
             self._streak, self._high = 0, False
             return
         policy = self.settings.spike if finite else self.settings.nonfinite
         if policy == "alert":
-            if not self._high:  # a loss that stays up is told once
+            if not self._high:  # a loss that stays high is reported once
                 self._report(row, self._examine(step - 1, evidence, finite), "the step counts as any other", None)
             self._high = True
             return
@@ -156,30 +173,33 @@ class BadSteps(Callback):
             self._first_bad = step
         if policy == "skip" and self._streak >= self.settings.patience:
             policy = "rewind"
-        self._todo = None if policy == "skip" else policy
+        self._action = None if policy == "skip" else policy
         replay = self._write_replay(step, row, bad) if self._streak == 1 else None
         self._report(row, bad, {"skip": "its update was left out", "stop": "the run stops"}.get(policy, policy), replay)
 
     def _examine(self, step: int, evidence: _Evidence, finite: bool) -> _Bad:
-        """Names the first bad tensor of a step of the data, and the samples it is of; all ranks call it."""
+        """Finds the first bad tensor of a step (0 for the first), and the samples it is of; all ranks call it."""
         assert self._module is not None
         if finite:
             return _Bad("spike", "the loss", None, self._samples(step, None))
-        flags = [~finite for finite in evidence.finite]
-        bad = [(layer, place, n, row) for n, each in enumerate(flags) for place, layer, row in _where(each)]
+        bad = [
+            (layer, part, int(samples[row]))
+            for finite, samples in zip(evidence.finite, evidence.samples, strict=True)
+            for part, layer, row in _where(~finite)
+        ]
         norms = evidence.gradient_norms
-        gone = None if norms is None else [index for (index,) in _where(~norms.values.isfinite())]
-        ranks: list[Any] = [(bad, gone)]
+        gradients = None if norms is None else [index for (index,) in _where(~norms.values.isfinite())]
+        ranks: list[Any] = [(bad, gradients)]
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, (bad, gone))
+            dist.all_gather_object(ranks, (bad, gradients))
         first = min((each[:2] for bad, _ in ranks for each in bad), default=None)
         if first is not None:
-            share = self.data.split.share
-            numbers = {int(share(0, n, rank)[row]) for rank, (bad, _) in enumerate(ranks) for _, _, n, row in bad}
+            numbers = {number for bad, _ in ranks for _, _, number in bad}
             tensor = f"blocks.{first[0]}: {self._module.model.architecture.state_parts[first[1]]}"
             return _Bad("nonfinite", tensor, first[0], self._samples(step, numbers))
-        where = {rank: gone[-1] for rank, (_, gone) in enumerate(ranks) if gone}  # a backward pass comes from the end
+        # of each rank the last one in the model's order: a backward pass begins at the end
+        where = {rank: indices[-1] for rank, (_, indices) in enumerate(ranks) if indices}
         if not where:
             what = "the gradient or the loss" if norms is None else "the loss"
             return _Bad("nonfinite", what, None, self._samples(step, None))
@@ -194,10 +214,10 @@ class BadSteps(Callback):
         if not self.events.enabled:
             return []
         chosen = sorted(numbers if numbers is not None else range(self.data.split.samples))
-        return [self.data.sample(step, number) for number in chosen[:MOST]]
+        return [self.data.sample(step, number) for number in chosen[:MAX_REPLAY_SAMPLES]]
 
     def _write_replay(self, step: int, row: Row, bad: _Bad) -> Path | None:
-        """The file for `replay=`, with the checkpoint before the step kept beside it."""
+        """Writes the file for `replay=`, and keeps the checkpoint before the step next to it."""
         if not self.events.enabled:
             return None
         folder = self.run.path / "replay"
@@ -208,9 +228,9 @@ class BadSteps(Callback):
             if checkpoint is not None:
                 checkpoint = _kept(checkpoint, folder / checkpoint.name)
                 held = [path for path in folder.iterdir() if path.is_dir()]
-                for old in sorted(held, key=lambda path: path.stat().st_mtime)[:-KEPT]:
+                for old in sorted(held, key=lambda path: path.stat().st_mtime)[:-MAX_REPLAY_CHECKPOINTS]:
                     shutil.rmtree(old)
-            told = {
+            content = {
                 "step": step,
                 "kind": bad.kind,
                 "tensor": bad.tensor,
@@ -222,37 +242,30 @@ class BadSteps(Callback):
                 "samples": bad.samples,
                 "config": self.tree,
             }
-            file.write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
+            file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         return file
 
     def _report(self, row: Row, bad: _Bad, action: str, replay: Path | None) -> None:
         if not self.events.enabled:
             return
         step, what = row["step"], "is a spike" if bad.kind == "spike" else "is not finite"
-        told = {"kind": bad.kind, "tensor": bad.tensor, "layer": bad.layer, "action": action}
+        known = {"kind": bad.kind, "tensor": bad.tensor, "layer": bad.layer, "action": action}
         numbers = [sample["number"] for sample in bad.samples]
-        self.events.add("bad_step", step, **told, samples=numbers, replay=None if replay is None else str(replay))
+        self.events.add("bad_step", step, **known, samples=numbers, replay=None if replay is None else str(replay))
         text = f"{bad.tensor} {what}" + ("" if bad.kind == "nonfinite" else f": {row['train/loss']:.4f}")
         if len(numbers) < self.data.split.samples:
-            shown = bad.samples[:SHOWN]
-            text += "".join(
-                f"\n  sample {s['number']} of the step, {s['source']} at {s['place']}: {s['text'][:TEXT]!r}"
-                for s in shown
-            )
-        self._say(
+            for sample in bad.samples[:MAX_PRINTED_SAMPLES]:
+                start = sample["text"][:MAX_PRINTED_CHARACTERS]
+                text += f"\n  sample {sample['number']} of the step, {sample['source']} at {sample['place']}: {start!r}"
+        self._print(
             step, f"{text}\n  {action}" + ("" if replay is None else f"; `python train.py replay={replay}` repeats it")
         )
 
-    def _tell(self, kind: str, step: int, text: str) -> None:
-        """An alert to the console and the event file, from where it goes to the trackers."""
-        self.events.add("alert", step, kind=kind, text=text)
-        self._say(step, f"{kind}: {text}")
-
-    def _say(self, step: int, text: str) -> None:
+    def _print(self, step: int, text: str) -> None:
         self.console.print(f"[bold red]ALERT[/bold red] step {step}: ", escape(text), sep="")
 
     def _rewind(self, trainer: L.Trainer, module: RWKVModule) -> str | None:
-        """Goes back to the checkpoint before the first bad step and past all data read since; else says why not."""
+        """Rewinds to the checkpoint before the first bad step and skips the data read since; else returns why not."""
         if self.rewinds >= self.settings.rewinds:
             return f"health.rewinds={self.settings.rewinds} are used up"
         reached = trainer.global_step
@@ -261,25 +274,25 @@ class BadSteps(Callback):
         if checkpoint is None:
             return "there is no checkpoint to go back to"
         meta = read_meta(checkpoint)
-        step = meta["step"]
-        behind = self.data.data_step(reached - 1) + 1  # of the data: what comes next
+        step = meta.step
+        unread = self.data.data_step(reached - 1) + 1  # the first step of the data that was not read yet
         earlier = [skip for skip in self.data.skips if skip[0] < step]
-        skips = [*earlier, (step, behind - step - sum(steps for _, steps in earlier))]
+        skips = [*earlier, (step, unread - step - sum(steps for _, steps in earlier))]
         self.rewinds += 1
-        self.data.begin(step, meta.get("position"), skips)
+        self.data.begin(step, meta.position, skips)
         for record in (self.metrics.lines, self.events):
-            record.go_on(self.run.attempts.directory(module.strategy.attempt) / record.path.name)
+            record.follow_attempt(self.run.attempts.directory(module.strategy.attempt) / record.path.name)
         self.metrics.forget(step)
         _count_from(trainer, step)
         self._restore(Reader(checkpoint).state(0)["lightning"])
         self._evidence.clear()
-        module.statistics.count_skipped_from(step - meta.get("updates", step))
+        module.verdict.count_skipped_from(step - meta.updates)
         module.read_again()
         if self.events.enabled:
             with self.write_errors.tolerate(self.run.passed_over):
                 self.run.passed_over.write_text(json.dumps({"rewinds": self.rewinds, "skips": self.data.skips}))
             self.events.add("rewound", step, reached=reached, passed_over=self.data.skips[-1][1])
-            self._say(
+            self._print(
                 reached,
                 f"rewound to {checkpoint.name}; the data of {self.data.skips[-1][1]} steps are passed over",
             )
@@ -291,24 +304,24 @@ class BadSteps(Callback):
         return None
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        streak = {"streak": self._streak, "first_bad": self._first_bad, "todo": self._todo}
+        streak = {"streak": self._streak, "first_bad": self._first_bad, "todo": self._action}
         checkpoint["health"] = {"losses": list(self.window.losses), "limit": self._limit, **streak}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
         meta = checkpoint["meta"]
-        pl_module.statistics.count_skipped_from(meta["step"] - meta.get("updates", meta["step"]))
+        pl_module.verdict.count_skipped_from(meta.step - meta.updates)
         self._restore(checkpoint)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         held = checkpoint.get("health", {})
         self.window = Window(self.settings.window, self.settings.z, held.get("losses"))
         self._streak, self._first_bad = held.get("streak", 0), held.get("first_bad", 0)
-        self._todo, self._limit = held.get("todo"), held.get("limit", math.inf)
+        self._action, self._limit = held.get("todo"), held.get("limit", math.inf)
 
 
 def read_passed_over(run: RunDirectory) -> dict[str, Any]:
-    """How often a run was rewound, and what it passes over: {"rewinds": n, "skips": [[step, steps of data], …]}."""
+    """How often a run was rewound, and which data it skips: {"rewinds": n, "skips": [[step, steps of data], …]}."""
     if not run.passed_over.exists():
         return {"rewinds": 0, "skips": []}
     found: dict[str, Any] = json.loads(run.passed_over.read_text())
@@ -316,26 +329,26 @@ def read_passed_over(run: RunDirectory) -> dict[str, Any]:
 
 
 def _where(flags: Tensor) -> list[list[int]]:
-    """The places (of each dimension) at which a tensor is true; waits for the device: only where a step was bad."""
+    """The indices of the true elements; waits for the device: only where a step was bad."""
     found: list[list[int]] = flags.nonzero().tolist()
     return found
 
 
-def _kept(checkpoint: Path, place: Path) -> Path:
-    """A second name for a checkpoint's files, so that they stay when its own is deleted."""
-    place.mkdir(exist_ok=True)
+def _kept(checkpoint: Path, copy: Path) -> Path:
+    """Hard links to a checkpoint's files, so that they remain when the checkpoint is deleted."""
+    copy.mkdir(exist_ok=True)
     try:
         for file in checkpoint.iterdir():
-            if not (place / file.name).exists():
-                os.link(file, place / file.name)
-    except OSError:  # no hard links here: it stays as long as checkpoint.keep lets it
-        shutil.rmtree(place)
+            if not (copy / file.name).exists():
+                os.link(file, copy / file.name)
+    except OSError:  # a file system without hard links: checkpoint.keep decides how long it remains
+        shutil.rmtree(copy)
         return checkpoint
-    return place
+    return copy
 
 
 def _count_from(trainer: L.Trainer, step: int) -> None:
-    """Sets Lightning's counters to "this step is done, and the next has not begun"."""
+    """Sets Lightning's counters to the state between this step and the next."""
     loop = trainer.fit_loop.epoch_loop
     counted = between_steps({"fit_loop": trainer.fit_loop.state_dict()}, step, trainer.accumulate_grad_batches)[
         "fit_loop"

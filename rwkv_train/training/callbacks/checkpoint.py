@@ -1,4 +1,4 @@
-"""When a checkpoint is written and which are kept. How it is written is checkpoint/'s matter."""
+"""When a checkpoint is written and which ones are kept; how one is written is in checkpoint/."""
 
 from __future__ import annotations
 
@@ -12,16 +12,10 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from rwkv_train.checkpoint.commit import stay
-from rwkv_train.checkpoint.directory import (
-    aside_of,
-    attempt_of,
-    counted,
-    directory_name,
-    newest,
-    read_meta,
-    step_of,
-)
+from rwkv_train.checkpoint.commit import checkpoints_to_keep
+from rwkv_train.checkpoint.directory import list_checkpoints, newest, read_meta
+from rwkv_train.checkpoint.meta import CheckpointMeta
+from rwkv_train.checkpoint.name import CheckpointName, temporary_path
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.config import CheckpointSettings
 from rwkv_train.data.batches import Batches
@@ -35,20 +29,27 @@ _PROBE_TOLERANCE = {"32-true": 2e-6, "bf16-mixed": 1e-2}  # relative
 
 
 class Superseded(Exception):
-    """A newer start of this run has begun: what this one writes from now on would not count."""
+    """A newer attempt of this run has begun: what this one writes from now on would not count."""
 
 
 class CheckpointCallback(Callback):
-    """Saves between two steps: when a step is due, its validation done and the next one not yet begun.
+    """Saves between two steps: when one is due, after the validation of the last step and before the next one.
 
     Args:
         directory: checkpoints/ of the run.
-        settings: how often, and which stay.
-        tokens_per_step: converts spans that are given in tokens.
-        meta: what is known before training (config, versions), written into each checkpoint.
-        events: gets a row for each checkpoint.
+        settings: how often to save, and which checkpoints to keep.
+        tokens_per_step: converts durations that are given in tokens.
+        meta: the fields of CheckpointMeta that are known before training: config, data, tokenizer, versions.
+        events: gets an event for each checkpoint.
         storage: the file system.
         restoring: called with the step reached, before training waits for a restore.
+
+    Attributes:
+        failures: number of saves that the disk refused.
+        last: step of the newest checkpoint; None: there is none.
+        takes: seconds that the last save took, from its start to the commit; None: not known yet.
+        at_end: whether the last step is saved when training ends.
+        paused: seconds for which saves have paused training so far.
     """
 
     def __init__(
@@ -61,40 +62,39 @@ class CheckpointCallback(Callback):
         storage: Storage | None = None,
         restoring: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self.directory, self.meta, self.events, self.keep, self.best = (
-            directory,
-            meta,
-            events,
-            settings.keep,
-            settings.best,
-        )
+        self.directory, self.meta, self.events = directory, meta, events
+        self.keep, self.best = settings.keep, settings.best
         self.every = settings.every.in_steps(tokens_per_step)
         self.permanent = None if settings.permanent is None else settings.permanent.in_steps(tokens_per_step)
         self.storage: Storage = storage or LocalStorage()
         self.attempts = Attempts(directory.parent)
-        self._number = 0  # this attempt's
-        self.failures = 0  # saves that the disk refused
-        self.last: int | None = None  # step of the newest checkpoint
-        self.takes: float | None = None  # seconds that the last one took
-        self.at_end = True  # whether the end of the training is saved
-        self._begun: int | None = None  # the same, of one that is perhaps still being written
-        self._probe: float | None = None
-        self._probe_at = 0  # the step of the data whose first sample it is
-        self._pause = 0.0  # seconds that the last save has stopped the training
-        self.paused = 0.0  # the same of all saves
+        self.failures = 0
+        self.last: int | None = None
+        self.takes: float | None = None
+        self.at_end = True
+        self.paused = 0.0
         self.restoring = restoring
-        self._went_back_to: int | None = None  # step of the checkpoint to which the run was rewound last
+        self._attempt = 0  # number of this attempt
+        self._begun: int | None = None  # step of the newest save, which may not have ended yet
+        self._probe: float | None = None
+        self._probe_step = 0  # step of the data whose first sample the probe is
+        self._pause = 0.0  # seconds for which the last save has paused training
+        self._restored: int | None = None  # step of the checkpoint to which the run was rewound last
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy = cast(ShardedStrategy, trainer.strategy)
-        self._number = strategy.attempt
+        self._attempt = strategy.attempt
         strategy.open_writer(self.storage, self._retain)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Recomputes the loaded checkpoint's probe: weights, data and engine give the loss that they gave before."""
+        """Recomputes the probe of the loaded checkpoint: weights, data and engine must give the loss of the save.
+
+        Raises:
+            UserError: they give another one.
+        """
         if self._probe is None:
             return
-        now, before = self._measure_probe(trainer, self._probe_at), self._probe
+        now, before = self._measure_probe(trainer, self._probe_step), self._probe
         tolerance = _PROBE_TOLERANCE.get(str(trainer.precision), 1e-2)
         if not abs(now - before) <= tolerance * abs(before):
             raise UserError(
@@ -120,35 +120,35 @@ class CheckpointCallback(Callback):
         strategy.settle()
         self._report(strategy)
 
-    def leave_out_the_end(self) -> None:
-        """The end of the training is not saved: there is no time."""
+    def skip_last_save(self) -> None:
+        """The last step is not saved when training ends: there is no time."""
         self.at_end = False
 
     def save(self, trainer: L.Trainer) -> None:
-        """Begins a checkpoint of this step, unless there is one. A disk that refuses it costs no more than that.
+        """Starts a save of this step, unless there was one already. If the disk refuses it, training continues.
 
         Raises:
-            Superseded: a newer start of the run has taken over.
+            Superseded: a newer attempt of the run has taken over.
         """
         step = trainer.global_step
         if step == self._begun:
             return
         began, self._begun = time.perf_counter(), step
-        if trainer.strategy.broadcast(trainer.is_global_zero and self.attempts.superseded(self._number)):
+        if trainer.strategy.broadcast(trainer.is_global_zero and self.attempts.superseded(self._attempt)):
             raise Superseded
-        self._probe_at = trainer.datamodule.batches.data_step(step)  # type: ignore[attr-defined]
-        self._probe = self._measure_probe(trainer, self._probe_at)
-        trainer.save_checkpoint(self.directory / directory_name(step, self._number))
+        self._probe_step = trainer.datamodule.batches.data_step(step)  # type: ignore[attr-defined]
+        self._probe = self._measure_probe(trainer, self._probe_step)
+        trainer.save_checkpoint(self.directory / str(CheckpointName(step, self._attempt)))
         self._pause = time.perf_counter() - began
         self.paused += self._pause
 
     def go_back(self, trainer: L.Trainer, before: int) -> Path | None:
-        """Restores the newest whole checkpoint before a step, and goes on as a new attempt. All ranks call it.
+        """Restores the newest complete checkpoint before a step, and continues as a new attempt; a collective call.
 
-        The one that was restored last is passed over where there is an older one.
+        The checkpoint that was restored last is skipped if there is an older one.
 
         Returns:
-            which one; None: there is none.
+            the checkpoint's directory; None: there is none.
         """
         self.restoring(trainer.global_step)
         strategy = cast(ShardedStrategy, trainer.strategy)
@@ -157,66 +157,67 @@ class CheckpointCallback(Callback):
         path: Path | None = None
         if strategy.global_rank == 0:
             path, _ = newest(self.directory, self.storage, before=before)
-            if path is not None and step_of(path) == self._went_back_to:  # it did not help, perhaps it is bad itself
-                older, _ = newest(self.directory, self.storage, before=step_of(path))
+            if path is not None and CheckpointName.of(path).step == self._restored:  # perhaps it is bad itself
+                older, _ = newest(self.directory, self.storage, before=self._restored)
                 path = older or path
         path = strategy.broadcast(path)
         if path is None:
             return None
-        number = 0
+        name, number = CheckpointName.of(path), 0
         if strategy.global_rank == 0:
             number = self.attempts.claim()
-            self.attempts.begin(number, step_of(path) or 0, attempt_of(path))
-        self._number = strategy.begin_attempt(number)
+            self.attempts.begin(number, name.step, name.attempt)
+        self._attempt = strategy.begin_attempt(number)
         strategy.restore(path)
-        self.last = self._begun = self._went_back_to = step_of(path)
+        self.last = self._begun = self._restored = name.step
         return path
 
     def _report(self, strategy: ShardedStrategy) -> None:
-        """Tells how the saves ended that were under way."""
+        """Records how the saves that have ended meanwhile ended."""
         for outcome in strategy.writer.finished():
             if outcome.error is not None:
-                self._refused(outcome.path, outcome.error)
+                self._report_failure(outcome.path, outcome.error)
                 continue
-            self.last, self.takes = step_of(outcome.path), self._pause + outcome.seconds
+            self.last, self.takes = CheckpointName.of(outcome.path).step, self._pause + outcome.seconds
             seconds = {"seconds": round(outcome.seconds, 3), "pause": round(self._pause, 3)}
-            self.events.add("checkpoint", self.last or 0, **seconds)
+            self.events.add("checkpoint", self.last, **seconds)
 
-    def _refused(self, path: Path, error: str) -> None:
+    def _report_failure(self, path: Path, error: str) -> None:
         self.failures += 1
         if not self.events.enabled:
             return
         kept, _ = newest(self.directory, self.storage)
-        with contextlib.suppress(OSError):  # then the next start removes it
-            self.storage.delete(aside_of(path))
+        with contextlib.suppress(OSError):  # then the next attempt removes it
+            self.storage.delete(temporary_path(path))
         print(
             f"\nWARNING: the checkpoint {path} could not be written: {error}\n"
-            f"  training goes on; the last whole checkpoint is {kept or 'none'}",
+            f"  training continues; the last complete checkpoint is {kept or 'none'}",
             file=sys.stderr,
             flush=True,
         )
-        self.events.add("checkpoint_failed", step_of(path) or 0, error=error)
+        self.events.add("checkpoint_failed", CheckpointName.of(path).step, error=error)
 
     def _retain(self) -> None:
-        """Deletes the checkpoints that need not stay; called in the writer's thread, behind a commit.
+        """Deletes the checkpoints that are not to be kept; called in the writer's thread after each commit.
 
-        Nothing, where a newer attempt has begun: it may have begun from one of them. One that begins only now finds
-        the checkpoint that was just committed.
+        If a newer attempt has begun, nothing is deleted: it may have started from one of them. An attempt that begins
+        only now finds the checkpoint that was just committed.
         """
-        if self.attempts.superseded(self._number):
+        if self.attempts.superseded(self._attempt):
             return
-        paths = {step_of(path) or 0: path for path in counted(self.directory, self.storage, self._number)}
-        losses = {step: read_meta(path).get("val_loss") if self.best else None for step, path in paths.items()}
-        for step in paths.keys() - stay(losses, self.keep, self.permanent, self.best):
+        found = list_checkpoints(self.directory, self.storage, self._attempt)
+        paths = {CheckpointName.of(path).step: path for path in found}
+        losses = {step: read_meta(path).val_loss if self.best else None for step, path in paths.items()}
+        for step in paths.keys() - checkpoints_to_keep(losses, self.keep, self.permanent, self.best):
             try:
                 self.storage.delete(paths[step])
-            except FileNotFoundError:  # an older attempt was about to delete the same one
+            except FileNotFoundError:  # an older attempt has deleted the same one
                 pass
             except OSError as error:
-                print(f"warning: {paths[step]} cannot be deleted: {error.strerror}", file=sys.stderr)
+                print(f"WARNING: {paths[step]} cannot be deleted: {error.strerror}", file=sys.stderr)
 
     def _measure_probe(self, trainer: L.Trainer, data_step: int) -> float:
-        """The loss of the first sample of a step of the data, the same one for any number of ranks; no update."""
+        """The loss of the first sample of a step of the data, without an update; the same for any number of ranks."""
         batches: Batches = trainer.datamodule.batches  # type: ignore[attr-defined]
         strategy = cast(ShardedStrategy, trainer.strategy)
         batch = strategy.batch_to_device(batches.first_sample(data_step))
@@ -226,34 +227,42 @@ class CheckpointCallback(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
+        assert self._probe is not None
+        strategy, batches = pl_module.strategy, trainer.datamodule.batches  # type: ignore[attr-defined]
         step, loss = trainer.global_step, trainer.callback_metrics.get("val/loss")
         checkpoint["loops"] = between_steps(checkpoint["loops"], step, trainer.accumulate_grad_batches)
-        checkpoint["meta"] = {
+        checkpoint["meta"] = CheckpointMeta(
+            step=step,
+            tokens=pl_module.tokens_seen,
+            updates=strategy.updates(),
+            probe=self._probe,
+            data_step=self._probe_step,
+            skips=tuple(batches.skips),
+            position=batches.position(step),
+            val_loss=None if loss is None else float(loss),
+            shapes=strategy.shapes,
+            writers=strategy.writer.writers,
             **self.meta,
-            "step": step,
-            "tokens": pl_module.tokens_seen,
-            "probe": self._probe,
-            "data_step": self._probe_at,
-            "skips": [list(skip) for skip in trainer.datamodule.batches.skips],  # type: ignore[attr-defined]
-            "val_loss": None if loss is None else float(loss),
-        }
-        position = trainer.datamodule.batches.position(step)  # type: ignore[attr-defined]
-        if position is not None:
-            checkpoint["meta"]["position"] = position
+        )
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        meta = checkpoint["meta"]
-        trainer.datamodule.batches.begin(meta["step"], meta.get("position"))  # type: ignore[attr-defined]
-        self._probe, self.last, self._begun = meta["probe"], meta["step"], meta["step"]
-        self._probe_at = meta.get("data_step", meta["step"])
-        checkpoint["loops"] = between_steps(checkpoint["loops"], meta["step"], trainer.accumulate_grad_batches)
+        meta: CheckpointMeta = checkpoint["meta"]
+        trainer.datamodule.batches.begin(meta.step, meta.position)  # type: ignore[attr-defined]
+        self._probe, self._probe_step = meta.probe, meta.data_step
+        self.last = self._begun = meta.step
+        checkpoint["loops"] = between_steps(checkpoint["loops"], meta.step, trainer.accumulate_grad_batches)
 
 
 def between_steps(loops: dict[str, Any], step: int, accumulation: int) -> dict[str, Any]:
-    """Lightning's counters, set to "step is done, with its validation, and the next has not begun".
+    """Lightning's counters, set to the state between two steps: `step` is done and validated, the next has not begun.
 
-    They are saved from inside hooks, where some count a batch as ready that is not trained yet; written like this,
+    They are saved from inside hooks, where some of them count a batch as ready that is not trained yet. Set like this,
     every checkpoint of a step is the same, whichever hook saved it.
+
+    Args:
+        loops: state of Lightning's loops.
+        step: optimiser steps done.
+        accumulation: micro-batches per step.
     """
     fit = loops["fit_loop"]
     batches = step * accumulation

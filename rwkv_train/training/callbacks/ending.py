@@ -1,4 +1,4 @@
-"""When a run ends: with its last step, or when its time is up. Either way the last step is validated."""
+"""Ends a run at its last step or when its time is up; the last step is validated either way."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from lightning.pytorch.callbacks import Callback
 
 
 class StopAtBudget(Callback):
-    """Asks Lightning to stop behind a step; Lightning then validates there, though no validation is due.
+    """Asks Lightning to stop after a step; Lightning then validates, even where no validation is due.
 
-    Lightning's own Timer is no help: it goes on counting where a resumed run was stopped, which stops it again at once.
+    Lightning's own Timer cannot be used: in a resumed run it continues to count where it was, and stops at once.
 
     Args:
-        total: the last step of the run; None: no end.
-        seconds: of this process, from now on; None: no limit.
+        total: the last step of the run; None: no limit.
+        seconds: time limit of this process, from now on; None: no limit.
+
+    Attributes:
+        out_of_time: whether the time limit has ended the run.
     """
 
     def __init__(self, total: int | None, seconds: float | None) -> None:
@@ -32,6 +35,6 @@ class StopAtBudget(Callback):
         last = trainer.global_step == self.total
         if self.seconds is not None and not last:
             up = time.monotonic() - self._began >= self.seconds
-            self.out_of_time = trainer.strategy.broadcast(up)  # the first rank's clock is everybody's
+            self.out_of_time = trainer.strategy.broadcast(up)  # rank 0's clock decides
         if last or self.out_of_time:
             trainer.should_stop = True

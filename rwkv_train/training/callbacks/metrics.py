@@ -1,4 +1,4 @@
-"""metrics.jsonl: one object per optimiser step, the truth that every other record is made from."""
+"""metrics.jsonl: one object per optimiser step, from which every other record is made."""
 
 from __future__ import annotations
 
@@ -16,26 +16,31 @@ from lightning.pytorch.callbacks import Callback
 
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import JsonLines
+from rwkv_train.training.host_copy import AsyncHostCopy
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.statistics import AsyncHostCopy
 from rwkv_train.training.throughput import Stopwatch, matmul_rate, utilisation
 
 Row = dict[str, Any]
 PARTS = ("data", "forward", "backward", "optimizer")
-KEPT = 10_000  # steps that a rewind may take back
-CLIPPED_OF = 100  # steps whose clipped ones `clip_share` counts
+MAX_REWIND_STEPS = 10_000  # whose hours are known when a rewind takes them back
+CLIP_WINDOW = 100  # steps over which `clip_share` is taken
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What the run's processes before this one have used up, in hours, and how much of it is still worth something."""
+    """Hours that the run has used before this process.
+
+    Attributes:
+        hours: time for which the processes of all attempts have run.
+        productive: the part of it in steps that are still part of the run.
+    """
 
     hours: float = 0.0
     productive: float = 0.0
 
     @classmethod
     def of(cls, attempts: Attempts, lines: JsonLines) -> Spent:
-        """From the last row of each attempt, and from the last one that still counts."""
+        """Reads the last row of each attempt, and the last row of the run."""
         files = [attempts.directory(number) / "metrics.jsonl" for number in attempts.numbers()]
         ends = [row for file in files for row in JsonLines(file).rows()[-1:]]
         kept = [row for row in lines.rows()[-1:] if "hours" in row]
@@ -45,7 +50,7 @@ class Spent:
 
 @dataclass
 class _Pending:
-    """A step's row before its values are on the host."""
+    """The row of a step whose values are still being copied to the host."""
 
     row: Row
     flight: AsyncHostCopy
@@ -54,17 +59,22 @@ class _Pending:
 
 
 class Metrics(Callback):
-    """Writes a row for each step when its validation is done and its values are on the host: docs/metrics.md.
+    """Writes a row for each step once its validation is done and its values are on the host: docs/metrics.md.
 
-    On a CPU that is when the next step begins. On a GPU it is one step later: the host runs ahead of it, and waits for
-    nothing. Either way it is the same step on all ranks.
+    On a CPU a row is written when the next step begins; on a GPU one step later, so that the host never waits for the
+    device. All ranks write the row of the same step at the same time.
 
     Args:
-        lines: where the rows go.
+        lines: file of the rows.
         bytes_per_token: of the held-out text, for bits per byte.
-        clip: the norm to which gradients are clipped; None: they are not.
-        paused: seconds for which checkpoints have stopped the training so far.
-        spent: of the run before this process.
+        clip: the norm to which gradients are clipped; None: they are not clipped.
+        paused: returns the seconds for which checkpoints have paused training so far.
+        spent: hours that the run has used before this process.
+
+    Attributes:
+        latest: the last row that was written.
+        listeners: called with each row.
+        rate: measured matmul rate of this device, in FLOPs per second.
     """
 
     def __init__(
@@ -78,21 +88,21 @@ class Metrics(Callback):
         self.lines, self.bytes_per_token, self.clip, self.paused = lines, bytes_per_token, clip, paused
         spent = spent or Spent()
         self._hours, self._productive = spent.hours, spent.productive
-        self.latest: Row = {}  # the last row that was written
-        self.listeners: list[Callable[[Row], None]] = []  # called with each row
-        self.rate = math.inf  # of matrix products on this device
+        self.latest: Row = {}
+        self.listeners: list[Callable[[Row], None]] = []
+        self.rate = math.inf
         self._pending: deque[_Pending] = deque()
-        self._clipped: deque[bool] = deque(maxlen=CLIPPED_OF)
-        self._spent: deque[tuple[int, float]] = deque(maxlen=KEPT)  # hours of the last steps
+        self._clipped: deque[bool] = deque(maxlen=CLIP_WINDOW)
+        self._spent: deque[tuple[int, float]] = deque(maxlen=MAX_REWIND_STEPS)  # (step, hours) of the last steps
         self._born = time.time()
         self._began = time.perf_counter()
         self._paused = 0.0
-        self._behind = 0  # steps whose values may still be on their way
+        self._in_flight = 0  # last steps whose values may not be on the host yet
         self._watch = Stopwatch(torch.device("cpu"))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.rate = matmul_rate(pl_module.device, str(trainer.precision))
-        self._watch, self._behind = Stopwatch(pl_module.device), int(pl_module.device.type == "cuda")
+        self._watch, self._in_flight = Stopwatch(pl_module.device), int(pl_module.device.type == "cuda")
         self._began = time.perf_counter()
 
     def on_train_batch_start(
@@ -100,7 +110,7 @@ class Metrics(Callback):
     ) -> None:
         self._watch.mark("data")
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self.write(self._behind)
+            self.write(self._in_flight)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
         self._watch.mark("forward")
@@ -113,17 +123,18 @@ class Metrics(Callback):
     ) -> None:
         assert isinstance(pl_module, RWKVModule)
         self._watch.mark("optimizer")
-        statistics = pl_module.statistics
+        now = time.perf_counter()  # the same instant: statistics count for the next step, in `seconds` and in its parts
+        statistics, verdict = pl_module.statistics, pl_module.verdict
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        assert statistics.loss is not None
-        assert statistics.skipped is not None
+        assert verdict.loss is not None
+        assert verdict.skipped is not None
         strategy = pl_module.strategy
-        values = {"train/loss": statistics.loss, "grad_norm": pl_module.grad_norm, "skipped": statistics.skipped}
+        values = {"train/loss": verdict.loss, "grad_norm": pl_module.grad_norm, "skipped": verdict.skipped}
         values = {key: value.to(strategy.root_device) for key, value in values.items()}
         if statistics.due:
-            values |= statistics.of_layers(strategy, strategy.gradient_norms)
-        now, step = time.perf_counter(), trainer.global_step
+            values |= statistics.layer_values(strategy)
+        step = trainer.global_step
         row: Row = {"step": step, "tokens": pl_module.tokens_seen, "lr": pl_module.lr}
         row |= {"seconds": round(now - self._began, 6), "time": round(time.time(), 3), "memory": _memory(strategy)}
         if len(statistics.sources) > 1:
@@ -154,14 +165,14 @@ class Metrics(Callback):
         self._began = time.perf_counter()  # the next step's time does not count the validation
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Any) -> None:
-        self.write()  # a run that goes on from here has all rows up to here
+        self.write()  # a run that resumes from this checkpoint has all rows up to it
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.write()
 
-    def write(self, behind: int = 0) -> None:
-        """Writes the rows of all steps but the last `behind` ones."""
-        while len(self._pending) > behind:
+    def write(self, in_flight: int = 0) -> None:
+        """Writes the rows of all steps but the last `in_flight` ones."""
+        while len(self._pending) > in_flight:
             row = self._complete(self._pending.popleft())
             self.latest = row
             self.lines.append(row)
@@ -169,7 +180,7 @@ class Metrics(Callback):
                 listener(row)
 
     def forget(self, step: int) -> None:
-        """The steps behind this one do not count any more."""
+        """Removes the time of the steps after `step` from the productive time: the run was rewound."""
         while self._spent and self._spent[-1][0] > step:
             self._productive -= self._spent.pop()[1]
         self._began = time.perf_counter()
@@ -179,7 +190,7 @@ class Metrics(Callback):
     def _complete(self, pending: _Pending) -> Row:
         values = pending.flight.values()
         spent, loss, norm = self._watch.seconds(pending.marks), values["train/loss"], values["grad_norm"]
-        spent["forward"] = max(0.0, spent.get("forward", 0.0) - pending.paused)  # it begins where the pause does
+        spent["forward"] = max(0.0, spent.get("forward", 0.0) - pending.paused)  # a checkpoint pauses at its start
         self._clipped.append(self.clip is not None and norm > self.clip)
         self._spent.append((pending.row["step"], pending.row["seconds"] / 3600))
         self._productive += self._spent[-1][1]
@@ -199,15 +210,15 @@ class Metrics(Callback):
             "hours": round(hours, 7),
             "goodput": round(min(1.0, self._productive / hours), 6) if hours else 1.0,
         }
-        heavier = {key: value for key, value in values.items() if key not in row}
-        row.update({key: _rounded(value) for key, value in heavier.items() if value == value})
+        further = {key: value for key, value in values.items() if key not in row}
+        row.update({key: _rounded(value) for key, value in further.items() if value == value})
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits of each number; null for what is not finite."""
+    """Five significant digits of each number; null for what is not finite."""
     if isinstance(value, list):
         return [_rounded(one) for one in value]
     return float(f"{value:.5g}") if math.isfinite(value) else None

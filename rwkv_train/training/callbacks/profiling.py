@@ -1,4 +1,4 @@
-"""`profile=true`: some steps under torch.profiler, a trace for ui.perfetto.dev, and where their time went."""
+"""`profile=true`: ten steps under torch.profiler, a trace for ui.perfetto.dev, and a table of the costs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, schedule
 
-WAIT, WARM, STEPS = 5, 2, 10  # steps that are not recorded, that warm the profiler up, and that are recorded
-SHOWN = 10  # costs
+WAIT_STEPS, WARMUP_STEPS, STEPS = 5, 2, 10  # not profiled; profiled but discarded; recorded
+TABLE_ROWS = 10
 
 
 class Profiling(Callback):
-    """Records ten steps, once they run as they will; the first rank writes and tells.
+    """Records ten steps on rank 0, after the first ones.
 
     Args:
-        folder: of the run; the trace becomes `trace.json` there.
-        console: where the costs are printed.
+        folder: directory of the run; the trace is written to `trace.json` there.
+        console: where the table is printed.
     """
 
     def __init__(self, folder: Path, console: Console) -> None:
@@ -34,8 +34,8 @@ class Profiling(Callback):
         cuda = pl_module.device.type == "cuda"
         self._profiler = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])],
-            schedule=schedule(wait=WAIT, warmup=WARM, active=STEPS, repeat=1),
-            on_trace_ready=self._tell,
+            schedule=schedule(wait=WAIT_STEPS, warmup=WARMUP_STEPS, active=STEPS, repeat=1),
+            on_trace_ready=self._report,
             record_shapes=True,
         )
         self._profiler.__enter__()
@@ -51,7 +51,7 @@ class Profiling(Callback):
             self._profiler.__exit__(None, None, None)
             self._profiler = None
 
-    def _tell(self, recorded: Any) -> None:
+    def _report(self, recorded: Any) -> None:
         recorded.export_chrome_trace(str(self.path))
         cuda = torch.cuda.is_available()
         costs = costs_of(recorded.key_averages(), cuda)
@@ -59,16 +59,21 @@ class Profiling(Callback):
         table = Table(
             "operator", "ms a step", "share", "calls a step", title=f"where {STEPS} steps went", title_justify="left"
         )
-        for name, seconds, calls in costs[:SHOWN]:
+        for name, seconds, calls in costs[:TABLE_ROWS]:
             table.add_row(name, f"{1000 * seconds / STEPS:.2f}", f"{seconds / total:.1%}", f"{calls / STEPS:g}")
         self.console.print(table)
         for advice in advice_on(costs, total):
             self.console.print(f"  {advice}")
-        self.console.print(f"  the whole of it: {self.path}, to be opened in https://ui.perfetto.dev", soft_wrap=True)
+        self.console.print(f"  trace: {self.path}, to be opened in https://ui.perfetto.dev", soft_wrap=True)
 
 
 def costs_of(averages: Any, cuda: bool) -> list[tuple[str, float, int]]:
-    """(operator, own seconds, calls), the most expensive first; those of the device where there is one."""
+    """(operator, own seconds, calls), the most expensive first.
+
+    Args:
+        averages: of a profiler.
+        cuda: whether time on the device counts instead of time on the CPU.
+    """
     kind = "self_device_time_total" if cuda else "self_cpu_time_total"
     found = [(each.key, getattr(each, kind) / 1e6, each.count) for each in averages]
     return sorted(
@@ -77,13 +82,17 @@ def costs_of(averages: Any, cuda: bool) -> list[tuple[str, float, int]]:
 
 
 def advice_on(costs: list[tuple[str, float, int]], total: float) -> list[str]:
-    """What is certain to help, and nothing else."""
+    """Advice on two known causes: pageable copies and reading device values in each step."""
     share = {name: seconds / total for name, seconds, _ in costs}
     advice = []
     copies = share.get("Memcpy HtoD (Pageable -> Device)", 0.0)
     if copies > 0.05:
-        advice.append(f"{copies:.0%} goes into copies from pageable memory: a callback moves tensors itself; pin them")
+        advice.append(
+            f"{copies:.0%} of the time goes into copies from pageable memory: a callback moves tensors itself; pin them"
+        )
     waits = sum(seconds for name, seconds in share.items() if name in ("aten::_local_scalar_dense", "aten::item"))
     if waits > 0.05:
-        advice.append(f"{waits:.0%} goes into .item(): a callback asks the device for a number in every step")
+        advice.append(
+            f"{waits:.0%} of the time goes into .item(): a callback reads a value from the device in every step"
+        )
     return advice

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
+"""Progress on the console: a bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 from rwkv_train.training.callbacks.metrics import Metrics, Row
 
-_PLAIN_SECONDS = 15.0  # between two lines where the output is no terminal
-_BAR_SECONDS = 0.25  # between two changes of the bar
-_WINDOW = 50  # steps over which the speed is taken
+_LINE_INTERVAL = 15.0  # seconds between two lines where the output is not a terminal
+_BAR_INTERVAL = 0.25  # seconds between two updates of the bar
+_WINDOW = 50  # steps over which the speed is averaged
 
 
 class ProgressBar(Callback):
-    """Loss, tokens per second, MFU, time left, the next checkpoint and the last validation, from the rows as they come.
+    """Shows loss, tokens per second, MFU, time left, the next checkpoint and the last validation loss.
 
     Args:
-        metrics: whose rows are shown.
+        metrics: source of the rows that are shown.
         saving: knows when the next checkpoint is due.
-        total: steps of the whole run; None: no end.
-        console: where to; only the first rank's speaks.
+        total: total steps of the run; None: no limit.
+        console: the output; only rank 0's is not quiet.
     """
 
     def __init__(self, metrics: Metrics, saving: CheckpointCallback, total: int | None, console: Console) -> None:
         self.saving, self.total, self.console = saving, total, console
         self._bar: Progress | None = None
         self._rows: deque[Row] = deque(maxlen=_WINDOW)
-        self._spoke = time.monotonic()
+        self._shown_at = time.monotonic()
         self._validation = ""
-        metrics.listeners.append(self._see)
+        metrics.listeners.append(self._add)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._spoke = time.monotonic()
+        self._shown_at = time.monotonic()
         if self.console.is_terminal and not self.console.quiet:
             columns = (
                 TextColumn("{task.completed}/{task.total} steps"),
@@ -55,7 +55,7 @@ class ProgressBar(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._rows:
-            self._speak()
+            self._show()
         self.on_exception()
 
     def on_exception(self, *args: Any) -> None:
@@ -63,7 +63,7 @@ class ProgressBar(Callback):
             self._bar.stop()
             self._bar = None
 
-    def _see(self, row: Row) -> None:
+    def _add(self, row: Row) -> None:
         if self.console.quiet:
             return
         if self._rows and row["step"] <= self._rows[-1]["step"]:  # the run was rewound
@@ -71,11 +71,11 @@ class ProgressBar(Callback):
         self._rows.append(row)
         if row.get("val/loss") is not None:
             self._validation = f"validation {row['val/loss']:.4f}"
-        if time.monotonic() - self._spoke >= (_PLAIN_SECONDS if self._bar is None else _BAR_SECONDS):
-            self._speak()
+        if time.monotonic() - self._shown_at >= (_LINE_INTERVAL if self._bar is None else _BAR_INTERVAL):
+            self._show()
 
-    def _speak(self) -> None:
-        self._spoke = time.monotonic()
+    def _show(self) -> None:
+        self._shown_at = time.monotonic()
         step = self._rows[-1]["step"]
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, text=self.text())
@@ -84,7 +84,7 @@ class ProgressBar(Callback):
             self.console.print(f"step {step}{of}  {self.text()}", highlight=False, soft_wrap=True)
 
     def text(self) -> str:
-        """The last rows in a line."""
+        """The last rows as one line."""
         row, seconds = self._rows[-1], sum(row["seconds"] for row in self._rows)
         speed = len(self._rows) / seconds  # steps a second
         parts = [f"loss {row['train/loss']:.4f}" if row["train/loss"] is not None else "loss not finite"]

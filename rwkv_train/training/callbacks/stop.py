@@ -1,4 +1,4 @@
-"""What a signal does: the step is finished, a checkpoint written, and the run ends to be resumed."""
+"""Signals: the step is finished, a checkpoint written, and the run ends so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -19,49 +19,54 @@ from lightning.pytorch.callbacks import Callback
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 
-# of preemption and time limits: scancel's and Kubernetes', SLURM's by --signal, submitit's
-WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# signals of preemption and time limits: from scancel and Kubernetes, from SLURM's --signal, from submitit
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopOnSignal(Callback):
-    """Asks Lightning to stop behind the step in which any rank got a signal; what then saves is CheckpointCallback.
+    """Asks Lightning to stop after the step in which any rank received a signal; CheckpointCallback then saves.
 
-    A handler only sets a flag. The ranks exchange their flags while the next step computes and read them behind it, so
-    that nobody waits for anybody and all stop at the same step. A second SIGINT leaves at once, without a word to
-    anybody: the checkpoint that is there stays.
+    The handler only sets a flag. The ranks exchange their flags while the next step computes and read the result after
+    it: no rank waits for another, and all stop at the same step. A second SIGINT ends the process at once, and the last
+    checkpoint is kept.
 
     Args:
-        seconds_left: until this process is ended, asked once a signal has come; None: not known.
+        seconds_left: returns the time until this process is killed, asked after a signal; None: not known.
+
+    Attributes:
+        received: the signal that this process has received.
+        stopped: the signal that has ended the run, the same on all ranks.
+        too_late: why no checkpoint was written at the end; None: one was.
     """
 
     def __init__(self, seconds_left: Callable[[], float | None] = lambda: None) -> None:
         self.seconds_left = seconds_left
-        self.received: signal.Signals | None = None  # by this process
-        self.stopped: str | None = None  # the signal that has ended the run, the same on all ranks
-        self.too_late: str | None = None  # why there was no checkpoint at the end
+        self.received: signal.Signals | None = None
+        self.stopped: str | None = None
+        self.too_late: str | None = None
         self._saving: CheckpointCallback | None = None
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
         self._flag: torch.Tensor | None = None
         self._exchange: dist.Work | None = None
 
     def connect(self, saving: CheckpointCallback) -> None:
-        """Gives it the callback that saves where the run stops; signals are heard before there is one."""
+        """Sets the callback that saves when the run stops; signals are handled before it exists."""
         self._saving = saving
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """A signal that comes in the block ends nothing, also before the first step and after the last one."""
-        self._listen(*WARNINGS)
+        """Signals during the block do not kill the process, also before the first step and after the last one."""
+        self._listen(*STOP_SIGNALS)
         try:
             yield
         finally:
-            for number, handler in self._before.items():
+            for number, handler in self._previous.items():
                 signal.signal(number, handler)
-            self._before = {}
+            self._previous = {}
 
     def _listen(self, *numbers: signal.Signals) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._before.update({number: signal.signal(number, self._handle) for number in numbers})
+            self._previous.update({number: signal.signal(number, self._handle) for number in numbers})
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
@@ -69,11 +74,11 @@ class StopOnSignal(Callback):
         self.received = signal.Signals(number)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Lightning's handler of SIGTERM broadcasts from inside the handler, where other ranks do something else."""
+        """Disables Lightning's SIGTERM handler, which broadcasts from inside the handler: the other ranks may not."""
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen(signal.SIGINT)  # before, it ends the process: there is no step to finish
+        self._listen(signal.SIGINT)  # before this it ends the process: there is no step to finish
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -85,31 +90,31 @@ class StopOnSignal(Callback):
             return
         self.stopped = signal.Signals(number).name
         trainer.should_stop = True
-        self._reckon(trainer)
+        self._decide_last_save(trainer)
         if (batch_idx + 1) % (trainer.val_check_batch or 1):
-            trainer.limit_val_batches = 0  # Lightning would validate where it stops, and time is short
+            trainer.limit_val_batches = 0  # else Lightning validates where it stops, and time is short
 
     def _agreed(self, trainer: L.Trainer) -> int:
-        """The signal that had come to any rank when the flags were exchanged last; 0: none."""
+        """The signal that any rank had received when the flags were last exchanged; 0: none."""
         if trainer.world_size == 1:
             return int(self.received or 0)
-        came = 0
+        agreed = 0
         if self._exchange is not None and self._flag is not None:
             self._exchange.wait()
-            came = int(self._flag.item())
+            agreed = int(self._flag.item())
         self._flag = torch.tensor(int(self.received or 0), device=trainer.strategy.root_device)
         self._exchange = dist.all_reduce(self._flag, dist.ReduceOp.MAX, async_op=True)
-        return came
+        return agreed
 
-    def _reckon(self, trainer: L.Trainer) -> None:
-        """Leaves the last checkpoint out where it would take longer than there is time: a half one helps nobody."""
+    def _decide_last_save(self, trainer: L.Trainer) -> None:
+        """Omits the last checkpoint if there is less time left than the previous one took."""
         left = self.seconds_left() if trainer.is_global_zero and self.stopped != "SIGINT" else None
         if self._saving is None:
             return
         takes = self._saving.takes
         short = left is not None and takes is not None and left < takes
         if trainer.strategy.broadcast(short):
-            self._saving.leave_out_the_end()
+            self._saving.skip_last_save()
             if short:
                 self.too_late = f"{max(left or 0, 0):.0f} s are left and a checkpoint takes {takes:.0f} s"
 
@@ -119,7 +124,7 @@ class StopOnSignal(Callback):
 
 
 def follow_parent() -> None:
-    """Ends this process when the one that started it has ended: a collective would wait for it for half an hour."""
+    """Ends this process when its parent has ended: a collective would wait for it for half an hour."""
     parent = os.getppid()
 
     def follow() -> None:

@@ -1,4 +1,4 @@
-"""The rank's side of the watchdog: its heartbeat at each turn of the training, and the thread that hears the end."""
+"""The rank's side of the watchdog: a heartbeat at each phase of training, and a thread that ends the process."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from rwkv_train.training.strategy import ShardedStrategy
 from rwkv_train.watchdog.heartbeat import Heartbeat
 from rwkv_train.watchdog.verdict import Phase
 
-_PULSE = 0.5  # seconds between two signs of life
-_EVERYTHING = 1 << 20  # an index behind all batches of a validation: the rank waits for the others' sums
-_MAY_TRACE = 0x59616D61  # prctl's PR_SET_PTRACER
+_ALIVE_INTERVAL = 0.5  # seconds between two records that a thread runs
+_AFTER_ALL_BATCHES = 1 << 20  # index after all batches of a validation, where ranks wait for each other's sums
+_PR_SET_PTRACER = 0x59616D61  # of prctl
 
 
 class Watchdog(Callback):
-    """Starts this rank's guard (watchdog/monitor.py) and tells it at each turn where the rank is.
+    """Starts this rank's monitor (watchdog/monitor.py), and records in its heartbeat which phase the rank is in.
 
-    A turn costs some microseconds: numbers in memory that the guard reads. Must stand behind the callbacks that
-    wait for other ranks, so that their waiting counts for the step that it belongs to.
+    A record costs some microseconds: numbers in memory that the monitor reads. The callback must come after those that
+    wait for other ranks, so that their waiting is attributed to the step that it belongs to.
 
     Args:
-        settings: limits, and what is a straggler.
-        attempts: of the run; stacks and events go where this one's records are.
-        first: whether this is the run's first process.
-        alone: whether it is the only one.
-        node: the name of this rank's.
+        settings: limits, and what a straggler is.
+        attempts: attempts of the run; stacks and events are written to the current attempt's directory.
+        first: whether this is rank 0.
+        alone: whether it is the only rank.
+        node: name of this rank's node.
         last_words: called before a verdict ends the process; must be quick.
     """
 
@@ -62,13 +62,13 @@ class Watchdog(Callback):
     ) -> None:
         self.settings, self.attempts, self.first, self.alone = settings, attempts, first, alone
         self.node, self.last_words = node, last_words
-        self.heart = Heartbeat()
-        self._words: socket.socket | None = None
+        self.heartbeat = Heartbeat()
+        self._channel: socket.socket | None = None
         self._listener: socket.socket | None = None
-        self._number = 0  # the attempt that the guard knows
+        self._attempt = 0  # number of the attempt that the monitor knows
         self._micro = 0
-        self._began = 0.0  # of the step
-        self._apart = 0.0  # seconds of it in validation and checkpoints
+        self._began = 0.0  # when the step began
+        self._excluded = 0.0  # seconds of the step in validation and checkpoints
         self._paused: float | None = None
         self._work = 0.0
         self._saving_since = 0.0
@@ -76,13 +76,13 @@ class Watchdog(Callback):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """The guard watches while the block runs, and is told how it ends."""
+        """The monitor runs during the block, and gets a message how the block ended."""
         if not self.settings.enabled:
             yield
-            self.heart.close()
+            self.heartbeat.close()
             return
-        guard = self._start()
-        ended = "the process has left without a word"
+        monitor = self._start()
+        ended = "the process has ended without a message"
         try:
             yield
             ended = ""
@@ -90,24 +90,24 @@ class Watchdog(Callback):
             ended = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise
         finally:
-            words, self._words = self._words, None
-            assert words is not None
+            channel, self._channel = self._channel, None
+            assert channel is not None
             with suppress(OSError):
-                words.sendall(json.dumps({"ended": ended}).encode() + b"\n")
-            words.close()
+                channel.sendall(json.dumps({"ended": ended}).encode() + b"\n")
+            channel.close()
             with suppress(subprocess.TimeoutExpired):
-                guard.wait(1 if ended else 5)
-            if guard.poll() is None and not ended:
-                guard.kill()
-                guard.wait()
+                monitor.wait(1 if ended else 5)
+            if monitor.poll() is None and not ended:
+                monitor.kill()
+                monitor.wait()
             self._close_listener()
-            self.heart.close()
-            guard.returncode = guard.returncode or 0  # one that still judges the others is nobody's to wait for
+            self.heartbeat.close()
+            monitor.returncode = monitor.returncode or 0  # one that still judges other ranks is not waited for
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """The guard as a child of this process: a bare interpreter that imports the standard library and two files."""
-        self._words, theirs = socket.socketpair()
-        fds = [self.heart.fd, theirs.fileno()]
+        """Starts the monitor as a child process: a bare interpreter that imports the standard library only."""
+        self._channel, remote = socket.socketpair()
+        fds = [self.heartbeat.fd, remote.fileno()]
         if self.first and not self.alone:
             self._listener = socket.create_server(("", 0), backlog=4096)
             fds.append(self._listener.fileno())
@@ -116,54 +116,55 @@ class Watchdog(Callback):
         settings = {
             "pid": os.getpid(),
             "alone": self.alone,
-            "memory": self.heart.fd,
-            "words": theirs.fileno(),
+            "memory": self.heartbeat.fd,
+            "channel": remote.fileno(),
             "listener": None if self._listener is None else self._listener.fileno(),
             "limits": {name: getattr(self.settings, name) for name in limits},
             "stragglers": [self.settings.slow_factor, self.settings.slow_steps],
             "py_spy": str(beside) if beside.exists() else shutil.which("py-spy"),
         }
         root = str(Path(rwkv_train.__file__).parents[1])
-        door = (
-            f"import sys; sys.path.insert(0, {root!r}); from rwkv_train.watchdog import monitor as guard; guard.main()"
-        )
-        command = [sys.executable, "-I", "-S", "-c", door, json.dumps(settings)]
-        with theirs:
-            guard = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        with suppress(OSError, AttributeError):  # where only a parent may look into a process: py-spy is no parent
-            ctypes.CDLL(None).prctl(_MAY_TRACE, ctypes.c_ulong(guard.pid), 0, 0, 0)
-        threading.Thread(target=self._listen, args=(self._words,), name="watchdog", daemon=True).start()
-        return guard
+        program = f"import sys; sys.path.insert(0, {root!r}); from rwkv_train.watchdog import monitor; monitor.main()"
+        command = [sys.executable, "-I", "-S", "-c", program, json.dumps(settings)]
+        with remote:
+            monitor = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        with suppress(
+            OSError, AttributeError
+        ):  # where only a parent may trace a process: py-spy is not this one's parent
+            ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(monitor.pid), 0, 0, 0)
+        threading.Thread(target=self._listen, args=(self._channel,), name="watchdog", daemon=True).start()
+        return monitor
 
-    def _listen(self, words: socket.socket) -> None:
-        """Shows that the process runs, and ends it when the guard says so; in a thread."""
-        came = b""
-        while self._words is words:
+    def _listen(self, channel: socket.socket) -> None:
+        """Runs in a thread: records that the process runs, and ends it when the monitor says so."""
+        received = b""
+        while self._channel is channel:
             try:
-                self.heart.alive()
-                if not select.select([words], [], [], _PULSE)[0]:
+                self.heartbeat.alive()
+                if not select.select([channel], [], [], _ALIVE_INTERVAL)[0]:
                     continue
-                data = words.recv(1 << 16)
+                data = channel.recv(1 << 16)
             except (OSError, ValueError):  # closed: the run has ended
                 return
             if not data:
                 return
-            came += data
-            if b"\n" in came:
-                self._leave(json.loads(came.partition(b"\n")[0]))
+            received += data
+            if b"\n" in received:
+                self._exit(json.loads(received.partition(b"\n")[0]))
 
-    def _leave(self, word: dict[str, Any]) -> None:
-        with suppress(Exception):  # nothing may keep this process now
-            if word["stacks"] is not None:
-                with open(word["stacks"], "a", encoding="utf-8") as file:
+    def _exit(self, message: dict[str, Any]) -> None:
+        """Ends the process, after adding its stacks to the file where py-spy could not write them."""
+        with suppress(Exception):  # nothing may keep the process alive now
+            if message["stacks"] is not None:
+                with open(message["stacks"], "a", encoding="utf-8") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
             self.last_words()
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(int(word["end"]))
+        os._exit(int(message["end"]))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The ranks know each other now: the guards shall, too."""
+        """The process group exists now: connects the monitors of all ranks."""
         strategy = cast(ShardedStrategy, trainer.strategy)
         host, port, token = "", 0, secrets.token_hex(16)
         if trainer.world_size > 1:
@@ -172,7 +173,7 @@ class Watchdog(Callback):
                 port = 0 if self._listener is None else self._listener.getsockname()[1]
             host, port, token = strategy.broadcast((host, port, token))
         self._close_listener()
-        if self._words is None:
+        if self._channel is None:
             return
         join = {
             "rank": trainer.global_rank,
@@ -182,17 +183,17 @@ class Watchdog(Callback):
             "address": [host, port],
             "token": token,
         }
-        self._words.sendall(json.dumps({"join": join}).encode() + b"\n")
+        self._channel.sendall(json.dumps({"join": join}).encode() + b"\n")
 
     def _close_listener(self) -> None:
-        """The guard has its own."""
+        """Closes this process's copy; the monitor has its own."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
 
     def _directory(self, strategy: ShardedStrategy) -> str:
-        self._number = strategy.attempt
-        return str(self.attempts.directory(self._number).absolute())
+        self._attempt = strategy.attempt
+        return str(self.attempts.directory(self._attempt).absolute())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy = cast(ShardedStrategy, trainer.strategy)
@@ -209,25 +210,27 @@ class Watchdog(Callback):
         self._resume()
         self._micro = batch_idx % trainer.accumulate_grad_batches
         strategy = cast(ShardedStrategy, trainer.strategy)
-        if strategy.attempt != self._number and self._words is not None:  # a run that went back is another one
-            self._words.sendall(json.dumps({"directory": self._directory(strategy)}).encode() + b"\n")
+        if (
+            strategy.attempt != self._attempt and self._channel is not None
+        ):  # a rewound run continues as another attempt
+            self._channel.sendall(json.dumps({"directory": self._directory(strategy)}).encode() + b"\n")
         if not self._micro:
             self._work = 0.0
             if pl_module.device.type == "cuda":
                 self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
                 self._events[-1][0].record()
-        self.heart.beat(Phase.FORWARD, trainer.global_step, self._micro)
+        self.heartbeat.beat(Phase.FORWARD, trainer.global_step, self._micro)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
-        self.heart.beat(Phase.BACKWARD, trainer.global_step, self._micro)
+        self.heartbeat.beat(Phase.BACKWARD, trainer.global_step, self._micro)
 
     def _worked(self, trainer: L.Trainer) -> None:
-        """This rank has done its own part of the step, or of a pass."""
+        """This rank's own part of the step, or of a micro-batch, is done."""
         if self._micro == trainer.accumulate_grad_batches - 1 and not self._work:
-            self._work = time.perf_counter() - self._began - self._apart
+            self._work = time.perf_counter() - self._began - self._excluded
             if self._events:
                 self._events[-1][1].record()
-            self.heart.beat(Phase.OPTIMISER, trainer.global_step)
+            self.heartbeat.beat(Phase.OPTIMISER, trainer.global_step)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -241,48 +244,48 @@ class Watchdog(Callback):
             return
         now = time.perf_counter()
         step = trainer.global_step
-        self.heart.stepped(now - self._began - self._apart, self._device_work() or self._work)
-        self.heart.writing(0.0 if cast(ShardedStrategy, trainer.strategy).writer.idle else self._saving_since)
-        self.heart.beat(Phase.DATA, step)
-        self._began, self._apart = now, 0.0
+        self.heartbeat.step_done(now - self._began - self._excluded, self._device_work() or self._work)
+        self.heartbeat.saving(0.0 if cast(ShardedStrategy, trainer.strategy).writer.idle else self._saving_since)
+        self.heartbeat.beat(Phase.DATA, step)
+        self._began, self._excluded = now, 0.0
 
     def _device_work(self) -> float:
-        """Seconds of a device's own work in the newest step that it has finished; it is not waited for."""
+        """Seconds of the device's own work in the newest step that it has finished; the device is not waited for."""
         for begin, end in reversed(self._events):
             if begin.query() and end.query():
-                with suppress(RuntimeError):  # a step that the hook did not see
+                with suppress(RuntimeError):  # the hook was not called in this step
                     return float(begin.elapsed_time(end)) / 1e3
         return 0.0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._pause()
         self._saving_since = time.monotonic()
-        self.heart.writing(0.0 if cast(ShardedStrategy, trainer.strategy).writer.idle else self._saving_since)
-        self.heart.beat(Phase.CHECKPOINT, trainer.global_step)
+        self.heartbeat.saving(0.0 if cast(ShardedStrategy, trainer.strategy).writer.idle else self._saving_since)
+        self.heartbeat.beat(Phase.CHECKPOINT, trainer.global_step)
 
     def restoring(self, step: int) -> None:
-        """The run goes back to a checkpoint, which takes as long as one may take."""
+        """The run is rewound to a checkpoint, for which the limit of a checkpoint holds."""
         self._pause()
-        self.heart.beat(Phase.CHECKPOINT, step)
+        self.heartbeat.beat(Phase.CHECKPOINT, step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause()
-        self.heart.beat(Phase.VALIDATION, trainer.global_step)
+        self.heartbeat.beat(Phase.VALIDATION, trainer.global_step)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.heart.beat(Phase.VALIDATION, trainer.global_step, batch_idx + (dataloader_idx << 10))
+        self.heartbeat.beat(Phase.VALIDATION, trainer.global_step, batch_idx + (dataloader_idx << 10))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.heart.beat(Phase.VALIDATION, trainer.global_step, _EVERYTHING)
+        self.heartbeat.beat(Phase.VALIDATION, trainer.global_step, _AFTER_ALL_BATCHES)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.heart.beat(Phase.DATA, trainer.global_step)
+        self.heartbeat.beat(Phase.DATA, trainer.global_step)
         self._resume()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.heart.beat(Phase.END, trainer.global_step)
+        self.heartbeat.beat(Phase.END, trainer.global_step)
 
     def _pause(self) -> None:
         if self._paused is None:
@@ -290,5 +293,5 @@ class Watchdog(Callback):
 
     def _resume(self) -> None:
         if self._paused is not None:
-            self._apart += time.perf_counter() - self._paused
+            self._excluded += time.perf_counter() - self._paused
             self._paused = None

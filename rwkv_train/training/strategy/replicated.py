@@ -1,4 +1,4 @@
-"""Strategies with a whole copy of the state on every device: a single device, and DDP."""
+"""Strategies with the complete state on every device: a single device, and DDP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rwkv_train.models import LanguageModel
 from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
 
-class _Whole(ShardedStrategy):
+class _Replicated(ShardedStrategy):
     def pieces(self, moments: bool) -> Iterator[StateShard]:
         owned = self.global_rank == 0
         for name, parameter in self.named_weights():
@@ -25,18 +25,18 @@ class _Whole(ShardedStrategy):
         yield from self.optimizers[0].state.values()
 
 
-class Single(_Whole, SingleDeviceStrategy):  # type: ignore[override]
-    """One device, whose model has its values before training begins."""
+class Single(_Replicated, SingleDeviceStrategy):  # type: ignore[override]
+    """One device. The model has its values before training begins."""
 
     def _materialise(self, model: LanguageModel) -> None:
-        """Nothing is to be done."""
+        """Nothing to do: the model has memory and values."""
 
 
-class DDP(_Whole, DDPStrategy):
+class DDP(_Replicated, DDPStrategy):
     """A copy on each device, gradients averaged (gloo on CPUs, nccl on GPUs)."""
 
     def __init__(self, backend: str) -> None:
-        # init_sync: the copies get their values from `setup`, not from the first rank's
+        # init_sync: every rank fills its copy in `setup`, rank 0's are not broadcast
         super().__init__(process_group_backend=backend, gradient_as_bucket_view=True, init_sync=False)
 
     def _materialise(self, model: LanguageModel) -> None:
@@ -44,5 +44,5 @@ class DDP(_Whole, DDPStrategy):
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, *args, **kwargs)
-        optimizer.zero_grad()  # the second step makes other buckets; the first ones' memory is free by then
+        optimizer.zero_grad()  # DDP makes other buckets in the second step; frees those of the first one
         return result

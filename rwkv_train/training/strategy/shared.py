@@ -1,4 +1,4 @@
-"""What all strategies share: their state as pieces, filled from the recipe or a checkpoint, saved to a checkpoint."""
+"""What all strategies share: their state as shards, filled from the recipe or a checkpoint, saved to a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rwkv_train.checkpoint.shards import MOMENTS, Reader, StateShard, contents, file_names
 from rwkv_train.checkpoint.storage import Storage
-from rwkv_train.checkpoint.writer import Board, OwnBoard, Writer
+from rwkv_train.checkpoint.writer import InProcessStore, KeyValueStore, Writer
 from rwkv_train.errors import UserError
 from rwkv_train.models import LanguageModel
 from rwkv_train.training.strategy.unused import freeze_unused
@@ -24,10 +24,10 @@ from rwkv_train.training.throughput import keep_freed_memory, return_freed_memor
 
 
 class Source(Protocol):
-    """Where the first weights come from: the recipe, or a file."""
+    """Where the initial weights come from: the recipe, or a file."""
 
     def fill(self, pieces: list[StateShard]) -> None:
-        """Stores into each piece the values of its range; called by all ranks at once."""
+        """Stores into each shard the values of its range; a collective call."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class GradientNorms:
 
 
 class ShardedStrategy(Strategy):
-    """Mixed into Lightning's strategies: one checkpoint interface, whatever a rank holds of the state.
+    """A mix-in of Lightning's strategies: one checkpoint interface, whatever part of the state a rank holds.
 
     Attributes:
-        source: of the first weights; None: the model has them already.
-        resume: the checkpoint to go on from; None: the run starts anew.
-        attempt: the number of this start of the run; the first rank's counts.
+        source: of the initial weights; None: the model has them already.
+        resume: the checkpoint to resume from; None: the run starts at step 0.
+        attempt: the number of this attempt; that of rank 0 is used.
         shapes: of all parameters, by the field's names.
         threads: CPU threads of this process.
         writer: of checkpoints.
-        background: whether a save copies the state and lets the training go on.
+        background: whether a save copies the state, so that training continues while it is written.
     """
 
     source: Source | None = None
@@ -102,7 +102,7 @@ class ShardedStrategy(Strategy):
             after_commit: called in the writer's thread when a checkpoint is complete.
         """
         writers = self.world_size if self.divided else 1
-        self.writer = Writer(storage, self.global_rank, writers, self.board(), after_commit)
+        self.writer = Writer(storage, self.global_rank, writers, self.key_value_store(), after_commit)
 
     def begin_attempt(self, number: int) -> int:
         """Takes over the number of a new attempt from the first rank; all ranks call it."""
@@ -110,9 +110,9 @@ class ShardedStrategy(Strategy):
         return self.attempt
 
     def materialise(self, model: LanguageModel) -> None:
-        """Gives this rank's share of a model on the meta device memory, without values."""
-        torch.set_num_threads(self.threads)  # Lightning has just set what it thinks right
-        if self.divided:  # before the first large tensor: the holes of what is freed would stay for good
+        """Allocates this rank's share of a model on the meta device, without values."""
+        torch.set_num_threads(self.threads)  # Lightning has just set another number
+        if self.divided:  # before the first large tensor: later the freed memory would remain fragmented
             return_freed_memory()
         if self.sharded:
             freeze_unused(model)  # on the meta device: a sharded model cannot run outside of its strategy
@@ -122,14 +122,14 @@ class ShardedStrategy(Strategy):
 
     @abstractmethod
     def _materialise(self, model: LanguageModel) -> None:
-        """The same, for this strategy alone."""
+        """`materialise` of this strategy."""
 
     @abstractmethod
     def pieces(self, moments: bool) -> Iterator[StateShard]:
-        """This rank's share of the state.
+        """This rank's share of the state: the weights of all parameters, and the moments of the trainable ones.
 
         Args:
-            moments: whether Adam's are among them, made where they are not there yet; else weights alone.
+            moments: whether the moments of Adam are included, and made where they do not exist yet.
         """
 
     @abstractmethod
@@ -159,32 +159,32 @@ class ShardedStrategy(Strategy):
         else:
             self.filled()
         for _ in self.pieces(moments=True):
-            pass  # Adam's moments are made now: made by the first step they would lie between what each step frees
-        # only now: the first weights' making shall leave nothing behind
+            pass  # makes Adam's moments now: if the first step made them, its freed memory would be fragmented
+        # only now, so that the memory used for making the initial weights is returned
         (return_freed_memory if self.divided else keep_freed_memory)()
 
     def _follow_first(self) -> None:
-        """Takes over the first rank's attempt, and its checkpoint: it alone has read its whole content.
+        """Takes over the attempt and the checkpoint of rank 0, which alone has read the complete checkpoint.
 
         Raises:
-            UserError: the one found a checkpoint and the other none.
+            UserError: rank 0 found a checkpoint and this rank none, or the reverse.
         """
         self.attempt, resume = self.broadcast((self.attempt, None if self.resume is None else str(self.resume)))
         if (resume is None) != (self.resume is None):
             raise UserError(
-                f"the ranks found different checkpoints to go on from: the first {resume}, this one {self.resume}",
-                "start again; run.root=DIR must be the same directory for all of them",
+                f"the ranks found different checkpoints to resume from: rank 0 {resume}, this rank {self.resume}",
+                "start again; run.root=DIR must be the same directory for all ranks",
             )
         self.resume = None if resume is None else Path(resume)
 
     def restore(self, checkpoint: Path) -> None:
-        """Puts this rank's share of a checkpoint in the place of what there is, between two steps."""
+        """Replaces this rank's share of the state by that of a checkpoint, between two steps."""
         reader = Reader(checkpoint)
         reader.fill(self.pieces(moments=True))
         for state in self.states():
-            step, now = state["step"], reader.meta.get("updates", reader.meta["step"])
+            step, now = state["step"], reader.meta.updates
             state["step"] = torch.full_like(step, now) if isinstance(step, Tensor) else now
-        if self.global_rank < reader.meta["writers"]:
+        if self.global_rank < reader.meta.writers:
             torch.set_rng_state(reader.state(self.global_rank)["random_state"])
         self.filled()
 
@@ -196,35 +196,36 @@ class ShardedStrategy(Strategy):
         super().teardown()
 
     def filled(self) -> None:
-        """Called when the weights are there; for copies of them that are no pieces."""
+        """Called when the weights have new values, to update copies of them that are no shards."""
 
     def clip(self, limit: float) -> Tensor | None:
         """Clips the norm of the gradient of all parameters and ranks.
 
         Returns:
-            what it was before; None: the optimiser's step clips, and `norm_of_step` tells.
+            the norm () before clipping; None: the optimiser's step clips, and `norm_of_step` returns it afterwards.
         """
         found = {name: parameter for name, parameter in self.trainable_weights() if parameter.grad is not None}
-        norms = torch._foreach_norm([parameter.grad for parameter in found.values()])
+        norms = torch._foreach_norm([p.grad for p in found.values() if p.grad is not None])
         self.gradient_norms = GradientNorms(tuple(found), self.gathered(torch.stack(norms)))
         norm: Tensor = torch.linalg.vector_norm(self.gradient_norms.values)
         torch.nn.utils.clip_grads_with_norm_(list(found.values()), limit, norm)
         return norm
 
     def norm_of_step(self) -> Tensor | None:
+        """The gradient norm () before clipping, where `clip` does not know it; called after the optimiser's step."""
         return None
 
     def skip_update_if(self, bad: Tensor) -> None:
-        """Lets the optimiser's next step change nothing where `bad` () is true, without asking the device."""
+        """Makes the optimiser's next step change nothing if `bad` () is true, without reading it on the host."""
         for optimizer in self.optimizers:
-            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # fused optimisers heed it
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # read by fused optimisers
 
     def gathered(self, values: Tensor) -> Tensor:
-        """A tensor whose parts lie on several ranks as a whole one; all ranks ask at once."""
+        """The complete tensor where its parts are on several ranks; a collective call."""
         return values
 
     def whole(self, parameter: Tensor) -> Tensor | None:
-        """A parameter's value as every rank may see it between two steps; None: it would cost too much."""
+        """The complete value of a parameter between two steps, a collective call; None: it would cost too much."""
         return self.gathered(parameter.detach())
 
     def probe(self, batch: Any) -> Tensor:
@@ -232,10 +233,10 @@ class ShardedStrategy(Strategy):
         loss: Tensor = self.lightning_module.probe(batch)  # type: ignore[operator, union-attr]
         return loss
 
-    def board(self) -> Board:
-        """The ranks' key-value store."""
+    def key_value_store(self) -> KeyValueStore:
+        """A key-value store of all ranks."""
         if self.world_size == 1:
-            return OwnBoard()
+            return InProcessStore()
         host = self.cluster_environment.main_address  # type: ignore[attr-defined]
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.global_rank == 0 else None
         port = self.broadcast(store.port if store is not None else 0)
@@ -250,20 +251,20 @@ class ShardedStrategy(Strategy):
         return False
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {}  # weights and optimiser go as pieces
+        return {}  # weights and optimiser state are saved as shards
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         return {}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing: `setup` has filled the pieces."""
+        """Nothing to do: `setup` has filled the shards."""
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         reader = Reader(self.resume or Path(checkpoint_path))
         return {**reader.state(0)["lightning"], "state_dict": {}, "meta": reader.meta}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Begins a save; `writer` tells how it ended. Lightning's own dict goes into the first state file."""
+        """Begins a save; `writer` reports its outcome. Lightning's own dict is saved in the first state file."""
         self.settle()
         meta = checkpoint.pop("meta")
         files: dict[str, Any] = {}
@@ -273,22 +274,23 @@ class ShardedStrategy(Strategy):
             if self.global_rank == 0:
                 state["lightning"] = checkpoint
             files = dict(zip(file_names(self.global_rank, self.writer.writers), (weights, state), strict=True))
-        meta["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
-        meta["writers"] = self.writer.writers
-        # fewer than steps where some were skipped; a parameter without a gradient in some step has counted fewer
-        meta["updates"] = int(torch.stack([torch.as_tensor(state["step"]) for state in self.states()]).max())
         self.writer.begin(Path(filepath), files, meta)
         if not self.background:
             self.writer.wait()
 
     def settle(self) -> None:
-        """Returns when no rank is writing any more; a rank that has died is noticed here, and not waited for."""
+        """Returns when no rank is writing; raises where a rank has died."""
         while not self.reduce_boolean_decision(self.writer.idle, all=True):
             time.sleep(0.02)
         self.writer.wait()
 
+    def updates(self) -> int:
+        """Optimiser updates applied so far; fewer than steps where some were skipped."""
+        # a parameter without a gradient in some step has counted fewer
+        return int(torch.stack([torch.as_tensor(state["step"]) for state in self.states()]).max())
+
     def _held(self) -> Iterator[StateShard]:
-        """The owned pieces: copies on the CPU in memory that each save uses again, or the state itself."""
+        """The shards of this rank: copies on the host, in memory that each save reuses, or the state itself."""
         for piece in self.pieces(moments=True):
             if not self.background or not piece.owned:
                 yield piece
@@ -300,7 +302,7 @@ class ShardedStrategy(Strategy):
 
 
 def adam_moments(state: dict[str, Any], like: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The two moments of a parameter's state in torch's AdamW, made where the optimiser has not stepped yet."""
+    """The two moments of a parameter's state in torch's AdamW, made where the optimiser has not made them yet."""
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=like.device)
         for moment in MOMENTS:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: optimiser state (1), gradients (2) and parameters (3) shared out over the devices.
+"""DeepSpeed's ZeRO: optimiser state (stage 1), gradients (2) and parameters (3) are sharded over the devices.
 
 The only file that imports deepspeed, and only when such a strategy is asked for.
 """
@@ -34,7 +34,7 @@ with warnings.catch_warnings():
         safe_set_local_optimizer_state,
     )
 
-LARGEST_BUCKET = 200_000_000  # elements of one collective
+MAX_BUCKET_ELEMENTS = 200_000_000  # elements of one collective
 
 
 def deepspeed_config(config: Config, resolved: ResolvedConfig, stage: int, offload: bool, block: int) -> dict[str, Any]:
@@ -45,13 +45,13 @@ def deepspeed_config(config: Config, resolved: ResolvedConfig, stage: int, offlo
         resolved: what runs.
         stage: 1, 2 or 3.
         offload: whether Adam, and in stage 3 the parameters, live in the host's memory.
-        block: parameters of one block: what is sent in one go.
+        block: parameters of one block: the elements of one collective.
     """
-    bucket, gpu = min(block, LARGEST_BUCKET), resolved.gpu
+    bucket, gpu = min(block, MAX_BUCKET_ELEMENTS), resolved.gpu
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
-        "overlap_comm": gpu,  # on CPUs there is nothing to overlap with
+        "overlap_comm": gpu,  # CPUs have nothing to overlap with
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
@@ -63,7 +63,7 @@ def deepspeed_config(config: Config, resolved: ResolvedConfig, stage: int, offlo
             "stage3_max_live_parameters": 2 * bucket,
             "stage3_max_reuse_distance": 0,
             "sub_group_size": bucket,
-            "stage3_param_persistence_threshold": config.model.n_embd,  # vectors stay
+            "stage3_param_persistence_threshold": config.model.n_embd,  # vectors stay gathered
         }
     host = {"device": "cpu", "pin_memory": gpu}
     if offload:
@@ -92,14 +92,14 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 
 class _Precision(DeepSpeedPrecision):
-    """Leaves the parameters in float32; what runs in bfloat16 is DeepSpeed's torch_autocast's matter."""
+    """Leaves the parameters in float32; torch_autocast of DeepSpeed decides which products run in bfloat16."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
 
 
 class Zero(ShardedStrategy, DeepSpeedStrategy):
-    """DeepSpeed by Lightning, on CPUs as well (over gloo)."""
+    """Lightning's DeepSpeed strategy, on CPUs as well (over gloo)."""
 
     divided = brings_precision = True
 
@@ -142,10 +142,10 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None, None, None]:
-        yield  # `materialise` cuts the parameters
+        yield  # `materialise` shards the parameters
 
     def _materialise(self, model: LanguageModel) -> None:
-        """In stage 3 one parameter after the other, each cut to this rank's part at once."""
+        """In stage 3 one parameter at a time, each of which is sharded at once."""
         self._init_config_if_needed()
         device = torch.device("cpu") if self.root_device.type == "cpu" else self.root_device
         if self.stage < 3:
@@ -169,7 +169,7 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
             self._make_moments()
         for name, parameter in self.named_weights():
             held: Any = parameter
-            cut = held.ds_tensor  # flat, filled up so that all ranks have as much
+            cut = held.ds_tensor  # flat, padded so that all ranks have the same size
             start = min(cut.numel() * self.global_rank, held.ds_numel)
             count = min(cut.numel(), held.ds_numel - start)
             yield StateShard(WEIGHT, name, start, cut.data[:count], not parameter.requires_grad)
@@ -200,7 +200,7 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
             frozen = not parameter.requires_grad  # then the optimiser has no copy of its own
             yield StateShard(WEIGHT, name, 0, parameter.detach().view(-1), frozen and self.global_rank == 0)
             mapping = getattr(parameter, "_hp_mapping", None)
-            if mapping is None:  # none of it is this rank's
+            if mapping is None:  # this rank owns none of it
                 continue
             start, address = mapping.lp_fragment_address.start, mapping.hp_fragment_address
             yield StateShard(WEIGHT, name, start, mapping.hp_fragment.detach(), True)
@@ -211,7 +211,7 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
                     yield StateShard(moment, name, start, values, True)
 
     def _make_moments(self) -> None:
-        """Adam's state for the flat tensors that stand in for this rank's parameters."""
+        """Makes Adam's state of the flat tensors that hold this rank's parameters."""
         for flat in self._flat():
             list(adam_moments(self.engine_optimizer.optimizer.state[flat], flat.detach()))
 
@@ -226,21 +226,21 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
         yield from self.engine_optimizer.optimizer.state.values()
 
     def filled(self) -> None:
-        """Vectors that ZeRO-3 keeps whole on every device are gathered anew."""
+        """Gathers again the vectors that ZeRO-3 keeps complete on every device."""
         persistent = getattr(self.engine_optimizer, "persistent_parameters", None)
         if persistent:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
 
     def clip(self, limit: float) -> Tensor | None:
-        return None  # the engine's step does
+        return None  # the step of the engine clips
 
     def norm_of_step(self) -> Tensor | None:
         norm = self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
 
     def skip_update_if(self, bad: Tensor) -> None:
-        self.engine_optimizer.optimizer.found_inf = bad.float()  # what is not finite the engine skips by itself
+        self.engine_optimizer.optimizer.found_inf = bad.float()  # the engine itself skips gradients that are not finite
 
     def whole(self, parameter: Tensor) -> Tensor | None:
         kept: Any = parameter
@@ -253,7 +253,7 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
 
 
 class _Holder(nn.Module):
-    """What deepspeed.zero.Init cuts: a module with the one parameter."""
+    """A module with one parameter, for deepspeed.zero.Init."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         super().__init__()

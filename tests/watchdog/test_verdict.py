@@ -1,4 +1,4 @@
-"""Thousands of runs in which something goes wrong: each ends in time, by a verdict that names who is guilty."""
+"""Thousands of runs with a fault: each ends in time, by a verdict that names the culprits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rwkv_train.watchdog import verdict
-from rwkv_train.watchdog.verdict import Coordinator, Member, Report, Stragglers, furthest_behind
-from tests.watchdog.watching import FAULTS, Schedule, schedule
+from rwkv_train.watchdog.verdict import Coordinator, Member, RankReport, Stragglers, furthest_behind
+from tests.watchdog.simulation import FAULTS, Schedule, schedule
 
 
 def failures(seeds: range) -> Iterator[str]:
@@ -37,28 +37,27 @@ def test_a_thousand_ranks(fault: str) -> None:
     assert one.wrong() is None
 
 
-def late_is_guilty(reports: Any) -> list[Report]:
-    """Who waits longest is late; but not guilty."""
+def the_latest_is_the_culprit(reports: Any) -> list[RankReport]:
+    """The rank that waits longest is late, but not the culprit."""
     reports = list(reports)
-    return [max(reports, key=lambda report: report.still)] if reports else []
+    return [max(reports, key=lambda report: report.in_phase)] if reports else []
 
 
-def least_number_is_guilty(reports: Any) -> list[Report]:
+def the_first_is_the_culprit(reports: Any) -> list[RankReport]:
     return list(reports)[:1]
 
 
-def by_what_was_heard_last(self: Coordinator, report: Report, now: float) -> None:
-    """A rank that was heard once is never lost."""
-    hear(self, report, float("inf") if report.ended is None else now)
+def a_rank_that_has_reported_is_never_lost(self: Coordinator, report: RankReport, now: float) -> None:
+    receive(self, report, float("inf") if report.ended is None else now)
 
 
-hear, judge = Coordinator.hear, Member.judge
+receive = Coordinator.receive
 BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
-    (verdict, "furthest_behind", late_is_guilty),
-    (verdict, "furthest_behind", least_number_is_guilty),
-    (Coordinator, "hear", by_what_was_heard_last),
-    (Coordinator, "skip", lambda self, seconds: None),
-    (Member, "skip", lambda self, seconds: None),
+    (verdict, "furthest_behind", the_latest_is_the_culprit),
+    (verdict, "furthest_behind", the_first_is_the_culprit),
+    (Coordinator, "receive", a_rank_that_has_reported_is_never_lost),
+    (Coordinator, "discount", lambda self, seconds: None),
+    (Member, "discount", lambda self, seconds: None),
     (Member, "judge", lambda self, now: self.verdict),
 ]
 
@@ -70,7 +69,9 @@ def test_a_broken_rule_is_seen(number: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert any(failures(range(1, 301)))
 
 
-@pytest.mark.parametrize("constants", [{"SILENCE": 2.0, "SPREAD": 0.0}, {"SPREAD": 0.0}, {"ALONE": 5.0}])
+@pytest.mark.parametrize(
+    "constants", [{"REPORT_TIMEOUT": 2.0, "REPORT_SPREAD": 0.0}, {"REPORT_SPREAD": 0.0}, {"ANSWER_TIMEOUT": 5.0}]
+)
 def test_too_little_patience_is_seen(constants: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages are lost: two seconds without one mean nothing."""
     for name, value in constants.items():
@@ -82,28 +83,28 @@ def test_all_faults_are_among_them() -> None:
     assert {schedule(seed).fault for seed in range(1, 301)} == set(FAULTS)
 
 
-def test_of_several_at_one_place_something_else_decides() -> None:
-    alike = [Report(rank, step=4, place=2, still=9.0, phase=6) for rank in range(4)]
+def test_of_several_ranks_at_one_position_further_signs_decide() -> None:
+    alike = [RankReport(rank, step=4, phase_number=2, in_phase=9.0, phase=6) for rank in range(4)]
     assert furthest_behind(alike) == alike
-    frozen = Report(2, step=4, place=2, frozen=30.0)
+    frozen = RankReport(2, step=4, phase_number=2, frozen=30.0)
     assert furthest_behind([*alike[:2], frozen]) == [frozen]
-    writing = Report(3, step=4, place=2, phase=6, writing=12.0)
+    writing = RankReport(3, step=4, phase_number=2, phase=6, saving=12.0)
     assert furthest_behind([*alike[:3], writing]) == [writing]
-    behind = Report(7, step=3, place=9)
+    behind = RankReport(7, step=3, phase_number=9)
     assert furthest_behind([*alike, frozen, behind]) == [behind]
 
 
 def test_a_rank_that_may_take_its_time_is_waited_for() -> None:
     """Rank 1 is in a long checkpoint, rank 0 has waited for it for longer than a step may take."""
     judge = Coordinator(2, verdict.Limits(), 0.0)
-    judge.hear(Report(0, step=5, place=2, phase=2, still=400.0, limit=60.0), 0.0)
-    judge.hear(Report(1, step=5, place=1, phase=6, still=400.0, limit=1800.0), 0.0)
+    judge.receive(RankReport(0, step=5, phase_number=2, phase=2, in_phase=400.0, limit=60.0), 0.0)
+    judge.receive(RankReport(1, step=5, phase_number=1, phase=6, in_phase=400.0, limit=1800.0), 0.0)
     assert judge.judge(1.0) is None
-    judge.hear(Report(1, "there", step=5, place=1, phase=6, still=1900.0, limit=1800.0), 0.0)
+    judge.receive(RankReport(1, "there", step=5, phase_number=1, phase=6, in_phase=1900.0, limit=1800.0), 0.0)
     decision = judge.judge(1.0)
     assert decision is not None
     assert decision.reason == (
-        "rank 1 on there does not get on: checkpoint of step 6 for 1900 s (1800 s are its limit); the other one waits"
+        "rank 1 on there hangs: checkpoint of step 6 for 1900 s (limit 1800 s); the other rank waits"
     )
 
 
@@ -113,9 +114,9 @@ def test_a_straggler_is_named_once_and_again_after_it_has_recovered() -> None:
     def steps(first: int, last: int, work: float) -> None:
         for step in range(first, last):
             reports = {
-                rank: Report(rank, step=step, work=work if rank == 3 else 0.1 + 0.001 * rank) for rank in range(8)
+                rank: RankReport(rank, step=step, work=work if rank == 3 else 0.1 + 0.001 * rank) for rank in range(8)
             }
-            named.extend((report.rank, step) for report, _ in slow.hear(reports))
+            named.extend((report.rank, step) for report, _ in slow.update(reports))
 
     steps(1, 100, 0.1)
     assert named == []

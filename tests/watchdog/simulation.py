@@ -1,7 +1,7 @@
-"""A run of many ranks and their guards by a fake clock: work, barriers, lost messages, and one thing that goes wrong.
+"""A run of many ranks and their monitors on a simulated clock: work, barriers, lost messages, and one fault.
 
-The guards are the real Member and Coordinator with the real reports and limits; only the processes, the clock and the
-network are made up. A second is a turn. All times that a rank measures are its own: clocks differ between nodes.
+The real Member and Coordinator run with real reports and limits; only the processes, the clock and the network are
+simulated. A turn is a second. Each rank measures time by its own clock, and clocks differ between nodes.
 """
 
 from __future__ import annotations
@@ -10,52 +10,52 @@ import random
 from dataclasses import dataclass, field
 
 from rwkv_train.watchdog.verdict import (
-    ALONE,
-    SILENCE,
-    SPREAD,
+    ANSWER_TIMEOUT,
+    REPORT_SPREAD,
+    REPORT_TIMEOUT,
     Coordinator,
     Limits,
     Member,
     Phase,
-    Report,
+    RankReport,
     Verdict,
-    limit,
+    phase_limit,
 )
 
 PER_NODE = 8
-PLACES = (
+PHASES = (
     Phase.DATA,
     Phase.FORWARD,
     Phase.BACKWARD,
     Phase.OPTIMISER,
-)  # of a step; in the last the others are waited for
+)  # of a step; in the last one ranks wait for each other
 FAULTS = ("hang", "stop", "kill", "node", "stall", "hang", "stop", "kill", "node", "stall", "none", "gap")
 
 
 @dataclass
 class Rank:
     number: int
-    clock: float  # what this node's clock is ahead
+    clock: float  # offset of this node's clock
     step: int = 0
-    place: int = 0
+    phase: int = 0  # index into PHASES
     since: float = 0.0
     ended: str | None = None  # the process
-    gone: bool = False  # with its guard and its node
+    gone: bool = False  # with its monitor and its node
     state: str = "S"
     hung: bool = False
     stopped: float | None = None
-    stall: bool = False  # a checkpoint that is not taken by the disk
-    verdict: Verdict | None = None  # that its guard has heard
+    stall: bool = False  # the disk does not respond to a save
+    verdict: Verdict | None = None  # that its monitor has received
 
 
 @dataclass
 class Schedule:
-    """One run, and what goes wrong in it.
+    """One run, and the fault in it.
 
     Args:
-        seed: of everything.
-        ranks: how many.
-        fault: one of FAULTS; "gap": the whole job is stopped for a while and goes on.
+        seed: seed of all random choices.
+        ranks: number of ranks.
+        fault: one of FAULTS; "gap": the whole job is stopped for a while and continues.
     """
 
     seed: int
@@ -70,16 +70,16 @@ class Schedule:
         self.all = [Rank(number, self.draw.uniform(-1e6, 1e6)) for number in range(self.ranks)]
         self.members = {number: Member(number, self.all[number].clock) for number in range(1, self.ranks)}
         self.coordinator = Coordinator(self.ranks, self.limits, self.all[0].clock)
-        self.guilty: set[int] = set()
-        self.at = 0.0  # when it goes wrong
+        self.culprits: set[int] = set()
+        self.at = 0.0  # time of the fault
         self.ended_at: float | None = None
 
     @property
     def deadline(self) -> float:
-        """Seconds from the fault to the end of every rank: the longest limit that may hold, and what telling takes."""
+        """Seconds from the fault to the end of every rank: the longest limit that may apply, and the messages."""
         longest = max(self.limits.floor, self.limits.factor * self.pace)
         longest = self.limits.checkpoint if self.fault == "stall" else longest
-        return max(longest, SILENCE + SPREAD) + ALONE + 5
+        return max(longest, REPORT_TIMEOUT + REPORT_SPREAD) + ANSWER_TIMEOUT + 5
 
     def run(self) -> None:
         """Until all ranks have ended, or nothing was wrong for long enough."""
@@ -90,8 +90,8 @@ class Schedule:
             suspended = range(int(self.at), int(self.at) + self.draw.randrange(20, 100))
         for second in range(seconds):
             now = float(second)
-            if self.fault not in ("none", "gap") and not self.guilty and now >= self.at:
-                self._go_wrong(now)
+            if self.fault not in ("none", "gap") and not self.culprits and now >= self.at:
+                self._inject_fault(now)
             if second in suspended:
                 continue
             if suspended and second == suspended.stop:
@@ -103,16 +103,16 @@ class Schedule:
                 return
 
     def _wake(self, now: float, seconds: int) -> None:
-        """Each guard sees by its own clock that it was stopped, as guard.py does."""
-        self.coordinator.skip(seconds)
+        """Each monitor notices by its own clock that it was stopped, as monitor.py does."""
+        self.coordinator.discount(seconds)
         for member in self.members.values():
-            member.skip(seconds)
+            member.discount(seconds)
         for rank in self.all:
             rank.since = now
 
-    def _go_wrong(self, now: float) -> None:
+    def _inject_fault(self, now: float) -> None:
         first = self.draw.randrange(self.ranks)
-        self.guilty = {first}
+        self.culprits = {first}
         rank = self.all[first]
         if self.fault == "hang":
             rank.hung = True
@@ -122,44 +122,44 @@ class Schedule:
             rank.ended = "it was killed"
         elif self.fault == "stall":
             rank.hung = rank.stall = True
-            for other in self.all:  # the stall shows when all wait for their writers
-                other.step, other.place, other.since = rank.step + 1, 0, now
+            for other in self.all:  # the stall has an effect when all wait for their writers
+                other.step, other.phase, other.since = rank.step + 1, 0, now
         elif self.fault == "node":
             begin = first // PER_NODE * PER_NODE
-            self.guilty = set(range(begin, min(begin + PER_NODE, self.ranks)))
-            for number in self.guilty:
+            self.culprits = set(range(begin, min(begin + PER_NODE, self.ranks)))
+            for number in self.culprits:
                 self.all[number].gone, self.all[number].ended = True, "its node"
 
     def _train(self, now: float) -> None:
-        """Everybody that can goes to the next barrier; the barrier opens when all are there."""
+        """Every rank that can goes to the next barrier, which opens when all are there."""
         stuck = [r for r in self.all if r.hung or r.stopped is not None or r.ended is not None]
         for rank in self.all:
             if rank in stuck or rank.stall:
                 continue
-            if rank.place < len(PLACES) - 1:
-                rank.place, rank.since = (len(PLACES) - 1 if not stuck else rank.place + 1), now
-        waiting = self.fault == "stall" and bool(self.guilty)
-        if not stuck and not waiting and all(rank.place == len(PLACES) - 1 for rank in self.all):
+            if rank.phase < len(PHASES) - 1:
+                rank.phase, rank.since = (len(PHASES) - 1 if not stuck else rank.phase + 1), now
+        waiting = self.fault == "stall" and bool(self.culprits)
+        if not stuck and not waiting and all(rank.phase == len(PHASES) - 1 for rank in self.all):
             for rank in self.all:
-                rank.step, rank.place, rank.since = rank.step + 1, self.draw.randrange(len(PLACES) - 1), now
+                rank.step, rank.phase, rank.since = rank.step + 1, self.draw.randrange(len(PHASES) - 1), now
 
-    def _report(self, rank: Rank, now: float) -> Report:
-        stall = self.fault == "stall" and bool(self.guilty)
-        phase = Phase.CHECKPOINT if stall else PLACES[rank.place]
+    def _report(self, rank: Rank, now: float) -> RankReport:
+        stall = self.fault == "stall" and bool(self.culprits)
+        phase = Phase.CHECKPOINT if stall else PHASES[rank.phase]
         halted = 0.0 if rank.stopped is None else now - rank.stopped
-        return Report(
+        return RankReport(
             rank.number,
             f"node{rank.number // PER_NODE}",
             rank.step,
-            0 if stall else rank.place,
+            0 if stall else rank.phase,
             0,
             phase,
-            still=now - rank.since,
-            limit=limit(self.limits, phase, 100, self.pace),
+            in_phase=now - rank.since,
+            limit=phase_limit(self.limits, phase, 100, self.pace),
             stopped=halted,
             frozen=halted,
             state="T" if halted else "D" if rank.stall else "S",
-            writing=now - rank.since if rank.stall else 0.0,
+            saving=now - rank.since if rank.stall else 0.0,
             ended=rank.ended,
         )
 
@@ -169,17 +169,17 @@ class Schedule:
     def _watch(self, now: float) -> None:
         zero = self.all[0]
         if not zero.gone:
-            self.coordinator.hear(self._report(zero, now), now + zero.clock)
+            self.coordinator.receive(self._report(zero, now), now + zero.clock)
         for number, member in self.members.items():
             rank = self.all[number]
             if rank.gone:
                 continue
             report, own = self._report(rank, now), now + rank.clock
             if not zero.gone and self._arrives():
-                self.coordinator.hear(report, now + zero.clock)
+                self.coordinator.receive(report, now + zero.clock)
                 verdict = self.coordinator.verdict
                 if self._arrives():
-                    member.hear({} if verdict is None else verdict.as_json(), own)
+                    member.receive({} if verdict is None else verdict.as_json(), own)
             self._obey(rank, member.judge(own), now)
         if not zero.gone:
             self._obey(zero, self.coordinator.judge(now + zero.clock), now)
@@ -188,28 +188,31 @@ class Schedule:
         if verdict is not None and rank.verdict is None:
             rank.verdict = verdict
             if rank.ended is None:
-                rank.ended, rank.gone = "76", rank.number > 0  # its guard ends with it, the first one's answers on
+                rank.ended, rank.gone = (
+                    "76",
+                    rank.number > 0,
+                )  # its monitor ends with it; that of rank 0 continues to answer
 
     def wrong(self) -> str | None:
-        """What must not be; None: all is as it has to be."""
+        """The violated requirement; None: all hold."""
         verdicts = [rank.verdict for rank in self.all if rank.verdict is not None]
         if self.fault in ("none", "gap"):
-            return f"nothing was wrong, and yet: {verdicts[0].reason}" if verdicts else None
+            return f"a verdict without a fault: {verdicts[0].reason}" if verdicts else None
         if self.ended_at is None:
             return "a silent hang"
         if self.ended_at - self.at > self.deadline:
             return f"ended {self.ended_at - self.at:.0f} s after the fault, {self.deadline:.0f} are the deadline"
-        # a rank that died before any of its words came through: nobody knows which node it was on
-        heard = {number for number in self.guilty if self.coordinator._heard[number].told}
+        # a rank may have died before any of its reports arrived: its node is not known
+        known = {number for number in self.culprits if self.coordinator._last[number].received}
         for verdict in verdicts:
-            lost = self.fault == "node" and 0 in self.guilty and list(verdict.ranks) == [0]
-            if set(verdict.ranks) not in (self.guilty, heard) and not lost:
-                return f"guilty is {sorted(self.guilty)}, and not: {verdict.reason}"
+            lost = self.fault == "node" and 0 in self.culprits and list(verdict.ranks) == [0]
+            if set(verdict.ranks) not in (self.culprits, known) and not lost:
+                return f"the culprits are {sorted(self.culprits)}, not: {verdict.reason}"
         return None
 
 
 def schedule(seed: int) -> Schedule:
-    """A size and a fault for each seed: mostly a few ranks, now and then a thousand."""
+    """A size and a fault for each seed: mostly a few ranks, sometimes a thousand."""
     draw = random.Random(seed)
     ranks = draw.choice((2, 3, 4, 8, 9, 16, 17)) if seed % 500 else 1024
     fault = FAULTS[seed % len(FAULTS)] if seed % 500 else ("hang", "stop", "kill", "node")[seed // 500 % 4]

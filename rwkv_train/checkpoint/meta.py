@@ -1,0 +1,103 @@
+"""meta.json: what a checkpoint is a checkpoint of. Written and read here only; imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rwkv_train.errors import UserError
+
+META = "meta.json"
+_NONE = type(None)
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """The description of a checkpoint.
+
+    Attributes:
+        step: optimiser steps done, those whose update was skipped included.
+        tokens: tokens read so far.
+        updates: optimiser updates applied so far; fewer than `step` where some were skipped.
+        probe: loss of the first sample of the next step under the saved weights, in nats per token.
+        data_step: the step of the data from which that sample is taken.
+        skips: (step, steps of data) pairs: from that step of the run on, so many steps of data are passed over.
+        position: where a streamed source continues; None for sources that are addressed by step.
+        val_loss: the last validation loss, in nats per token; None if nothing was validated yet.
+        shapes: the shape of each parameter by its name.
+        writers: number of ranks that wrote files.
+        config: the run's settled configuration, as a tree.
+        data: content hash of the training data.
+        tokenizer: identity of the tokenizer.
+        versions: versions of rwkv_train, its source code, torch and Lightning.
+    """
+
+    step: int
+    tokens: int
+    updates: int
+    probe: float
+    data_step: int
+    skips: Sequence[tuple[int, int]]
+    position: dict[str, Any] | None
+    val_loss: float | None
+    shapes: Mapping[str, tuple[int, ...]]
+    writers: int
+    config: dict[str, Any]
+    data: str
+    tokenizer: str
+    versions: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of meta.json."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> CheckpointMeta:
+        """Reads meta.json of a checkpoint directory.
+
+        Raises:
+            UserError: the file cannot be read, lacks a field, or has one of another type.
+        """
+        path = checkpoint / META
+        remedy = f"use another checkpoint; init.weights={checkpoint}/weights.pth starts a new run from its weights"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})", remedy) from None
+        if not isinstance(found, dict):
+            raise UserError(f"{path} does not hold a JSON object", remedy)
+        names = [field.name for field in fields(cls)]
+        if missing := [name for name in names if name not in found]:
+            raise UserError(f"{path} lacks {', '.join(missing)}", remedy)
+        for name in names:
+            value, valid = found[name], _TYPES[name]
+            if type(value) not in valid:
+                wanted = " or ".join("null" if kind is _NONE else kind.__name__ for kind in valid)
+                raise UserError(f"{path}: {name} is {value!r:.60}, not of type {wanted}", remedy)
+        try:
+            found["skips"] = tuple((int(step), int(steps)) for step, steps in found["skips"])
+            found["shapes"] = {name: tuple(map(int, shape)) for name, shape in found["shapes"].items()}
+        except (TypeError, ValueError):
+            raise UserError(f"{path}: skips or shapes are not lists of integers", remedy) from None
+        return cls(**{name: found[name] for name in names})
+
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "step": (int,),
+    "tokens": (int,),
+    "updates": (int,),
+    "probe": (float,),
+    "data_step": (int,),
+    "skips": (list,),
+    "position": (dict, _NONE),
+    "val_loss": (float, _NONE),
+    "shapes": (dict,),
+    "writers": (int,),
+    "config": (dict,),
+    "data": (str,),
+    "tokenizer": (str,),
+    "versions": (dict,),
+}

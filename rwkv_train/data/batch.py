@@ -1,0 +1,42 @@
+"""What a micro-batch is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rwkv_train.data.arrays import Ints
+
+
+class Batch(NamedTuple):
+    """A micro-batch of one rank. Lightning moves its tensors to the device; the arrays stay on the host.
+
+    Args:
+        tokens: (B, T) int64.
+        targets: (B, T) int64, IGNORED where nothing is predicted.
+        samples: (B) int64, which of the step's samples these are, counted from 0 over all ranks and micro-batches; of
+            held-out text, the numbers of its rows.
+        sources: (B) int64, which source each sample is from.
+        starts: (B, T) bool, where a document begins that must not depend on those before it; None: nowhere.
+        predictions: () float32, the predicted tokens of the complete step per rank and micro-batch: the sum of the
+            losses is divided by it. None: every target is predicted, the loss is their mean.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    samples: Ints
+    sources: Ints
+    starts: Tensor | None = None
+    predictions: Tensor | None = None
+
+    def pin(self) -> Batch:
+        """The same in pinned memory, from which a GPU can copy while it computes."""
+        return Batch(
+            self.tokens.pin_memory(),
+            self.targets.pin_memory(),
+            self.samples,
+            self.sources,
+            None if self.starts is None else self.starts.pin_memory(),
+            None if self.predictions is None else self.predictions.pin_memory(),
+        )

@@ -1,0 +1,98 @@
+"""Whether a step is good, decided on the device: the host does not wait for it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rwkv_train.config import EVIDENCE_BYTES
+from rwkv_train.models import State
+
+LARGEST_FINITE = torch.finfo(torch.float32).max
+
+
+class StepVerdict:
+    """Judges each step by its loss and gradient norm, the same way on all ranks; the update of a bad one is left out.
+
+    It keeps a few bytes per layer and sample of a step, whatever the size of the model: recurrent states are not kept.
+
+    Attributes:
+        losses: of the step's micro-batches on this rank so far.
+        finite: (P, L, B) bool of each micro-batch: whether the P parts of each layer's state are finite at the end of
+            each sample.
+        loss: (), mean of the step over micro-batches and ranks; None before `judge`.
+        bad: () bool, whether the step's update is left out; None before `judge`.
+        skipped: () float32, updates that were left out so far; None before the first step.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.finite: list[Tensor] = []
+        self.loss: Tensor | None = None
+        self.bad: Tensor | None = None
+        self.skipped: Tensor | None = None
+        self._limit = math.inf
+        self._skipped_before = 0
+        self._finite_gradient: Tensor | None = None  # () bool, on all ranks; None: only known after the step
+
+    def set_limit(self, loss: float) -> None:
+        """From now on a step with a larger loss is bad."""
+        self._limit = loss
+
+    def count_skipped_from(self, skipped: int) -> None:
+        """Sets how many updates were left out before the next step, at a resume or a rewind."""
+        self._skipped_before = skipped
+        if self.skipped is not None:
+            self.skipped.fill_(skipped)
+
+    def begin_step(self, device: torch.device) -> None:
+        """Before the first micro-batch of a step."""
+        self.bad = self.loss = None
+        self.losses, self.finite = [], []
+        if self.skipped is None:
+            self.skipped = torch.full((), float(self._skipped_before), device=device)
+
+    def record_microbatch(self, loss: Tensor, state: State) -> None:
+        """After the forward pass of a micro-batch, with its loss () and the state at the end of its samples."""
+        self.losses.append(loss.detach())
+        self.finite.append(state.finite(EVIDENCE_BYTES))
+
+    def judge(self, norm: Tensor | None) -> Tensor:
+        """Whether the step is bad, () bool, the same on all ranks; called before the optimiser's step.
+
+        Args:
+            norm: (), of the gradient over all ranks; None: only known after the step, and the strategy itself leaves
+                out an update whose gradient is not finite.
+        """
+        loss = self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).mean()
+        finite = None if norm is None else norm <= LARGEST_FINITE
+        if dist.is_initialized():
+            sums = torch.stack([loss, torch.ones_like(loss) if finite is None else finite.to(loss)])
+            dist.all_reduce(sums)
+            loss, share = (sums / dist.get_world_size()).unbind()
+            finite = None if finite is None else share == 1
+        self.loss, self._finite_gradient = loss, finite
+        below = loss <= min(self._limit, LARGEST_FINITE)  # false of NaN
+        self.bad = ~below if finite is None else ~(below & finite)
+        return self.bad
+
+    def after_step(self, norm: Tensor) -> Tensor:
+        """After the optimiser's step: counts an update that was left out.
+
+        Args:
+            norm: (), of the step's gradient.
+
+        Returns:
+            the norm; NaN where it is not finite on some rank.
+        """
+        assert self.bad is not None
+        assert self.skipped is not None
+        if self._finite_gradient is None:
+            self.bad = self.bad | ~(norm.to(self.bad.device) <= LARGEST_FINITE)
+        elif dist.is_initialized():
+            norm = torch.where(self._finite_gradient, norm, math.nan)
+        self.skipped = self.skipped + self.bad
+        return norm

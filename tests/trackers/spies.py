@@ -1,0 +1,50 @@
+"""Trackers that behave badly; runs name them as `logger.….`. Imports little: each starts in a process of its own."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rwkv_train.trackers import Row, TrackedRun, Tracker
+
+
+class Memory(Tracker):
+    """Keeps rows and events in memory; raises as often as asked."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.state: dict[str, Any] = {}
+        self.rows: dict[int, Row] = {}
+        self.events: list[Row] = []
+        self.failures, self.ended = failures, False
+
+    def begin(self, run: TrackedRun, step: int) -> int:
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError("no answer")
+        return self.back(step)
+
+    def back(self, step: int) -> int:
+        self.rows = {s: row for s, row in self.rows.items() if s <= step}
+        return min(step, self.state.get("sent", 0))
+
+    def row(self, row: Row) -> None:
+        self.rows[row["step"]] = row
+
+    def event(self, event: Row) -> None:
+        self.events.append(event)
+
+    def flush(self) -> None:
+        self.state["sent"] = max(self.rows, default=0)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class Hanging(Memory):
+    def row(self, row: Row) -> None:
+        time.sleep(10_000)
+
+
+class Failing(Memory):
+    def row(self, row: Row) -> None:
+        raise OSError(28, "No space left on device")
