@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rwkv_train.config import Config
-from rwkv_train.training.resolved import ResolvedConfig
+from rwkv_train.planning.resolved import ResolvedConfig
 from rwkv_train.training.strategy.shared import ShardedStrategy
 
 __all__ = ["ShardedStrategy", "build_strategy"]

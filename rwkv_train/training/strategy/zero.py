@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, StateShard
 from rwkv_train.config import Config
 from rwkv_train.models import LanguageModel
-from rwkv_train.training.resolved import ResolvedConfig
+from rwkv_train.planning.resolved import ResolvedConfig
 from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
 with warnings.catch_warnings():
