@@ -280,7 +280,7 @@ def test_a_published_row_may_hold_any_setting_of_the_optimiser(tmp_path: Path) -
     (tmp_path / "model" / "mine.yaml").write_text(f"size: mine\npublished: {{rwkv4: {{{row}}}}}\n")
     with config_builder([CONF, tmp_path], Machine(cores=2)) as conf:
         optim = conf.build(["model=mine", "optim.eps=null"]).optim
-        assert (optim.eps, optim.clip) == (1e-18, 1.0)  # clip has a default in conf/optim
+        assert (optim.eps, optim.clip) == (1e-18, 0.5)  # the row comes before conf/optim
         optim = conf.build(["model=mine", "optim.eps=1e-6", "optim.clip=null"]).optim
         assert (optim.eps, optim.clip) == (1e-6, None)
 
