@@ -1,4 +1,4 @@
-"""How a run is spread over its devices: one file per family, behind Lightning's Strategy and our `ShardedStrategy`."""
+"""How a run is distributed over its devices: Lightning strategies with our `ShardedStrategy` mixed in."""
 
 from __future__ import annotations
 
