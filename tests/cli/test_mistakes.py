@@ -20,7 +20,7 @@ import torch
 
 from rwkv_train.cli import launcher
 from rwkv_train.errors import UserError
-from rwkv_train.training import resolved
+from rwkv_train.planning import resolved
 from rwkv_train.training.run import train
 from rwkv_train.training.setup import assemble
 from tests.runs import ROOT, losses, rows, start, words_for
@@ -201,7 +201,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "weights of another architecture": (
         ["init.weights=gpt.pth"],
         CONFIG,
-        ["gpt.pth does not hold the weights of an RWKV-4 model under the field's names (it holds transformer.h.0"],
+        ["gpt.pth does not hold the weights of a language model under the field's names (it holds transformer.h.0"],
     ),
     "weights of another shape": (
         ["init.weights=runs/run/weights.pth", "model.n_embd=48"],
@@ -218,7 +218,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "generate from another architecture": (
         [*GENERATE, "gpt.pth"],
         TORCH,
-        ["gpt.pth does not hold an RWKV model's weights: no matrix emb.weight (it holds transformer.h.0.attn.weight"],
+        ["gpt.pth does not hold the weights of a language model under the field's names (it holds transformer.h.0.attn.weight"],
     ),
     "generate from a wrapped dict": (
         [*GENERATE, "wrapped.pth"],
