@@ -46,7 +46,9 @@ def detect(shapes: Shapes, what: str = "the dict of weights") -> ModelConfig:
     known = ", ".join(ARCHITECTURES)
     for other, pattern in _OTHERS.items():
         if any(re.fullmatch(pattern, name) for name in shapes):
-            raise UserError(f"{what} holds weights of {other}, which this version cannot train yet", f"known: arch={known}")
+            raise UserError(
+                f"{what} holds weights of {other}, which this version cannot train yet", f"known: arch={known}"
+            )
     held = ", ".join(list(shapes)[:2]) + ", …" if shapes else "nothing"
     raise UserError(
         f"{what} does not hold the weights of a language model under the field's names (it holds {held})",

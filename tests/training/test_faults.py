@@ -180,6 +180,6 @@ def test_interrupted_before_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def interrupt(*words: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launcher, "_settle", interrupt)
+    monkeypatch.setattr(launcher, "_build_configs", interrupt)
     assert launcher.main([]) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
