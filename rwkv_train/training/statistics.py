@@ -199,14 +199,14 @@ class Statistics:
         """About SAMPLES_PER_TENSOR values (n) of every trainable tensor, from the shards that this rank owns."""
         trainable = {name for name, _ in strategy.trainable_weights()}
         chosen, layers, represents = [torch.zeros(0, device=strategy.root_device)], [], []
-        for piece in strategy.pieces(moments=False):
-            if piece.owned and piece.name in trainable and piece.values.numel():
-                step = max(1, math.prod(strategy.shapes[piece.name]) // SAMPLES_PER_TENSOR)
-                values = piece.values.detach()[::step]
+        for shard in strategy.shards(moments=False):
+            if shard.owned and shard.name in trainable and shard.values.numel():
+                step = max(1, math.prod(strategy.shapes[shard.name]) // SAMPLES_PER_TENSOR)
+                values = shard.values.detach()[::step]
                 chosen.append(values)
                 if self._sampled is None:
-                    layers += [_layer_of(piece.name, len(self._blocks))] * len(values)
-                    represents += [piece.values.numel() / len(values)] * len(values)
+                    layers += [_layer_of(shard.name, len(self._blocks))] * len(values)
+                    represents += [shard.values.numel() / len(values)] * len(values)
         flat = torch.cat([values.to(strategy.root_device) for values in chosen])
         if self._sampled is None:
             numbers = torch.tensor(layers, dtype=torch.int64, device=flat.device)  # none on a rank that owns nothing

@@ -34,13 +34,13 @@ def lively(shape: ModelConfig = SHAPE) -> LanguageModel:
 def checkpoint_of(model: LanguageModel, folder: Path, writers: int) -> Path:
     path, board, shapes = folder / "step_000000001-0001", InProcessStore(), shapes_of(dict(model.named_parameters()))
     for rank in reversed(range(writers)):
-        pieces = []
+        shards = []
         for name, parameter in model.named_parameters():
             numel = parameter.numel()
             first, last = rank * numel // writers, (rank + 1) * numel // writers
             values = parameter.detach().flatten()[first:last]
-            pieces += [StateShard(kind, name, first, values, True) for kind in (WEIGHT, *MOMENTS)]
-        files = dict(zip(file_names(rank, writers), contents(pieces, shapes), strict=True))
+            shards += [StateShard(kind, name, first, values, True) for kind in (WEIGHT, *MOMENTS)]
+        files = dict(zip(file_names(rank, writers), contents(shards, shapes), strict=True))
         meta = meta_of(shapes=shapes, writers=writers)
         writer = Writer(LocalStorage(), rank, writers, board)
         writer.begin(path, files, meta)

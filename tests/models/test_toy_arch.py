@@ -99,7 +99,7 @@ class OneDevice:
     def trainable_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.model.named_parameters()
 
-    def pieces(self, moments: bool) -> Iterator[StateShard]:
+    def shards(self, moments: bool) -> Iterator[StateShard]:
         for name, parameter in self.model.named_parameters():
             yield StateShard(WEIGHT, name, 0, parameter.detach().view(-1), True)
 

@@ -47,8 +47,8 @@ class Step(Callback):
         self.before: dict[tuple[str, int], Tensor] = {}
 
     def _owned(self, trainer: L.Trainer) -> dict[tuple[str, int], Tensor]:
-        pieces = trainer.strategy.pieces(moments=False)  # type: ignore[attr-defined]
-        return {(piece.name, piece.start): piece.values.detach().clone() for piece in pieces if piece.owned}
+        shards = trainer.strategy.shards(moments=False)  # type: ignore[attr-defined]
+        return {(shard.name, shard.start): shard.values.detach().clone() for shard in shards if shard.owned}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.before = self._owned(trainer)
@@ -61,7 +61,7 @@ class Step(Callback):
 
 
 class Nudge(Callback):
-    """Adds 1e-5 to every vector's first elements between two steps, through the pieces, and keeps both probes."""
+    """Adds 1e-5 to every vector's first elements between two steps, through the shards, and keeps both probes."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -75,9 +75,9 @@ class Nudge(Callback):
             with trainer.precision_plugin.forward_context():
                 loss = strategy.probe(batch)
             found.append(float(strategy.reduce(loss, reduce_op="mean")))
-            for piece in strategy.pieces(moments=False):
-                if piece.kind == "weight" and piece.name.endswith(("time_mix_k", "ln_out.weight")):
-                    piece.store(self._more(piece.values))
+            for shard in strategy.shards(moments=False):
+                if shard.kind == "weight" and shard.name.endswith(("time_mix_k", "ln_out.weight")):
+                    shard.store(self._more(shard.values))
             strategy.filled()
         if trainer.global_rank == 0:
             self.path.write_text(json.dumps(found))
@@ -129,8 +129,8 @@ class Start(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         peak, strategy = _status("VmHWM") - self.before, trainer.strategy
-        shard = sum(piece.values.numel() * 4 for piece in strategy.pieces(moments=False))  # type: ignore[attr-defined]
-        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps({"peak": peak, "shard": shard}))
+        bytes_of_shard = sum(shard.values.numel() * 4 for shard in strategy.shards(moments=False))  # type: ignore[attr-defined]
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps({"peak": peak, "shard": bytes_of_shard}))
 
 
 def _status(field: str) -> int:

@@ -22,21 +22,21 @@ Held = dict[str, tuple[int, npt.NDArray[np.float32]]]  # name → first element,
 
 
 def fill(rank: int, ranks: int, whole: bool) -> Held:
-    """What this rank gets: all of each tensor, or ranges that overlap between ranks, in two pieces each."""
+    """What this rank gets: all of each tensor, or ranges that overlap between ranks, in two shards each."""
     model = build_model(SHAPE, device="meta")
     shapes = shapes_of(dict(model.named_parameters()))
     held: dict[str, tuple[int, Tensor]] = {}
-    pieces = []
+    shards = []
     for name, parameter in model.named_parameters():
         numel = parameter.numel()
         start, stop = (0, numel) if whole else (rank * numel // (ranks + 1), (rank + 2) * numel // (ranks + 1))
         values = torch.full((stop - start,), torch.nan)
         held[name] = (start, values)
         middle = len(values) // 2
-        pieces.append(StateShard(WEIGHT, name, start, values[:middle], True))
-        pieces.append(StateShard(WEIGHT, name, start + middle, values[middle:], True))
+        shards.append(StateShard(WEIGHT, name, start, values[:middle], True))
+        shards.append(StateShard(WEIGHT, name, start + middle, values[middle:], True))
     torch.set_num_threads(1 + rank)
-    Recipe(recipe_of(model), shapes, SHAPE, seed=3).fill(pieces)
+    Recipe(recipe_of(model), shapes, SHAPE, seed=3).fill(shards)
     return {name: (start, values.numpy()) for name, (start, values) in held.items()}
 
 

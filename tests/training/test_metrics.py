@@ -228,10 +228,10 @@ def test_a_rank_that_owns_nothing() -> None:
     model = build_model(ModelConfig("rwkv4", n_layer=2, n_embd=8, vocab_size=16), seed=1)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
 
-    def pieces(owned: bool) -> Any:
+    def strategy_of(owned: bool) -> Any:
         found = [StateShard(WEIGHT, name, 0, p.detach().view(-1), owned) for name, p in model.named_parameters()]
         return SimpleNamespace(
-            pieces=lambda moments: iter(found),
+            shards=lambda moments: iter(found),
             trainable_weights=model.named_parameters,
             shapes=shapes,
             root_device=torch.device("cpu"),
@@ -239,7 +239,7 @@ def test_a_rank_that_owns_nothing() -> None:
 
     for owned in (True, False):
         statistics = Statistics(model, 1, hooks=False)
-        strategy = pieces(owned)
+        strategy = strategy_of(owned)
         statistics.begin_step(1, strategy)
         with torch.no_grad():
             model.head.weight += 1.0

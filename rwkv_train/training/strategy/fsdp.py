@@ -45,7 +45,7 @@ class FSDP(ShardedStrategy, ModelParallelStrategy):
         fully_shard(model, mesh=mesh, mp_policy=rest)
         model.to_empty(device=self.root_device)
 
-    def pieces(self, moments: bool) -> Iterator[StateShard]:
+    def shards(self, moments: bool) -> Iterator[StateShard]:
         for module in self.lightning_module.modules():  # type: ignore[union-attr]
             if isinstance(module, FSDPModule):
                 module.reshard()  # a forward pass without a backward one leaves some gathered

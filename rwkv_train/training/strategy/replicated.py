@@ -13,7 +13,7 @@ from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
 
 class _Replicated(ShardedStrategy):
-    def pieces(self, moments: bool) -> Iterator[StateShard]:
+    def shards(self, moments: bool) -> Iterator[StateShard]:
         owned = self.global_rank == 0
         for name, parameter in self.named_weights():
             yield StateShard(WEIGHT, name, 0, parameter.detach().view(-1), owned)

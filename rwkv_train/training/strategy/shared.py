@@ -26,7 +26,7 @@ from rwkv_train.training.throughput import keep_freed_memory, return_freed_memor
 class Source(Protocol):
     """Where the initial weights come from: the recipe, or a file."""
 
-    def fill(self, pieces: list[StateShard]) -> None:
+    def fill(self, shards: list[StateShard]) -> None:
         """Stores into each shard the values of its range; a collective call."""
 
 
@@ -125,7 +125,7 @@ class ShardedStrategy(Strategy):
         """`materialise` of this strategy."""
 
     @abstractmethod
-    def pieces(self, moments: bool) -> Iterator[StateShard]:
+    def shards(self, moments: bool) -> Iterator[StateShard]:
         """This rank's share of the state: the weights of all parameters, and the moments of the trainable ones.
 
         Args:
@@ -154,11 +154,11 @@ class ShardedStrategy(Strategy):
         if self.resume is not None:
             self.restore(self.resume)
         elif self.source is not None:
-            self.source.fill(list(self.pieces(moments=False)))
+            self.source.fill(list(self.shards(moments=False)))
             self.filled()
         else:
             self.filled()
-        for _ in self.pieces(moments=True):
+        for _ in self.shards(moments=True):
             pass  # makes Adam's moments now: if the first step made them, its freed memory would be fragmented
         # only now, so that the memory used for making the initial weights is returned
         (return_freed_memory if self.divided else keep_freed_memory)()
@@ -180,7 +180,7 @@ class ShardedStrategy(Strategy):
     def restore(self, checkpoint: Path) -> None:
         """Replaces this rank's share of the state by that of a checkpoint, between two steps."""
         reader = Reader(checkpoint)
-        reader.fill(self.pieces(moments=True))
+        reader.fill(self.shards(moments=True))
         for state in self.states():
             step, now = state["step"], reader.meta.updates
             state["step"] = torch.full_like(step, now) if isinstance(step, Tensor) else now
@@ -291,14 +291,14 @@ class ShardedStrategy(Strategy):
 
     def _held(self) -> Iterator[StateShard]:
         """The shards of this rank: copies on the host, in memory that each save reuses, or the state itself."""
-        for piece in self.pieces(moments=True):
-            if not self.background or not piece.owned:
-                yield piece
+        for shard in self.shards(moments=True):
+            if not self.background or not shard.owned:
+                yield shard
                 continue
-            key = (piece.kind, piece.name)
+            key = (shard.kind, shard.name)
             if key not in self._copies:
-                self._copies[key] = torch.empty(piece.values.numel(), pin_memory=piece.values.is_cuda)
-            yield StateShard(piece.kind, piece.name, piece.start, self._copies[key].copy_(piece.values.detach()), True)
+                self._copies[key] = torch.empty(shard.values.numel(), pin_memory=shard.values.is_cuda)
+            yield StateShard(shard.kind, shard.name, shard.start, self._copies[key].copy_(shard.values.detach()), True)
 
 
 def adam_moments(state: dict[str, Any], like: Tensor) -> Iterator[tuple[str, Tensor]]:

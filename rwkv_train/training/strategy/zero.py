@@ -161,7 +161,7 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
     def engine_optimizer(self) -> Any:
         return self.optimizers[0]
 
-    def pieces(self, moments: bool) -> Iterator[StateShard]:
+    def shards(self, moments: bool) -> Iterator[StateShard]:
         yield from (self._pieces_of_stage_3 if self.stage == 3 else self._pieces_of_stages_1_and_2)(moments)
 
     def _pieces_of_stage_3(self, moments: bool) -> Iterator[StateShard]:
