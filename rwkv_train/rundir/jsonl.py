@@ -15,6 +15,9 @@ from typing import Any, BinaryIO
 
 from rwkv_train.rundir.attempts import Attempts
 
+MetricsRow = Mapping[str, Any]  # a line of metrics.jsonl
+EventRow = Mapping[str, Any]  # a line of events.jsonl
+
 
 class WriteErrors:
     """Writes that the disk refused: each is reported at once, and costs only what it would have written.

@@ -17,8 +17,8 @@ from rwkv_train.errors import UserError
 from rwkv_train.instantiate import prepare
 from rwkv_train.resources import resource
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.rundir.jsonl import JsonLines
-from rwkv_train.trackers import LocalTracker, Row, TrackedRun
+from rwkv_train.rundir.jsonl import EventRow, JsonLines, MetricsRow
+from rwkv_train.trackers import LocalTracker, TrackedRun
 from rwkv_train.trackers.follow import Follower, make
 from rwkv_train.trackers.local import LocalTrackers
 
@@ -59,11 +59,11 @@ class Trackers:
                 self._processes[name] = _start({**settings, "name": name, "tree": tree})
         self._local = LocalTrackers(local, run, step, directory.metrics)
 
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         """Takes a row of metrics.jsonl, for local trackers."""
         self._local.row(row)
 
-    def event(self, event: Row) -> None:
+    def event(self, event: EventRow) -> None:
         """Takes a row of events.jsonl, for local trackers."""
         self._local.event(event)
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from rwkv_train.rundir.jsonl import MetricsRow
 from rwkv_train.cli import launcher
 from rwkv_train.cli import main as cli
 from rwkv_train.errors import UserError
-from rwkv_train.trackers import LocalTracker, Row, TrackedRun, Tracker, flat
+from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker, flat
 from rwkv_train.trackers.follow import Follower, Tail, follow
 from rwkv_train.trackers.launch import push
 from rwkv_train.trackers.local import LocalTrackers
@@ -259,7 +260,7 @@ def test_what_a_kill_has_lost_is_written_again(tmp_path: Path, stored: int) -> N
 
 
 class Raising(LocalTracker):
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         raise OSError(28, "No space left on device")
 
 
