@@ -18,7 +18,7 @@ from pathlib import Path
 from measure import table
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ["data=text", "model.n_layer=8", "batch.context=256", "batch.tokens=512", "trainer.accelerator=cpu"]
+OVERRIDES = ["data=text", "model.n_layer=8", "batch.context=256", "batch.tokens=512", "trainer.accelerator=cpu"]
 REST = ["samples.tokens=0", "validation.every.steps=1000", "validation.batches=1", "optim.schedule.warmup.steps=1"]
 
 
@@ -27,9 +27,15 @@ def saves(background: bool, channels: int, count: int, folder: Path) -> tuple[fl
     text = folder / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 500)
     name = "background" if background else "blocking"
-    words = [*WORDS, *REST, f"model.n_embd={channels}", f"budget.steps={2 * count + 1}", "checkpoint.every.steps=2"]
-    words += [f"data.path={text}", f"run.root={folder}", f"run.name={name}", "checkpoint.keep=1"]
-    command = [sys.executable, str(ROOT / "train.py"), *words, f"checkpoint.background={str(background).lower()}"]
+    overrides = [
+        *OVERRIDES,
+        *REST,
+        f"model.n_embd={channels}",
+        f"budget.steps={2 * count + 1}",
+        "checkpoint.every.steps=2",
+    ]
+    overrides += [f"data.path={text}", f"run.root={folder}", f"run.name={name}", "checkpoint.keep=1"]
+    command = [sys.executable, str(ROOT / "train.py"), *overrides, f"checkpoint.background={str(background).lower()}"]
     subprocess.run(command, check=True, capture_output=True)
     run = folder / name
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]

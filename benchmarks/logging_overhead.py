@@ -86,18 +86,18 @@ def main() -> None:
     clock = Clock()
     clock.watch()
     with tempfile.TemporaryDirectory() as root:
-        words = [
+        overrides = [
             "model.n_layer=6",
             "model.n_embd=512",
             "batch.context=128",
             "batch.tokens=512",
             f"budget.steps={steps}",
         ]
-        words += [f"run.root={root}", "run.name=bench", "samples.tokens=0", "data.hold_out=0", "trainer.devices=1"]
-        words += ["trainer.accelerator=cpu", "checkpoint.every.steps=1000000", f"statistics.every.steps={EVERY}"]
-        words += ["logger=wandb", "logger.wandb.mode=offline"]
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            assert launcher.main(words) == 0, said.getvalue()
+        overrides += [f"run.root={root}", "run.name=bench", "samples.tokens=0", "data.hold_out=0", "trainer.devices=1"]
+        overrides += ["trainer.accelerator=cpu", "checkpoint.every.steps=1000000", f"statistics.every.steps={EVERY}"]
+        overrides += ["logger=wandb", "logger.wandb.mode=offline"]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert launcher.main(overrides) == 0, printed.getvalue()
         rows = [json.loads(line) for line in (Path(root) / "bench" / "metrics.jsonl").read_text().splitlines()]
     spent = dict(enumerate(clock.spent))  # what is spent between two beginnings of a step: step 1 is number 1
     full = [spent[row["step"]] for row in rows[5:-1] if row["step"] % EVERY == 0]

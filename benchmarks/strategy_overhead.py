@@ -18,20 +18,28 @@ from pathlib import Path
 from measure import table
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ["data=text", "model.n_layer=6", "model.n_embd=512", "batch.context=512", "batch.tokens=2048"]
+OVERRIDES = ["data=text", "model.n_layer=6", "model.n_embd=512", "batch.context=512", "batch.tokens=2048"]
 REST = ["samples.tokens=0", "validation.batches=1", "validation.every.steps=1000", "checkpoint.every.steps=1000"]
 ONE = ["trainer.devices=1", "threads=2", "batch.micro=4"]
 TWO = ["trainer.devices=2", "threads=1", "batch.micro=2"]
 WARM = 3  # steps at the start of each run that are not counted
 
 
-def steps(words: list[str], count: int) -> list[float]:
+def steps(overrides: list[str], count: int) -> list[float]:
     """Seconds of each step of a run in a directory of its own."""
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text("the quick brown fox jumps over the lazy dog. " * 1000)
         own = [f"data.path={text}", f"run.root={folder}", "run.name=run", f"budget.steps={count + WARM}"]
-        command = [sys.executable, str(ROOT / "train.py"), "trainer.accelerator=cpu", *WORDS, *REST, *own, *words]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "trainer.accelerator=cpu",
+            *OVERRIDES,
+            *REST,
+            *own,
+            *overrides,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])

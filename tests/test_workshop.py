@@ -29,7 +29,7 @@ Machine = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    """`machine(words, version=0, venv=0, without=[…])`: runs a command in a copy of the checkout with hardly a tool."""
+    """`machine(command_line, version=0, venv=0, without=[…])`: runs a command in a copy of the checkout."""
     (tmp_path / "bin").mkdir()
     for tool in (*SHELL, "cp"):
         if found := shutil.which(tool):
@@ -39,7 +39,7 @@ def machine(tmp_path: Path) -> Machine:
         shutil.copy(ROOT / file, tmp_path / file)
 
     def run(
-        words: str, version: int = 0, venv: int = 0, without: tuple[str, ...] = ()
+        command_line: str, version: int = 0, venv: int = 0, without: tuple[str, ...] = ()
     ) -> subprocess.CompletedProcess[str]:
         for tool, text in (("python3", PYTHON.format(version=version, venv=venv)), ("g++", "#!/bin/sh\n")):
             path = tmp_path / "bin" / tool
@@ -48,7 +48,7 @@ def machine(tmp_path: Path) -> Machine:
                 path.write_text(text)
                 path.chmod(0o755)
         environment = {"PATH": str(tmp_path / "bin")}
-        return subprocess.run(words.split(), cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return subprocess.run(command_line.split(), cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     return run
 

@@ -173,7 +173,7 @@ def meet(
     )
 
 
-def tell(rank_info: RankInfo, error: UserError, seconds: float = 20.0) -> None:
+def forward_error(rank_info: RankInfo, error: UserError, seconds: float = 20.0) -> None:
     """Forwards an error of this rank to the first one, which prints the errors of all ranks.
 
     It keeps this process alive until the first rank has had time to report: srun ends all processes when one has ended.

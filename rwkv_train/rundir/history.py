@@ -10,8 +10,8 @@ from typing import Any
 
 import psutil
 
-from rwkv_train.rundir.jsonl import EventRow, MetricsRow
 from rwkv_train.rundir.directory import RunDirectory
+from rwkv_train.rundir.jsonl import EventRow, MetricsRow
 
 START_EVENTS = ("started", "resumed")
 PLANNED_ENDS = (  # events that end an attempt without a failure
@@ -24,7 +24,6 @@ PLANNED_ENDS = (  # events that end an attempt without a failure
     "unhealthy",
 )
 MAX_FAILURES = 3  # consecutive failures at one step after which a run stops
-
 
 
 @dataclass(frozen=True)

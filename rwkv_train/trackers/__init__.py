@@ -15,8 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from rwkv_train.rundir.jsonl import EventRow, MetricsRow
 from rwkv_train.models.registry import layer_charts
+from rwkv_train.rundir.jsonl import EventRow, MetricsRow
 
 REPORTED_EVENTS = ("bad_step", "rewound", "checkpoint_failed", "unhealthy")  # shown as text or alerts
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_train.rundir.jsonl import MetricsRow
 from rwkv_train.errors import UserError
 from rwkv_train.instantiate import Makers, prepare
+from rwkv_train.rundir.jsonl import MetricsRow
 from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker
 
 POLL_INTERVAL = 1.0  # seconds between two reads of the files

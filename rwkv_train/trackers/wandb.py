@@ -9,8 +9,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Literal
 
-from rwkv_train.rundir.jsonl import EventRow, MetricsRow
 from rwkv_train.checkpoint.name import CheckpointName, checkpoints_below
+from rwkv_train.rundir.jsonl import EventRow, MetricsRow
 from rwkv_train.trackers import REPORTED_EVENTS, TrackedRun, Tracker, flat, text_of
 
 INIT_TIMEOUT = 60  # seconds that wandb.init may take before the run is written offline

@@ -132,11 +132,14 @@ def test_a_rank_that_cannot_write_costs_the_checkpoint_and_says_so(tmp_path: Pat
             raise OSError(28, "No space left on device", str(path))
 
     store, path = InProcessStore(), tmp_path / "step_000000005-0001"
-    for rank, storage, told in ((1, Full(), "No space left"), (0, LocalStorage(), "rank 1: No space left on device")):
+    for rank, storage, message in (
+        (1, Full(), "No space left"),
+        (0, LocalStorage(), "rank 1: No space left on device"),
+    ):
         writer = Writer(storage, rank, 2, store)
         writer.begin(path, {file_names(rank, 2)[0]: {}}, meta_of())
         writer.wait()
         (outcome,) = writer.finished()
         assert outcome.error is not None
-        assert told in outcome.error
+        assert message in outcome.error
     assert not path.exists()

@@ -36,7 +36,7 @@ def test_time_left(scontrol: Scontrol) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "reason"),
+    ("answer", "reason"),
     [
         ("JobState=RUNNING BatchFlag=1", None),
         ("JobState=SIGNALING BatchFlag=1", None),  # while SLURM sends the signal
@@ -46,8 +46,8 @@ def test_time_left(scontrol: Scontrol) -> None:
         ("JobState=RUNNING BatchFlag=0", "job 7 has no batch script: sbatch starts jobs that can come back"),
     ],
 )
-def test_a_job_that_is_not_to_come_back(scontrol: Scontrol, told: str, reason: str | None) -> None:
-    scontrol(f"echo JobId=7 {told}")
+def test_a_job_that_is_not_to_come_back(scontrol: Scontrol, answer: str, reason: str | None) -> None:
+    scontrol(f"echo JobId=7 {answer}")
     assert Job("7").why_not() == reason
     assert Job("7", None).why_not() == "cluster.requeue=null"
 

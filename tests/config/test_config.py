@@ -36,9 +36,9 @@ def conf() -> Iterator[ConfigBuilder]:
         yield made
 
 
-def mistakes(conf: ConfigBuilder, *words: str) -> list[UserError]:
+def mistakes(conf: ConfigBuilder, *overrides: str) -> list[UserError]:
     with pytest.raises(UserErrors) as caught:
-        conf.build([RUNS, *words])
+        conf.build([RUNS, *overrides])
     return caught.value.problems
 
 
@@ -127,8 +127,8 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_an_error_is_reported(case: str, conf: ConfigBuilder) -> None:
-    words, expected = WRONG[case]
-    problems = mistakes(conf, *words)
+    overrides, expected = WRONG[case]
+    problems = mistakes(conf, *overrides)
     messages = [str(problem) for problem in problems]
     assert len(messages) == len(expected), messages
     for message, pattern in zip(messages, expected, strict=True):
@@ -174,14 +174,14 @@ CHOICES = [(group, name) for group, names in ConfFolders([CONF]).groups.items() 
 def test_every_file_of_conf_composes(group: str, name: str, conf: ConfigBuilder, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text")
     weights = save_weights(tmp_path / "weights.pth", n_layer=2, n_embd=8)
-    words = [f"{group}={name}", f"run.root={tmp_path}", f"data.path={tmp_path / 'text.txt'}"]
+    overrides = [f"{group}={name}", f"run.root={tmp_path}", f"data.path={tmp_path / 'text.txt'}"]
     if name == "finetune":
-        words.append(f"init.weights={weights}")
+        overrides.append(f"init.weights={weights}")
     if name == "store":
-        words += [f"data.path={ours(tmp_path / 'x')}", "data.tokenizer=world"]
+        overrides += [f"data.path={ours(tmp_path / 'x')}", "data.tokenizer=world"]
     if name == "mixture":
-        words.append(f"data.sources=[{{name:a,path:{tmp_path / 'text.txt'}}}]")
-    config = conf.build(words)
+        overrides.append(f"data.sources=[{{name:a,path:{tmp_path / 'text.txt'}}}]")
+    config = conf.build(overrides)
     if group == "model":
         assert config.model.size == name
     if group in ("experiment", "debug"):
@@ -206,8 +206,8 @@ def test_a_pair_that_is_not_published(tmp_path: Path) -> None:
         assert "7b: rwkv4" in problem.what
         assert "mine: rwkv9" in problem.what
         assert problem.remedy == "give it by hand: model.n_embd=… optim.lr=… optim.final_lr=…"
-        words = ["model.n_layer=3", "model.n_embd=32", "optim.lr=1e-3", "optim.final_lr=1e-4"]
-        assert conf.build(["model=mine", *words]).model.n_embd == 32
+        overrides = ["model.n_layer=3", "model.n_embd=32", "optim.lr=1e-3", "optim.final_lr=1e-4"]
+        assert conf.build(["model=mine", *overrides]).model.n_embd == 32
 
 
 def test_a_folder_of_ones_own(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_the_name_of_a_run(conf: ConfigBuilder) -> None:
         ["compile=true"],
         ["+callbacks.x._target_=lightning.A"],
     ]
-    names = {conf.build(words).run.name for words in others}
+    names = {conf.build(overrides).run.name for overrides in others}
     assert len(names | {name}) == len(others) + 1
     assert conf.build(["run.name=mine"]).run.name == "mine"
 
@@ -318,21 +318,21 @@ def test_a_logger_knows_the_name_of_the_run(conf: ConfigBuilder) -> None:
 
 def test_text_may_hold_any_sign(conf: ConfigBuilder) -> None:
     for text in ("x = {'a': [1, 2]}", "größer (als)", "it's", 'say "hi"', "a\\b", "1e5"):
-        words = [f"samples.prompt={text}"]
-        assert conf.build(words).samples.prompt in (text, text.replace(" ", " ")), text
+        overrides = [f"samples.prompt={text}"]
+        assert conf.build(overrides).samples.prompt in (text, text.replace(" ", " ")), text
 
 
 def test_never_asks_for_a_fresh_directory(conf: ConfigBuilder, tmp_path: Path) -> None:
-    words = [f"run.root={tmp_path}", "run.name=mine", "resume=never"]
-    assert conf.build(words).resume == "never"
+    overrides = [f"run.root={tmp_path}", "run.name=mine", "resume=never"]
+    assert conf.build(overrides).resume == "never"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.yaml").touch()
     with pytest.raises(UserErrors, match=r"resume=never, but .*mine holds a run"):
-        conf.build(words)
+        conf.build(overrides)
     conf.machine = Machine(
         cores=2, rank_info=RankInfo(rank=1)
     )  # the second process starts when the first has made the directory
-    assert conf.build(words).resume == "never"
+    assert conf.build(overrides).resume == "never"
 
 
 def test_data_that_is_there_but_empty(conf: ConfigBuilder, tmp_path: Path) -> None:
@@ -343,19 +343,19 @@ def test_data_that_is_there_but_empty(conf: ConfigBuilder, tmp_path: Path) -> No
 
 
 def test_there_and_back(conf: ConfigBuilder) -> None:
-    words = [
+    overrides = [
         "optim.rules=[{pattern: .*decay, lr: 2.0}]",
         "logger=csv",
         "budget.tokens=1e9",
         "packages=[mine]",
         "trainer.devices=2",
     ]
-    config = conf.build(words)
+    config = conf.build(overrides)
     written = yaml.safe_dump(as_tree(config), sort_keys=False)
     assert from_tree(yaml.safe_load(written)) == config
     assert from_tree(json.loads(json.dumps(as_tree(config)))) == config
     with pytest.raises(UserErrors, match=r"seed is missing"):
-        from_tree({word: value for word, value in as_tree(config).items() if word != "seed"})
+        from_tree({name: value for name, value in as_tree(config).items() if name != "seed"})
 
 
 def test_what_differs(conf: ConfigBuilder) -> None:

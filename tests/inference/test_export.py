@@ -91,7 +91,7 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (["no", "out.pth"], "there is no checkpoint at no"),
         (
@@ -103,13 +103,17 @@ def test_names() -> None:
     ],
 )
 def test_mistakes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: list[str], told: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
     checkpoint_of(build_model(SHAPE), tmp_path, 2)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert cli(["export", *words]) == 2
-    assert told in capfd.readouterr().err
+    assert cli(["export", *arguments]) == 2
+    assert message in capfd.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -61,13 +61,13 @@ def test_mistakes(tmp_path: Path) -> None:
     torch.save({"x.weight": torch.zeros(2)}, tmp_path / "foreign.pth")
     with pytest.raises(UserError, match="does not hold the weights of a language model"):
         load_model(tmp_path / "foreign.pth")
-    for words, told in (
+    for wrong, message in (
         ({"tokens": -1}, "--tokens -1 is out of range"),
         ({"batch": 0}, "--batch 0 is out of range"),
         ({"stops": [""]}, "--stop '' is out of range"),
     ):
-        options = GenerateOptions(str(tmp_path / "other.pth"), "", **{"tokens": 1, "sampling": USUAL, **words})  # type: ignore[arg-type]
-        with pytest.raises(UserError, match=told):
+        options = GenerateOptions(str(tmp_path / "other.pth"), "", **{"tokens": 1, "sampling": USUAL, **wrong})  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=message):
             run(options)
     with pytest.raises(UserError, match="--device cuda: torch can use no GPU here"):
         load_model(tmp_path / "other.pth", "cuda")
@@ -91,16 +91,16 @@ def test_several_texts_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
     torch.save(lively_model(vocab_size=256).state_dict(), tmp_path / "ours.pth")
     checkpoint = str(tmp_path / "ours.pth")
     assert run(GenerateOptions(checkpoint, "def ", 20, USUAL, 3, batch=2, as_json=True)) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["sampling"] == {"temperature": 1.0, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.0}
-    assert (told["prompt"], told["tokenizer"], told["checkpoint"]) == ("def ", "bytes", checkpoint)
-    assert [text["seed"] for text in told["texts"]] == [3, 4]
-    assert all((len(text["tokens"]), text["ended"]) == (20, "length") for text in told["texts"])
-    assert told["texts"][0]["text"] != told["texts"][1]["text"]
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["sampling"] == {"temperature": 1.0, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.0}
+    assert (answer["prompt"], answer["tokenizer"], answer["checkpoint"]) == ("def ", "bytes", checkpoint)
+    assert [text["seed"] for text in answer["texts"]] == [3, 4]
+    assert all((len(text["tokens"]), text["ended"]) == (20, "length") for text in answer["texts"])
+    assert answer["texts"][0]["text"] != answer["texts"][1]["text"]
 
     assert run(GenerateOptions(checkpoint, "def ", 20, USUAL, 4)) == 0
     alone = capsys.readouterr().out
-    assert alone == f"def {told['texts'][1]['text']}\n", "the second text is the one that its seed gives alone"
+    assert alone == f"def {answer['texts'][1]['text']}\n", "the second text is the one that its seed gives alone"
     assert run(GenerateOptions(checkpoint, "def ", 20, USUAL, 3, batch=2)) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("===== 1 of 2 =====\ndef ")

@@ -60,11 +60,11 @@ def test_published_rates() -> None:
 
 
 def test_the_plan_proposes_an_interval(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["model=7b", "trainer.devices=8", "trainer.num_nodes=32", "batch.context=4096", "batch.micro=2"]
-    words += ["batch.tokens=4194304", "trainer.precision=bf16-mixed", "device=h100-80g"]
-    assert launcher.plan(words) == 0
+    overrides = ["model=7b", "trainer.devices=8", "trainer.num_nodes=32", "batch.context=4096", "batch.micro=2"]
+    overrides += ["batch.tokens=4194304", "trainer.precision=bf16-mixed", "device=h100-80g"]
+    assert launcher.plan(overrides) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failures")]
-    assert launcher.plan([*words, "--json"]) == 0
+    assert launcher.plan([*overrides, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["nodes"] == 32
     assert found["hours_between_failures"] == pytest.approx(115.4, abs=0.1)

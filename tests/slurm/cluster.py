@@ -199,13 +199,13 @@ class Cluster:
     def states(self) -> dict[str, str]:
         """node → idle, allocated, down …"""
         with contextlib.suppress(subprocess.SubprocessError):
-            told = self.run("sinfo", "--noheader", "--Node", "--format=%N %T")
-            return {node: state.rstrip("*~#$@+-") for node, state in (line.split() for line in told.splitlines())}
+            answer = self.run("sinfo", "--noheader", "--Node", "--format=%N %T")
+            return {node: state.rstrip("*~#$@+-") for node, state in (line.split() for line in answer.splitlines())}
         return {}
 
     def job(self, number: str) -> dict[str, str]:
         """What the controller says of a job: JobState, Restarts, ExitCode, NodeList …"""
-        pairs = (word.partition("=") for word in self.run("scontrol", "show", "job", "-o", number).split())
+        pairs = (pair.partition("=") for pair in self.run("scontrol", "show", "job", "-o", number).split())
         return {name: value for name, _, value in reversed(list(pairs))}
 
     def _start(self, daemon: str, command: Sequence[str]) -> None:

@@ -17,15 +17,19 @@ from rwkv_train.data.prepare import PrepareOptions, prepare
 from rwkv_train.errors import UserError
 from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, same_weights, words_for, write_text
+from tests.runs import losses, overrides_for, rows, same_weights, write_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
 def run(folder: Path, name: str, *more: str) -> Path:
-    words = [word for word in words_for(folder, name) if not word.startswith(("data=", "data.path="))]
-    given = {word.split("=")[0] for word in more}
-    assert train(launcher.load([*(word for word in words if word.split("=")[0] not in given), *more])) == 0
+    overrides = [
+        override for override in overrides_for(folder, name) if not override.startswith(("data=", "data.path="))
+    ]
+    given = {override.split("=")[0] for override in more}
+    assert (
+        train(launcher.load([*(override for override in overrides if override.split("=")[0] not in given), *more])) == 0
+    )
     return folder / "runs" / name
 
 
@@ -58,8 +62,8 @@ def test_a_run_on_a_store_goes_on_exactly(store: Path, tmp_path: Path) -> None:
 
 
 def test_a_stream_goes_on_exactly_from_its_position(store: Path, tmp_path: Path) -> None:
-    words = ("data=stream", f"data.path={tmp_path}/a.jsonl", "data.tokenizer=bytes", "data.workers=0")
-    stopped_and_resumed(tmp_path, *words, "data.held_out_documents=5")
+    overrides = ("data=stream", f"data.path={tmp_path}/a.jsonl", "data.tokenizer=bytes", "data.workers=0")
+    stopped_and_resumed(tmp_path, *overrides, "data.held_out_documents=5")
     (checkpoint,) = (tmp_path / "runs" / "parts" / "checkpoints").glob("*8-*")
     meta = json.loads((checkpoint / "meta.json").read_text())
     assert meta["position"]["offset"] <= 8 * 128
@@ -67,26 +71,26 @@ def test_a_stream_goes_on_exactly_from_its_position(store: Path, tmp_path: Path)
 
 
 def test_another_store_or_tokenizer_under_the_same_name_is_refused(store: Path, tmp_path: Path) -> None:
-    words = ("data=store", f"data.path={store}", "data.hold_out=0.1")
-    run(tmp_path, "run", *SHORT, *words)
+    overrides = ("data=store", f"data.path={store}", "data.hold_out=0.1")
+    run(tmp_path, "run", *SHORT, *overrides)
     kept = {file.name: file.read_bytes() for file in tmp_path.glob("s.*")}
     tokens = np.fromfile(tmp_path / "s.bin", np.uint16)
     tokens[100:200] = ord("x")
     tokens.tofile(tmp_path / "s.bin")
     with pytest.raises(UserError, match=r"s.bin is not what its manifest s.json tells of: fingerprint"):
-        run(tmp_path, "run", *SHORT, *words, "budget.steps=9", "run.allow_changes=true")
+        run(tmp_path, "run", *SHORT, *overrides, "budget.steps=9", "run.allow_changes=true")
     (tmp_path / "s.json").unlink()
     with pytest.raises(UserError, match=r"the data itself: content hash \w+ → \w+\n  to resume all the same"):
-        run(tmp_path, "run", *SHORT, *words, "data.tokenizer=bytes")
+        run(tmp_path, "run", *SHORT, *overrides, "data.tokenizer=bytes")
     for name, content in kept.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=r"was made with the tokenizer bytes, the run's is world:\w+\n  leave data.tok"):
-        run(tmp_path, "run", *SHORT, *words, "data.tokenizer=world")
+        run(tmp_path, "run", *SHORT, *overrides, "data.tokenizer=world")
     shutil.rmtree(tmp_path / "runs")
     for file in tmp_path.glob("s.*"):
         file.unlink()
     with pytest.raises(UserError, match=r"there is no store s\.bin and s\.idx"):
-        run(tmp_path, "run", *SHORT, *words)
+        run(tmp_path, "run", *SHORT, *overrides)
 
 
 def test_a_mixture_tells_of_each_source(store: Path, tmp_path: Path) -> None:
@@ -107,20 +111,20 @@ def test_a_mixture_tells_of_each_source(store: Path, tmp_path: Path) -> None:
 def test_a_chat_is_shown_before_step_0_and_its_loss_falls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     messages: list[dict[str, Any]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": messages, "n": n}) + "\n" for n in range(60)))
-    words = ("data=chat", f"data.path={tmp_path}/chat.jsonl", "data.tokenizer=bytes", "data.hold_out=0")
-    found = losses(run(tmp_path, "run", *SHORT, *words, "budget.steps=30"))
-    told = capsys.readouterr().out
-    assert "▌User: ?" in told
-    assert "of them predicted" in told
+    overrides = ("data=chat", f"data.path={tmp_path}/chat.jsonl", "data.tokenizer=bytes", "data.hold_out=0")
+    found = losses(run(tmp_path, "run", *SHORT, *overrides, "budget.steps=30"))
+    printed = capsys.readouterr().out
+    assert "▌User: ?" in printed
+    assert "of them predicted" in printed
     assert found[-1] < 0.7 * found[0]
 
 
 def test_new_tokens_leave_old_logits(tmp_path: Path) -> None:
     write_text(tmp_path / "text.txt")
-    words = ("data=text", f"data.path={tmp_path}/text.txt", "data.hold_out=0")
-    weights = run(tmp_path, "old", *SHORT, *words) / "weights.pth"
+    overrides = ("data=text", f"data.path={tmp_path}/text.txt", "data.hold_out=0")
+    weights = run(tmp_path, "old", *SHORT, *overrides) / "weights.pth"
     grown = run(
-        tmp_path, "new", *SHORT, *words, f"init.weights={weights}", "vocab.extend=[<|user|>,lomi]", "budget.steps=1"
+        tmp_path, "new", *SHORT, *overrides, f"init.weights={weights}", "vocab.extend=[<|user|>,lomi]", "budget.steps=1"
     )
     after = torch.load(grown / "weights.pth", weights_only=True)
     assert after["emb.weight"].shape[0] == after["head.weight"].shape[0] == 258

@@ -16,7 +16,7 @@ from rwkv_train.training import module
 from rwkv_train.training.loss import language_model_loss
 from rwkv_train.training.optim import build_optimizer, learning_rate, parameter_groups
 from rwkv_train.training.run import train
-from tests.runs import rows, words_for
+from tests.runs import overrides_for, rows
 
 
 @pytest.fixture
@@ -75,6 +75,6 @@ def test_sixty_steps_of_the_default_run(tmp_path: Path) -> None:
 
 def test_a_rate_of_the_wrong_sign_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What the test above would say of it: a few steps uphill, and the loss is above that of knowing nothing."""
-    monkeypatch.setattr(module, "learning_rate", lambda *words: -learning_rate(*words))
-    assert train(launcher.load(words_for(tmp_path, "run", "budget.steps=20"))) == 0
+    monkeypatch.setattr(module, "learning_rate", lambda *arguments: -learning_rate(*arguments))
+    assert train(launcher.load(overrides_for(tmp_path, "run", "budget.steps=20"))) == 0
     assert not rows(tmp_path / "runs" / "run")[-1]["val/loss"] < math.log(256)

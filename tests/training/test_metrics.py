@@ -23,7 +23,7 @@ from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
 from rwkv_train.training.statistics import Statistics
 from rwkv_train.training.throughput import Stopwatch
-from tests.runs import ROOT, rows, train_ranks, words_for
+from tests.runs import ROOT, overrides_for, rows, train_ranks
 
 EVERY = "statistics.every.steps=5"
 
@@ -52,10 +52,10 @@ def check_table(run: Path, sources: list[str], missing: tuple[str, ...] = ()) ->
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_the_documents_say_what_is_logged(tmp_path: Path, passes: int) -> None:
-    words = words_for(
+    overrides = overrides_for(
         tmp_path, "run", "budget.steps=10", "validation.every.steps=4", EVERY, f"batch.micro={4 // passes}"
     )
-    assert train(launcher.load(words)) == 0
+    assert train(launcher.load(overrides)) == 0
     run = tmp_path / "runs" / "run"
     check_table(run, [""])
     for row in rows(run):
@@ -116,8 +116,13 @@ def close(one: Any, other: Any, rel: float) -> bool:
 
 
 def test_against_plain_arithmetic(tmp_path: Path) -> None:
-    words = ["packages=[tests]", "+callbacks.truth._target_=tests.training.test_metrics.Truth", "budget.steps=5", EVERY]
-    assert train(launcher.load(words_for(tmp_path, "run", *words))) == 0
+    overrides = [
+        "packages=[tests]",
+        "+callbacks.truth._target_=tests.training.test_metrics.Truth",
+        "budget.steps=5",
+        EVERY,
+    ]
+    assert train(launcher.load(overrides_for(tmp_path, "run", *overrides))) == 0
     row = rows(tmp_path / "runs" / "run")[4]
     for key, value in Truth.found.items():
         assert close(row[key], value, 0.03 if key == "update_ratio" else 1e-4), (key, row[key], value)  # a sample
@@ -133,8 +138,8 @@ def test_against_plain_arithmetic(tmp_path: Path) -> None:
 def test_two_ranks_say_what_one_says(tmp_path: Path, strategy: str) -> None:
     """The same batch in two passes, or on two ranks in one each; whatever a rank holds of the model."""
     steps = ["budget.steps=5", EVERY, "validation.every.steps=5"]
-    assert train(launcher.load(words_for(tmp_path, "one", *steps, "batch.micro=2"))) == 0
-    train_ranks(words_for(tmp_path, "two", *steps, "batch.micro=2", f"strategy={strategy}"), 2)
+    assert train(launcher.load(overrides_for(tmp_path, "one", *steps, "batch.micro=2"))) == 0
+    train_ranks(overrides_for(tmp_path, "two", *steps, "batch.micro=2", f"strategy={strategy}"), 2)
     one, two = (rows(tmp_path / "runs" / name) for name in ("one", "two"))
     zero = strategy.startswith("deepspeed")
     check_table(tmp_path / "runs" / "two", [""], ("layers/grad_norm",) if zero else ())
@@ -149,12 +154,12 @@ def test_two_ranks_say_what_one_says(tmp_path: Path, strategy: str) -> None:
 
 def test_by_source(tmp_path: Path) -> None:
     """Weighted by their tokens, the losses of the sources are the loss of the step."""
-    words = words_for(tmp_path, "run", "budget.steps=10", EVERY)
+    overrides = overrides_for(tmp_path, "run", "budget.steps=10", EVERY)
     text = (tmp_path / "text.txt").read_text()
     (tmp_path / "a.txt").write_text(text[:12000])
     (tmp_path / "b.txt").write_text(text[12000:].upper())
     sources = f"data.sources=[{{name:a,path:{tmp_path}/a.txt,weight:1}},{{name:b,path:{tmp_path}/b.txt,weight:1}}]"
-    mixed = [word for word in words if not word.startswith("data")]
+    mixed = [override for override in overrides if not override.startswith("data")]
     assert train(launcher.load([*mixed, "data=mixture", "data.tokenizer=bytes", sources])) == 0
     found = rows(tmp_path / "runs" / "run")
     check_table(tmp_path / "runs" / "run", ["a", "b"])
@@ -203,8 +208,10 @@ def test_nobody_asks_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(metrics.Metrics, "on_train_end", end)
     more = ["budget.steps=12", "statistics.every.steps=4", "batch.micro=2", "checkpoint.every.steps=1000"]
-    words = words_for(tmp_path, "run", *more, "validation.every.steps=1000", "data.hold_out=0", "health.spike=skip")
-    assert train(launcher.load(words)) == 0
+    overrides = overrides_for(
+        tmp_path, "run", *more, "validation.every.steps=1000", "data.hold_out=0", "health.spike=skip"
+    )
+    assert train(launcher.load(overrides)) == 0
     assert len(rows(tmp_path / "runs" / "run")) == 12
     assert not asked, asked
     inside[0] = True
