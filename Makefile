@@ -85,5 +85,5 @@ bench: setup ## every benchmark in its quick form
 # Torch with CUDA is all it needs: the environment of `make setup` if that has it, else python3's own.
 GPU_PYTHON ?= $(shell $(RUN) -c 'import torch; torch.cuda.is_available() or exit(1)' 2>/dev/null && echo $(RUN) || echo $(PYTHON))
 
-gpu: ## what only a GPU can show: correctness, speed, whole steps; 12 minutes, ARGS=--quick 3
+gpu: ## what only a GPU can show: correctness, speed, complete steps; 12 minutes, ARGS=--quick 3
 	$(GPU_PYTHON) scripts/gpu.py $(ARGS)

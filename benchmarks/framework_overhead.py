@@ -36,7 +36,7 @@ SHAPES = {
     "default": [],
     "L6 C512 B4 T128": ["model.n_layer=6", "model.n_embd=512", "batch.context=128", "batch.tokens=512"],
 }
-WARM = 3  # steps at the start of each turn that are not counted
+WARM_UP_STEPS = 3  # steps at the start of each turn that are not counted
 
 
 def through_train(overrides: list[str], steps: int) -> list[float]:
@@ -48,7 +48,7 @@ def through_train(overrides: list[str], steps: int) -> list[float]:
             code = launcher.main([*overrides, *fixed, *seldom])
         assert code == 0, printed.getvalue()
         lines = (Path(root) / "bench" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["seconds"] for line in lines[WARM:]]
+    return [json.loads(line)["seconds"] for line in lines[WARM_UP_STEPS:]]
 
 
 def bare_loop(config: Config, data: Batches, steps: int) -> list[float]:
@@ -71,7 +71,7 @@ def bare_loop(config: Config, data: Batches, steps: int) -> list[float]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
         optimizer.step()
         times.append(time.perf_counter() - began)
-    return times[WARM:]
+    return times[WARM_UP_STEPS:]
 
 
 def beside_a_busy_process(rounds: int) -> float:
@@ -91,7 +91,7 @@ def in_own_process() -> float:
         overrides = [f"run.root={root}", "run.name=own", "budget.steps=25", "samples.tokens=0", "data.hold_out=0"]
         subprocess.run([sys.executable, "train.py", *overrides], cwd=ROOT, check=True, capture_output=True)
         lines = (Path(root) / "own" / "metrics.jsonl").read_text().splitlines()
-    return statistics.mean(json.loads(line)["seconds"] for line in lines[WARM:])
+    return statistics.mean(json.loads(line)["seconds"] for line in lines[WARM_UP_STEPS:])
 
 
 def start_up() -> float:

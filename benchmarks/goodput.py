@@ -20,14 +20,14 @@ from rwkv_train.planning.memory import Layout, memory
 from rwkv_train.planning.model import count
 from rwkv_train.planning.speed import speed
 
-FOURTEEN = ModelConfig("rwkv4", 40, 5120, 50277)
+SHAPE_14B = ModelConfig("rwkv4", 40, 5120, 50277)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the same: it takes seconds")
     parser.parse_args()
-    card, counts = CARDS["h100-80g"], count(FOURTEEN, "bf16-mixed")
+    card, counts = CARDS["h100-80g"], count(SHAPE_14B, "bf16-mixed")
     lines, figures = [], {}
     for nodes in (8, 16, 32, 64, 128, 256, 512, 1024):
         layout = Layout("deepspeed_3", Mesh(8 * nodes), 2, 4096, 1, 1, True)

@@ -28,7 +28,7 @@ from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.progress import ProgressBar
 from rwkv_train.training.step_verdict import StepVerdict
 
-EVERY = 10  # steps between two with the values of each layer
+PERIOD = 10  # steps between two with the values of each layer
 METHODS = (
     "begin_step",
     "record_microbatch",
@@ -94,15 +94,21 @@ def main() -> None:
             f"budget.steps={steps}",
         ]
         overrides += [f"run.root={root}", "run.name=bench", "samples.tokens=0", "data.hold_out=0", "trainer.devices=1"]
-        overrides += ["trainer.accelerator=cpu", "checkpoint.every.steps=1000000", f"statistics.every.steps={EVERY}"]
+        overrides += [
+            "trainer.accelerator=cpu",
+            "checkpoint.every.steps=1000000",
+            f"statistics.every.steps={PERIOD}",
+        ]
         overrides += ["logger=wandb", "logger.wandb.mode=offline"]
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             assert launcher.main(overrides) == 0, printed.getvalue()
         rows = [json.loads(line) for line in (Path(root) / "bench" / "metrics.jsonl").read_text().splitlines()]
     spent = dict(enumerate(clock.spent))  # what is spent between two beginnings of a step: step 1 is number 1
-    full = [spent[row["step"]] for row in rows[5:-1] if row["step"] % EVERY == 0]
-    logged = [spent[row["step"]] for row in rows[5:-1] if row["step"] % EVERY > 1]  # not the one that writes a full row
-    step = measure.median([row["seconds"] for row in rows[5:] if row["step"] % EVERY])
+    full = [spent[row["step"]] for row in rows[5:-1] if row["step"] % PERIOD == 0]
+    logged = [
+        spent[row["step"]] for row in rows[5:-1] if row["step"] % PERIOD > 1
+    ]  # not the one that writes a full row
+    step = measure.median([row["seconds"] for row in rows[5:] if row["step"] % PERIOD])
     figures = {
         "ms_logged_step": 1e3 * measure.median(logged),
         "ms_full_step": 1e3 * measure.median(full),

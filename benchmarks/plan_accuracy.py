@@ -36,7 +36,7 @@ from rwkv_train.planning.speed import seconds_per_token
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ["model.n_layer=16", "model.n_embd=640", "batch.context=256", "batch.tokens=512", "batch.micro=1"]
 RUN = ["trainer.accelerator=cpu", "trainer.devices=2", "threads=1", "trainer.precision=32-true"]
-REST = [
+FIXED = [
     "budget.steps=3",
     "optim.schedule.warmup.steps=1",
     "samples.tokens=0",
@@ -94,7 +94,7 @@ def _status(field: str) -> int:
 
 
 def overrides_of(strategy: str, recompute: bool, text: Path) -> list[str]:
-    overrides = [*MODEL, *RUN, *REST, f"strategy={strategy}", f"data.path={text}"]
+    overrides = [*MODEL, *RUN, *FIXED, f"strategy={strategy}", f"data.path={text}"]
     return [*overrides, f"activation_checkpointing={str(recompute).lower()}"]
 
 

@@ -19,10 +19,15 @@ from measure import table
 
 ROOT = Path(__file__).resolve().parent.parent
 OVERRIDES = ["data=text", "model.n_layer=6", "model.n_embd=512", "batch.context=512", "batch.tokens=2048"]
-REST = ["samples.tokens=0", "validation.batches=1", "validation.every.steps=1000", "checkpoint.every.steps=1000"]
-ONE = ["trainer.devices=1", "threads=2", "batch.micro=4"]
-TWO = ["trainer.devices=2", "threads=1", "batch.micro=2"]
-WARM = 3  # steps at the start of each run that are not counted
+FIXED = [
+    "samples.tokens=0",
+    "validation.batches=1",
+    "validation.every.steps=1000",
+    "checkpoint.every.steps=1000",
+]
+ONE_RANK = ["trainer.devices=1", "threads=2", "batch.micro=4"]
+TWO_RANKS = ["trainer.devices=2", "threads=1", "batch.micro=2"]
+WARM_UP_STEPS = 3  # steps at the start of each run that are not counted
 
 
 def steps(overrides: list[str], count: int) -> list[float]:
@@ -30,13 +35,13 @@ def steps(overrides: list[str], count: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text("the quick brown fox jumps over the lazy dog. " * 1000)
-        own = [f"data.path={text}", f"run.root={folder}", "run.name=run", f"budget.steps={count + WARM}"]
+        own = [f"data.path={text}", f"run.root={folder}", "run.name=run", f"budget.steps={count + WARM_UP_STEPS}"]
         command = [
             sys.executable,
             str(ROOT / "train.py"),
             "trainer.accelerator=cpu",
             *OVERRIDES,
-            *REST,
+            *FIXED,
             *own,
             *overrides,
         ]
@@ -44,7 +49,7 @@ def steps(overrides: list[str], count: int) -> list[float]:
         if done.returncode:
             raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["seconds"] for line in lines[WARM:]]
+    return [json.loads(line)["seconds"] for line in lines[WARM_UP_STEPS:]]
 
 
 def main() -> None:
@@ -54,9 +59,9 @@ def main() -> None:
     names = ["ddp"] if quick else ["ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3"]
     times: dict[str, list[float]] = {name: [] for name in ["one process", *names]}
     for _ in range(1 if quick else 3):
-        times["one process"] += steps([*ONE], 8)
+        times["one process"] += steps([*ONE_RANK], 8)
         for name in names:
-            times[name] += steps([*TWO, f"strategy={name}"], 8)
+            times[name] += steps([*TWO_RANKS, f"strategy={name}"], 8)
     medians = {name: statistics.median(found) for name, found in times.items()}
     base = medians["one process"]
     rows = [[name, f"{seconds:.3f}", f"{base / seconds:.3f}"] for name, seconds in medians.items()]

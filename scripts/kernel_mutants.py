@@ -76,7 +76,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("the row before the first", "elementwise.cu", "if (at.t > 0) x[0]", "if (at.t >= 0) x[0]"),
     ("the row after the last", "elementwise.cu", "at.t + j < a.T)) g[j]", "at.t + j <= a.T)) g[j]"),
     ("sums of two mixes in one buffer", "elementwise.cu", "part[which & 1]", "part[0]"),
-    ("the tail read as a whole vector", "elementwise.cu", "if (at + V <= a.n) {", "if (at < a.n) {"),
+    ("the tail read as a full vector", "elementwise.cu", "if (at + V <= a.n) {", "if (at < a.n) {"),
 ]  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> list[float]:
-    """The training loss of steps 1, 2, …, each of which stands there exactly once."""
+    """The training loss of steps 1, 2, …; metrics.jsonl has each step exactly once."""
     found = rows(run)
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     return [row["train/loss"] for row in found]

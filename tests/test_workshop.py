@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHELL = ("sh", "bash", "make", "grep", "sed", "column", "touch", "mkdir", "dirname", "printf")
 
-# Stands for python3: refuses the modules named in its place, and makes an environment that installs nothing.
+# Replaces python3: refuses the modules named in the braces, and makes an environment that installs nothing.
 PYTHON = """#!/bin/sh
 case "$*" in
   *version_info*) exit {version} ;;

@@ -80,7 +80,7 @@ def test_any_ranges_are_read_from_any(tmp_path: Path, ranks: int) -> None:
 
 
 def test_a_file_with_weights_is_read_as_well(tmp_path: Path) -> None:
-    """Also one whose tensors do not lie as their shape says, twice."""
+    """Also one whose tensors are not contiguous in memory, twice."""
     weights = {"a": torch.randn(6, 4).t(), "b": torch.randn(3)}
     torch.save(weights, tmp_path / "some.pth")
     reader = Reader(tmp_path / "some.pth")

@@ -1,4 +1,4 @@
-"""Before a run begins: what differs is named by node, who does not answer too, and the nodes' sum is right."""
+"""The preflight names the nodes that differ and those that do not answer, and checks the sum over all nodes."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def one_rank(
             forward_error(rank_info, UserError(mistake), seconds)
             sys.exit(2)
         if rank_info.first:
-            time.sleep(0.5)  # the others are there before it makes the directory
+            time.sleep(0.5)  # the other ranks wait before it makes the directory
             directory.mkdir(exist_ok=True)
         meet(rank_info, False, facts, directory, 1000, seconds, Console(quiet=not rank_info.first, soft_wrap=True))
         dist.barrier()
@@ -111,7 +111,7 @@ def one_rank(
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Callable[..., tuple[list[int | None], str]]:
-    """Runs the pre-flight in processes; their exit codes, and what all of them have said."""
+    """Runs the pre-flight in processes; their exit codes, and what all of them have printed."""
 
     def run(*changes: dict[str, Any], seconds: float = 60) -> tuple[list[int | None], str]:
         context = multiprocessing.get_context("forkserver")
@@ -119,7 +119,7 @@ def ranks(tmp_path: Path) -> Callable[..., tuple[list[int | None], str]]:
         rank_info = RankInfo(starter="srun", ranks=len(changes), nodes=("n1", "n2"), machines=2, port=free_port())
         started = []
         for rank, change in enumerate(changes):
-            here = replace(rank_info, rank=rank, node=f"n{rank + 1}", **change.get("place", {}))
+            here = replace(rank_info, rank=rank, node=f"n{rank + 1}", **change.get("rank_info", {}))
             directory = change.get("directory", tmp_path / "run")
             facts = {**FACTS, **change.get("facts", {})}
             arguments = (here, directory, facts, seconds, tmp_path / f"{rank}.out", change.get("mistake", ""))

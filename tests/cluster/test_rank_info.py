@@ -1,4 +1,4 @@
-"""Where a process stands, from the variables that SLURM 22 and 23, torchrun and Lightning set."""
+"""The rank of a process, from the variables that SLURM 22 and 23, torchrun and Lightning set."""
 
 from __future__ import annotations
 

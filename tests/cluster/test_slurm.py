@@ -1,4 +1,4 @@
-"""What a job asks of SLURM, with a scontrol that answers as told."""
+"""What a job asks of SLURM, with a scontrol of given answers."""
 
 from __future__ import annotations
 

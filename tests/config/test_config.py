@@ -27,7 +27,7 @@ from tests.data.test_indexed import ours
 from tests.runs import save_weights
 
 CONF = resource("conf")
-RUNS = "run.root=no-such-folder"  # so that no run of the checkout matters
+NO_RUNS = "run.root=no-such-folder"  # so that no run of the checkout matters
 
 
 @pytest.fixture
@@ -38,12 +38,12 @@ def conf() -> Iterator[ConfigBuilder]:
 
 def mistakes(conf: ConfigBuilder, *overrides: str) -> list[UserError]:
     with pytest.raises(UserErrors) as caught:
-        conf.build([RUNS, *overrides])
+        conf.build([NO_RUNS, *overrides])
     return caught.value.problems
 
 
 # Overrides → patterns of the messages, one for each message.
-WRONG = {
+WRONG_OVERRIDES = {
     "unknown key": (["model.n_layers=4"], ["model.n_layers=4: there is no model.n_layers.*nearest: model.n_layer;"]),
     "a key without its group": (["n_layer=4"], ["there is no n_layer.*nearest: model.n_layer;"]),
     "unknown group": (["modle=7b"], ["there is no modle.*nearest: model;"]),
@@ -125,9 +125,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("case", WRONG_OVERRIDES)
 def test_an_error_is_reported(case: str, conf: ConfigBuilder) -> None:
-    overrides, expected = WRONG[case]
+    overrides, expected = WRONG_OVERRIDES[case]
     problems = mistakes(conf, *overrides)
     messages = [str(problem) for problem in problems]
     assert len(messages) == len(expected), messages
@@ -145,7 +145,7 @@ def test_the_default_run(conf: ConfigBuilder) -> None:
     assert (config.trainer.precision, config.optim.schedule.shape) == ("auto", "cosine")
     assert config.optim.betas == (0.9, 0.99)
     assert not config.resume_typed
-    assert conf.build(["resume=auto", RUNS]).resume_typed
+    assert conf.build(["resume=auto", NO_RUNS]).resume_typed
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_the_duration_that_is_given_last_counts(conf: ConfigBuilder, tmp_path: Path) -> None:
-    paper = ["experiment=paper_169m", f"data.path={CONF}", RUNS]
+    paper = ["experiment=paper_169m", f"data.path={CONF}", NO_RUNS]
     config = conf.build(paper)
     assert config.budget.total == Duration(tokens=332 * 10**9)
     assert config.checkpoint.every == Duration(tokens=10**9)
@@ -290,7 +290,7 @@ def test_the_name_of_a_run(conf: ConfigBuilder) -> None:
     assert re.fullmatch(r"rwkv4-tiny-[0-9a-f]{8}", name)
     for same in (
         ["run.root=elsewhere"],
-        ["resume=never", RUNS],
+        ["resume=never", NO_RUNS],
         ["logger=csv"],
         ["seed=1"],
         ["run.allow_changes=true"],

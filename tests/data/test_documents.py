@@ -43,11 +43,11 @@ def packed(path: Path, reset: bool, tokens: int = 192, context: int = 24, **more
 def check_row(tokens: list[int], targets: list[int], starts: list[bool] | None, reset: bool) -> list[bytes]:
     """The pieces of a row, each checked: a token follows the other, borders are masked unless the state is reset."""
     pieces: list[bytes] = []
-    for place, (token, target) in enumerate(zip(tokens, targets, strict=True)):
-        following = tokens[place + 1] if place + 1 < len(tokens) else None
-        begins = token == 0 if starts is None else starts[place]
+    for position, (token, target) in enumerate(zip(tokens, targets, strict=True)):
+        following = tokens[position + 1] if position + 1 < len(tokens) else None
+        begins = token == 0 if starts is None else starts[position]
         if begins and target != IGNORED:
-            assert reset or place == 0, "the first token of a document is no prediction behind another one"
+            assert reset or position == 0, "the first token of a document is not predicted from another document"
         if target > 0 and following:  # neither the end of a piece nor masked
             assert target == following
         if token == 0:

@@ -53,9 +53,9 @@ def test_every_token_is_predicted_once(
     text[::20] = 0  # ends of text
     result = measure(model, BYTES, "x", MemoryStore(text.numpy()), context, batch)
     parts = [nats_of(model, text[begin : begin + context + 1]) for begin in range(0, length - 1, context)]
-    positions = [sum(float(part[place]) for part in parts if len(part) > place) for place in range(context)]
+    positions = [sum(float(part[position]) for part in parts if len(part) > position) for position in range(context)]
     assert result.positions == pytest.approx(np.array(positions), rel=1e-5)
-    assert result.counts.tolist() == [sum(len(part) > place for part in parts) for place in range(context)]
+    assert result.counts.tolist() == [sum(len(part) > position for part in parts) for position in range(context)]
     assert (result.tokens, result.available, result.bytes) == (length - 1, length - 1, length - 1)
     figures = result.as_json()
     mean = float(torch.cat(parts).mean())
@@ -90,7 +90,7 @@ def test_the_loss_by_position_shows_whether_the_context_is_used() -> None:
     text = np.tile(draw.integers(1, 256, 64, dtype=np.uint8), 64)
 
     def spread(model: LanguageModel) -> float:
-        """Between the second and the last bin, in windows that begin at every place of the pattern alike."""
+        """Between the second and the last bin, in windows that begin equally often at each offset of the pattern."""
         bins = measure(model, BYTES, "x", MemoryStore(text), 63, 65).as_json()["by_position"]
         return float(bins[1]["nats_per_token"] - bins[-1]["nats_per_token"])
 
@@ -116,7 +116,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 def test_without_data_it_is_the_validation_of_the_run(
     trained: Path, which: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run's last validation is over whole windows; the evaluation also counts the rest of the text."""
+    """The run's last validation is over complete windows; the evaluation also counts the rest of the text."""
     found = evaluate(capsys, str(*trained.glob(which)))
     assert found["context"] == 32
     assert (found["tokenizer"], found["step"]) == ("bytes", 20)

@@ -88,7 +88,7 @@ def test_loglikelihoods_are_those_of_transformers(model: LanguageModel, theirs: 
 def test_rolling_loglikelihoods_are_those_of_transformers(
     model: LanguageModel, exported: Path, batch: int, max_length: int
 ) -> None:
-    """Of theirs without the cache of logits, which scores equal windows with unequal beginnings at the wrong places."""
+    """Compared with HFLM without its cache of logits, which takes equal windows of unequal contexts for one."""
     from lm_eval.models.huggingface import HFLM
 
     arguments = {"device": "cpu", "dtype": "float32", "logits_cache": False}
@@ -109,7 +109,7 @@ def test_generation_is_that_of_transformers_one_by_one(model: LanguageModel, the
 
 
 def test_the_length_of_a_text_is_unlimited(model: LanguageModel) -> None:
-    """Without a max_length the whole text is seen: as the model's own loss says."""
+    """Without a max_length the complete text is the context: the result is the model's own loss."""
     text = "to be or not to be " * 150
     (found,) = ours(model, 2).loglikelihood_rolling(requests_of([(text,)]))
     tokens = torch.tensor([[0, *text.encode()]])

@@ -210,7 +210,7 @@ def test_where_it_is_written(
     assert "cannot be written: No such file or directory\n  give another path with --out" in capsys.readouterr().err
 
 
-DRAWN = ("step", "train/loss", "val/loss", "grad_norm", "time/data", "time/forward", "decay/half_life")
+DRAWN_METRICS = ("step", "train/loss", "val/loss", "grad_norm", "time/data", "time/forward", "decay/half_life")
 
 
 def test_charts_as_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +218,7 @@ def test_charts_as_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     runs = [make_run(tmp_path / name, steps=400, seed=seed) for seed, name in enumerate(("one", "two"))]
     for run in runs:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        kept = [{key: row[key] for key in DRAWN if key in row} for row in rows]
+        kept = [{key: row[key] for key in DRAWN_METRICS if key in row} for row in rows]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     for paths, expected in (
         (runs[:1], {"loss", "gradient_norm", "where_a_step_s_time_goes", "time_decay"}),

@@ -21,7 +21,7 @@ def whole_checkpoints(run: Path) -> set[str]:
 
 
 def kill_once(folder: Path, name: str, in_save: bool, wait: float) -> bool:
-    """Starts the run and kills it some time after its first new checkpoint; tells whether that hit a save."""
+    """Starts the run and kills it some time after its first new checkpoint; returns whether that hit a save."""
     run, saving = folder / "runs" / name, folder / "saving"
     saving.unlink(missing_ok=True)
     before = whole_checkpoints(run)

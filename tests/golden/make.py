@@ -1,4 +1,4 @@
-"""`make golden` writes the golden losses anew: 50 tiny CPU steps of the definition. Say why in the commit."""
+"""`make golden` recomputes the golden losses: 50 tiny CPU steps of the definition. Give the reason in the commit."""
 
 from __future__ import annotations
 

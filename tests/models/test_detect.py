@@ -1,4 +1,4 @@
-"""init.weights=: the shape of a model is read from its file before torch is imported, and a wrong file is told."""
+"""init.weights=: the shape of a model is read from its file before torch is imported, and a wrong file is an error."""
 
 from __future__ import annotations
 

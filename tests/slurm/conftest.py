@@ -59,7 +59,7 @@ class Training:
         self.wait(lambda: self.steps() >= step, f"step {step}")
 
     def wait(self, holds: Callable[[], Any], what: str) -> None:
-        """Until something holds, while the job goes on."""
+        """Waits until `holds()` is true, while the job runs."""
         wait_until(lambda: holds() or self.over(), f"{what} of {self.run.name}")
         assert holds(), f"{self.state()}\n{self.output()}"
 
@@ -75,7 +75,7 @@ class Training:
         return rows(self.run, "events.jsonl")
 
     def story(self) -> list[str]:
-        """What happened, but for checkpoints; what both the first rank and its guard say, once."""
+        """The names of the events without checkpoints; an event that both rank 0 and its monitor report counts once."""
         names = [row["event"] for row in self.events() if row["event"] not in ("checkpoint", "straggler")]
         return [event for number, event in enumerate(names) if number == 0 or event != names[number - 1]]
 

@@ -1,4 +1,4 @@
-"""A hundred signals at random moments: each start is put back into the queue once, behind a whole checkpoint."""
+"""A hundred signals at random moments: each attempt requeues its job once, after a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.runs import losses, overrides_for, rows, same_weights
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-# stands in for SLURM's controller, and writes down what it was asked
+# replaces SLURM's controller, and records the requests
 SCONTROL = """\
 #!/bin/sh
 case $1 in
@@ -59,7 +59,7 @@ def begin(overrides: list[str], path: Path, ranks: int) -> list[ForkServerProces
 
 
 def heard(run: Path, began: float) -> bool:
-    """Whether the start that began then has told of itself; from then on it hears signals."""
+    """Whether the attempt that began at that time has written its first event; from then on it handles signals."""
     return (run / "events.jsonl").exists() and any(row["time"] > began for row in rows(run, "events.jsonl"))
 
 

@@ -1,4 +1,4 @@
-"""How jobs begin: sweeps, more nodes than sbatch was told, and what a user gets wrong."""
+"""How jobs begin: sweeps, more nodes than sbatch was given, and users' errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.slurm.test_runs import OVERRIDES, STEPS
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
-FEW = [
+THREE_STEPS = [
     *(override for override in OVERRIDES if not override.startswith("budget.")),
     "budget.steps=3",
     "cluster.preflight=120",
@@ -39,7 +39,7 @@ def run(cluster: Cluster, *command: str, code: int, seconds: float = 200) -> str
 
 
 def train(*overrides: str) -> list[str]:
-    return [sys.executable, "train.py", *FEW, *overrides]
+    return [sys.executable, "train.py", *THREE_STEPS, *overrides]
 
 
 def one_message(printed: str) -> str:
@@ -50,7 +50,7 @@ def one_message(printed: str) -> str:
 
 
 def test_a_sweep_of_two_by_two(cluster: Cluster, tmp_path: Path) -> None:
-    """Submits and ends; four directories, each the run that the same words make without SLURM."""
+    """Submits and ends; four directories, each the run that the same settings give without SLURM."""
     sweep = [f"run.root={tmp_path}/runs", "launcher=slurm", "launcher.timeout_min=30", "launcher.cpus_per_task=1"]
     printed = run(cluster, *train("-m", *sweep, "model=nano,small", "optim.lr=1e-3,2e-3"), code=0)
     jobs = re.findall(r"^job (\S+)  (\S+)  ", printed, re.MULTILINE)
@@ -74,7 +74,7 @@ def all_done(jobs: list[tuple[str, str]]) -> bool:
 
 def test_more_nodes_than_sbatch_was_told(cluster: Cluster, tmp_path: Path) -> None:
     """`sbatch train.sbatch trainer.num_nodes=2` is all that a user types."""
-    first = Training(cluster, tmp_path, "more", *FEW, "trainer.num_nodes=2", options=("--nodes=1",))
+    first = Training(cluster, tmp_path, "more", *THREE_STEPS, "trainer.num_nodes=2", options=("--nodes=1",))
     assert first.end() == "COMPLETED"
     again = re.search(r"trainer.num_nodes=2: submitted again with --nodes=2 as job (\d+)", first.output())
     assert again is not None
@@ -97,7 +97,7 @@ def test_srun_in_a_shell_is_no_interactive_job(cluster: Cluster, tmp_path: Path)
 
 
 def test_nodes_that_the_job_does_not_have(cluster: Cluster, tmp_path: Path) -> None:
-    training = Training(cluster, tmp_path, "wrong", *FEW, "trainer.num_nodes=4")
+    training = Training(cluster, tmp_path, "wrong", *THREE_STEPS, "trainer.num_nodes=4")
     assert training.end() == "FAILED"
     printed = one_message(training.output())
     assert re.search(r"error: trainer.num_nodes=4, and the job has 2 nodes \(n\d, n\d\)\n", printed)

@@ -26,7 +26,7 @@ from tests.runs import overrides_for, rows
 from tests.trackers.readers import tensorboard_rows, wandb_rows
 from tests.trackers.spies import Memory
 
-ALL = [
+ALL_TRACKERS = [
     "logger=wandb",
     "logger.wandb.mode=offline",
     "+logger.tensorboard._target_=rwkv_train.trackers.tensorboard.TensorBoard",
@@ -58,7 +58,7 @@ def check_copies(run: Path) -> None:
 
 def test_all_of_them(tmp_path: Path) -> None:
     """A run in two parts: one run of W&B, no gap, no step twice in any tracker."""
-    overrides = overrides_for(tmp_path, "run", *ALL, "statistics.every.steps=5", "run.allow_changes=true")
+    overrides = overrides_for(tmp_path, "run", *ALL_TRACKERS, "statistics.every.steps=5", "run.allow_changes=true")
     assert train(launcher.load([*overrides, "budget.steps=12"])) == 0
     run = tmp_path / "runs" / "run"
     first = json.loads((run / "trackers" / "wandb.json").read_text())
@@ -160,7 +160,7 @@ def test_training_is_not_delayed(
 def test_wandb_without_a_key(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is written offline, and the message says how to send it later."""
+    """The run is written offline, and the message names the command that sends it later."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

@@ -1,4 +1,4 @@
-"""Bad steps: found, named, left out, gone behind; and the run comes to its end all the same."""
+"""Bad steps are detected, reported, skipped or rewound, and the run finishes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rwkv_train.training.run import train
 from rwkv_train.training.spikes import Window
 from tests.runs import losses, overrides_for, rows, same_weights, train_ranks, write_text
 
-FAULT = ["packages=[tests]", "+callbacks.fault._target_=tests.training.faults.Fault"]
+FAULTS = ["packages=[tests]", "+callbacks.fault._target_=tests.training.faults.Fault"]
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -71,14 +71,14 @@ def test_a_poisoned_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_skipped_step_changes_nothing(tmp_path: Path) -> None:
-    """Resumed before it and behind it, the run is the same to the bit; Adam has taken one step fewer."""
-    more = [*FAULT, "+callbacks.fault.steps=[13]", "budget.steps=30"]
+    """Resumed before it and after it, the run is bit-equal; Adam has taken one step fewer."""
+    more = [*FAULTS, "+callbacks.fault.steps=[13]", "budget.steps=30"]
     assert train(launcher.load(overrides_for(tmp_path, "whole", *more))) == 0
     whole = tmp_path / "runs" / "whole"
     assert [row["step"] for row in rows(whole) if row["train/loss"] is None] == [13]
     assert events(whole, "bad_step")[0]["tensor"] == "blocks.1: channel mix's input"
     cut = tmp_path / "runs" / "cut"
-    for step in (10, 20):  # before it and behind it
+    for step in (10, 20):  # before it and after it
         checkpoint = whole / "checkpoints" / f"step_{step:09d}-0001"
         shutil.rmtree(cut, ignore_errors=True)
         assert train(launcher.load(overrides_for(tmp_path, "cut", *more, f"resume={checkpoint}"))) == 0
@@ -91,8 +91,8 @@ def test_a_skipped_step_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["activation", "gradient"])
 def test_three_in_a_row_rewind(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Back to the checkpoint of step 10, past the data of steps 10 to 16; no step stands twice in the record."""
-    more = [*FAULT, "+callbacks.fault.steps=[15,16,17]", f"+callbacks.fault.kind={kind}", "budget.steps=30"]
+    """Back to the checkpoint of step 10, past the data of steps 10 to 16; no step is recorded twice."""
+    more = [*FAULTS, "+callbacks.fault.steps=[15,16,17]", f"+callbacks.fault.kind={kind}", "budget.steps=30"]
     assert train(launcher.load(overrides_for(tmp_path, "run", *more))) == 0
     run = tmp_path / "runs" / "run"
     assert len(losses(run)) == 30
@@ -115,10 +115,10 @@ def test_three_in_a_row_rewind(tmp_path: Path, kind: str, capsys: pytest.Capture
 
 
 def test_no_way_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before the first checkpoint, and where the policy is to stop: exit code 5, and the last step stands."""
+    """Before the first checkpoint, and where the policy is to stop: exit code 5, and the last step is kept."""
     for name, more in {"early": ["+callbacks.fault.steps=[2,3,4]"], "stop": ["+callbacks.fault.steps=[12]"]}.items():
         policy = ["health.nonfinite=stop"] if name == "stop" else []
-        overrides = overrides_for(tmp_path, name, *FAULT, *more, *policy, "budget.steps=30")
+        overrides = overrides_for(tmp_path, name, *FAULTS, *more, *policy, "budget.steps=30")
         assert train(launcher.load(overrides)) == 5
         run = tmp_path / "runs" / name
         step = {"early": 4, "stop": 12}[name]
@@ -131,7 +131,7 @@ def test_no_way_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("policy", ["alert", "skip", "rewind"])
 def test_a_spike(tmp_path: Path, policy: str) -> None:
     """All weights three times as large after step 30: the loss of step 31 is a spike."""
-    more = [*FAULT, "+callbacks.fault.steps=[30]", "+callbacks.fault.kind=rate", "budget.steps=40"]
+    more = [*FAULTS, "+callbacks.fault.steps=[30]", "+callbacks.fault.kind=rate", "budget.steps=40"]
     health = [f"health.spike={policy}", "health.window=16", "health.patience=2"]
     assert train(launcher.load(overrides_for(tmp_path, "run", *more, *health))) == 0
     run = tmp_path / "runs" / "run"
@@ -140,7 +140,7 @@ def test_a_spike(tmp_path: Path, policy: str) -> None:
     assert (found[0]["step"], found[0]["kind"]) == (31, "spike")
     assert bool(events(run, "rewound")) == (policy != "alert")
     if policy != "alert":
-        assert max(losses(run)[20:]) < 4  # what it went back behind is gone
+        assert max(losses(run)[20:]) < 4  # the steps after the checkpoint are undone
 
 
 def test_the_window() -> None:
@@ -165,8 +165,13 @@ def test_the_window() -> None:
     ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "deepspeed_2", "deepspeed_3"))],
 )
 def test_one_rank_of_two(tmp_path: Path, strategy: str) -> None:
-    """A gradient that is infinite on one rank only: both skip, both go back, and nobody waits for the other."""
-    more = [*FAULT, "+callbacks.fault.steps=[6,12,13,14]", "+callbacks.fault.kind=gradient", "+callbacks.fault.rank=1"]
+    """A gradient that is infinite on one rank only: both ranks skip and rewind, and neither waits for the other."""
+    more = [
+        *FAULTS,
+        "+callbacks.fault.steps=[6,12,13,14]",
+        "+callbacks.fault.kind=gradient",
+        "+callbacks.fault.rank=1",
+    ]
     if strategy.startswith("deepspeed"):
         more[-2] = "+callbacks.fault.kind=activation"  # its engine has taken the gradients away by then
     train_ranks(overrides_for(tmp_path, "run", *more, f"strategy={strategy}", "budget.steps=20"), 2)

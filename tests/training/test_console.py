@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and where its time goes."""
+"""What the console shows during a run, and the profile of its time."""
 
 from __future__ import annotations
 

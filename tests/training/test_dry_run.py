@@ -15,10 +15,15 @@ from rwkv_train.errors import UserError
 from rwkv_train.training.run import train
 from tests.runs import ROOT, overrides_for
 
-FOURTEEN = ["model=14b", "trainer.devices=8", "trainer.num_nodes=8", "batch.context=4096", "batch.tokens=1048576"]
-REST = ["batch.micro=2", "activation_checkpointing=true", "trainer.precision=bf16-mixed", "model.vocab_size=50277"]
+PLAN_14B = ["model=14b", "trainer.devices=8", "trainer.num_nodes=8", "batch.context=4096", "batch.tokens=1048576"]
+OTHERS = [
+    "batch.micro=2",
+    "activation_checkpointing=true",
+    "trainer.precision=bf16-mixed",
+    "model.vocab_size=50277",
+]
 
-MEASURED = """
+MEASURED_RUN = """
 import resource, subprocess, sys
 code = subprocess.run([sys.executable, "train.py", *sys.argv[1:]]).returncode
 used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of this child alone
@@ -31,9 +36,16 @@ def test_14b_on_64_devices(tmp_path: Path) -> None:
     """In 30 s and 3 GB, on a machine without any of them."""
     text = overrides_for(tmp_path, "x")
     data = ["data=text", next(override for override in text if override.startswith("data.path="))]
-    overrides = [*FOURTEEN, *REST, *data, f"run.root={tmp_path / 'runs'}", "dry_run=true", "budget.tokens=332B"]
+    overrides = [
+        *PLAN_14B,
+        *OTHERS,
+        *data,
+        f"run.root={tmp_path / 'runs'}",
+        "dry_run=true",
+        "budget.tokens=332B",
+    ]
     before = sorted(tmp_path.rglob("*"))
-    done = subprocess.run([sys.executable, "-c", MEASURED, *overrides], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MEASURED_RUN, *overrides], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "would start at step 0 in " in done.stdout
     assert "64 processes, strategy=deepspeed_" in done.stdout

@@ -1,4 +1,4 @@
-"""What is logged: the documents' table, its values against plain arithmetic, and that nobody waits for a device."""
+"""Metrics: the keys of docs/metrics.md, values against plain arithmetic, and that no step waits for the device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rwkv_train.training.statistics import Statistics
 from rwkv_train.training.throughput import Stopwatch
 from tests.runs import ROOT, overrides_for, rows, train_ranks
 
-EVERY = "statistics.every.steps=5"
+STATISTICS_EVERY = "statistics.every.steps=5"
 
 
 def table() -> dict[str, str]:
@@ -53,7 +53,7 @@ def check_table(run: Path, sources: list[str], missing: tuple[str, ...] = ()) ->
 @pytest.mark.parametrize("passes", [1, 2])
 def test_the_documents_say_what_is_logged(tmp_path: Path, passes: int) -> None:
     overrides = overrides_for(
-        tmp_path, "run", "budget.steps=10", "validation.every.steps=4", EVERY, f"batch.micro={4 // passes}"
+        tmp_path, "run", "budget.steps=10", "validation.every.steps=4", STATISTICS_EVERY, f"batch.micro={4 // passes}"
     )
     assert train(launcher.load(overrides)) == 0
     run = tmp_path / "runs" / "run"
@@ -71,7 +71,7 @@ def test_the_documents_say_what_is_logged(tmp_path: Path, passes: int) -> None:
 
 
 class Truth(Callback):
-    """Works out the n-th values again, by the plainest means, from the whole model and batch of one process."""
+    """Recomputes the values of step n in plain arithmetic from the complete model and batch of one process."""
 
     found: ClassVar[dict[str, Any]] = {}
 
@@ -120,7 +120,7 @@ def test_against_plain_arithmetic(tmp_path: Path) -> None:
         "packages=[tests]",
         "+callbacks.truth._target_=tests.training.test_metrics.Truth",
         "budget.steps=5",
-        EVERY,
+        STATISTICS_EVERY,
     ]
     assert train(launcher.load(overrides_for(tmp_path, "run", *overrides))) == 0
     row = rows(tmp_path / "runs" / "run")[4]
@@ -137,7 +137,7 @@ def test_against_plain_arithmetic(tmp_path: Path) -> None:
 )
 def test_two_ranks_say_what_one_says(tmp_path: Path, strategy: str) -> None:
     """The same batch in two passes, or on two ranks in one each; whatever a rank holds of the model."""
-    steps = ["budget.steps=5", EVERY, "validation.every.steps=5"]
+    steps = ["budget.steps=5", STATISTICS_EVERY, "validation.every.steps=5"]
     assert train(launcher.load(overrides_for(tmp_path, "one", *steps, "batch.micro=2"))) == 0
     train_ranks(overrides_for(tmp_path, "two", *steps, "batch.micro=2", f"strategy={strategy}"), 2)
     one, two = (rows(tmp_path / "runs" / name) for name in ("one", "two"))
@@ -154,7 +154,7 @@ def test_two_ranks_say_what_one_says(tmp_path: Path, strategy: str) -> None:
 
 def test_by_source(tmp_path: Path) -> None:
     """Weighted by their tokens, the losses of the sources are the loss of the step."""
-    overrides = overrides_for(tmp_path, "run", "budget.steps=10", EVERY)
+    overrides = overrides_for(tmp_path, "run", "budget.steps=10", STATISTICS_EVERY)
     text = (tmp_path / "text.txt").read_text()
     (tmp_path / "a.txt").write_text(text[:12000])
     (tmp_path / "b.txt").write_text(text[12000:].upper())
@@ -169,7 +169,7 @@ def test_by_source(tmp_path: Path) -> None:
         assert whole == pytest.approx(row["train/loss"], rel=1e-4)
 
 
-ASKING = ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "nonzero")
+WAITING_CALLS = ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "nonzero")
 
 
 def test_nobody_asks_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_nobody_asks_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         landed.add(id(self._host))
 
     monkeypatch.setattr(metrics.AsyncHostCopy, "__init__", remember)
-    for name in ASKING:
+    for name in WAITING_CALLS:
         plain = getattr(Tensor, name)
 
         def asks(self: Tensor, *args: Any, _plain: Any = plain, _name: str = name, **kwargs: Any) -> Any:
@@ -231,7 +231,7 @@ def test_the_stopwatch() -> None:
 
 
 def test_a_rank_that_owns_nothing() -> None:
-    """Of whole copies the first rank alone owns the weights: the others add zeros to the sums."""
+    """Of replicated weights only rank 0 owns the shards: the other ranks add zeros to the sums."""
     model = build_model(ModelConfig("rwkv4", n_layer=2, n_embd=8, vocab_size=16), seed=1)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
 

@@ -20,7 +20,7 @@ from tests.training.test_signals import wait_for
 
 
 def test_time_is_too_short_for_a_checkpoint(tmp_path: Path) -> None:
-    """The periodic one stands, and that is said."""
+    """The last periodic checkpoint is kept, and a message says so."""
     run = tmp_path / "runs" / "run"
     process = start(overrides_for(tmp_path, "run", "budget.steps=100000", "cluster.grace=1e-6"))
     wait_for(run, 15)
@@ -57,7 +57,7 @@ def test_three_failures_at_one_step(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_each_rank_has_a_log(tmp_path: Path) -> None:
-    """The first one's is its console's; the others' has what C++ says as well."""
+    """Rank 0 logs to its console; the log of another rank also has what C++ code writes to the file descriptors."""
     code = (
         "import os, sys; from pathlib import Path\n"
         "from rwkv_train.cluster.rank_info import RankInfo\n"
@@ -79,7 +79,7 @@ def test_each_rank_has_a_log(tmp_path: Path) -> None:
 
 
 def test_an_earlier_start_of_the_same_job_is_no_hindrance(tmp_path: Path) -> None:
-    """A dead node may have left it behind; what it writes does not count."""
+    """A process of a dead node may still run; what it writes does not count."""
     run = RunDirectory(str(tmp_path), "run")
     with run.claimed(True, "17"):
         with run.claimed(True, "17"):

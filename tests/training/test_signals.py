@@ -1,4 +1,4 @@
-"""Signals end a run behind a step, with a checkpoint; a rank that dies does not leave the others hanging."""
+"""Signals end a run after a step, with a checkpoint; a rank that dies does not leave the others hanging."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from rwkv_train.exit_codes import ExitCode
 from rwkv_train.training.run import train
 from tests.runs import losses, overrides_for, rows, same_weights, start, start_ranks
 
-LONG = ("budget.steps=400", "checkpoint.every.steps=20", "validation.every.steps=1000", "optim.schedule.shape=constant")
+LONG_RUN = (
+    "budget.steps=400",
+    "checkpoint.every.steps=20",
+    "validation.every.steps=1000",
+    "optim.schedule.shape=constant",
+)
 
 
 def number_of(process: ForkServerProcess) -> int:
@@ -38,7 +43,7 @@ def wait_for(run: Path, lines: int, seconds: float = 120) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_2"])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, name: str, strategy: str) -> None:
-    overrides, run = overrides_for(tmp_path, "run", *LONG, f"strategy={strategy}"), tmp_path / "runs" / "run"
+    overrides, run = overrides_for(tmp_path, "run", *LONG_RUN, f"strategy={strategy}"), tmp_path / "runs" / "run"
     processes = start_ranks(overrides, 2)
     wait_for(run, 5)
     os.kill(number_of(processes[1]), signal.Signals[name])
@@ -55,7 +60,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, name: 
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
-    overrides, run = overrides_for(tmp_path, "run", *LONG, "checkpoint.every.steps=500"), tmp_path / "runs" / "run"
+    overrides, run = overrides_for(tmp_path, "run", *LONG_RUN, "checkpoint.every.steps=500"), tmp_path / "runs" / "run"
     (process,) = start_ranks(overrides, 1)
     wait_for(run, 3)
     for _ in range(200):  # in a row, so that a step cannot end in between
@@ -70,7 +75,7 @@ def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_when_one_rank_dies_the_other_ends(tmp_path: Path, lost: int) -> None:
-    overrides, run = overrides_for(tmp_path, "run", *LONG), tmp_path / "runs" / "run"
+    overrides, run = overrides_for(tmp_path, "run", *LONG_RUN), tmp_path / "runs" / "run"
     processes = start_ranks(overrides, 2)
     wait_for(run, 5)
     processes[lost].kill()

@@ -18,14 +18,14 @@ from rwkv_train.training import resolved
 from rwkv_train.training.run import train
 from tests.runs import losses, overrides_for, train_ranks
 
-SPY = ("packages=[tests]", "budget.steps=2", "optim.schedule.warmup.steps=1", "checkpoint.every.steps=50")
+SPY_OVERRIDES = ("packages=[tests]", "budget.steps=2", "optim.schedule.warmup.steps=1", "checkpoint.every.steps=50")
 
 
 def look(folder: Path, spy: str, *overrides: str) -> Any:
     """What a spy of tests/training/spies.py has written in a run of two ranks."""
     seen = folder / "seen.json"
     spied = f"+callbacks.spy={{_target_: tests.training.spies.{spy}, path: {seen}}}"
-    train_ranks(overrides_for(folder, "run", *SPY, spied, *overrides), 2)
+    train_ranks(overrides_for(folder, "run", *SPY_OVERRIDES, spied, *overrides), 2)
     return json.loads(seen.read_text())
 
 
@@ -64,7 +64,7 @@ def test_every_parameter_steps_by_its_own_row(tmp_path: Path, strategy: str) -> 
         [
             *(
                 override
-                for override in overrides_for(tmp_path, "run", *SPY, f"strategy={strategy}")
+                for override in overrides_for(tmp_path, "run", *SPY_OVERRIDES, f"strategy={strategy}")
                 if "model.n" not in override
             ),
             f"init.weights={tmp_path / 'lively.pth'}",
