@@ -29,7 +29,7 @@ COMMANDS = (
     ("rwkv-train", "prepare", "verify", "store"),
     ("rwkv-train", "train", "experiment=smoke", "run.name=store", "data=store", "data.path=store", "budget.steps=4"),
     ("rwkv-train", "export", "runs/smoke/weights.pth", "smoke.safetensors"),
-    ("rwkv-train", "generate", "smoke.safetensors", "--prompt", "def ", "--tokens", "8"),
+    ("rwkv-train", "generate", "runs/smoke/weights.pth", "--prompt", "def ", "--tokens", "8"),
 )
 
 

@@ -22,7 +22,7 @@ import torch
 from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.cli import launcher
-from rwkv_train.training import resolved
+from rwkv_train.planning import resolved
 from rwkv_train.training.run import train
 from tests import PRELOAD
 

@@ -21,7 +21,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceStrategy
 
 PACKAGE = Path(__file__).parents[1] / "rwkv_train"
-STANDARD_LIBRARY = {"_exit", "_asdict", "_replace", "_sysconfigdata_"}  # documented, underscore or not
+STANDARD_LIBRARY = {"_exit", "_value_", "_asdict", "_replace", "_sysconfigdata_"}  # documented, underscore or not
 HYDRA_KEYS = {"_target_"}
 
 

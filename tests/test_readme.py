@@ -87,11 +87,8 @@ def here(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def run(command: str, folder: Path) -> int:
     """Runs a `rwkv-train` command in this process, or parses it where it is EXPENSIVE; returns the exit code."""
-    _, name, *argv = shlex.split(command)
-    for checkpoint in re.findall(r"runs/NAME/checkpoints/\S+", command):
-        saved, _ = newest(folder / "runs/NAME/checkpoints")
-        assert saved is not None
-        shutil.copytree(saved, checkpoint)
+    checkpoint, _ = newest(folder / "runs/NAME/checkpoints")
+    _, name, *argv = shlex.split(re.sub(r"runs/NAME/checkpoints/\S+", str(checkpoint), command))
     if "--out" in argv and name == "prepare":
         for file in folder.glob(f"{argv[argv.index('--out') + 1]}.*"):
             file.unlink()

@@ -146,7 +146,7 @@ THEIRS = {
     "ctx.shape": "the same",
     "ctx.to_hidden": "the same",
     "ctx.to_weight": "the same",
-    "guard.returncode": "subprocess.Popen warns of a child that it has not seen end",
+    "monitor.returncode": "subprocess.Popen warns of a child that it has not seen end",
 }
 
 

@@ -1,4 +1,4 @@
-"""Batches: what every rank gets in every pass of every step."""
+"""The batch of every rank in every micro-batch of every step."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from rwkv_train.data.store import MemoryStore, Store
 from rwkv_train.data.stream import StreamRows, open_stream
 from rwkv_train.errors import UserError
 
-AHEAD = 8192  # samples whose order is worked out at once
+ORDERED_AT_ONCE = 8192  # samples whose order is computed in one call
 
 
 class Batches:
     """Reads the data, and gives the batches of training and validation.
 
-    The batches are made in the training process: reading a window from memory takes less time than handing it over from
-    another process would. For a GPU a thread makes them ahead, in pinned memory.
+    The batches are made in the training process: to read a window takes less time than to receive it from another
+    process. For a GPU a thread makes them ahead, in pinned memory.
 
     Args:
         data: which data, which tokenizer, what share is held out.
@@ -41,7 +41,7 @@ class Batches:
         validation_batches: at most so many batches per device in a validation, spread evenly over the held-out text;
             None: all of it.
         validation_context: tokens of one window of held-out text; None: batch.context.
-        extend: texts that become a token each, behind the tokenizer's own.
+        extend: texts that become a token each, after those of the tokenizer.
         vocabulary: tokens that the model knows; a larger one that is read is refused. None: the tokenizer's.
 
     Attributes:
@@ -50,14 +50,14 @@ class Batches:
         mixture: which source each sample is of.
         description: one line for people and source: what it holds, its hash, what is held out, what was skipped.
         digest: hash of the data and its split, 16 hexadecimal digits.
-        micro, accumulation: samples of a pass on one device; passes of a step.
+        micro, accumulation: samples of a micro-batch; micro-batches of a step on one device.
         start_step: the step that training() begins with: `begin` sets it.
-        skips: (step, steps of data) pairs: from that step of the run on, so much data is passed over.
+        skips: (step, steps of data) pairs: from that step of the run on, so many steps of the data are skipped.
         rank: data-parallel index of this process; DataModule sets it.
         pinned: whether training batches are made ahead in pinned memory; DataModule sets it.
 
     Raises:
-        UserError: no data there, fewer tokens than one sample, or a batch that cannot be shared out.
+        UserError: no data, fewer tokens than one sample, or a batch that cannot be divided among the ranks.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Batches:
 
     @property
     def largest_token(self) -> int:
-        """The largest one in the data; the model's vocabulary must hold it. Of a stream, nobody knows yet: 0."""
+        """The largest one in the data; the model's vocabulary must hold it. 0 for a stream, of which it is unknown."""
         return max(source.largest_token for source in self.sources)
 
     @property
@@ -208,19 +208,19 @@ class Batches:
         return {source.name: int(n) * self.context for source, n in zip(self.sources, counts, strict=True)}
 
     def share_out(self, micro: int) -> None:
-        """Cuts a device's share of each step into passes of so many samples; the samples of a step stay the same."""
+        """Divides a device's share of each step into micro-batches of so many samples; a step keeps its samples."""
         self.split = split_batch(self.split.samples * self.context, self.context, micro, self.split.mesh)
 
     def position(self, step: int) -> dict[str, Any] | None:
-        """Where a stream is to be read from to go on with that step; None: the step alone says all."""
+        """The position from which a stream is read to resume with that step; None: the step alone determines it."""
         return None if self.stream is None else self.stream.position(self.data_step(step) * self.split.samples)
 
     def data_step(self, step: int) -> int:
-        """Which step of the data a step of the run reads: a pure function of the step and of what is passed over."""
+        """Which step of the data a step of the run reads: a pure function of the step and of the skips."""
         return step + sum(steps for first, steps in self.skips if first <= step)
 
     def begin(self, step: int, position: dict[str, Any] | None, skips: Sequence[tuple[int, int]] | None = None) -> None:
-        """Lets training() begin with that step, at that position of a stream; None: with the skips there are."""
+        """Makes training() begin with that step, at that position of a stream; skips=None keeps the present ones."""
         self.start_step = step
         if skips is not None:
             self.skips = list(skips)
@@ -231,68 +231,69 @@ class Batches:
         """Raises a UserError where the sources may not be read for so many steps."""
         most = self.mixture.samples
         if most is not None and (steps is None or steps * self.split.samples > most):
-            whole = most // self.split.samples
+            steps_left = most // self.split.samples
             raise UserError(
-                f"the sources may be read for {whole:,} steps ({whole * self.split.samples * self.context:,} tokens), "
+                f"the sources may be read for {steps_left:,} steps "
+                f"({steps_left * self.split.samples * self.context:,} tokens), "
                 f"the budget is {'without end' if steps is None else f'{steps:,} steps'}",
-                f"budget.steps={whole}, or more epochs for a source (epochs: null is without end)",
+                f"budget.steps={steps_left}, or more epochs for a source (epochs: null is without end)",
             )
 
     def batch(self, step: int, index: int = 0) -> Batch:
         """This rank's micro-batch `index` (0 … accumulation-1) of step `step`."""
-        return self.assemble(*self.places(step), index)
+        return self.assemble(*self.offsets(step), index)
 
     def first_sample(self, data_step: int) -> Batch:
-        """The first sample of a step of the data alone: the same one on every rank, whatever their number."""
+        """The first sample of a step of the data, the same one on every rank and for every world size."""
         first = np.arange(data_step * self.split.samples, data_step * self.split.samples + 1, dtype=np.int64)
-        sources, places = self.located(first)
-        block = self._fill(self._rows, sources, places, self.context)
+        sources, offsets = self.locate(first)
+        block = self._fill(self._rows, sources, offsets, self.context)
         return _batch(block, np.zeros(1, np.int64), sources, _mean(block) if self.masked else None)
 
-    def places(self, step: int, steps: int = 1) -> tuple[Ints, Ints]:
-        """Sources and places of all samples of `steps` steps, in the order of their numbers."""
+    def offsets(self, step: int, steps: int = 1) -> tuple[Ints, Ints]:
+        """Sources and offsets of all samples of `steps` steps, in the order of their numbers."""
         firsts = np.array([self.data_step(step + n) for n in range(steps if self.skips else 1)], np.int64)
         each = self.split.samples if self.skips else steps * self.split.samples
-        return self.located((firsts[:, None] * self.split.samples + np.arange(each, dtype=np.int64)).ravel())
+        return self.locate((firsts[:, None] * self.split.samples + np.arange(each, dtype=np.int64)).ravel())
 
-    def located(self, samples: Ints) -> tuple[Ints, Ints]:
-        """Sources and places of the samples with these numbers, same shape."""
+    def locate(self, samples: Ints) -> tuple[Ints, Ints]:
+        """Sources, and offsets in them, of the samples with these numbers; the same shape."""
         if len(self._rows) == 1 and self.mixture.samples is None:
             return np.zeros_like(samples), self._rows[0].offsets(samples)
         sources, numbers = self.mixture.locate(samples)
-        places = np.empty_like(numbers)
+        offsets = np.empty_like(numbers)
         for source in np.unique(sources):
             here = sources == source
-            places[here] = self._rows[source].offsets(numbers[here])
-        return sources, places
+            offsets[here] = self._rows[source].offsets(numbers[here])
+        return sources, offsets
 
     def sample(self, step: int, number: int) -> dict[str, Any]:
-        """For people: the number of a sample in a step, its source, its place there, and its text."""
-        sources, places = (each[number : number + 1] for each in self.places(step))
-        told = {"number": number, "source": self.sources[int(sources[0])].name, "place": int(places[0])}
-        if self.stream is not None:  # what was read is gone
-            return {**told, "text": ""}
-        block = self._fill(self._rows, sources, places, self.context)
-        return {**told, "text": bytes(self.tokenizer.decode(block.tokens[0].tolist())).decode("utf-8", "replace")}
+        """Describes a sample of a step for messages: its number, source, offset in it ("place"), and text."""
+        sources, offsets = (each[number : number + 1] for each in self.offsets(step))
+        described = {"number": number, "source": self.sources[int(sources[0])].name, "place": int(offsets[0])}
+        if self.stream is not None:  # what was read cannot be read again
+            return {**described, "text": ""}
+        block = self._fill(self._rows, sources, offsets, self.context)
+        return {**described, "text": bytes(self.tokenizer.decode(block.tokens[0].tolist())).decode("utf-8", "replace")}
 
-    def assemble(self, sources: Ints, places: Ints, index: int) -> Batch:
+    def assemble(self, sources: Ints, offsets: Ints, index: int) -> Batch:
         """This rank's micro-batch of the step with these samples."""
         share = self.split.share(0, index, self.rank)
-        block = self._fill(self._rows, sources[share], places[share], self.context)
+        block = self._fill(self._rows, sources[share], offsets[share], self.context)
         if not self.masked:
             return _batch(block, share, sources[share])
-        predicted = sum(int(rows.count_predictions(places[sources == n]).sum()) for n, rows in enumerate(self._rows))
+        predicted = sum(int(rows.count_predictions(offsets[sources == n]).sum()) for n, rows in enumerate(self._rows))
         return _batch(block, share, sources[share], max(1, predicted) / (self.split.mesh.data * self.accumulation))
 
-    def _fill(self, rows: Sequence[Rows], sources: Ints, places: Ints, context: int) -> BatchArrays:
-        block = BatchArrays.empty(len(places), context, self.reset)
-        for number, (source, place) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
-            rows[source].fill(place, block.row(number))
+    def _fill(self, rows: Sequence[Rows], sources: Ints, offsets: Ints, context: int) -> BatchArrays:
+        block = BatchArrays.empty(len(offsets), context, self.reset)
+        for number, (source, offset) in enumerate(zip(sources.tolist(), offsets.tolist(), strict=True)):
+            rows[source].fill(offset, block.row(number))
         limit = self.vocabulary
         unsure = any(source.bound >= limit for source in self.sources)
         if unsure and (largest := int(block.tokens.max())) >= limit:
             row = int(block.tokens.max(axis=1).argmax())
-            where = f"{self.sources[int(sources[row])].name}, sample at token {int(places[row]):,},"
+            where = f"{self.sources[int(sources[row])].name}, sample at token {int(offsets[row]):,},"
             check_token_in_vocabulary(largest, limit, where)
         return block
 
@@ -303,12 +304,12 @@ class Batches:
     def validation(self, source: int = 0) -> ValidationBatches | tuple[()]:
         """The held-out text of a source, in order; over all batches and ranks every token of it is predicted once.
 
-        Only the end-of-text that it begins with is no target. The last window is filled up with ignored targets,
-        and so are windows that make the number of batches the same on every rank: a whole batch may be ignored.
+        Only the end-of-text that it begins with is no target. The last window is padded with ignored targets,
+        and so are windows that make the number of batches the same on every rank: a batch may have no target at all.
         """
         length, ranks, windows = self.validation_context, self.split.mesh.data, self._held_out[source].per_epoch
         if windows == 0:
-            return ()  # Lightning's word for no validation
+            return ()  # no validation, for Lightning
         micro = min(
             max(1, self.micro * self.context // length), -(-windows // ranks)
         )  # no more tokens than in training
@@ -324,7 +325,7 @@ class Batches:
         return [number for number, rows in enumerate(self._held_out) if rows.per_epoch]
 
     def validation_batch(self, source: int, numbers: Ints) -> Batch:
-        """The held-out rows of a source with these numbers (B,); what lies past the end of the text is ignored."""
+        """The held-out rows of a source with these numbers (B,); targets after the end of the text are ignored."""
         sources = np.full_like(numbers, source)
         block = self._fill(self._held_out, sources, numbers, self.validation_context)
         return _batch(block, numbers, sources, None if block.starts is None else _mean(block))
@@ -347,21 +348,21 @@ def _mean(block: BatchArrays) -> float:
 
 
 class TrainBatches:
-    """One pass after the other; each iteration starts anew at the data module's start_step."""
+    """The micro-batches in order; each iteration begins at `start_step` of the data."""
 
     def __init__(self, data: Batches) -> None:
         self.data = data
 
     def __iter__(self) -> Iterator[Batch]:
         data, step = self.data, self.data.start_step
-        while True:  # the order of many steps in one go: one batch's alone takes longer than reading it
-            steps = max(1, AHEAD // data.split.samples)
+        while True:  # the order of many steps at once: that of a single batch takes longer than to read it
+            steps = max(1, ORDERED_AT_ONCE // data.split.samples)
             if data.mixture.samples is not None:
                 steps = max(1, min(steps, data.mixture.samples // data.split.samples - data.data_step(step)))
-            sources, places = (each.reshape(steps, -1) for each in data.places(step, steps))
+            sources, offsets = (each.reshape(steps, -1) for each in data.offsets(step, steps))
             for number in range(steps):
                 for index in range(data.accumulation):
-                    yield data.assemble(sources[number], places[number], index)
+                    yield data.assemble(sources[number], offsets[number], index)
             step += steps
 
 

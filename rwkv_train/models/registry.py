@@ -96,7 +96,9 @@ def _rwkv4(shapes: Shapes) -> ModelConfig | None:
     return found if vectors and "blocks.0.att.ln_x.weight" not in shapes else None
 
 
-STATE_RMS = LayerChart("RMS of the state", "", "root mean square of the state's content at the end of the context")
+STATE_RMS = LayerChart(
+    "RMS of the state", "", "root mean square of the state's content after the last token of the context"
+)
 HALF_LIFE = LayerChart(
     "Time decay",
     "half-life (tokens)",
@@ -113,7 +115,7 @@ ARCHITECTURES: dict[str, Registration] = {
             "layers/receptance_saturated": LayerChart(
                 "Saturated receptance gates",
                 "share",
-                "gates of the time mix below 0.02 or above 0.98",
+                "share of the time-mix gates below 0.02 or above 0.98",
             ),
             "decay/half_life": HALF_LIFE,
         },

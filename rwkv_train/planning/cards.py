@@ -1,4 +1,4 @@
-"""What data sheets say of the devices that a plan can reckon with. No torch unless it is asked what is present."""
+"""Data sheets of the devices that a plan knows. Imports torch only to find the GPU of this machine."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def present_card() -> Card | None:
 
 
 def card_of(config: Config) -> tuple[Card, str]:
-    """The card that a plan reckons with, and why it is this one."""
+    """The card that a plan is made for, and why it is this one."""
     if config.trainer.accelerator == "cpu":
         processes = 1 if config.trainer.devices == "auto" else int(config.trainer.devices)
         return cpu_card(processes), "this machine's CPU (trainer.accelerator=cpu)"
@@ -110,7 +110,7 @@ def with_precision(config: Config, bfloat16: bool) -> Config:
 
 
 def ranks_of(config: Config, card: Card) -> int:
-    """Devices of all machines; `auto` is what is present, else one."""
+    """Devices of all machines; `auto` stands for the present ones, else one."""
     import torch
 
     devices = config.trainer.devices

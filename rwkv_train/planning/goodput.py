@@ -35,8 +35,8 @@ class Saving:
     """What one checkpoint costs, in seconds.
 
     Args:
-        pause: that training stands still.
-        write: from its beginning until it counts; training goes on meanwhile, and a failure in it loses the save.
+        pause: time for which training is stopped.
+        write: from its start until it is complete; training continues, and a failure meanwhile loses the save.
     """
 
     pause: float

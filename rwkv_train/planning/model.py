@@ -1,4 +1,4 @@
-"""What one model costs: counted on the model itself, whose tensors have shapes here and no values."""
+"""What one model costs, counted on a model whose tensors have shapes but no values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Counts:
     """Of a model and a micro-batch of it.
 
     Args:
-        parameters: of the whole model.
+        parameters: number of parameters of the model.
         matmul: parameters that each token is multiplied with.
         block, block_matmul: the same of one block.
         vectors: parameters that are no matrices.
@@ -142,7 +142,7 @@ def _saved(shape: ModelConfig, precision: str, length: int) -> int:
         def keep(tensor: torch.Tensor) -> Any:
             storage = tensor.untyped_storage()
             if storage._cdata not in known:
-                found[storage._cdata] = storage  # kept, so that its number is nobody else's
+                found[storage._cdata] = storage  # kept alive, so that its address is not used again
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -12,7 +12,7 @@ from rwkv_train.config import Config
 from rwkv_train.planning.goodput import USUAL, between_failures, goodput, interval, saving
 from rwkv_train.planning.plan import Plan
 
-_WORDS = {
+_LABELS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimiser": "optimiser (Adam)",
@@ -38,8 +38,8 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
         f"{layout.micro} × {layout.mesh.ranks} devices × {layout.accumulation} passes, {config.trainer.precision}"
     )
     table = Table("of one device", "GB")
-    for name, word in _WORDS.items():
-        table.add_row(word, f"{getattr(needs, name) / 1e9:.2f}")
+    for name, label in _LABELS.items():
+        table.add_row(label, f"{getattr(needs, name) / 1e9:.2f}")
     table.add_row("[bold]together[/bold]", f"[bold]{needs.device / 1e9:.2f}[/bold]")
     table.add_row("host memory", f"{needs.host / 1e9:.2f}")
     console.print(table)
@@ -56,12 +56,12 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
     )
     if (days := _days(plan, config)) is not None:
         console.print(f"the run     {days:.3g} days")
-    told = _survival(plan)
-    nodes = f"{told['nodes']} node" + "s" * (told["nodes"] > 1)
+    losses = _survival(plan)
+    nodes = f"{losses['nodes']} node" + "s" * (losses["nodes"] > 1)
     console.print(
-        f"failures    one in {told['hours_between_failures']:,.0f} h on {nodes} (as on {USUAL}): "
-        f"checkpoint.every.steps={told['checkpoint_every_steps']:,} ({told['checkpoint_every_minutes']:.0f} min) "
-        f"leaves {told['goodput']:.1%} of the time for training"
+        f"failures    one in {losses['hours_between_failures']:,.0f} h on {nodes} (as on {USUAL}): "
+        f"checkpoint.every.steps={losses['checkpoint_every_steps']:,} ({losses['checkpoint_every_minutes']:.0f} min) "
+        f"leaves {losses['goodput']:.1%} of the time for training"
     )
     memory = f"{plan.held / 1e9:.1f} of {card.memory / 1e9:.1f} GB"
     if plan.fits:
@@ -74,7 +74,7 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
 
 
 def advice(change: tuple[str, Plan] | None) -> str:
-    """What would fit, as words to type."""
+    """What would fit, as overrides to type."""
     if change is None:
         return "nothing makes it fit on up to 4096 devices that can share this batch; batch.tokens=MORE lets more do so"
     words, plan = change
@@ -93,7 +93,7 @@ def as_json(plan: Plan, config: Config, change: tuple[str, Plan] | None) -> str:
         "activation_checkpointing": layout.checkpointing,
         "parameters": plan.counts.parameters,
         "flops_per_token": plan.counts.flops_per_token(layout.context),
-        "memory": {name: round(getattr(needs, name)) for name in _WORDS},
+        "memory": {name: round(getattr(needs, name)) for name in _LABELS},
         "device_bytes": round(plan.held),
         "host_bytes": round(needs.host),
         "checkpoint_bytes": round(needs.checkpoint),

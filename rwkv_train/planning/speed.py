@@ -1,4 +1,4 @@
-"""How long a step takes: matrix products, what is bound by memory, and what the network adds."""
+"""The time of a step: matrix products, operations bound by memory bandwidth, and the network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rwkv_train.planning.model import Counts
 # with every published run of RWKV that names its card.
 PRODUCTS = 0.55  # share of a card's matmul rate that large products of a training step reach
 TRAFFIC = 500  # bytes that a token moves, of each channel of each layer, forward and backward, outside of products
-OVERLAP = 0.7  # share of the computing behind which the network's work can hide
+OVERLAP = 0.7  # share of the computing time that communication can overlap
 
 
 @dataclass(frozen=True)

@@ -166,22 +166,19 @@ def make(name: str, tree: Mapping[str, Any], packages: Sequence[str]) -> Tracker
     Raises:
         UserErrors: its class cannot be found, or its arguments do not fit.
     """
-    makers: Makers[Any] = prepare("logger", {name: tree}, (Tracker, LocalTracker, _logger_class(tree)), packages)
+    makers: Makers[Any]
+    try:
+        makers = prepare("logger", {name: tree}, (Tracker, LocalTracker), packages)
+    except UserError:  # not a tracker of ours; Lightning's base class takes seconds to import
+        from lightning.pytorch.loggers import Logger
+
+        makers = prepare("logger", {name: tree}, (Tracker, LocalTracker, Logger), packages)
     tracker = makers[0]()
     if isinstance(tracker, (Tracker, LocalTracker)):
         return tracker
     from rwkv_train.trackers.lightning import LightningTracker
 
     return LightningTracker(tracker)
-
-
-def _logger_class(tree: Mapping[str, Any]) -> type:
-    """Lightning's base class of loggers, whose import takes seconds: only where another package's class is named."""
-    if str(tree.get("_target_", "")).startswith("rwkv_train."):
-        return Tracker
-    from lightning.pytorch.loggers import Logger
-
-    return Logger
 
 
 def main() -> int:

@@ -25,11 +25,10 @@ from rwkv_train.trackers.launch import PATIENCE, Trackers
 from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.bad_steps import BadSteps
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
-from rwkv_train.training.callbacks.ending import StopAtBudget
 from rwkv_train.training.callbacks.metrics import Metrics, Spent
 from rwkv_train.training.callbacks.profiling import Profiling
 from rwkv_train.training.callbacks.progress import ProgressBar
-from rwkv_train.training.callbacks.stop import StopOnSignal
+from rwkv_train.training.callbacks.stop import StopAtBudget, StopOnSignal
 from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.replay import Replay, read_replay
 from rwkv_train.training.setup import RunSetup, versions

@@ -30,10 +30,10 @@ from rwkv_train.errors import UserError
 from rwkv_train.models import LanguageModel, RecipeRow, build_model, recipe_of
 from rwkv_train.models.weights import refuse_mismatches, shapes_of
 from rwkv_train.planning.model import model_config
+from rwkv_train.planning.resolved import ResolvedConfig, find_devices, resolve
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.initial_weights import Recipe
 from rwkv_train.training.optim import describe_frozen, describe_groups, parameter_groups
-from rwkv_train.training.resolved import ResolvedConfig, find_devices, resolve
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ class Statistics:
         found = {}
         for key, statistic in self.model.architecture.statistics.items():
             if isinstance(statistic, OfParameter):
-                parameters = [strategy.whole(block.get_parameter(statistic.parameter)) for block in self._blocks]
+                parameters = [strategy.full_value(block.get_parameter(statistic.parameter)) for block in self._blocks]
                 known = [parameter for parameter in parameters if parameter is not None]
                 if len(known) == len(parameters):
                     found[key] = statistic.measure(torch.stack(known))

@@ -1,13 +1,16 @@
-"""Matmul rate of a device, model FLOPs utilisation, the time of a step's parts, and the allocator's settings."""
+"""Figures of a step, read without making the host wait for the device; matmul rate, utilisation, and the allocator."""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def matmul_rate(device: torch.device, precision: str) -> float:
@@ -93,3 +96,39 @@ class Stopwatch:
             took = before.elapsed_time(now) / 1000 if self._cuda else now - before
             spent[part] = spent.get(part, 0.0) + took
         return spent
+
+
+class AsyncHostCopy:
+    """Starts a copy of values to the host; `values` waits for it, nothing else does.
+
+    Args:
+        values: scalars and tensors of one or two dimensions, by key.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self.shapes = {key: tuple(value.shape) for key, value in values.items()}
+        found = [value.detach() for value in values.values()]
+        scalars = all(value.dim() == 0 and value.dtype == torch.float32 for value in found)
+        flat = torch.stack(found) if scalars else torch.cat([value.reshape(-1).float() for value in found])
+        self._copied: Any = None
+        if flat.is_cuda:
+            self._host = torch.empty(flat.shape, pin_memory=True)
+            self._host.copy_(flat, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._host = flat
+
+    def values(self) -> dict[str, Any]:
+        """By key a number, a list of numbers, or a list of lists; waits until the copy is complete."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        flat, found, offset = self._host.numpy().tolist(), {}, 0
+        for key, shape in self.shapes.items():
+            size = math.prod(shape)
+            part = flat[offset : offset + size]
+            found[key] = part[0] if not shape else part
+            if len(shape) == 2:
+                found[key] = [part[first : first + shape[1]] for first in range(0, size, shape[1])]
+            offset += size
+        return found

@@ -250,4 +250,4 @@ def test_the_check_imports_nothing_heavy(override: str, code: int) -> None:
 
 def test_resources_are_found() -> None:
     assert (resource("conf") / "train.yaml").is_file()
-    assert (resource("cuda") / "binding.cpp").is_file()
+    assert (resource("cuda") / "binding.h").is_file()

@@ -198,6 +198,6 @@ def test_a_mismatched_tokenizer_is_refused(trained: Path, tmp_path: Path) -> Non
     (newest / "meta.json").write_text(json.dumps(meta_of(tokenizer="json:0123456789ab").as_json()))
     message = refused({"checkpoint": weights, "tokenizer": "world"})
     assert "was trained with the tokenizer json:0123456789ab, --tokenizer world is world:" in message
-    assert "would mean other texts\n  leave --tokenizer out" in message
+    assert "stand for other texts\n  leave --tokenizer out" in message
     message = refused({"checkpoint": weights})
     assert "was trained with the tokenizer json:0123456789ab, which is not found\n  --tokenizer names" in message

@@ -80,7 +80,7 @@ def test_the_tokenizer_is_found_by_the_vocabulary_or_named(tmp_path: Path, capsy
 
     assert run(GenerateOptions(save(65536), "你好", 3, USUAL_SAMPLING, 0)) == 0
     assert capsys.readouterr().out.startswith("你好")
-    with pytest.raises(UserError, match=r"has a vocabulary of 300 tokens\n  --tokenizer gives the one"):
+    with pytest.raises(UserError, match=r"has a vocabulary of 300 tokens\n  --tokenizer names the one"):
         run(GenerateOptions(save(300), "x", 3, USUAL_SAMPLING, 0))
     assert run(GenerateOptions(save(300), "x", 3, USUAL_SAMPLING, 0, "bytes")) == 0
     with pytest.raises(UserError, match=r"of 300 tokens, the tokenizer world 65,536"):

@@ -68,6 +68,16 @@ def test_activation_checkpointing_changes_no_bit() -> None:
         assert torch.equal(one.grad, two.grad)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_state_keeps_no_activations(grad: bool) -> None:
+    """Its shifted inputs are copies, where activations are freed: without gradient, and in recomputed blocks."""
+    model = lively_model()
+    model.activation_checkpointing = 1
+    with torch.set_grad_enabled(grad):
+        _, state = model(text(2, 64))
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in state.tensors())
+
+
 @pytest.mark.parametrize("carried", [False, True])
 def test_compiles_into_one_graph(carried: bool) -> None:
     model = lively_model(n_layer=2)

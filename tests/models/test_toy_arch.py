@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from rwkv_train.checkpoint.shards import WEIGHT, StateShard
 from rwkv_train.cli.checks import Machine
 from rwkv_train.cli.configure import ConfigBuilder, config_builder
+from rwkv_train.config.mesh import Mesh
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.evaluation.report.charts import layer_charts_of
 from rwkv_train.inference.generate import generate
@@ -103,7 +104,7 @@ class OneDevice:
         for name, parameter in self.model.named_parameters():
             yield StateShard(WEIGHT, name, 0, parameter.detach().view(-1), True)
 
-    def whole(self, parameter: torch.Tensor) -> torch.Tensor:
+    def full_value(self, parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach()
 
 
@@ -138,7 +139,7 @@ def test_a_plan_counts_it() -> None:
     assert counts.parameters == sum(p.numel() for p in build_model(SHAPE, device="meta").parameters())
     assert counts.flops_per_token(20) == 6 * (3 * (3 * 32 * 32 + 2 * 32 * 128) + 50 * 32)
     assert counts.state_bytes == 3 * 3 * 32 * 4
-    assert memory(counts, Layout("ddp", 2, 4, 16, 1, 0, False)).device > 0
+    assert memory(counts, Layout("ddp", Mesh(2, 1), 4, 16, 1, 0, False)).device > 0
 
 
 def test_its_files_are_recognised_and_generate(model: LanguageModel, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
-from rwkv_train.training.spikes import Window
+from rwkv_train.training.step_verdict import Window
 from tests.runs import losses, overrides_for, rows, same_weights, train_ranks, write_text
 
 FAULTS = ["packages=[tests]", "+callbacks.fault._target_=tests.training.faults.Fault"]

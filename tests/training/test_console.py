@@ -16,7 +16,7 @@ from rwkv_train.rundir.jsonl import JsonLines
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.profiling import advice_on, costs_of
 from rwkv_train.training.callbacks.progress import ProgressBar, span
-from rwkv_train.training.outputs import figures_of
+from rwkv_train.training.finish import figures_of
 from rwkv_train.training.run import train
 from tests.runs import overrides_for
 

@@ -30,7 +30,7 @@ from rwkv_train.rundir.jsonl import Events, MetricsRow, WriteErrors
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.spikes import Window
+from rwkv_train.training.step_verdict import Window
 from rwkv_train.training.strategy.shared import GradientNorms
 
 STEPS_PER_LIMIT = 10  # the limit for spikes is computed again after so many steps

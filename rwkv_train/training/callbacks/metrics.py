@@ -16,9 +16,8 @@ from lightning.pytorch.callbacks import Callback
 
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import JsonLines, MetricsRow
-from rwkv_train.training.host_copy import AsyncHostCopy
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.throughput import Stopwatch, matmul_rate, utilisation
+from rwkv_train.training.throughput import AsyncHostCopy, Stopwatch, matmul_rate, utilisation
 
 PARTS = ("data", "forward", "backward", "optimizer")
 MAX_REWIND_STEPS = 10_000  # whose hours are known when a rewind takes them back

@@ -1,9 +1,9 @@
-"""How a run is spread over its devices: one file per family, behind Lightning's Strategy and our `ShardedStrategy`."""
+"""How a run is distributed over its devices: Lightning strategies with our `ShardedStrategy` mixed in."""
 
 from __future__ import annotations
 
 from rwkv_train.config import Config
-from rwkv_train.training.resolved import ResolvedConfig
+from rwkv_train.planning.resolved import ResolvedConfig
 from rwkv_train.training.strategy.shared import ShardedStrategy
 
 __all__ = ["ShardedStrategy", "build_strategy"]

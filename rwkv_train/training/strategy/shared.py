@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -19,8 +20,10 @@ from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.checkpoint.writer import InProcessStore, KeyValueStore, Writer
 from rwkv_train.errors import UserError
 from rwkv_train.models import LanguageModel
-from rwkv_train.training.strategy.unused import freeze_unused
+from rwkv_train.models.unused import freeze_unused
 from rwkv_train.training.throughput import keep_freed_memory, return_freed_memory
+
+_MAX_NAMES = 4  # of frozen parameters in a warning
 
 
 class Source(Protocol):
@@ -115,10 +118,10 @@ class ShardedStrategy(Strategy):
         if self.divided:  # before the first large tensor: later the freed memory would remain fragmented
             return_freed_memory()
         if self.sharded:
-            freeze_unused(model)  # on the meta device: a sharded model cannot run outside of its strategy
+            _freeze(model)  # on the meta device: a sharded model cannot run outside of its strategy
         self._materialise(model)
         if not self.sharded:
-            freeze_unused(model)
+            _freeze(model)
 
     @abstractmethod
     def _materialise(self, model: LanguageModel) -> None:
@@ -224,7 +227,7 @@ class ShardedStrategy(Strategy):
         """The complete tensor where its parts are on several ranks; a collective call."""
         return values
 
-    def whole(self, parameter: Tensor) -> Tensor | None:
+    def full_value(self, parameter: Tensor) -> Tensor | None:
         """The complete value of a parameter between two steps, a collective call; None: it would cost too much."""
         return self.gathered(parameter.detach())
 
@@ -299,6 +302,16 @@ class ShardedStrategy(Strategy):
             if key not in self._copies:
                 self._copies[key] = torch.empty(shard.values.numel(), pin_memory=shard.values.is_cuda)
             yield StateShard(shard.kind, shard.name, shard.start, self._copies[key].copy_(shard.values.detach()), True)
+
+
+def _freeze(model: LanguageModel) -> None:
+    """Freezes what no gradient reaches, and warns about it on rank 0."""
+    if names := freeze_unused(model):
+        shown = ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")
+        rank_zero_warn(
+            f"{len(names)} parameters get no gradient and are not trained: {shown}; "
+            "set requires_grad=False, or trained=False in the architecture's recipe, where that is intended"
+        )
 
 
 def adam_moments(state: dict[str, Any], like: Tensor) -> Iterator[tuple[str, Tensor]]:

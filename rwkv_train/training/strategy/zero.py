@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, StateShard
 from rwkv_train.config import Config
 from rwkv_train.models import LanguageModel
-from rwkv_train.training.resolved import ResolvedConfig
+from rwkv_train.planning.resolved import ResolvedConfig
 from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
 
 with warnings.catch_warnings():
@@ -162,9 +162,9 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
         return self.optimizers[0]
 
     def shards(self, moments: bool) -> Iterator[StateShard]:
-        yield from (self._pieces_of_stage_3 if self.stage == 3 else self._pieces_of_stages_1_and_2)(moments)
+        yield from (self._shards_of_stage_3 if self.stage == 3 else self._shards_of_stages_1_and_2)(moments)
 
-    def _pieces_of_stage_3(self, moments: bool) -> Iterator[StateShard]:
+    def _shards_of_stage_3(self, moments: bool) -> Iterator[StateShard]:
         if moments:
             self._make_moments()
         for name, parameter in self.named_weights():
@@ -192,7 +192,7 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
                     moment, name, start, safe_get_local_optimizer_state(parameter, moment)[:count], True, put_moment
                 )
 
-    def _pieces_of_stages_1_and_2(self, moments: bool) -> Iterator[StateShard]:
+    def _shards_of_stages_1_and_2(self, moments: bool) -> Iterator[StateShard]:
         if moments:
             self._make_moments()
         zero = self.engine_optimizer
@@ -242,7 +242,7 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
     def skip_update_if(self, bad: Tensor) -> None:
         self.engine_optimizer.optimizer.found_inf = bad.float()  # the engine itself skips gradients that are not finite
 
-    def whole(self, parameter: Tensor) -> Tensor | None:
+    def full_value(self, parameter: Tensor) -> Tensor | None:
         kept: Any = parameter
         return parameter.detach() if self.stage < 3 or kept.numel() == kept.ds_numel else None
 

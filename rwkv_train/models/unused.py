@@ -8,17 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from rwkv_train.models import LanguageModel
+from rwkv_train.models.backbone import LanguageModel
 
 _TOKENS = 2  # of the forward pass that is looked at: T > 1, as in training
-_MAX_NAMES = 4  # in the warning
 
 
 def freeze_unused(model: LanguageModel) -> list[str]:
-    """Freezes the trainable parameters that no gradient of the logits reaches, and warns about them.
+    """Freezes the trainable parameters that no gradient of the logits reaches.
 
     Architectures declare such parameters (`RecipeRow.trained`), so that nothing is left to do here. It is for models
     that a callback has changed.
@@ -36,12 +34,6 @@ def freeze_unused(model: LanguageModel) -> list[str]:
     unused = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in used}
     for parameter in unused.values():
         parameter.requires_grad_(False)
-    if unused:
-        names = ", ".join([*unused][:_MAX_NAMES]) + (", …" if len(unused) > _MAX_NAMES else "")
-        rank_zero_warn(
-            f"{len(unused)} parameters get no gradient and are not trained: {names}; "
-            "set requires_grad=False, or trained=False in the architecture's recipe, where that is intended"
-        )
     return [*unused]
 
 
