@@ -20,7 +20,7 @@ import torch
 
 from rwkv_train.cli import launcher
 from rwkv_train.errors import UserError
-from rwkv_train.training import resolved
+from rwkv_train.planning import resolved
 from rwkv_train.training.run import train
 from rwkv_train.training.setup import assemble
 from tests.runs import ROOT, losses, overrides_for, rows, start

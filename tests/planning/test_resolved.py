@@ -11,8 +11,8 @@ import yaml
 
 from rwkv_train.cli import launcher
 from rwkv_train.config.mesh import Mesh
+from rwkv_train.planning import resolved
 from rwkv_train.planning.resolved import Devices, ResolvedConfig
-from rwkv_train.training import resolved
 from rwkv_train.training.run import train
 from rwkv_train.training.setup import assemble
 from rwkv_train.training.strategy import build_strategy

@@ -13,8 +13,8 @@ import torch
 from rwkv_train.cli import launcher
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.models import ModelConfig, build_model, recipe_of
+from rwkv_train.planning import resolved
 from rwkv_train.planning.plan import HEADROOM, make_plan
-from rwkv_train.training import resolved
 from rwkv_train.training.run import train
 from tests.runs import losses, overrides_for, train_ranks
 
