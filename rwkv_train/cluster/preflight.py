@@ -69,22 +69,22 @@ def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
     problems = []
     for mistake in dict.fromkeys(report.mistake for report in reports if report.mistake):
         problems.append(UserError(f"on {_nodes(r for r in reports if r.mistake == mistake)}: {mistake}"))
-    whole = [report for report in reports if report.mistake is None]
-    for name in dict.fromkeys(name for report in whole for name in report.facts):
-        values = {report.rank: report.facts.get(name, "none") for report in whole}
+    found = [report for report in reports if report.mistake is None]
+    for name in dict.fromkeys(name for report in found for name in report.facts):
+        values = {report.rank: report.facts.get(name, "none") for report in found}
         if len(set(values.values())) == 1:
             continue
         usual = Counter(values.values()).most_common(1)[0][0]  # of the first rank where it is a draw
         for value in sorted(set(values.values()) - {usual}):
-            there = _nodes(report for report in whole if values[report.rank] == value)
+            there = _nodes(report for report in found if values[report.rank] == value)
             problems.append(
                 UserError(f"{name} differs: {value} on {there}, {usual} on the other nodes", _CURES.get(name, _CURE))
             )
-    blind = [report for report in whole if not report.sees]
+    blind = [report for report in found if not report.sees]
     if blind:
         what = f"the run directory is not shared: {_nodes(blind)} does not see what the first node writes there"
         problems.append(UserError(what, "run.root=DIR on a file system that all nodes share"))
-    short = [report for report in whole if report.sees and report.free < needed]
+    short = [report for report in found if report.sees and report.free < needed]
     if short:
         have = min(report.free for report in short) / 1e9
         problems.append(
@@ -94,8 +94,8 @@ def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
                 "make room, or run.root=DIR on another disk",
             )
         )
-    for report in whole:
-        if abs(report.behind) > CLOCKS and not any(r.node == report.node and r.rank < report.rank for r in whole):
+    for report in found:
+        if abs(report.behind) > CLOCKS and not any(r.node == report.node and r.rank < report.rank for r in found):
             way = "behind" if report.behind > 0 else "ahead of"
             problems.append(
                 UserError(
@@ -293,7 +293,7 @@ def _deadline(rank_info: RankInfo, seconds: float) -> Iterator[list[str]]:
         what the process waits for; the last entry is printed at the deadline.
     """
     phase = [f"rank 0 on {rank_info.node_of(0)} ({rank_info.address}:{rank_info.port}) does not answer"]
-    prints = rank_info.rank <= 1  # where the first rank does not answer, the second one says so
+    prints = rank_info.rank <= 1  # where the first rank does not answer, rank 1 reports it
 
     def give_up() -> None:
         if prints:

@@ -228,7 +228,7 @@ def run_tasks(
         lm: the model.
         names: names of the tasks or groups.
         tasks: result of `find_tasks`.
-        shots: examples before each question; None: as the task says.
+        shots: examples before each question; None: as the task defines.
         limit: maximum number of questions per task; None: all.
 
     Returns:

@@ -38,7 +38,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class TimeMix(nn.Module):
-    """Attention's place: o = W_o (σ(r) ⊙ wkv(k, v)), equations (11) to (17) of the paper."""
+    """Time mixing, in place of attention: o = W_o (σ(r) ⊙ wkv(k, v)), equations (11) to (17) of the paper."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -82,8 +82,8 @@ def present_card() -> Card | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
-    said = re.sub("[^a-z0-9]", "", properties.name.lower())  # NVIDIA A100-SXM4-80GB, NVIDIA GeForce RTX 4090
-    alike = [card for card in CARDS.values() if card.name.split("-")[0] in said]
+    product = re.sub("[^a-z0-9]", "", properties.name.lower())  # NVIDIA A100-SXM4-80GB, NVIDIA GeForce RTX 4090
+    alike = [card for card in CARDS.values() if card.name.split("-")[0] in product]
     near = min(alike or CARDS.values(), key=lambda card: abs(card.memory - properties.total_memory))
     name = near.name if alike else properties.name
     return replace(near, name=name, memory=properties.total_memory, per_machine=torch.cuda.device_count())
@@ -110,7 +110,7 @@ def with_precision(config: Config, bfloat16: bool) -> Config:
 
 
 def ranks_of(config: Config, card: Card) -> int:
-    """Devices of all machines; `auto` stands for the present ones, else one."""
+    """Devices of all machines; `auto` means the present ones, or one if there are none."""
     import torch
 
     devices = config.trainer.devices

@@ -85,13 +85,13 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         gpu: whether the devices have a memory of their own; else all is the host's.
         background: whether checkpoints are written from a copy.
     """
-    whole, part = FLOAT * counts.parameters, FLOAT * counts.parameters / layout.mesh.ranks
+    complete, part = FLOAT * counts.parameters, FLOAT * counts.parameters / layout.mesh.ranks
     stage, deepspeed = layout.stage, "deepspeed" in layout.strategy
-    weights = part if stage == 3 else whole
-    gradients = whole if stage < 2 else part
+    weights = part if stage == 3 else complete
+    gradients = complete if stage < 2 else part
     if deepspeed and stage == 1 and layout.accumulation > 1:
         gradients += part  # of the passes before, averaged, apart from this one's
-    optimiser = (3 if deepspeed else 2) * part if stage else 2 * whole
+    optimiser = (3 if deepspeed else 2) * part if stage else 2 * complete
     kept, at_once = activations(counts, layout), logits(counts, layout)
     examined = statistics(counts, layout)
     buffers = _buffers(counts, layout)
@@ -105,7 +105,9 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
     if not gpu and stage == 3:
         buffers += min(counts.block, BUCKET) * FLOAT  # gloo reduces and gathers in a copy of what it is given
     elif not gpu and stage:
-        buffers = min(counts.block, BUCKET) * FLOAT + whole  # one bucket at a time; all weights are gathered in one go
+        buffers = (
+            min(counts.block, BUCKET) * FLOAT + complete
+        )  # one bucket at a time; all weights are gathered in one go
         apart = _not_at_once(counts, layout, gradients, kept + at_once + examined, buffers)
     state = 3 * FLOAT * counts.parameters
     if background:

@@ -47,7 +47,7 @@ class Plan:
 def make_plan(config: Config, card: Card, mesh: Mesh, vocab_size: int, gpu: bool = True) -> Plan:
     """The plan of a config; `strategy=auto` becomes the first that fits, from replicas to more and more sharding.
 
-    A micro-batch that is not given becomes the largest that fits: a device's whole share, or half of it, a quarter …
+    A micro-batch that is not given becomes the largest that fits: a device's full share, or half of it, a quarter …
 
     Args:
         config: settled and checked.

@@ -77,8 +77,8 @@ def advice(change: tuple[str, Plan] | None) -> str:
     """What would fit, as overrides to type."""
     if change is None:
         return "nothing makes it fit on up to 4096 devices that can share this batch; batch.tokens=MORE lets more do so"
-    words, plan = change
-    return f"this fits: {words} ({plan.held / 1e9:.1f} GB)"
+    overrides, plan = change
+    return f"this fits: {overrides} ({plan.held / 1e9:.1f} GB)"
 
 
 def as_json(plan: Plan, config: Config, change: tuple[str, Plan] | None) -> str:

@@ -97,10 +97,10 @@ def traffic(counts: Counts, layout: Layout) -> float:
     the forward and for the backward pass of each.
     """
     ring = (layout.mesh.ranks - 1) / layout.mesh.ranks
-    whole, passes = FLOAT * counts.parameters * ring, layout.accumulation
+    volume, passes = FLOAT * counts.parameters * ring, layout.accumulation
     gathered = (2 if layout.mixed else FLOAT) * counts.parameters * ring
     if layout.stage == 0:
-        return 2 * whole
+        return 2 * volume
     if layout.stage == 3:
-        return passes * (2 * gathered + whole)
-    return whole * (passes if layout.stage == 2 else 1) + whole
+        return passes * (2 * gathered + volume)
+    return volume * (passes if layout.stage == 2 else 1) + volume

@@ -55,7 +55,7 @@ class TensorBoard(LocalTracker):
 
         values = [(key, value) for key, value in flat(row) if key not in ("step", "time")]
         summary = Summary(value=[Summary.Value(tag=key, simple_value=value) for key, value in values])
-        self._writer.file_writer.add_summary(summary, row["step"], row.get("time"))  # one event for the whole row
+        self._writer.file_writer.add_summary(summary, row["step"], row.get("time"))  # one event for the complete row
         self._last = row["step"]
         if time.monotonic() - self._flushed_at > FLUSH_INTERVAL:
             self._flush()

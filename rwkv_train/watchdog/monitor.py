@@ -2,7 +2,7 @@
 
 It is a process, because nothing inside the rank can be relied on: SIGSTOP halts all of its threads, and one that waits
 for a device or a disk may hold the interpreter's lock. There is one for each rank, not for each node: as a child of its
-rank it needs nobody else to start or end it, and sees the rank's end at once as the end of a pipe. It is small (a bare
+rank it needs no other process to start or end it, and sees the rank's end at once as the end of a pipe. It is small (a bare
 interpreter, about 10 MB), wakes once a second, and imports nothing but the standard library.
 
 The monitor of rank 0 is the coordinator and listens on a socket; the others report to it once a second and get the
@@ -382,7 +382,7 @@ class Monitor:
         return path
 
     def _say_goodbye(self) -> None:
-        """The rank has ended normally, or has reported why it failed: the others are told not to wait for answers."""
+        """The rank has ended normally, or has reported why it failed: the other monitors get a message not to wait for answers."""
         if self.to_coordinator is not None and self.member is not None:
             self._exchange(self.member, self.rank.report(time.monotonic()), time.monotonic())
         for member in self.members:

@@ -46,7 +46,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a rank may stay in one phase, in seconds unless said otherwise.
+    """How long a rank may stay in one phase, in seconds unless noted otherwise.
 
     Attributes:
         factor: limit of the phases of a step, as a multiple of the mean step time.

@@ -157,7 +157,7 @@ def _draw_curves(axes: Any, chart: Mapping[str, Any], runs: Sequence[Mapping[str
 
 
 def _draw_baselines(axes: Any, baselines: Mapping[str, float]) -> None:
-    """Horizontal lines with labels right of the axes, which are stacked where lines lie close together."""
+    """Horizontal lines with labels right of the axes, which are stacked where lines are close together."""
     bottom, top = axes.get_ylim()
     free = bottom
     for name, loss in sorted(baselines.items(), key=lambda item: item[1]):

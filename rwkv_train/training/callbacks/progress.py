@@ -102,9 +102,9 @@ class ProgressBar(Callback):
 def span(seconds: float) -> str:
     """3 s, 4 min 5 s, 6 h 7 min, 8 d 9 h."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    whole = round(seconds)
+    rounded = round(seconds)
     for number, (name, size) in enumerate(units):
-        if whole >= size:
-            rest = whole % size // units[number + 1][1] if number < 3 else 0
-            return f"{whole // size} {name}" + (f" {rest} {units[number + 1][0]}" if rest else "")
+        if rounded >= size:
+            rest = rounded % size // units[number + 1][1] if number < 3 else 0
+            return f"{rounded // size} {name}" + (f" {rest} {units[number + 1][0]}" if rest else "")
     return "0 s"
