@@ -31,9 +31,9 @@ from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.exit_codes import ExitCode
 
-CLOCKS = 2.0  # seconds that the nodes' clocks may differ
-_TENSOR = 2**22  # float32 elements of the all-reduce, 16 MiB
-_SEEN = 5.0  # seconds until the other nodes must see a file of the first one: network file systems are slow
+MAX_CLOCK_LAG = 2.0  # seconds that the nodes' clocks may differ
+_ELEMENTS = 2**22  # float32 elements of the all-reduce, 16 MiB
+_VISIBLE_SECONDS = 5.0  # seconds until the other nodes must see a file of the first one: network file systems are slow
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
         for value in sorted(set(values.values()) - {usual}):
             there = _nodes(report for report in found if values[report.rank] == value)
             problems.append(
-                UserError(f"{name} differs: {value} on {there}, {usual} on the other nodes", _CURES.get(name, _CURE))
+                UserError(
+                    f"{name} differs: {value} on {there}, {usual} on the other nodes", _REMEDIES.get(name, _REMEDY)
+                )
             )
     blind = [report for report in found if not report.sees]
     if blind:
@@ -95,7 +97,9 @@ def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
             )
         )
     for report in found:
-        if abs(report.behind) > CLOCKS and not any(r.node == report.node and r.rank < report.rank for r in found):
+        if abs(report.behind) > MAX_CLOCK_LAG and not any(
+            r.node == report.node and r.rank < report.rank for r in found
+        ):
             way = "behind" if report.behind > 0 else "ahead of"
             problems.append(
                 UserError(
@@ -107,8 +111,8 @@ def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
 
 
 _NOTE = ".preflight"  # in the run directory
-_CURE = "install the same on all nodes, or take the one out: sbatch --exclude=NODE"
-_CURES = {
+_REMEDY = "install the same on all nodes, or take the one out: sbatch --exclude=NODE"
+_REMEDIES = {
     "data": "the same files on all nodes: data.path=… on a file system that all nodes share",
     "config": "the same conf/ and the same command on all nodes",
 }
@@ -168,8 +172,9 @@ def meet(
         phase.append("the processes do not reach each other (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names a network)")
         rate, took = _all_reduce(store, rank_info, gpu)
     console.print(
-        f"nodes   {rank_info.machines} nodes, {rank_info.ranks} processes agree; all-reduce of {_TENSOR * 4 >> 20} MiB "
-        f"in {took * 1e3:.0f} ms, {rate / 1e9:.2f} GB/s; {time.monotonic() - began:.1f} s"
+        f"nodes   {rank_info.machines} nodes, {rank_info.ranks} processes agree; "
+        f"all-reduce of {_ELEMENTS * 4 >> 20} MiB in {took * 1e3:.0f} ms, {rate / 1e9:.2f} GB/s; "
+        f"{time.monotonic() - began:.1f} s"
     )
 
 
@@ -237,7 +242,7 @@ def _sees(store: PrefixStore, rank_info: RankInfo, directory: Path) -> bool:
         store.set("note", content)
         return True
     content = store.get("note").decode()
-    end = time.monotonic() + _SEEN
+    end = time.monotonic() + _VISIBLE_SECONDS
     while time.monotonic() < end:
         with suppress(OSError):
             if note.read_text(encoding="utf-8") == content:
@@ -270,7 +275,7 @@ def _all_reduce(store: PrefixStore, rank_info: RankInfo, gpu: bool) -> tuple[flo
     dist.init_process_group("nccl" if gpu else "gloo", store=group, rank=rank_info.rank, world_size=rank_info.ranks)
     times = []
     for _ in range(3):  # the first one opens the connections
-        values = torch.arange(1.0, 5.0, device=device).repeat(_TENSOR // 4) * (rank_info.rank + 1)
+        values = torch.arange(1.0, 5.0, device=device).repeat(_ELEMENTS // 4) * (rank_info.rank + 1)
         began = time.perf_counter()
         dist.all_reduce(values)
         found = values[:4].tolist()  # waits for the device
@@ -282,7 +287,7 @@ def _all_reduce(store: PrefixStore, rank_info: RankInfo, gpu: bool) -> tuple[flo
                 "the network or a device of that node is broken: sbatch --exclude=NODE",
             )
     took = min(times)
-    return 2 * (rank_info.ranks - 1) / rank_info.ranks * _TENSOR * 4 / took, took
+    return 2 * (rank_info.ranks - 1) / rank_info.ranks * _ELEMENTS * 4 / took, took
 
 
 @contextmanager

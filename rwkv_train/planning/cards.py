@@ -52,7 +52,7 @@ CARDS = {
         Card("rtx3090-24g", 24 * _GIB, 71e12, 35.6e12, 936e9, 25e9, 1.25e9, host=32e9),
     )
 }
-DEFAULT = "h100-80g"
+DEFAULT_CARD = "h100-80g"
 
 
 def find_card(name: str) -> Card:
@@ -99,7 +99,7 @@ def card_of(config: Config) -> tuple[Card, str]:
     present = present_card()
     if present is not None:
         return present, f"{present.name} (the one present)"
-    return CARDS[DEFAULT], f"{DEFAULT} (no GPU is present; device= chooses another: {', '.join(CARDS)})"
+    return CARDS[DEFAULT_CARD], f"{DEFAULT_CARD} (no GPU is present; device= chooses another: {', '.join(CARDS)})"
 
 
 def with_precision(config: Config, bfloat16: bool) -> Config:

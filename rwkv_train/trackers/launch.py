@@ -22,7 +22,7 @@ from rwkv_train.trackers import LocalTracker, TrackedRun
 from rwkv_train.trackers.follow import Follower, make
 from rwkv_train.trackers.local import LocalTrackers
 
-PATIENCE = 30.0  # seconds that tracker processes have for the remaining rows when the run has ended
+TRACKER_SECONDS = 30.0  # seconds that tracker processes have for the remaining rows when the run has ended
 
 
 class Trackers:
@@ -67,7 +67,7 @@ class Trackers:
         """Takes a row of events.jsonl, for local trackers."""
         self._local.event(event)
 
-    def close(self, seconds: float = PATIENCE) -> list[str]:
+    def close(self, seconds: float = TRACKER_SECONDS) -> list[str]:
         """Closes all trackers; the processes have so many seconds for the remaining rows.
 
         Returns:

@@ -18,7 +18,7 @@ from rwkv_train.cli import launcher
 from rwkv_train.cli import main as cli
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.report import figures, page, report_command
-from rwkv_train.evaluation.report.charts import KNOWN, charts
+from rwkv_train.evaluation.report.charts import CHARTS, charts
 from rwkv_train.evaluation.report.live_server import ReportServer
 from rwkv_train.evaluation.report.metrics_table import MetricColumn, MetricsTable, extremes, trend
 from rwkv_train.evaluation.report.page import payload, render
@@ -132,7 +132,7 @@ def test_the_trend_is_a_centred_mean() -> None:
 
 
 def test_known_metrics_are_grouped_and_others_have_charts_too() -> None:
-    keys = [key for chart in KNOWN for key in chart.lines]
+    keys = [key for chart in CHARTS for key in chart.lines]
     assert len(keys) == len(set(keys))
     shown = charts([*keys, "tokens", "time", "hours", "val/loss/books", "tokens/books", "my/own"])
     assert [chart.section for chart in shown] == sorted(

@@ -141,7 +141,7 @@ def test_a_tracker_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_training_is_not_delayed(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(observers, "PATIENCE", 2.0 if kind == "Hanging" else 90.0)
+    monkeypatch.setattr(observers, "TRACKER_SECONDS", 2.0 if kind == "Hanging" else 90.0)
     overrides = [f"+logger.it._target_=tests.trackers.spies.{kind}", "packages=[tests]", "budget.steps=20"]
     began = time.monotonic()
     assert train(launcher.load(overrides_for(tmp_path, "run", *overrides))) == 0
