@@ -67,6 +67,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_text(folder / "corpus" / "one.txt")
     lines = "".join(json.dumps({"text": f"document {number}"}) + "\n" for number in range(10))
     (folder / "corpus.jsonl").write_text(lines)
+    chat = {"messages": [{"role": "user", "content": "hello " * 40}, {"role": "assistant", "content": "hi " * 80}]}
+    (folder / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 20)
     (folder / "more.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines.encode()))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), folder / "parts" / "0.parquet")
     for name, tokenizer in (("corpus", "world"), ("mine", "world"), ("code", "bytes")):
@@ -165,4 +167,4 @@ def test_every_path_named_in_the_documents_exists() -> None:
     pattern = re.compile(r"`((?:rwkv_train|cuda|conf|tests|benchmarks|docs|scripts)/[\w./*-]+)`")
     for path in DOCUMENTS:
         for name in pattern.findall(path.read_text()):
-            assert list(ROOT.glob(name.rstrip("/"))) or "rwkvN" in name, f"{path.name} names {name}"
+            assert list(ROOT.glob(name.rstrip("/"))) or "NAME" in name, f"{path.name} names {name}"

@@ -46,11 +46,13 @@ def detect(shapes: Shapes, what: str = "the dict of weights") -> ModelConfig:
     known = ", ".join(ARCHITECTURES)
     for other, pattern in _OTHER_ARCHITECTURES.items():
         if any(re.fullmatch(pattern, name) for name in shapes):
-            raise UserError(f"{what} holds weights of {other}, which this version cannot train yet", f"arch= {known}")
+            raise UserError(
+                f"{what} holds weights of {other}, which this version cannot train yet", f"known: arch={known}"
+            )
     held = ", ".join(list(shapes)[:2]) + ", …" if shapes else "nothing"
     raise UserError(
         f"{what} does not hold the weights of a language model under the field's names (it holds {held})",
-        f"give weights with emb.weight, blocks.0.att.key.weight, … of arch= {known}",
+        f"give weights with emb.weight, blocks.0.att.key.weight, … (known: arch={known})",
     )
 
 

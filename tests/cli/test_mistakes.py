@@ -201,7 +201,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "weights of another architecture": (
         ["init.weights=gpt.pth"],
         CONFIG,
-        ["gpt.pth does not hold the weights of an RWKV-4 model under the field's names (it holds transformer.h.0"],
+        ["gpt.pth does not hold the weights of a language model under the field's names (it holds transformer.h.0"],
     ),
     "weights of another shape": (
         ["init.weights=runs/run/weights.pth", "model.n_embd=48"],
@@ -218,7 +218,9 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "generate from another architecture": (
         [*GENERATE, "gpt.pth"],
         TORCH,
-        ["gpt.pth does not hold an RWKV model's weights: no matrix emb.weight (it holds transformer.h.0.attn.weight"],
+        [
+            "gpt.pth does not hold the weights of a language model under the field's names (it holds transformer.h.0.attn.weight"
+        ],
     ),
     "generate from a wrapped dict": (
         [*GENERATE, "wrapped.pth"],
