@@ -68,7 +68,7 @@ def overrides_for(folder: Path, name: str = "run", *more: str) -> list[str]:
 
 
 def start(overrides: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-    """`python train.py WORDS` in a process of its own."""
+    """`python train.py OVERRIDES` in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "train.py", *overrides],
         cwd=ROOT,

@@ -219,7 +219,8 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
         [*GENERATE, "gpt.pth"],
         TORCH,
         [
-            "gpt.pth does not hold the weights of a language model under the field's names (it holds transformer.h.0.attn.weight"
+            "gpt.pth does not hold the weights of a language model under the field's names "
+            "(it holds transformer.h.0.attn.weight"
         ],
     ),
     "generate from a wrapped dict": (
@@ -280,7 +281,7 @@ def test_a_strategy_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch, tm
 
 @contextmanager
 def running(overrides: Sequence[str], begun: Callable[[], bool]) -> Iterator[subprocess.Popen[str]]:
-    """`python train.py WORDS` from the moment when it has begun; it is killed at the end of the block."""
+    """`python train.py OVERRIDES` from the moment when it has begun; it is killed at the end of the block."""
     with start(overrides) as process:
         try:
             while not begun():
