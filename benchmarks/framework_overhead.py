@@ -1,4 +1,4 @@
-"""What the framework costs: `python benchmarks/framework_overhead.py [--quick]`.
+"""The overhead of the framework: `python benchmarks/framework_overhead.py [--quick]`.
 
 Time of a training step through train.py (Lightning, callbacks, records) against a bare loop of the same model, batch,
 optimiser and clipping, at the default run's shape and at L6 C512 B4 T128; the time from the start of

@@ -1,4 +1,4 @@
-"""What watching a run costs: `python benchmarks/logging_overhead.py [--quick]`.
+"""The cost of logging and monitoring a run: `python benchmarks/logging_overhead.py [--quick]`.
 
 A run of L6 C512 (B 4, T 128) through train.py with its callbacks, records and a W&B tracker (offline, a process of its
 own). Timed is every call into our own observers: callbacks, statistics, listeners in the blocks, the copy of the values

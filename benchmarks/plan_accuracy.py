@@ -1,4 +1,4 @@
-"""The plan against what happens: `python benchmarks/plan_accuracy.py [--quick] [--jobs N]`.
+"""The plan against measurements: `python benchmarks/plan_accuracy.py [--quick] [--jobs N]`.
 
 Memory: two ranks over gloo on this machine's CPU train a model whose state takes more than 1 GB a rank, under DDP and
 ZeRO 1 to 3, with and without activation checkpointing; each rank's peak above what it held before the model was there,

@@ -1,4 +1,4 @@
-"""What a report costs: making it, its size, and opening it in Chromium.
+"""The cost of a report: the time to make it, its size, and the time to open it in Chromium.
 
     python benchmarks/report.py [--quick]
 

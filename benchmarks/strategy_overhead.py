@@ -1,4 +1,4 @@
-"""What sharing a batch among processes costs: `python benchmarks/strategy_overhead.py [--quick]`.
+"""The cost of dividing a batch among processes: `python benchmarks/strategy_overhead.py [--quick]`.
 
 The same global batch (B4 T512, L6 C512) through train.py: one process with 2 threads, and 2 processes with one thread
 each under every strategy, on CPUs over gloo. The runs take turns; medians of their steps. Last line: one JSON object,

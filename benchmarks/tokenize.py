@@ -1,4 +1,4 @@
-"""What `rwkv-train prepare` costs: jsonl → store with the World tokenizer, against what tokenises inside and beside it.
+"""The cost of `rwkv-train prepare`: jsonl → store with the World tokenizer, against the tokenizer alone and others.
 
     python benchmarks/tokenize.py [--quick]
 

@@ -1,4 +1,4 @@
-"""Plants one error after the other in the CUDA kernels and prints what catches it in the emulator.
+"""Plants errors in the CUDA kernels, one at a time, and prints which check of the emulator catches each.
 
     python scripts/kernel_mutants.py            # prints the table of docs/kernels.md, about four minutes
     python scripts/kernel_mutants.py --write    # and writes it there

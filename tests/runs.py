@@ -1,4 +1,4 @@
-"""Tiny runs that tests start through the front door: their text comes from a seed, not from the machine."""
+"""Tiny runs that tests start as users do; their text is generated from a seed and equal on every machine."""
 
 from __future__ import annotations
 

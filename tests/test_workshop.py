@@ -1,4 +1,4 @@
-"""The Makefile and .ci/run: what they say on a machine where something is missing, and that setting up is done once."""
+"""The Makefile and .ci/run: their messages on a machine where something is missing; set-up is done once."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class OverrideParser:
         return lines
 
     def sort(self, texts: Sequence[str]) -> Overrides:
-        """The overrides of a single command line; mistakes are in `problems`."""
+        """The overrides of a single command line; errors are in `problems`."""
         overrides = Overrides()
         parsed, overrides.problems = self._parse(texts)
         for override in parsed:

@@ -10,7 +10,7 @@ from rwkv_train.planning.model import Counts
 
 FLOAT_BYTES = 4  # bytes: weights, gradients and Adam's moments are float32 under every strategy
 DDP_BUCKET = 25 * 2**20
-BUCKET_ELEMENTS = 200_000_000  # elements, the most that DeepSpeed sends in one go
+BUCKET_ELEMENTS = 200_000_000  # elements, the most that DeepSpeed sends at a time
 CUDA_BYTES = 1.2e9  # bytes of a GPU that CUDA's context, its libraries and the allocator's leavings take
 FIRST_STEP_BYTES = 0.04e9  # bytes of a CPU's process for what its first step loads: library pages, MKL panels, modules
 DEEPSPEED_BYTES = 0.06e9  # the same, of DeepSpeed's engine
@@ -107,7 +107,7 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
     elif not gpu and stage:
         buffers = (
             min(counts.block, BUCKET_ELEMENTS) * FLOAT_BYTES + complete
-        )  # one bucket at a time; all weights are gathered in one go
+        )  # one bucket at a time; all weights are gathered together
         apart = _not_at_once(counts, layout, gradients, kept + at_once + examined, buffers)
     state = 3 * FLOAT_BYTES * counts.parameters
     if background:
@@ -171,7 +171,7 @@ def _not_at_once(counts: Counts, layout: Layout, gradients: float, kept: float, 
     """Bytes, counted below zero, that up to stage 2 on CPUs are not held together: there freed pages are given back.
 
     Gradients fill their pages while the backward pass frees activations, if a step is one pass; and the copy of all
-    weights is made after Adam's step, when both are gone.
+    weights is made after Adam's step, when both have been freed.
     """
     back = buffers - FLOAT_BYTES * counts.parameters
     block = layout.tokens * (counts.block_saved + counts.block_extra)

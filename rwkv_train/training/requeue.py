@@ -1,4 +1,4 @@
-"""How a run comes back after a signal or a failure, and when it does not."""
+"""How a job is requeued after a signal or a failure, and when it is not."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from rwkv_train.watchdog.verdict import (
     phase_limit,
 )
 
-POLL_SECONDS = 1.0  # seconds between two looks at the rank
+POLL_SECONDS = 1.0  # seconds between two observations of the rank
 SINGLE_RANK_FACTOR = 10  # by which all limits are larger where there is one rank only
 STOPPED_AFTER = 5.0  # seconds by which a tick is late when this process itself was stopped
 STACK_TIMEOUT = 10.0  # seconds that py-spy, or all monitors together, may take for the stacks

@@ -1,4 +1,4 @@
-"""Checkpoints survive what happens to disks, and say what they are when they do not."""
+"""Checkpoints and disk faults: damage is detected and reported, and the run resumes from an intact checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attempts alive at once, paused and killed anywhere: no half checkpoint, no file with two writers, nothing lost."""
+"""Concurrent attempts, paused or killed anywhere: no partial checkpoint, no file with two writers, nothing lost."""
 
 from __future__ import annotations
 

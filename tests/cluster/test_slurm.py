@@ -40,7 +40,7 @@ def test_time_left(scontrol: Scontrol) -> None:
     [
         ("JobState=RUNNING BatchFlag=1", None),
         ("JobState=SIGNALING BatchFlag=1", None),  # while SLURM sends the signal
-        ("", None),  # a controller that does not answer now will be asked all the same
+        ("", None),  # a controller that does not answer now will be asked later
         ("JobState=CANCELLED BatchFlag=1", "job 7 is CANCELLED"),
         ("JobState=PENDING BatchFlag=1", "job 7 is PENDING"),
         ("JobState=RUNNING BatchFlag=0", "job 7 has no batch script: sbatch starts jobs that can come back"),

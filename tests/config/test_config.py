@@ -1,4 +1,4 @@
-"""Overrides become a Config, or messages that say what is wrong; all without torch."""
+"""Overrides become a Config, or messages that name the errors; all without torch."""
 
 from __future__ import annotations
 

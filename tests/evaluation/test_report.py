@@ -1,4 +1,4 @@
-"""The report's data: nothing that was logged is lost on the way, whatever state the run's directory is in."""
+"""The report's data: nothing that was logged is lost, whatever the state of the run directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unused and frozen parameters under every strategy: trained around, kept to the bit, saved, resumed and moved."""
+"""Unused and frozen parameters under every strategy: kept to the bit, saved, resumed, moved between strategies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights leave a checkpoint of any number of writers as they are, for every runtime of the field."""
+"""Export of checkpoints of any number of writers: the weights are unchanged in every format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model as a whole: modes, state, memory for time, compilation."""
+"""The complete model: modes, state, activation checkpointing, compilation."""
 
 import copy
 

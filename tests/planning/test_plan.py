@@ -1,4 +1,4 @@
-"""The plan: its counts are the model's, its formulas what is shared out, its advice what fits."""
+"""The plan: its counts are the model's, its formulas match what each strategy shards, its advice fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each attempt of a run writes under its own number; what an older one still writes does not count and does no harm."""
+"""Each attempt of a run writes under its own number; writes of an older one do not count and change nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One cluster for all tests of this folder, and what a job on it is to them."""
+"""One cluster for all tests of this folder, and a class for a training job on it."""
 
 from __future__ import annotations
 

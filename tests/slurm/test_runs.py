@@ -1,4 +1,4 @@
-"""Runs of two nodes that something happens to: each ends with the weights of the run that nothing happened to."""
+"""Runs of two nodes with faults: each ends with the weights of the undisturbed run."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def played(cluster: Cluster, folder: Path) -> Iterator[dict[str, Future[tuple[Training, list[str]]]]]:
-    """All of them at once, as far as the nodes go: they wait more than they compute."""
+    """All of them at the same time, as far as there are nodes: they wait more than they compute."""
     with ThreadPoolExecutor(len(SCENARIOS)) as pool:
         yield {name: pool.submit(play, cluster, folder, name) for name in SCENARIOS}
 

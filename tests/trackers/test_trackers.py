@@ -1,4 +1,4 @@
-"""Trackers: whatever happens to the run or to them, in the end they have its rows, and training is not delayed."""
+"""Trackers: after faults of the run or of a tracker, the tracker still gets all rows, and training is not delayed."""
 
 from __future__ import annotations
 

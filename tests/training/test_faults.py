@@ -1,4 +1,4 @@
-"""Faults during a run that no user has caused, and runs at the edges of what is possible."""
+"""Faults during a run that are no user errors, and runs at the limits of settings."""
 
 from __future__ import annotations
 

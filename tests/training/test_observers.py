@@ -1,4 +1,4 @@
-"""The callbacks of a run: their order, on which the run depends."""
+"""The order of a run's callbacks, on which the run depends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimiser knows the trainable parameters only."""
+"""The optimiser holds the trainable parameters only."""
 
 from __future__ import annotations
 

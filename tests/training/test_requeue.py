@@ -1,4 +1,4 @@
-"""What one start leaves to the next: no checkpoint where time is short, an end after three failures, logs."""
+"""Successive attempts: no checkpoint where time is short, an end after three failures, logs of each rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every strategy must leave as it is: the dtype of the vectors, the groups of the recipe."""
+"""What no strategy may change: the dtype of the vectors, the groups of the recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thousands of runs with a fault: each ends in time, by a verdict that names the culprits."""
+"""Thousands of simulated runs with a fault: each ends in time, by a verdict that names the culprits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles our CUDA kernels with g++ and runs them on the CPU, thread by thread (emulator.h says how).
+"""Compiles our CUDA kernels with g++ and runs them on the CPU, thread by thread (see emulator.h).
 
 kernels = load("check")                              # "plain", "asan" or "check"
 y = kernels.empty("y", (2, 70, 6), "float32")
