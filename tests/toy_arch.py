@@ -5,6 +5,7 @@ As in RWKV-7, later layers mix in the values of the first one, and the first one
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, NamedTuple
@@ -17,7 +18,15 @@ from rwkv_train.models.architecture import Architecture, Context, LayerStatistic
 from rwkv_train.models.backbone import ResidualBlock
 from rwkv_train.models.config import ModelConfig
 from rwkv_train.models.recipe import Orthogonal, RecipeRow, constant, curve, uniform
-from rwkv_train.models.registry import HALF_LIFE, STATE_RMS, LayerChart, Registration, Shapes, common_shape
+from rwkv_train.models.registry import (
+    ARCHITECTURES,
+    HALF_LIFE,
+    STATE_RMS,
+    LayerChart,
+    Registration,
+    Shapes,
+    common_shape,
+)
 from rwkv_train.models.rwkv4 import content, half_lives, quantiles
 from rwkv_train.ops import reference
 
@@ -111,3 +120,14 @@ REGISTRATION = Registration(
         "decay/half_life": HALF_LIFE,
     },
 )
+
+
+def register() -> None:
+    """Adds the entry for the rest of this process."""
+    ARCHITECTURES["toy"] = REGISTRATION
+
+
+def register_strictly() -> None:
+    """The same, and torch's warning about the values that blocks hand on is an error unless training ignores it."""
+    register()
+    warnings.filterwarnings("error", "FSDP2-wrapped module")

@@ -236,7 +236,7 @@ def _check_schedule(config: Config) -> Iterator[UserError]:
         try:
             re.compile(rule.pattern)
         except re.error as error:
-            yield UserError(f"optim.rules: {rule.pattern!r} is not a regular expression: {error}", "e.g. .*time_decay")
+            yield UserError(f"optim.rules: {rule.pattern!r} is not a regular expression: {error}", "e.g. .*key.weight")
 
 
 def _check_logger(config: Config) -> Iterator[UserError]:

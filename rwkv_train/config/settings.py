@@ -66,7 +66,7 @@ class ModelSettings:
     size: str  # name of the file in conf/model
     n_layer: Positive  # number of blocks
     n_embd: Annotated[int, Bound("at least 2", lambda n: n >= 2)]  # channels; initial values divide by n_embd - 1
-    dim_ffn: Positive | None  # channels inside the channel mix; None: the architecture's default (RWKV-4: 4 n_embd)
+    dim_ffn: Positive | None  # channels inside the channel mix; None: the architecture's default
     vocab_size: Positive | None  # number of tokens; None: that of the tokenizer
     head_size: Positive | None = None  # channels of one head; None: the architecture's default, or it has no heads
     extra: dict[str, Positive] = field(default_factory=dict)  # further widths that the architecture knows, by name

@@ -105,7 +105,8 @@ class Architecture(ABC):
         """The config with the architecture's defaults in place of None.
 
         Raises:
-            ValueError: a size that is not positive, or one that the architecture does not know.
+            ValueError: a size that is not positive, one that the architecture does not know, or channels that are no
+                multiple of the head size.
         """
         sizes = {name: getattr(config, name) for name in ("n_layer", "n_embd", "vocab_size", "dim_ffn", "head_size")}
         for name, value in {**sizes, **config.extra}.items():
@@ -113,6 +114,8 @@ class Architecture(ABC):
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if unknown := unknown_settings(config):
             raise ValueError(f"arch {config.arch} has no {', '.join(unknown)}")
+        if config.head_size is not None and config.n_embd % config.head_size:
+            raise ValueError(f"n_embd is {config.n_embd}; it must be a multiple of head_size, {config.head_size}")
         return config if config.dim_ffn is not None else replace(config, dim_ffn=4 * config.n_embd)
 
     def flops_per_token(self, config: ModelConfig, matmul_parameters: int, context: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rwkv_train.config import Config
+from rwkv_train.errors import UserError
 from rwkv_train.models import LanguageModel, ModelConfig, build_model
 from rwkv_train.models.registry import architecture
 
@@ -60,14 +61,17 @@ class Counts:
 
 
 def model_config(config: Config, vocab_size: int) -> ModelConfig:
-    """The shape of the model that a config asks for.
+    """The complete shape of the model that a config asks for.
 
     Args:
         config: the settings.
         vocab_size: that of the tokenizer; model.vocab_size comes first.
+
+    Raises:
+        UserError: the architecture has no model of that shape.
     """
     asked = config.model
-    return ModelConfig(
+    shape = ModelConfig(
         config.arch,
         asked.n_layer,
         asked.n_embd,
@@ -76,6 +80,10 @@ def model_config(config: Config, vocab_size: int) -> ModelConfig:
         asked.head_size,
         asked.extra,
     )
+    try:
+        return architecture(config.arch).complete(shape)
+    except ValueError as error:
+        raise UserError(f"arch={config.arch}: {error}", "change that setting of model") from None
 
 
 @lru_cache(maxsize=8)

@@ -111,6 +111,8 @@ def _build_trainer(setup: RunSetup, strategy: ShardedStrategy, callbacks: list[C
     warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # cluster/rank_info.py knows who started what
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning's own use of torch
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated.*", FutureWarning)  # DeepSpeed's
+    # values that a block hands to the next ones (Context.shared); no block changes them in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for name in ("lightning.pytorch", "lightning.fabric"):  # `describe` prints what they log about devices
         logging.getLogger(name).setLevel(logging.WARNING)
     config, data, resolved = setup.config, setup.data, setup.resolved

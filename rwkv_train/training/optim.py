@@ -35,13 +35,14 @@ def parameter_groups(
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise UserError("no parameter of the model is trainable", "leave at least one with requires_grad=True")
+    example = _pattern_of(max(trainable, key=lambda name: recipe[name].lr))
     for rule in rules:
         if not any(re.fullmatch(rule.pattern, name) for name in recipe):
-            raise UserError(f"optim.rules: the pattern {rule.pattern!r} matches no parameter", "e.g. .*time_decay")
+            raise UserError(f"optim.rules: the pattern {rule.pattern!r} matches no parameter", f"e.g. {example}")
         if not any(re.fullmatch(rule.pattern, name) for name in trainable):
             raise UserError(
                 f"optim.rules: the pattern {rule.pattern!r} matches only parameters that are not trained",
-                "remove the rule, or name trainable ones, e.g. .*time_decay",
+                f"remove the rule, or name trainable ones, e.g. {example}",
             )
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in trainable.items():
@@ -55,6 +56,11 @@ def parameter_groups(
         {"params": members, "lr_multiplier": multiplier, "weight_decay": decay}
         for (multiplier, decay), members in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def _pattern_of(name: str) -> str:
+    """A pattern that matches a parameter, in every block that has it: blocks.0.ffn.key.weight → .*ffn.key.weight."""
+    return ".*" + name.split(".", 2)[2] if name.startswith("blocks.") else name
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -56,6 +56,9 @@ def test_shapes_and_initial_values(model: LanguageModel) -> None:
     assert decay.flatten().tolist() == pytest.approx([-5 + 8 * c / 31 for c in range(32)])
     assert model.config.dim_ffn == 128
     assert build_model(ModelConfig("toy", 1, 32, 9)).config.head_size == 8
+    for shape in (ModelConfig("toy", 1, 32, 9, head_size=5), ModelConfig("toy", 1, 36, 9)):
+        with pytest.raises(ValueError, match=f"n_embd is {shape.n_embd}; it must be a multiple of head_size"):
+            build_model(shape)
 
 
 def test_parallel_is_recurrent_and_documents_know_nothing_of_each_other(model: LanguageModel) -> None:

@@ -39,8 +39,9 @@ def test_groups_hold_the_trainable_parameters(monkeypatch: pytest.MonkeyPatch) -
 
 def test_rules_for_parameters_that_are_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     model = varied(monkeypatch)
-    with pytest.raises(UserError, match="matches only parameters that are not trained"):
+    with pytest.raises(UserError, match="matches only parameters that are not trained") as caught:
         parameter_groups(model, recipe_of(model), 0.1, (GroupRule(".*time_decay", 2.0, None),))
+    assert caught.value.remedy == "remove the rule, or name trainable ones, e.g. .*att.time_first"
     model.requires_grad_(False)
     with pytest.raises(UserError, match="no parameter of the model is trainable"):
         parameter_groups(model, recipe_of(model), 0.1)
