@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from rwkv_train.cli import launcher
-from rwkv_train.cluster.rank_info import RankInfo, expand_hosts, mistakes, rank_info_of
+from rwkv_train.cluster.rank_info import RankInfo, expand_hosts, placement_errors, rank_info_of
 from rwkv_train.config import TrainerSettings
 
 STEP = {  # of srun -N2 --ntasks-per-node=2, as its last task sees it
@@ -94,7 +94,7 @@ TRAINER = TrainerSettings("auto", "auto", 1, "32-true")
 
 
 def problems(rank_info: RankInfo, **trainer: object) -> str:
-    return "\n".join(map(str, mistakes(rank_info, dataclasses.replace(TRAINER, **trainer))))  # type: ignore[arg-type]
+    return "\n".join(map(str, placement_errors(rank_info, dataclasses.replace(TRAINER, **trainer))))  # type: ignore[arg-type]
 
 
 def test_mistakes() -> None:
