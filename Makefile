@@ -51,13 +51,13 @@ test: browser ## all quick tests
 test-slow: browser ## the slow tests
 	$(RUN) -m pytest -m "slow and not gpu and not kernels and not slurm" $(ARGS)
 
-test-long: setup ## what takes minutes each and a quiet machine: twenty kills, memory at a start and after a resume
+test-long: setup ## tests of several minutes each for a quiet machine: twenty kills, memory at a start and after a resume
 	$(RUN) -m pytest -m long --timeout=1200 $(ARGS)
 
 test-kernels: setup ## the CUDA kernels on a CPU: every shape, planted errors, nvcc's figures; at most 10 minutes
 	$(RUN) -m pytest -m kernels $(ARGS)
 
-test-slurm: setup ## a SLURM of six nodes on this machine, installed where it is not there (root, Debian); at most 7 minutes
+test-slurm: setup ## a SLURM of six nodes on this machine, installed if it is missing (root, Debian); at most 7 minutes
 	$(RUN) -m pytest -m slurm $(ARGS)
 
 test-pythons: setup ## install, train, prepare and export on each other Python that we support and this machine has
@@ -70,13 +70,13 @@ lint: setup ## format, lint, types, spelling, import layers
 	$(VENV)/bin/codespell
 	$(VENV)/bin/lint-imports
 
-format: setup ## rewrite the sources as `make lint` wants them
+format: setup ## format the sources as `make lint` requires
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
-check: lint test ## what a change must pass
+check: lint test ## lint and quick tests, which every change must pass
 
-golden: setup ## remake tests/golden (say why in the commit)
+golden: setup ## recompute tests/golden (give the reason in the commit)
 	$(RUN) -m tests.golden.make
 
 bench: setup ## every benchmark in its quick form
@@ -85,5 +85,5 @@ bench: setup ## every benchmark in its quick form
 # Torch with CUDA is all it needs: the environment of `make setup` if that has it, else python3's own.
 GPU_PYTHON ?= $(shell $(RUN) -c 'import torch; torch.cuda.is_available() or exit(1)' 2>/dev/null && echo $(RUN) || echo $(PYTHON))
 
-gpu: ## what only a GPU can show: correctness, speed, whole steps; 12 minutes, ARGS=--quick 3
+gpu: ## the tests and benchmarks that need a GPU: correctness, speed, complete steps; 12 minutes, ARGS=--quick 3
 	$(GPU_PYTHON) scripts/gpu.py $(ARGS)

@@ -1,7 +1,7 @@
 """How long a checkpoint stops the training: `python benchmarks/checkpoint_pause.py [--quick]`.
 
 The same run of one process twice: checkpoints written in the background, and while training waits. Seconds that
-training stood still for each save after the first (whose buffers are new), medians, against a step's. Last line: one
+training was paused for each save after the first (whose buffers are new), medians, against a step's. Last line: one
 JSON object; `pause_vs_blocking` is the one over the other, `pause_vs_step` the pause over a step's time.
 """
 
@@ -18,18 +18,24 @@ from pathlib import Path
 from measure import table
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ["data=text", "model.n_layer=8", "batch.context=256", "batch.tokens=512", "trainer.accelerator=cpu"]
-REST = ["samples.tokens=0", "validation.every.steps=1000", "validation.batches=1", "optim.schedule.warmup.steps=1"]
+OVERRIDES = ["data=text", "model.n_layer=8", "batch.context=256", "batch.tokens=512", "trainer.accelerator=cpu"]
+FIXED = ["samples.tokens=0", "validation.every.steps=1000", "validation.batches=1", "optim.schedule.warmup.steps=1"]
 
 
 def saves(background: bool, channels: int, count: int, folder: Path) -> tuple[float, float, float]:
-    """Seconds of a pause, of a step, and of a whole save."""
+    """Seconds of a pause, of a step, and of a complete save."""
     text = folder / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 500)
     name = "background" if background else "blocking"
-    words = [*WORDS, *REST, f"model.n_embd={channels}", f"budget.steps={2 * count + 1}", "checkpoint.every.steps=2"]
-    words += [f"data.path={text}", f"run.root={folder}", f"run.name={name}", "checkpoint.keep=1"]
-    command = [sys.executable, str(ROOT / "train.py"), *words, f"checkpoint.background={str(background).lower()}"]
+    overrides = [
+        *OVERRIDES,
+        *FIXED,
+        f"model.n_embd={channels}",
+        f"budget.steps={2 * count + 1}",
+        "checkpoint.every.steps=2",
+    ]
+    overrides += [f"data.path={text}", f"run.root={folder}", f"run.name={name}", "checkpoint.keep=1"]
+    command = [sys.executable, str(ROOT / "train.py"), *overrides, f"checkpoint.background={str(background).lower()}"]
     subprocess.run(command, check=True, capture_output=True)
     run = folder / name
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
@@ -37,7 +43,7 @@ def saves(background: bool, channels: int, count: int, folder: Path) -> tuple[fl
     steps = [json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return (
         statistics.median(event["pause"] for event in found),
-        statistics.median(steps[2::2]),  # the steps behind which nothing is saved
+        statistics.median(steps[2::2]),  # the steps after which nothing is saved
         statistics.median(event["seconds"] for event in found),
     )
 

@@ -1,4 +1,4 @@
-"""What the framework costs: `python benchmarks/framework_overhead.py [--quick]`.
+"""The overhead of the framework: `python benchmarks/framework_overhead.py [--quick]`.
 
 Time of a training step through train.py (Lightning, callbacks, records) against a bare loop of the same model, batch,
 optimiser and clipping, at the default run's shape and at L6 C512 B4 T128; the time from the start of
@@ -36,19 +36,19 @@ SHAPES = {
     "default": [],
     "L6 C512 B4 T128": ["model.n_layer=6", "model.n_embd=512", "batch.context=128", "batch.tokens=512"],
 }
-WARM = 3  # steps at the start of each turn that are not counted
+WARM_UP_STEPS = 3  # steps at the start of each turn that are not counted
 
 
-def through_train(words: list[str], steps: int) -> list[float]:
+def through_train(overrides: list[str], steps: int) -> list[float]:
     """Seconds of each step of a run through the front door, from its own records."""
     with tempfile.TemporaryDirectory() as root:
         fixed = [f"run.root={root}", "run.name=bench", f"budget.steps={steps}", "samples.tokens=0", "data.hold_out=0"]
         seldom = ["checkpoint.every.steps=1000000", "validation.every.steps=1000000"]
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            code = launcher.main([*words, *fixed, *seldom])
-        assert code == 0, said.getvalue()
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            code = launcher.main([*overrides, *fixed, *seldom])
+        assert code == 0, printed.getvalue()
         lines = (Path(root) / "bench" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["seconds"] for line in lines[WARM:]]
+    return [json.loads(line)["seconds"] for line in lines[WARM_UP_STEPS:]]
 
 
 def bare_loop(config: Config, data: Batches, steps: int) -> list[float]:
@@ -71,7 +71,7 @@ def bare_loop(config: Config, data: Batches, steps: int) -> list[float]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
         optimizer.step()
         times.append(time.perf_counter() - began)
-    return times[WARM:]
+    return times[WARM_UP_STEPS:]
 
 
 def beside_a_busy_process(rounds: int) -> float:
@@ -88,18 +88,18 @@ def beside_a_busy_process(rounds: int) -> float:
 def in_own_process() -> float:
     """Mean seconds of a step of the default run's shape."""
     with tempfile.TemporaryDirectory() as root:
-        words = [f"run.root={root}", "run.name=own", "budget.steps=25", "samples.tokens=0", "data.hold_out=0"]
-        subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True, capture_output=True)
+        overrides = [f"run.root={root}", "run.name=own", "budget.steps=25", "samples.tokens=0", "data.hold_out=0"]
+        subprocess.run([sys.executable, "train.py", *overrides], cwd=ROOT, check=True, capture_output=True)
         lines = (Path(root) / "own" / "metrics.jsonl").read_text().splitlines()
-    return statistics.mean(json.loads(line)["seconds"] for line in lines[WARM:])
+    return statistics.mean(json.loads(line)["seconds"] for line in lines[WARM_UP_STEPS:])
 
 
 def start_up() -> float:
     """Seconds from the start of the process to the end of its first step."""
     with tempfile.TemporaryDirectory() as root:
-        words = [f"run.root={root}", "run.name=start", "budget.steps=1", "samples.tokens=0", "data.hold_out=0"]
+        overrides = [f"run.root={root}", "run.name=start", "budget.steps=1", "samples.tokens=0", "data.hold_out=0"]
         began = time.time()
-        subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run([sys.executable, "train.py", *overrides], cwd=ROOT, check=True, capture_output=True)
         first = (Path(root) / "start" / "metrics.jsonl").stat().st_mtime
     return first - began
 
@@ -112,13 +112,13 @@ def main() -> None:
     keep_freed_memory()
     overheads = {}
     print(f"{'shape':<18} {'bare ms':>9} {'train.py ms':>12} {'overhead':>9}")
-    for name, words in SHAPES.items():
-        config = launcher.load([*words, "data.hold_out=0"])
+    for name, overrides in SHAPES.items():
+        config = launcher.load([*overrides, "data.hold_out=0"])
         data = Batches(config.data, config.batch, config.seed)
         bare, whole, ratios = [], [], []
         for _ in range(rounds):
             bare.append(measure.median(bare_loop(config, data, steps)))
-            whole.append(measure.median(through_train(words, steps)))
+            whole.append(measure.median(through_train(overrides, steps)))
             ratios.append(whole[-1] / bare[-1])
         overheads[name] = measure.median(ratios) - 1
         medians = measure.median(bare) * 1e3, measure.median(whole) * 1e3

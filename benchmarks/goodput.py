@@ -15,35 +15,35 @@ from measure import table
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.models import ModelConfig
 from rwkv_train.planning.cards import CARDS
-from rwkv_train.planning.goodput import RATES, USUAL, between_failures, goodput, interval, saving
+from rwkv_train.planning.goodput import DEFAULT_CLUSTER, FAILURE_RATES, between_failures, goodput, interval, saving
 from rwkv_train.planning.memory import Layout, memory
 from rwkv_train.planning.model import count
 from rwkv_train.planning.speed import speed
 
-FOURTEEN = ModelConfig("rwkv4", 40, 5120, 50277)
+SHAPE_14B = ModelConfig("rwkv4", 40, 5120, 50277)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the same: it takes seconds")
     parser.parse_args()
-    card, counts = CARDS["h100-80g"], count(FOURTEEN, "bf16-mixed")
+    card, counts = CARDS["h100-80g"], count(SHAPE_14B, "bf16-mixed")
     lines, figures = [], {}
     for nodes in (8, 16, 32, 64, 128, 256, 512, 1024):
         layout = Layout("deepspeed_3", Mesh(8 * nodes), 2, 4096, 1, 1, True)
         needs, pace = memory(counts, layout), speed(counts, layout, card, "bf16-mixed")
         cost = saving(needs, layout, card.per_machine, pace.seconds)
         cells = [f"{nodes:,}", f"{cost.pause:.1f}", f"{cost.write:.0f}"]
-        for name, rate in RATES.items():
+        for name, rate in FAILURE_RATES.items():
             failures = between_failures(nodes, rate)
             every = interval(cost, failures)
             share = goodput(every, cost, failures)
             cells.append(f"{failures / 3600:,.1f} h, {every / 60:.0f} min, {100 * share:.1f} %")
-            if name == USUAL:
+            if name == DEFAULT_CLUSTER:
                 figures[str(nodes)] = {"hours": failures / 3600, "minutes": every / 60, "goodput": share}
         lines.append(cells)
     print("14B, ZeRO-3, nodes of 8 × H100-80G: time between failures, interval of checkpoints, goodput")
-    print(table(["nodes", "pause, s", "write, s", *RATES], lines))
+    print(table(["nodes", "pause, s", "write, s", *FAILURE_RATES], lines))
     print(json.dumps(figures))
 
 

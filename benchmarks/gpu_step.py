@@ -1,11 +1,11 @@
-"""A whole training step of RWKV-4 in bfloat16 on one GPU: tokens/s, and the share of the card's matmul rate.
+"""A complete training step of RWKV-4 in bfloat16 on one GPU: tokens/s, and the share of the card's matmul rate.
 
     python benchmarks/gpu_step.py [--quick]
 
 Forward under autocast, loss, backward, gradient clipping and fused AdamW; 169m, 430m and 1b5, with and without
 torch.compile, 8 sequences of 1024 tokens (halved until they fit). MFU is 6 · matmul parameters · tokens/s over the peak
 of the card's data sheet; matmul_fraction the same over the best rate of 4096³ and 8192³ in this run. The last line is
-one JSON object. Without a GPU there is nothing to measure, and it says so.
+one JSON object. Without a GPU it prints that there is nothing to measure.
 """
 
 from __future__ import annotations

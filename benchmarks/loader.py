@@ -1,4 +1,4 @@
-"""What reading batches from a store costs, against the usual ways of doing it.
+"""The cost of reading batches from a store, against the usual implementations.
 
     python benchmarks/loader.py [--quick]
 

@@ -1,4 +1,4 @@
-"""What watching a run costs: `python benchmarks/logging_overhead.py [--quick]`.
+"""The cost of logging and monitoring a run: `python benchmarks/logging_overhead.py [--quick]`.
 
 A run of L6 C512 (B 4, T 128) through train.py with its callbacks, records and a W&B tracker (offline, a process of its
 own). Timed is every call into our own observers: callbacks, statistics, listeners in the blocks, the copy of the values
@@ -28,7 +28,7 @@ from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.callbacks.progress import ProgressBar
 from rwkv_train.training.step_verdict import StepVerdict
 
-EVERY = 10  # steps between two with the values of each layer
+PERIOD = 10  # steps between two with the values of each layer
 METHODS = (
     "begin_step",
     "record_microbatch",
@@ -86,23 +86,29 @@ def main() -> None:
     clock = Clock()
     clock.watch()
     with tempfile.TemporaryDirectory() as root:
-        words = [
+        overrides = [
             "model.n_layer=6",
             "model.n_embd=512",
             "batch.context=128",
             "batch.tokens=512",
             f"budget.steps={steps}",
         ]
-        words += [f"run.root={root}", "run.name=bench", "samples.tokens=0", "data.hold_out=0", "trainer.devices=1"]
-        words += ["trainer.accelerator=cpu", "checkpoint.every.steps=1000000", f"statistics.every.steps={EVERY}"]
-        words += ["logger=wandb", "logger.wandb.mode=offline"]
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            assert launcher.main(words) == 0, said.getvalue()
+        overrides += [f"run.root={root}", "run.name=bench", "samples.tokens=0", "data.hold_out=0", "trainer.devices=1"]
+        overrides += [
+            "trainer.accelerator=cpu",
+            "checkpoint.every.steps=1000000",
+            f"statistics.every.steps={PERIOD}",
+        ]
+        overrides += ["logger=wandb", "logger.wandb.mode=offline"]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert launcher.main(overrides) == 0, printed.getvalue()
         rows = [json.loads(line) for line in (Path(root) / "bench" / "metrics.jsonl").read_text().splitlines()]
     spent = dict(enumerate(clock.spent))  # what is spent between two beginnings of a step: step 1 is number 1
-    full = [spent[row["step"]] for row in rows[5:-1] if row["step"] % EVERY == 0]
-    logged = [spent[row["step"]] for row in rows[5:-1] if row["step"] % EVERY > 1]  # not the one that writes a full row
-    step = measure.median([row["seconds"] for row in rows[5:] if row["step"] % EVERY])
+    full = [spent[row["step"]] for row in rows[5:-1] if row["step"] % PERIOD == 0]
+    logged = [
+        spent[row["step"]] for row in rows[5:-1] if row["step"] % PERIOD > 1
+    ]  # not the one that writes a full row
+    step = measure.median([row["seconds"] for row in rows[5:] if row["step"] % PERIOD])
     figures = {
         "ms_logged_step": 1e3 * measure.median(logged),
         "ms_full_step": 1e3 * measure.median(full),

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: both sides in one process, in turn, and medians, so that a busy machine hurts both.
+"""Shared by the benchmarks: both sides are measured in one process, in turn, with medians, so that load affects both.
 
 Import it before torch: the threads then share their cores as those of a run do.
 """

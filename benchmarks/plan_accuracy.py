@@ -1,4 +1,4 @@
-"""The plan against what happens: `python benchmarks/plan_accuracy.py [--quick] [--jobs N]`.
+"""The plan against measurements: `python benchmarks/plan_accuracy.py [--quick] [--jobs N]`.
 
 Memory: two ranks over gloo on this machine's CPU train a model whose state takes more than 1 GB a rank, under DDP and
 ZeRO 1 to 3, with and without activation checkpointing; each rank's peak above what it held before the model was there,
@@ -36,7 +36,7 @@ from rwkv_train.planning.speed import seconds_per_token
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ["model.n_layer=16", "model.n_embd=640", "batch.context=256", "batch.tokens=512", "batch.micro=1"]
 RUN = ["trainer.accelerator=cpu", "trainer.devices=2", "threads=1", "trainer.precision=32-true"]
-REST = [
+FIXED = [
     "budget.steps=3",
     "optim.schedule.warmup.steps=1",
     "samples.tokens=0",
@@ -93,27 +93,27 @@ def _status(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def words_of(strategy: str, recompute: bool, text: Path) -> list[str]:
-    words = [*MODEL, *RUN, *REST, f"strategy={strategy}", f"data.path={text}"]
-    return [*words, f"activation_checkpointing={str(recompute).lower()}"]
+def overrides_of(strategy: str, recompute: bool, text: Path) -> list[str]:
+    overrides = [*MODEL, *RUN, *FIXED, f"strategy={strategy}", f"data.path={text}"]
+    return [*overrides, f"activation_checkpointing={str(recompute).lower()}"]
 
 
-def measured(strategy: str, words: list[str]) -> float:
+def measured(strategy: str, overrides: list[str]) -> float:
     """Bytes of the rank that holds most."""
     with tempfile.TemporaryDirectory() as folder:
         spy = f"{{_target_: plan_accuracy.Peak, folder: {folder}, deepspeed: {str('deepspeed' in strategy).lower()}}}"
-        words = [*words, f"run.root={folder}", "run.name=run", "packages=[plan_accuracy]"]
+        overrides = [*overrides, f"run.root={folder}", "run.name=run", "packages=[plan_accuracy]"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks"), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(ROOT / "train.py"), *words, f"+callbacks.peak={spy}"]
+        command = [sys.executable, str(ROOT / "train.py"), *overrides, f"+callbacks.peak={spy}"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{strategy}: {done.stdout[-2000:]}{done.stderr[-3000:]}")
         return max(json.loads(file.read_text()) for file in Path(folder).glob("*.json"))
 
 
-def planned(words: list[str]) -> float:
+def planned(overrides: list[str]) -> float:
     """The plan's bytes of one rank."""
-    return make_plan(launcher.load(words), cpu_card(2), Mesh(2), 256, gpu=False).memory.device
+    return make_plan(launcher.load(overrides), cpu_card(2), Mesh(2), 256, gpu=False).memory.device
 
 
 def counts_are_exact() -> bool:
@@ -139,14 +139,14 @@ def main() -> None:
         text = Path(folder) / "text.txt"
         text.write_text("the quick brown fox jumps over the lazy dog. " * 600)
         cases = CASES[3:4] if options.quick else CASES
-        words = [words_of(*case, text) for case in cases]
+        overrides = [overrides_of(*case, text) for case in cases]
         with ThreadPoolExecutor(options.jobs) as pool:
-            peaks = list(pool.map(measured, [strategy for strategy, _ in cases], words))
-        for (strategy, recompute), typed, found in zip(cases, words, peaks, strict=True):
-            said = planned(typed)
-            errors.append(said / found - 1)
+            peaks = list(pool.map(measured, [strategy for strategy, _ in cases], overrides))
+        for (strategy, recompute), typed, found in zip(cases, overrides, peaks, strict=True):
+            predicted = planned(typed)
+            errors.append(predicted / found - 1)
             kind = "recomputed" if recompute else "kept"
-            rows.append([strategy, kind, f"{found / 1e9:.3f}", f"{said / 1e9:.3f}", f"{errors[-1]:+.1%}"])
+            rows.append([strategy, kind, f"{found / 1e9:.3f}", f"{predicted / 1e9:.3f}", f"{errors[-1]:+.1%}"])
     print(table(["strategy", "activations", "measured GB", "planned GB", "error"], rows))
     published, rows = {}, []
     for name, matmul, layers, channels, card, cards, recompute, reported in PUBLISHED:

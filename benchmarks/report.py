@@ -1,4 +1,4 @@
-"""What a report costs: making it, its size, and opening it in Chromium.
+"""The cost of a report: the time to make it, its size, and the time to open it in Chromium.
 
     python benchmarks/report.py [--quick]
 
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from tests.evaluation.made_runs import make_run  # noqa: E402
 
 RUNS, STEPS = 10, 100_000
-DRAWN = "() => document.querySelectorAll('canvas').length >= 2 && performance.now()"
+CHARTS_DRAWN = "() => document.querySelectorAll('canvas').length >= 2 && performance.now()"
 
 
 def opening(page: Path) -> float:
@@ -37,7 +37,7 @@ def opening(page: Path) -> float:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
         tab.goto(page.as_uri(), wait_until="commit")
-        shown = float(tab.wait_for_function(DRAWN).json_value())
+        shown = float(tab.wait_for_function(CHARTS_DRAWN).json_value())
         browser.close()
     return shown / 1000
 

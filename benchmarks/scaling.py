@@ -18,8 +18,8 @@ from rwkv_train.planning.memory import Layout, memory
 from rwkv_train.planning.model import Counts, count
 from rwkv_train.planning.speed import speed
 
-FOURTEEN = ModelConfig("rwkv4", 40, 5120, 50277)
-LARGER = {"30B": (48, 7168), "65B": (64, 8960), "100B": (72, 10240)}  # layers, channels
+SHAPE_14B = ModelConfig("rwkv4", 40, 5120, 50277)
+LARGER_SHAPES = {"30B": (48, 7168), "65B": (64, 8960), "100B": (72, 10240)}  # layers, channels
 
 
 def row(counts: Counts, layout: Layout, card: Card) -> dict[str, float]:
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the same: it takes seconds")
     parser.parse_args()
-    counts, figures = count(FOURTEEN, "bf16-mixed"), {}
+    counts, figures = count(SHAPE_14B, "bf16-mixed"), {}
     for strategy in ("ddp", "deepspeed_1", "deepspeed_2", "deepspeed_3", "fsdp", "deepspeed_3_offload"):
         layout = Layout(strategy, Mesh(64), 2, 4096, 2, 1, True)
         figures[strategy] = row(counts, layout, CARDS["a100-80g"])
@@ -51,7 +51,7 @@ def main() -> None:
     print("14B, 64 × A100-80G, context 4096 × micro-batch 2 × 2 passes, blocks recomputed")
     print(table(["strategy", *head], [[name, *(f"{found[k]:,.1f}" for k in head)] for name, found in figures.items()]))
     lines = []
-    for name, (layers, channels) in LARGER.items():
+    for name, (layers, channels) in LARGER_SHAPES.items():
         counts = count(ModelConfig("rwkv4", layers, channels, 65536), "bf16-mixed")
         for devices, micro in ((256, 2), (1024, 1), (1024, 2)):
             found = row(counts, Layout("deepspeed_3", Mesh(devices), micro, 4096, 1, 1, True), CARDS["h100-80g"])

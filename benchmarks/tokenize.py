@@ -1,4 +1,4 @@
-"""What `rwkv-train prepare` costs: jsonl → store with the World tokenizer, against what tokenises inside and beside it.
+"""The cost of `rwkv-train prepare`: jsonl → store with the World tokenizer, against the tokenizer alone and others.
 
     python benchmarks/tokenize.py [--quick]
 
@@ -65,10 +65,10 @@ def write_jsonl(path: Path, documents: list[str], megabytes: int) -> tuple[int, 
 
 def prepare(source: Path, store: Path) -> tuple[float, int]:
     """Seconds of the command, and the largest resident size of its own process in bytes."""
-    words = ["prepare", str(source), "--tokenizer", "world", "--out", str(store), "--workers", "2"]
+    arguments = ["prepare", str(source), "--tokenizer", "world", "--out", str(store), "--workers", "2"]
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "rwkv_train.cli.main", *words], stdout=subprocess.DEVNULL, stderr=2
+        [sys.executable, "-m", "rwkv_train.cli.main", *arguments], stdout=subprocess.DEVNULL, stderr=2
     )
     peak = 0
     while process.poll() is None:

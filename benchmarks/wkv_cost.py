@@ -1,4 +1,4 @@
-"""What wkv4 should cost on a GPU, from published peaks and counted instructions. docs/kernels.md has the reasoning."""
+"""A cost model of wkv4 on a GPU, from published peak rates and counted instructions; docs/kernels.md derives it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 // RWKV-4's wkv on a GPU, forward and backward, in float32 whatever the storage type: which kernels are launched.
-// docs/kernels.md says why the work is cut as it is, and what is assumed of ptxas. Every sum is taken in one order:
+// docs/kernels.md explains why the work is cut as it is, and what is assumed of ptxas. Every sum is taken in one order:
 // results are bit-equal from run to run.
 #include "sum_rows.cuh"
 #include "wkv4_parallel.cuh"

@@ -1,6 +1,6 @@
 // RWKV-4's wkv on the CPU, forward and backward, in float32 whatever the storage type.
 //
-// The state (n, d, p) stands for the sums N = n e^p and D = d e^p. With a = e^p, b = e^(u+k) (both divided by the larger):
+// The state (n, d, p) represents the sums N = n e^p and D = d e^p. With a = e^p, b = e^(u+k) (both divided by the larger):
 //   y  = (a n + b v) / (a d + b)
 //   p' = max(p + w, k),  n' = e^(p+w-p') n + e^(k-p') v,  d' = e^(p+w-p') d + e^(k-p')
 // Only the ratio a : b counts in y, and a : b = e^(p+w-p') : e^(k-p') e^(u+w), so one pair of exponentials serves y and the

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show: `make gpu`, at most 12 minutes; `make gpu ARGS=--quick`, 3.
+"""The tests and benchmarks that need a GPU: `make gpu`, at most 12 minutes; `make gpu ARGS=--quick`, 3.
 
 Each part runs in a process of its own, with a time limit, and the next one runs whether it failed or not. Results are
 written to benchmarks/results/<GPU>.json and printed as tables. Exit code 1 where a part failed.

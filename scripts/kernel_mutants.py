@@ -1,4 +1,4 @@
-"""Plants one error after the other in the CUDA kernels and prints what catches it in the emulator.
+"""Plants errors in the CUDA kernels, one at a time, and prints which check of the emulator catches each.
 
     python scripts/kernel_mutants.py            # prints the table of docs/kernels.md, about four minutes
     python scripts/kernel_mutants.py --write    # and writes it there
@@ -76,7 +76,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("the row before the first", "elementwise.cu", "if (at.t > 0) x[0]", "if (at.t >= 0) x[0]"),
     ("the row after the last", "elementwise.cu", "at.t + j < a.T)) g[j]", "at.t + j <= a.T)) g[j]"),
     ("sums of two mixes in one buffer", "elementwise.cu", "part[which & 1]", "part[0]"),
-    ("the tail read as a whole vector", "elementwise.cu", "if (at + V <= a.n) {", "if (at < a.n) {"),
+    ("the tail read as a full vector", "elementwise.cu", "if (at + V <= a.n) {", "if (at < a.n) {"),
 ]  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def install(python: Path, folder: Path) -> None:
 
 def run(*command: object, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> None:
     print("$", *command, flush=True)
-    subprocess.run([str(word) for word in command], cwd=cwd, env=environment, check=True)
+    subprocess.run([str(part) for part in command], cwd=cwd, env=environment, check=True)
 
 
 def examine(folder: Path) -> None:
@@ -91,8 +91,8 @@ def examine(folder: Path) -> None:
     (scratch / "text.txt").write_text("To be, or not to be, that is the question.\n" * 5000)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     environment["PATH"] = f"{folder / 'bin'}:{environment['PATH']}"
-    for program, *words in COMMANDS:
-        run(folder / "bin" / program, *words, cwd=scratch, environment=environment)
+    for program, *arguments in COMMANDS:
+        run(folder / "bin" / program, *arguments, cwd=scratch, environment=environment)
     made = ("runs/smoke/metrics.jsonl", "runs/store/weights.pth", "smoke.safetensors")
     missing = [name for name in made if not (scratch / name).is_file()]
     if missing:

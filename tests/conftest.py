@@ -1,4 +1,4 @@
-"""What all tests share: several ranks in one call, and a guard against tests that leave something behind."""
+"""Shared by all tests: several ranks in one call, and a check that no test changes the environment for the next one."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests import PRELOAD
 
 workers.PRELOAD[:] = PRELOAD
 
-# Set by libraries for themselves, once for the whole process and whatever the test: torch.compile's caches, and the
-# variable with which pytest says which test runs.
+# Set by libraries for themselves, once per process and whatever the test: torch.compile's caches, and the
+# variable in which pytest names the test that runs.
 LIBRARIES_OWN = {
     "HF_XET_HIGH_PERFORMANCE",
     "KMP_DUPLICATE_LIB_OK",
@@ -35,7 +35,7 @@ LIBRARIES_OWN = {
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """Fails a test after which the environment differs or a process group is still there, and mends both."""
+    """Fails a test after which the environment differs or a process group still exists, and restores both."""
     before = dict(os.environ)
     yield
     changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
@@ -50,7 +50,7 @@ def nothing_left_behind() -> Iterator[None]:
     if group:
         distributed.destroy_process_group()
     assert not changed, f"the test changed the environment: {', '.join(sorted(changed))}"
-    assert not group, "the test left a process group behind"
+    assert not group, "the test did not destroy its process group"
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def _run_ranks(fn: Callable[..., Any], ranks: int, *args: Any, seconds: float = 
                 try:
                     failure, results[rank] = receiver.recv()  # type: ignore[union-attr]
                 except EOFError:
-                    failure = "ended without a word"
+                    failure = "ended without a report"
                 assert failure is None, f"rank {rank}: {failure}"
     finally:
         for process in processes:

@@ -1,4 +1,4 @@
-"""Tiny runs that tests start through the front door: their text comes from a seed, not from the machine."""
+"""Tiny runs that tests start as users do; their text is generated from a seed and equal on every machine."""
 
 from __future__ import annotations
 
@@ -57,20 +57,20 @@ def write_text(path: Path, words: int = 4000) -> Path:
     return path
 
 
-def words_for(folder: Path, name: str = "run", *more: str) -> list[str]:
-    """The words of a tiny run below a folder; later words replace earlier ones of the same key."""
+def overrides_for(folder: Path, name: str = "run", *more: str) -> list[str]:
+    """The overrides of a tiny run below a folder; later ones replace earlier ones of the same setting."""
     text = folder / "text.txt"
     if not text.exists():
         write_text(text)
-    words = [*TINY, f"data.path={text}", f"run.root={folder / 'runs'}", f"run.name={name}"]
-    replaced = {word.split("=")[0] for word in more}
-    return [word for word in words if word.split("=")[0] not in replaced] + list(more)
+    overrides = [*TINY, f"data.path={text}", f"run.root={folder / 'runs'}", f"run.name={name}"]
+    replaced = {override.split("=")[0] for override in more}
+    return [override for override in overrides if override.split("=")[0] not in replaced] + list(more)
 
 
-def start(words: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-    """`python train.py WORDS` in a process of its own."""
+def start(overrides: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    """`python train.py OVERRIDES` in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "train.py", *words],
+        [sys.executable, "train.py", *overrides],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -102,31 +102,31 @@ class SlowStorage(LocalStorage):
         self.saving.unlink(missing_ok=True)
 
 
-def _train_slow_saving(words: Sequence[str], saving: Path) -> None:
-    sys.exit(train(launcher.load(words), SlowStorage(saving)))
+def _train_slow_saving(overrides: Sequence[str], saving: Path) -> None:
+    sys.exit(train(launcher.load(overrides), SlowStorage(saving)))
 
 
-def start_slow_saving(words: Sequence[str], saving: Path) -> ForkServerProcess:
+def start_slow_saving(overrides: Sequence[str], saving: Path) -> ForkServerProcess:
     """A run with that storage in a process of its own, whose imports are done already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=_train_slow_saving, args=(words, saving))
+    process = context.Process(target=_train_slow_saving, args=(overrides, saving))
     process.start()
     return process
 
 
 def train_ranks(
-    words: Sequence[str], ranks: int, seconds: float = 150, prepare: Callable[[], None] | None = None
+    overrides: Sequence[str], ranks: int, seconds: float = 150, prepare: Callable[[], None] | None = None
 ) -> None:
     """A run of several ranks, started as torchrun would, in processes whose imports are done already.
 
     Args:
-        words: of the command line.
+        overrides: of the command line.
         ranks: processes.
         seconds: after which the test fails.
         prepare: a function of a test module that each process calls before it trains.
     """
-    processes = start_ranks(words, ranks, prepare=prepare)
+    processes = start_ranks(overrides, ranks, prepare=prepare)
     try:
         end = time.monotonic() + seconds
         for process in processes:
@@ -139,12 +139,12 @@ def train_ranks(
 
 
 def start_ranks(
-    words: Sequence[str], ranks: int, storage: Storage | None = None, prepare: Callable[[], None] | None = None
+    overrides: Sequence[str], ranks: int, storage: Storage | None = None, prepare: Callable[[], None] | None = None
 ) -> list[ForkServerProcess]:
     """The same, not waited for.
 
     Args:
-        words: of the command line.
+        overrides: of the command line.
         ranks: processes.
         storage: of the checkpoints, each rank has its own copy.
         prepare: as in `train_ranks`.
@@ -152,11 +152,15 @@ def start_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [*(word for word in words if not word.startswith("trainer.devices=")), f"trainer.devices={ranks}"]
+    overrides = [
+        *(override for override in overrides if not override.startswith("trainer.devices=")),
+        f"trainer.devices={ranks}",
+    ]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     processes = [
-        context.Process(target=_train_rank, args=(words, rank, ranks, port, storage, prepare)) for rank in range(ranks)
+        context.Process(target=_train_rank, args=(overrides, rank, ranks, port, storage, prepare))
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -164,7 +168,7 @@ def start_ranks(
 
 
 def _train_rank(
-    words: Sequence[str],
+    overrides: Sequence[str],
     rank: int,
     ranks: int,
     port: int,
@@ -179,7 +183,9 @@ def _train_rank(
     for room in (launcher, resolved):  # more ranks than cores: fine for a test, and refused to users
         room.__dict__["cores"] = lambda: max(ranks, os.cpu_count() or 1)
     sys.exit(
-        launcher.main(list(words)) if storage is None else train(launcher.load(words), storage, launcher.rank_info())
+        launcher.main(list(overrides))
+        if storage is None
+        else train(launcher.load(overrides), storage, launcher.rank_info())
     )
 
 
@@ -188,7 +194,7 @@ def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> list[float]:
-    """The training loss of steps 1, 2, …, each of which stands there exactly once."""
+    """The training loss of steps 1, 2, …; metrics.jsonl has each step exactly once."""
     found = rows(run)
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     return [row["train/loss"] for row in found]

@@ -1,4 +1,4 @@
-"""Exit codes: the documentation, the batch script and the Kubernetes policy say what the code does."""
+"""Exit codes: the documentation, the batch script and the Kubernetes policy agree with the code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_table_of_the_documentation() -> None:
 
 
 def test_who_starts_the_processes_again() -> None:
-    """The batch script leaves every code that says "no" alone, and 75, after which the run requeues its job itself."""
+    """The batch script does not restart after a final code, nor after 75: the run has requeued its job itself."""
     final = {code.value for code in ExitCode if code.restart == "no"}
     script = (ROOT / "scripts" / "slurm" / "train.sbatch").read_text()
     (handled,) = re.findall(r"^  ([\d |]+)\) # docs/slurm.md", script, re.MULTILINE)

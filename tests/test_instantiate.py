@@ -23,7 +23,7 @@ from rwkv_train.trackers.tensorboard import TensorBoard
 from rwkv_train.trackers.wandb import Wandb
 from tests.runs import ROOT
 
-STOP = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss", "patience": 2}
+STOPPING = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss", "patience": 2}
 
 
 def test_every_logger_of_conf(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_lightnings_own_logger(tmp_path: Path) -> None:
 
 
 def test_a_callback() -> None:
-    (make,) = prepare("callbacks", {"stop": STOP}, Callback)
+    (make,) = prepare("callbacks", {"stop": STOPPING}, Callback)
     stop = make()
     assert isinstance(stop, EarlyStopping)
     assert (stop.monitor, stop.patience) == ("val/loss", 2)
@@ -76,14 +76,17 @@ LIGHTNING = "lightning.pytorch.callbacks"
         ({"_target_": "lightning.pytorch.callbacks.early_stopping.torch"}, "neither a class nor a function"),
         ({"_target_": "lightning.pytorch.callbacks.early_stopping.Tensor"}, "is defined in torch"),
         ({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "x"}, "is not a Callback"),
-        ({**STOP, "patince": 3}, "unexpected keyword argument 'patince'.*nearest: patience; valid: monitor, "),
-        ({"_target_": STOP["_target_"]}, "missing a required argument: 'monitor'"),
-        ({**STOP, "_partial_": True}, "of Hydra's keys only _target_ is supported"),
+        (
+            {**STOPPING, "patince": 3},
+            "unexpected keyword argument 'patince'.*nearest: patience; valid: monitor, ",
+        ),
+        ({"_target_": STOPPING["_target_"]}, "missing a required argument: 'monitor'"),
+        ({**STOPPING, "_partial_": True}, "of Hydra's keys only _target_ is supported"),
     ],
 )
 def test_a_tree_that_is_wrong(tree: dict[str, Any], message: str) -> None:
     with pytest.raises(UserErrors) as caught:
-        prepare("callbacks", {"a": tree, "b": STOP}, Callback)
+        prepare("callbacks", {"a": tree, "b": STOPPING}, Callback)
     (problem,) = caught.value.problems
     assert re.search(message, str(problem), re.DOTALL), problem
     assert len(str(problem).splitlines()) <= 2
@@ -102,7 +105,7 @@ def test_nothing_is_built_before_all_is_bound(monkeypatch: pytest.MonkeyPatch) -
     room.Mine = Mine  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mine", room)
     trees = {
-        "a": {"_target_": "mine.Mine", "inner": STOP},
+        "a": {"_target_": "mine.Mine", "inner": STOPPING},
         "b": {"_target_": "mine.Mine", "x": 1},
         "c": {"_target_": "mine.No"},
     }

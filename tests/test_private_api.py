@@ -120,7 +120,7 @@ PRIVATE: dict[str, tuple[Callable[[], bool], str]] = {
     "__compatible_ops__": (deepspeed_operators, "on CPUs DeepSpeed compiles no operator of its own"),
     "hydra._internal.core_plugins.basic_sweeper": (sweeper, "splits a sweep's values as `-m` does"),
     "torch._subclasses.fake_tensor": (fake_tensors, "shapes and activation bytes without memory"),
-    "_cdata": (fake_tensors, "tells storages apart"),
+    "_cdata": (fake_tensors, "distinguishes storages"),
     "_foreach_norm": (foreign_norms, "the norms of all gradients in one kernel"),
     "torch._utils": (rebuild("_rebuild_tensor_v2"), "named in .pth files"),
     "_rebuild_tensor_v2": (rebuild("_rebuild_tensor_v2"), "named in .pth files"),

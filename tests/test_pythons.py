@@ -1,4 +1,4 @@
-"""scripts/pythons.py: which interpreters it finds, what it says about missing ones, and how a failure ends it."""
+"""scripts/pythons.py: the interpreters that it finds, its message about missing ones, and its end after a failure."""
 
 from __future__ import annotations
 

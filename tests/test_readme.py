@@ -19,7 +19,7 @@ from rwkv_train.cli import main as cli
 from rwkv_train.cli.commands import COMMANDS, Command
 from rwkv_train.errors import UserErrors
 from rwkv_train.training.run import train
-from tests.runs import words_for, write_text
+from tests.runs import overrides_for, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,7 +58,7 @@ def test_make_targets_exist(command: str) -> None:
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the documents' commands name: a finished run, texts, files of documents, stores."""
     folder = tmp_path_factory.mktemp("template")
-    assert train(launcher.load([*words_for(folder, "NAME", "budget.steps=4", "checkpoint.every.steps=2")])) == 0
+    assert train(launcher.load([*overrides_for(folder, "NAME", "budget.steps=4", "checkpoint.every.steps=2")])) == 0
     for copy in ("OTHER", "A", "B"):
         shutil.copytree(folder / "runs" / "NAME", folder / "runs" / copy)
     for directory in ("books", "corpus", "stores", "parts"):
@@ -94,7 +94,7 @@ def run(command: str, folder: Path) -> int:
     if "--out" in argv and name == "prepare":
         for file in folder.glob(f"{argv[argv.index('--out') + 1]}.*"):
             file.unlink()
-    if any(set(words) <= {name, *argv} for words in EXPENSIVE):
+    if any(set(arguments) <= {name, *argv} for arguments in EXPENSIVE):
         entry = COMMANDS[name]
         assert isinstance(entry, Command)
         entry.parser(name).parse_args(argv)
@@ -134,8 +134,10 @@ def test_a_wrong_command_would_be_seen(command: str, here: Path) -> None:
 
 def overrides(command: str) -> list[str]:
     """What follows train.py or a batch script."""
-    words = shlex.split(command)
-    return words[next(n for n, word in enumerate(words) if word.endswith(("train.py", ".sbatch"))) + 1 :]
+    arguments = shlex.split(command)
+    return arguments[
+        next(n for n, argument in enumerate(arguments) if argument.endswith(("train.py", ".sbatch"))) + 1 :
+    ]
 
 
 @pytest.mark.parametrize("command", [*commands("python train.py"), *commands("sbatch ")])

@@ -1,4 +1,4 @@
-"""The rules of the house: which way imports go, how long a file is, who reads the environment."""
+"""The rules of the code: the direction of imports, the length of a file, the modules that may read the environment."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def writes_into_others(source: str) -> list[tuple[int, str]]:
 
 
 def test_a_run_is_wired_by_arguments() -> None:
-    """In training/ nobody writes into another object's attributes: constructors, or one method for each purpose."""
+    """In training/ no object writes another object's attributes: constructors, or one method for each purpose."""
     found = {
         f"{name(path)}:{line} {target}": target
         for path in (PACKAGE / "training").rglob("*.py")

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*command: object, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> str:
-    words = [str(word) for word in command]
-    result = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
+    arguments = [str(part) for part in command]
+    result = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -60,6 +60,13 @@ def test_a_step_is_trained_elsewhere(wheel: Path, tmp_path: Path) -> None:
     assert [Path(path).is_relative_to(packages) for path in found] == [True] * 3
 
     (elsewhere / "text.txt").write_text("to be or not to be\n" * 200)
-    words = ["data=text", "data.path=text.txt", "model=tiny", "batch.tokens=64", "batch.context=32", "budget.steps=1"]
-    printed = run(bare / "bin" / "rwkv-train", "train", *words, "run.name=there", cwd=elsewhere)
+    arguments = [
+        "data=text",
+        "data.path=text.txt",
+        "model=tiny",
+        "batch.tokens=64",
+        "batch.context=32",
+        "budget.steps=1",
+    ]
+    printed = run(bare / "bin" / "rwkv-train", "train", *arguments, "run.name=there", cwd=elsewhere)
     assert (elsewhere / "runs" / "there" / "weights.pth").is_file(), printed

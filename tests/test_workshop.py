@@ -1,4 +1,4 @@
-"""The Makefile and .ci/run: what they say on a machine where something is missing, and that setting up is done once."""
+"""The Makefile and .ci/run: their messages on a machine where something is missing; set-up is done once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHELL = ("sh", "bash", "make", "grep", "sed", "column", "touch", "mkdir", "dirname", "printf")
 
-# Stands for python3: refuses the modules named in its place, and makes an environment that installs nothing.
+# Replaces python3: refuses the modules named in the braces, and makes an environment that installs nothing.
 PYTHON = """#!/bin/sh
 case "$*" in
   *version_info*) exit {version} ;;
@@ -29,7 +29,7 @@ Machine = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    """`machine(words, version=0, venv=0, without=[…])`: runs a command in a copy of the checkout with hardly a tool."""
+    """`machine(command_line, version=0, venv=0, without=[…])`: runs a command in a copy of the checkout."""
     (tmp_path / "bin").mkdir()
     for tool in (*SHELL, "cp"):
         if found := shutil.which(tool):
@@ -39,7 +39,7 @@ def machine(tmp_path: Path) -> Machine:
         shutil.copy(ROOT / file, tmp_path / file)
 
     def run(
-        words: str, version: int = 0, venv: int = 0, without: tuple[str, ...] = ()
+        command_line: str, version: int = 0, venv: int = 0, without: tuple[str, ...] = ()
     ) -> subprocess.CompletedProcess[str]:
         for tool, text in (("python3", PYTHON.format(version=version, venv=venv)), ("g++", "#!/bin/sh\n")):
             path = tmp_path / "bin" / tool
@@ -48,7 +48,7 @@ def machine(tmp_path: Path) -> Machine:
                 path.write_text(text)
                 path.chmod(0o755)
         environment = {"PATH": str(tmp_path / "bin")}
-        return subprocess.run(words.split(), cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return subprocess.run(command_line.split(), cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     return run
 

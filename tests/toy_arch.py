@@ -1,4 +1,4 @@
-"""An architecture as CONTRIBUTING says how to add one: RWKV-4 without token shift, with parameters of (heads, N).
+"""An architecture added as CONTRIBUTING describes: RWKV-4 without token shift, with parameters of (heads, N).
 
 As in RWKV-7, later layers mix in the values of the first one, and the first one has a parameter that it does not use.
 """

@@ -1,4 +1,4 @@
-"""The directory name of a checkpoint, the only place that formats and parses it."""
+"""The directory name of a checkpoint, the only module that formats and parses it."""
 
 from __future__ import annotations
 

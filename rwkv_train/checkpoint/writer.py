@@ -116,7 +116,7 @@ class Writer:
 
     @property
     def idle(self) -> bool:
-        """Whether this rank's part of the last save has ended; rank 0's ends with the whole save."""
+        """Whether this rank's part of the last save has ended; rank 0's ends with the complete save."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:
@@ -126,7 +126,7 @@ class Writer:
             self._thread = None
 
     def finished(self) -> list[SaveOutcome]:
-        """The saves that have ended since the last call; rank 0's outcome is that of the whole checkpoint."""
+        """The saves that have ended since the last call; rank 0's outcome is that of the complete checkpoint."""
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rwkv_train.checkpoint.name import CheckpointName
-from rwkv_train.cluster.rank_info import RankInfo, mistakes
+from rwkv_train.cluster.rank_info import RankInfo, placement_errors
 from rwkv_train.config import Config, DataSettings
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.config.suggestions import suggestion
@@ -59,7 +59,7 @@ class Machine:
 def check(config: Config, machine: Machine) -> list[UserError]:
     """Everything that is wrong with a config whose single values are valid."""
     return [
-        *(() if config.dry_run else mistakes(machine.rank_info, config.trainer)),
+        *(() if config.dry_run else placement_errors(machine.rank_info, config.trainer)),
         *_check_data(config),
         *_check_batch(config, machine),
         *_check_strategy(config),

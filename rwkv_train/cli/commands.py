@@ -153,7 +153,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", metavar="NAME", help=TOKENIZER)
     add("--tasks", action="append", default=[], metavar="NAME,…", help="tasks of lm-eval, or your own")
     add("--include", action="append", default=[], metavar="DIRECTORY", help="a directory with your own tasks")
-    add("--shots", metavar="N", type=int, help="examples in a prompt (default: as the task says)")
+    add("--shots", metavar="N", type=int, help="examples in a prompt (default: as the task defines)")
     add("--limit", metavar="N", type=int, help="maximum number of questions of each task")
     add("--max-length", metavar="N", type=int, help="maximum number of tokens that a task's prediction sees")
     add("--seed", metavar="N", type=int, default=0, help="random seed of tasks that sample (default: 0)")

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_train.cli.conf_folders import ConfFolders, not_yaml
-from rwkv_train.cli.overrides import LAYERED, Overrides
-from rwkv_train.config.schema import OPEN, UNITS, FlatSettings, durations, flatten
+from rwkv_train.cli.overrides import LAYERED_GROUPS, Overrides
+from rwkv_train.config.schema import OPEN_TREES, UNITS, FlatSettings, durations, flatten
 from rwkv_train.errors import UserError, UserErrors
 
 
@@ -26,7 +26,7 @@ class Composed:
         settings: name → plain value, without the open trees; interpolations are resolved.
         open_trees: logger, callbacks and launcher as they are written; they may refer to settings not known yet.
         sources: what sets each setting above the published configuration of the size, weakest first: another optim
-            than the default's, the groups of LAYERED, the command line.
+            than the default's, the groups of LAYERED_GROUPS, the command line.
     """
 
     settings: FlatSettings
@@ -45,9 +45,9 @@ def compose_settings(conf: ConfFolders, overrides: Overrides) -> Composed:
     try:
         cfg = compose("train", [*search, *overrides.choices, *overrides.values], return_hydra_config=True)
         chosen = dict(cfg.hydra.runtime.choices)
-        open_trees = {name: OmegaConf.to_container(cfg[name]) if name in cfg else {} for name in OPEN}
+        open_trees = {name: OmegaConf.to_container(cfg[name]) if name in cfg else {} for name in OPEN_TREES}
         OmegaConf.set_struct(cfg, False)
-        for name in ("hydra", *OPEN):
+        for name in ("hydra", *OPEN_TREES):
             cfg.pop(name, None)
         tree = resolve(cfg)
     except yaml.YAMLError as error:
@@ -56,7 +56,7 @@ def compose_settings(conf: ConfFolders, overrides: Overrides) -> Composed:
         raise UserErrors([UserError(" ".join(str(error).split()))]) from None
     tree.get("model", {}).pop("published", None)
     settings = flatten(tree)
-    sources = [*(conf.read(group, chosen.get(group)) for group in LAYERED), overrides.typed]
+    sources = [*(conf.read(group, chosen.get(group)) for group in LAYERED_GROUPS), overrides.typed]
     if overrides.chooses("optim") or chosen.get("optim") != conf.default("optim"):
         held = conf.read("optim", chosen.get("optim"))
         optim = {f"optim.{n}": value for n, value in held.items() if value is not None and n != "defaults"}

@@ -72,7 +72,7 @@ def not_yaml(error: yaml.YAMLError) -> UserError:
 
 
 def _by_size(name: str) -> tuple[int, float, str]:
-    """Sort key: names such as 169m and 1b5 by the number of parameters that they stand for, after all others."""
+    """Sort key: names such as 169m and 1b5 by the number of parameters, after all others."""
     scale = {"m": 1e6, "b": 1e9}
     unit = next((letter for letter in "mb" if name[:1].isdigit() and letter in name), None)
     return (0, 0.0, name) if unit is None else (1, float(name.replace(unit, ".").rstrip(".")) * scale[unit], name)

@@ -19,7 +19,7 @@ from rwkv_train.cli.conf_folders import ConfFolders
 from rwkv_train.cli.overrides import OverrideParser
 from rwkv_train.cli.published import fill_open_settings, weights_config
 from rwkv_train.config import Config
-from rwkv_train.config.schema import OPEN, FlatSettings, as_tree, identity, read
+from rwkv_train.config.schema import OPEN_TREES, FlatSettings, as_tree, identity, read
 from rwkv_train.errors import UserError, UserErrors
 
 
@@ -107,7 +107,7 @@ def _default_name(config: Config) -> str:
 def _resolve_open_trees(config: Config, open_trees: dict[str, Any]) -> dict[str, Any]:
     """The open trees with their interpolations resolved: a logger's directory may hold ${run.name}."""
     resolved = resolve(OmegaConf.create({**as_tree(config), **open_trees}))
-    return {name: resolved[name] for name in OPEN}
+    return {name: resolved[name] for name in OPEN_TREES}
 
 
 def _check_targets(open_trees: dict[str, Any]) -> Iterator[UserError]:

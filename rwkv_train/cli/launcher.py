@@ -80,9 +80,9 @@ def _report_from_rank(error: UserError, here: RankInfo) -> int:
     if here.first:
         report(error)
     elif here.ranks > 1:
-        from rwkv_train.cluster.preflight import tell
+        from rwkv_train.cluster.preflight import forward_error
 
-        tell(here, error)
+        forward_error(here, error)
     return ExitCode.MISTAKE
 
 

@@ -18,12 +18,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
-from rwkv_train.config.schema import OPEN, FlatSettings, flatten, schema
+from rwkv_train.config.schema import OPEN_TREES, FlatSettings, flatten, schema
 from rwkv_train.config.suggestions import nearest, suggestion
 from rwkv_train.config.values import show
 from rwkv_train.errors import UserError, UserErrors
 
-LAYERED = ("experiment", "debug", "local")  # groups that change settings of the others, in the order they are applied
+LAYERED_GROUPS = (
+    "experiment",
+    "debug",
+    "local",
+)  # they change settings of other groups, in this order
 
 
 @dataclass
@@ -79,7 +83,7 @@ class OverrideParser:
         return lines
 
     def sort(self, texts: Sequence[str]) -> Overrides:
-        """The overrides of a single command line; mistakes are in `problems`."""
+        """The overrides of a single command line; errors are in `problems`."""
         overrides = Overrides()
         parsed, overrides.problems = self._parse(texts)
         for override in parsed:
@@ -137,7 +141,7 @@ class OverrideParser:
                 f"{text}: Hydra only composes the configuration", "run.root= and run.name= set the run directory"
             )
         if override.type == OverrideType.DEL:
-            if top in OPEN and name not in OPEN:
+            if top in OPEN_TREES and name not in OPEN_TREES:
                 return None
             return UserError(f"{text}: a setting cannot be removed", f"{name}=null, if it may be without a value")
         if name in self.groups:
@@ -145,10 +149,10 @@ class OverrideParser:
             return self._check_choice(name, value if isinstance(value, list) else [value])
         if name == "model.size":
             return UserError(f"{text}: the size is chosen by model=", f"valid: {', '.join(self.groups['model'])}")
-        if override.type in (OverrideType.ADD, OverrideType.FORCE_ADD) and top not in OPEN:
+        if override.type in (OverrideType.ADD, OverrideType.FORCE_ADD) and top not in OPEN_TREES:
             near = name if name in self.schema else nearest(name, [*self.schema, *self.groups])
             return UserError(
-                f"{text}: + adds settings below {', '.join(OPEN[:-1])} and {OPEN[-1]} only",
+                f"{text}: + adds settings below {', '.join(OPEN_TREES[:-1])} and {OPEN_TREES[-1]} only",
                 f"nearest: {near}=" if near else "--help lists all settings",
             )
         return None
@@ -156,7 +160,7 @@ class OverrideParser:
     def _check_choice(self, group: str, names: Sequence[Any]) -> UserError | None:
         valid = self.groups[group]
         for name in names:
-            optional = group in LAYERED or group == "logger"
+            optional = group in LAYERED_GROUPS or group == "logger"
             if str(name) not in valid and not (name is None and optional):
                 return UserError(f"{group}={show(name)}: there is no such {group}", suggestion(str(name), valid))
         return None

@@ -17,7 +17,7 @@ from rwkv_train.models.detect import detect_file
 from rwkv_train.models.registry import ARCHITECTURES
 
 SECTIONS = ("model", "optim", "batch")  # a row of conf/model may hold any setting of these, without the section's name
-SHAPE = ("n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size", "extra")  # what is read from weights
+SHAPE_SETTINGS = ("n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size", "extra")  # what is read from weights
 DEFAULT_BATCH = {"batch.tokens": 1024, "batch.context": 256}  # for sizes that were published without a batch
 
 
@@ -63,7 +63,7 @@ def fill_open_settings(
         problems += _contradictions(settings, weights, row if size_typed else {})
         if not size_typed:
             settings["model.size"], row = _size_of(weights, published)
-        settings.update({f"model.{key}": getattr(weights, key) for key in SHAPE})
+        settings.update({f"model.{key}": getattr(weights, key) for key in SHAPE_SETTINGS})
         settings["model.vocab_size"] += len(settings.get("vocab.extend") or ())
         settings["model.extra"] = dict(weights.extra)
     known = schema()
@@ -122,7 +122,7 @@ def _with_sections(where: str, row: Mapping[str, Any]) -> FlatSettings:
 def _contradictions(settings: FlatSettings, weights: ModelConfig, row: FlatSettings) -> list[UserError]:
     """Where a shape that was asked for is not that of the weights."""
     problems = []
-    for key in SHAPE:
+    for key in SHAPE_SETTINGS:
         name, value = f"model.{key}", getattr(weights, key)
         asked = settings.get(name)
         asked = row.get(name) if asked is None else asked

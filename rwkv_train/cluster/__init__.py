@@ -1,1 +1,1 @@
-"""The job that a run is part of: where a process stands in it, what must agree between nodes, how it comes back."""
+"""The job that a run is part of: the rank of a process, what must agree between nodes, requeueing, sweeps."""

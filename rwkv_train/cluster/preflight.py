@@ -31,9 +31,9 @@ from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.exit_codes import ExitCode
 
-CLOCKS = 2.0  # seconds that the nodes' clocks may differ
-_TENSOR = 2**22  # float32 elements of the all-reduce, 16 MiB
-_SEEN = 5.0  # seconds until the other nodes must see a file of the first one: network file systems are slow
+MAX_CLOCK_LAG = 2.0  # seconds that the nodes' clocks may differ
+_ELEMENTS = 2**22  # float32 elements of the all-reduce, 16 MiB
+_VISIBLE_SECONDS = 5.0  # seconds until the other nodes must see a file of the first one: network file systems are slow
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,24 @@ def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
     problems = []
     for mistake in dict.fromkeys(report.mistake for report in reports if report.mistake):
         problems.append(UserError(f"on {_nodes(r for r in reports if r.mistake == mistake)}: {mistake}"))
-    whole = [report for report in reports if report.mistake is None]
-    for name in dict.fromkeys(name for report in whole for name in report.facts):
-        values = {report.rank: report.facts.get(name, "none") for report in whole}
+    found = [report for report in reports if report.mistake is None]
+    for name in dict.fromkeys(name for report in found for name in report.facts):
+        values = {report.rank: report.facts.get(name, "none") for report in found}
         if len(set(values.values())) == 1:
             continue
         usual = Counter(values.values()).most_common(1)[0][0]  # of the first rank where it is a draw
         for value in sorted(set(values.values()) - {usual}):
-            there = _nodes(report for report in whole if values[report.rank] == value)
+            there = _nodes(report for report in found if values[report.rank] == value)
             problems.append(
-                UserError(f"{name} differs: {value} on {there}, {usual} on the other nodes", _CURES.get(name, _CURE))
+                UserError(
+                    f"{name} differs: {value} on {there}, {usual} on the other nodes", _REMEDIES.get(name, _REMEDY)
+                )
             )
-    blind = [report for report in whole if not report.sees]
+    blind = [report for report in found if not report.sees]
     if blind:
         what = f"the run directory is not shared: {_nodes(blind)} does not see what the first node writes there"
         problems.append(UserError(what, "run.root=DIR on a file system that all nodes share"))
-    short = [report for report in whole if report.sees and report.free < needed]
+    short = [report for report in found if report.sees and report.free < needed]
     if short:
         have = min(report.free for report in short) / 1e9
         problems.append(
@@ -94,8 +96,10 @@ def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
                 "make room, or run.root=DIR on another disk",
             )
         )
-    for report in whole:
-        if abs(report.behind) > CLOCKS and not any(r.node == report.node and r.rank < report.rank for r in whole):
+    for report in found:
+        if abs(report.behind) > MAX_CLOCK_LAG and not any(
+            r.node == report.node and r.rank < report.rank for r in found
+        ):
             way = "behind" if report.behind > 0 else "ahead of"
             problems.append(
                 UserError(
@@ -107,8 +111,8 @@ def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
 
 
 _NOTE = ".preflight"  # in the run directory
-_CURE = "install the same on all nodes, or take the one out: sbatch --exclude=NODE"
-_CURES = {
+_REMEDY = "install the same on all nodes, or take the one out: sbatch --exclude=NODE"
+_REMEDIES = {
     "data": "the same files on all nodes: data.path=… on a file system that all nodes share",
     "config": "the same conf/ and the same command on all nodes",
 }
@@ -168,12 +172,13 @@ def meet(
         phase.append("the processes do not reach each other (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names a network)")
         rate, took = _all_reduce(store, rank_info, gpu)
     console.print(
-        f"nodes   {rank_info.machines} nodes, {rank_info.ranks} processes agree; all-reduce of {_TENSOR * 4 >> 20} MiB "
-        f"in {took * 1e3:.0f} ms, {rate / 1e9:.2f} GB/s; {time.monotonic() - began:.1f} s"
+        f"nodes   {rank_info.machines} nodes, {rank_info.ranks} processes agree; "
+        f"all-reduce of {_ELEMENTS * 4 >> 20} MiB in {took * 1e3:.0f} ms, {rate / 1e9:.2f} GB/s; "
+        f"{time.monotonic() - began:.1f} s"
     )
 
 
-def tell(rank_info: RankInfo, error: UserError, seconds: float = 20.0) -> None:
+def forward_error(rank_info: RankInfo, error: UserError, seconds: float = 20.0) -> None:
     """Forwards an error of this rank to the first one, which prints the errors of all ranks.
 
     It keeps this process alive until the first rank has had time to report: srun ends all processes when one has ended.
@@ -237,7 +242,7 @@ def _sees(store: PrefixStore, rank_info: RankInfo, directory: Path) -> bool:
         store.set("note", content)
         return True
     content = store.get("note").decode()
-    end = time.monotonic() + _SEEN
+    end = time.monotonic() + _VISIBLE_SECONDS
     while time.monotonic() < end:
         with suppress(OSError):
             if note.read_text(encoding="utf-8") == content:
@@ -270,7 +275,7 @@ def _all_reduce(store: PrefixStore, rank_info: RankInfo, gpu: bool) -> tuple[flo
     dist.init_process_group("nccl" if gpu else "gloo", store=group, rank=rank_info.rank, world_size=rank_info.ranks)
     times = []
     for _ in range(3):  # the first one opens the connections
-        values = torch.arange(1.0, 5.0, device=device).repeat(_TENSOR // 4) * (rank_info.rank + 1)
+        values = torch.arange(1.0, 5.0, device=device).repeat(_ELEMENTS // 4) * (rank_info.rank + 1)
         began = time.perf_counter()
         dist.all_reduce(values)
         found = values[:4].tolist()  # waits for the device
@@ -282,7 +287,7 @@ def _all_reduce(store: PrefixStore, rank_info: RankInfo, gpu: bool) -> tuple[flo
                 "the network or a device of that node is broken: sbatch --exclude=NODE",
             )
     took = min(times)
-    return 2 * (rank_info.ranks - 1) / rank_info.ranks * _TENSOR * 4 / took, took
+    return 2 * (rank_info.ranks - 1) / rank_info.ranks * _ELEMENTS * 4 / took, took
 
 
 @contextmanager
@@ -293,7 +298,7 @@ def _deadline(rank_info: RankInfo, seconds: float) -> Iterator[list[str]]:
         what the process waits for; the last entry is printed at the deadline.
     """
     phase = [f"rank 0 on {rank_info.node_of(0)} ({rank_info.address}:{rank_info.port}) does not answer"]
-    prints = rank_info.rank <= 1  # where the first rank does not answer, the second one says so
+    prints = rank_info.rank <= 1  # where the first rank does not answer, rank 1 reports it
 
     def give_up() -> None:
         if prints:

@@ -123,7 +123,7 @@ def rank_info_of(environment: Mapping[str, str]) -> RankInfo:
     )
 
 
-def mistakes(rank_info: RankInfo, trainer: TrainerSettings) -> Iterator[UserError]:
+def placement_errors(rank_info: RankInfo, trainer: TrainerSettings) -> Iterator[UserError]:
     """Contradictions between what the config asks for and what the job has."""
     if rank_info.without_srun is not None:
         tasks, machines = rank_info.without_srun

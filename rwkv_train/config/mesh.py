@@ -1,4 +1,4 @@
-"""How the ranks of a run are arranged: what "world size" means, said once."""
+"""How the ranks of a run are arranged: the one definition of "world size"."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from rwkv_train.errors import UserError, UserErrors
 
 FlatSettings = dict[str, Any]  # name → plain value; lists of settings stay lists, the open trees stay trees
 
-OPEN = ("logger", "callbacks", "launcher")  # trees that take any keys: the arguments of classes that are not ours
-TREES = (*OPEN, "model.extra")  # settings whose value is a tree
+OPEN_TREES = ("logger", "callbacks", "launcher")  # trees that take any keys: the arguments of classes that are not ours
+TREES = (*OPEN_TREES, "model.extra")  # settings whose value is a tree
 UNITS = ("steps", "tokens")
 
 
@@ -120,7 +120,7 @@ def read(settings: FlatSettings) -> tuple[Config | None, list[UserError]]:
             problems.append(UserError(f"{name}={show(settings[name])} is not valid", remedy))
     config = _build(Config, values) if not problems else None
     problems += _check_durations(values)
-    problems += [unknown(name, settings[name], [*known, *OPEN]) for name in settings if name not in known]
+    problems += [unknown(name, settings[name], [*known, *OPEN_TREES]) for name in settings if name not in known]
     return config, problems
 
 

@@ -139,7 +139,7 @@ class GroupRule:
 
     pattern: str  # regular expression for the complete name
     lr: From0 | None  # multiplier of the learning rate; None: that of the recipe
-    weight_decay: bool | None  # whether weight decay applies; None: as the recipe says
+    weight_decay: bool | None  # whether weight decay applies; None: as in the recipe
 
 
 @dataclass(frozen=True)

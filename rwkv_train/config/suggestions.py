@@ -9,7 +9,7 @@ from rwkv_train.config.values import show
 from rwkv_train.errors import UserError
 
 # Names that users of Lightning and of its Hydra template look for, and the settings that they mean.
-ELSEWHERE = {
+EQUIVALENT_SETTINGS = {
     "ckpt_path": "resume",
     "trainer.accumulate_grad_batches": "batch.micro (accumulation is derived from batch.tokens)",
     "trainer.gradient_clip_val": "optim.clip",
@@ -43,7 +43,7 @@ def unknown(name: str, value: object, known: Sequence[str]) -> UserError:
     if inside:
         return UserError(f"{name}={show(value)}: {name} is a group of settings", f"valid: {', '.join(inside)}")
     groups = {other.split(".")[0] for other in known} | {"experiment", "debug"}
-    near = ELSEWHERE.get(name) or nearest(name, [*known, *sorted(groups)])
+    near = EQUIVALENT_SETTINGS.get(name) or nearest(name, [*known, *sorted(groups)])
     section = [other for other in known if other.startswith(f"{name.split('.')[0]}.") and other != "model.size"]
     valid = f"valid: {', '.join(section)}" if section else "`python train.py --help` lists all settings"
     return UserError(f"{name}={show(value)}: there is no {name}", f"nearest: {near}; {valid}" if near else valid)

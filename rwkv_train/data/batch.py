@@ -14,7 +14,7 @@ class Batch(NamedTuple):
 
     Args:
         tokens: (B, T) int64.
-        targets: (B, T) int64, IGNORED where nothing is predicted.
+        targets: (B, T) int64, IGNORED_TARGET where nothing is predicted.
         samples: (B) int64, which of the step's samples these are, counted from 0 over all ranks and micro-batches; of
             held-out text, the numbers of its rows.
         sources: (B) int64, which source each sample is from.

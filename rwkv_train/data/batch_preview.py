@@ -8,7 +8,7 @@ from rich.text import Text
 from rwkv_train.config import Config
 from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
-from rwkv_train.data.rows import IGNORED
+from rwkv_train.data.rows import IGNORED_TARGET
 from rwkv_train.data.tokenizers import Tokenizer
 
 BORDER = "▌"
@@ -30,7 +30,7 @@ def preview(config: Config) -> None:
 def show_batch(batch: Batch, tokenizer: Tokenizer, console: Console, rows: int = 2) -> None:
     """Prints the first `rows` rows of a batch as text: green where a token has a loss, dim elsewhere."""
     tokens, targets, starts = batch.tokens, batch.targets, batch.starts
-    predicted = targets != IGNORED
+    predicted = targets != IGNORED_TARGET
     console.print(
         f"a batch of {len(tokens)} rows of {tokens.shape[1]:,} tokens: {int(predicted.sum()):,} with a loss "
         f"([green]green[/green]), the others without ([dim]dim[/dim]); {BORDER} start of a document"

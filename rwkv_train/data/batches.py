@@ -18,7 +18,7 @@ from rwkv_train.data.batch import Batch
 from rwkv_train.data.mixture import Mixture, SourceShare
 from rwkv_train.data.order import ReferenceOrder, ShuffledOrder, split_batch
 from rwkv_train.data.packing import pack
-from rwkv_train.data.rows import IGNORED, BatchArrays, PackedRows, Rows, SequentialWindows, Windows
+from rwkv_train.data.rows import IGNORED_TARGET, BatchArrays, PackedRows, Rows, SequentialWindows, Windows
 from rwkv_train.data.sources import DataSource, check_token_in_vocabulary, open_sources
 from rwkv_train.data.store import MemoryStore, Store
 from rwkv_train.data.stream import StreamRows, open_stream
@@ -344,7 +344,7 @@ def _batch(block: BatchArrays, samples: Ints, sources: Ints, predictions: float 
 
 def _mean(block: BatchArrays) -> float:
     """The `predictions` of a batch of its own, whose loss is the mean over them."""
-    return float(max(1, (block.targets != IGNORED).sum()))
+    return float(max(1, (block.targets != IGNORED_TARGET).sum()))
 
 
 class TrainBatches:

@@ -1,7 +1,7 @@
 """Conversations in JSON Lines files, one object with `messages` per line; the loss is on the assistant's tokens.
 
-A template says how a message of each role is written. Its text after `{content}` ends the message; the assistant's has
-a loss, so that the model learns to stop.
+A template defines how a message of each role is written. Its text after `{content}` ends the message; the assistant's
+has a loss, so that the model learns to stop.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Mixtures of sources: which source sample n comes from, and its number within that source.
 
 A stage is a range of samples with fixed weights. Within it the sources follow a repeated pattern: at every sample, each
-source has had its share of the samples, to within one sample. A stage ends where the curriculum says, or where a source
+source has had its share of the samples, to within one sample. A stage ends as the curriculum defines, or where a source
 has been read for its last epoch. Everything is a function of n alone.
 """
 
@@ -69,7 +69,7 @@ class _Stage:
         return source, self.before[source] + in_earlier_patterns + self.ranks_in_source[index]
 
     def counts(self, samples: int) -> Ints:
-        """Samples of each source among the first `samples` of the run, (S,); `samples` must lie in this stage."""
+        """Samples of each source among the first `samples` of the run, (S,); `samples` must be in this stage."""
         repetitions, rest = divmod(samples - self.first, len(self.pattern))
         return self.before + repetitions * self.shares + np.bincount(self.pattern[:rest], minlength=len(self.shares))
 

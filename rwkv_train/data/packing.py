@@ -12,7 +12,7 @@ import numpy as np
 
 from rwkv_train.data.arrays import Bools, Ints
 
-DOCUMENTS_PER_BLOCK = 2**16  # packed together: the documents of a row lie near each other on disk
+DOCUMENTS_PER_BLOCK = 2**16  # packed together: the documents of a row are near each other on disk
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rwkv_train.data.order import StreamOrder, shuffled
 from rwkv_train.data.packing import Packing
 from rwkv_train.data.store import MemoryStore, Store
 
-IGNORED = -100  # target without a loss: the default ignore_index of torch's cross entropy
+IGNORED_TARGET = -100  # target without a loss: the default ignore_index of torch's cross entropy
 
 
 class BatchArrays(NamedTuple):
@@ -19,7 +19,7 @@ class BatchArrays(NamedTuple):
 
     Attributes:
         tokens: the model's input, int64 (B, T).
-        targets: the next token of each, IGNORED where there is no loss, int64 (B, T).
+        targets: the next token of each, IGNORED_TARGET where there is no loss, int64 (B, T).
         starts: whether a document starts here that must not see the tokens before it, bool (B, T); None if documents
             share their state.
     """
@@ -104,7 +104,7 @@ class SequentialWindows:
 
     def fill(self, offset: int, row: BatchArrays) -> None:
         begin, length = offset * self.context, len(self.store)
-        row.tokens[:], row.targets[:] = self.end_of_text, IGNORED
+        row.tokens[:], row.targets[:] = self.end_of_text, IGNORED_TARGET
         tokens, targets = (max(0, min(self.context, length - begin - shift)) for shift in (0, 1))
         self.store.read(begin, row.tokens[:tokens])
         self.store.read(begin + 1, row.targets[:targets])
@@ -157,7 +157,7 @@ class PackedRows:
         return samples if self.seed is None else shuffled(samples, len(self.packing), self.seed)
 
     def fill(self, offset: int, row: BatchArrays) -> None:
-        row.tokens[:], row.targets[:] = self.end_of_text, IGNORED
+        row.tokens[:], row.targets[:] = self.end_of_text, IGNORED_TARGET
         if offset >= len(self.packing):
             return
         pieces, column = self.packing, 0
@@ -169,9 +169,9 @@ class PackedRows:
             if not pieces.heads[number]:  # the piece continues a document: its own previous token is the first input
                 self.store.read(begin - 1, row.tokens[column : column + 1])
             if self.mask is not None:
-                targets[~self.mask[begin : begin + len(targets)]] = IGNORED
+                targets[~self.mask[begin : begin + len(targets)]] = IGNORED_TARGET
             if column and not self.reset:
-                targets[0] = IGNORED
+                targets[0] = IGNORED_TARGET
             if row.starts is not None:
                 row.starts[column] = True
             column = end

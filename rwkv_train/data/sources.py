@@ -205,7 +205,7 @@ def _cut(stores: Sequence[IndexedStore], share: float) -> int:
                 return begin + int(starts[store.boundaries[number]]) // int(store.dtype.itemsize)
         begin += len(store)
     last = int(stores[-1].pointers[stores[-1].boundaries[-2]]) // stores[-1].dtype.itemsize
-    return total - len(stores[-1]) + last or total  # the target lies in the last document: hold out all of it
+    return total - len(stores[-1]) + last or total  # the target is in the last document: hold out all of it
 
 
 def check_token_in_vocabulary(token: int, vocab_size: int, where: str) -> None:

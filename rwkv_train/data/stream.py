@@ -58,7 +58,7 @@ class StreamRows:
         context: T, tokens of a row.
 
     Attributes:
-        keep: number of rows behind the newest that may be requested again.
+        keep: number of rows before the newest that may be requested again.
     """
 
     per_epoch = 2**62  # the length of an epoch is unknown; the data set is read again at its end

@@ -74,7 +74,7 @@ def _begin(name: str, extend: Sequence[str], lifeline: Connection) -> None:
 
 
 def _end_with(lifeline: Connection) -> None:
-    """Ends this process when the one that began it is gone: its fork server would keep it waiting for work for ever."""
+    """Ends this process when the one that started it has ended: else its fork server would keep it waiting."""
     with contextlib.suppress(EOFError, OSError):
         lifeline.recv()
     os._exit(1)

@@ -43,7 +43,7 @@ class EvalOptions:
         batch: windows or requests at once.
         tasks: names of lm-eval tasks, each item one or several separated by commas.
         include: directories with your own tasks.
-        shots: examples in a prompt; None: as the task says.
+        shots: examples in a prompt; None: as the task defines.
         limit: maximum number of questions per task; None: all.
         max_length: maximum number of tokens that a prediction of a task sees; None: all.
         seed: seed of tasks that sample.

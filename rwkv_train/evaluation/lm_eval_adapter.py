@@ -20,7 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from rich.progress import Progress
 
-from rwkv_train.data.rows import IGNORED
+from rwkv_train.data.rows import IGNORED_TARGET
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.prefixes import PrefixedText, share_prefixes
@@ -127,7 +127,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         device = self.model.emb.weight.device
         width = max(len(texts[row.number]) - row.read for row in rows)
         tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-        targets = torch.full((len(rows), width), IGNORED)
+        targets = torch.full((len(rows), width), IGNORED_TARGET)
         for index, (row, continuation) in enumerate(zip(rows, continuations, strict=True)):
             rest = texts[row.number][row.read :]
             scored = continuation[-len(rest) :]
@@ -228,7 +228,7 @@ def run_tasks(
         lm: the model.
         names: names of the tasks or groups.
         tasks: result of `find_tasks`.
-        shots: examples before each question; None: as the task says.
+        shots: examples before each question; None: as the task defines.
         limit: maximum number of questions per task; None: all.
 
     Returns:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rwkv_train.data.rows import IGNORED
+from rwkv_train.data.rows import IGNORED_TARGET
 from rwkv_train.data.store import Store
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.evaluation.scoring import score
@@ -120,7 +120,7 @@ def measure(
     for first in range(0, chosen, batch):
         rows = numbers[first : first + batch]
         tokens = np.zeros((len(rows), context), np.int64)
-        targets = np.full((len(rows), context), IGNORED, np.int64)
+        targets = np.full((len(rows), context), IGNORED_TARGET, np.int64)
         for row, number in enumerate(rows):
             begin = int(number) * context
             window = np.empty(min(context, available - begin) + 1, np.int64)
@@ -128,7 +128,7 @@ def measure(
             tokens[row, : len(window) - 1], targets[row, : len(window) - 1] = window[:-1], window[1:]
         device = model.emb.weight.device
         scores, _ = score(model, torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device))
-        predicted = targets != IGNORED
+        predicted = targets != IGNORED_TARGET
         nats += scores.nats.double().sum(0).cpu().numpy()
         counts += predicted.sum(0)
         text = targets[predicted]

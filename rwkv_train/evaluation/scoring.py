@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_train.config import LOGITS_AT_ONCE
-from rwkv_train.data.rows import IGNORED
+from rwkv_train.data.rows import IGNORED_TARGET
 from rwkv_train.models import LanguageModel, State
 
 
@@ -42,7 +42,7 @@ def score(
     """
     nats = torch.zeros(tokens.shape, device=tokens.device)
     greedy = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
-    scored = targets != IGNORED
+    scored = targets != IGNORED_TARGET
 
     def readout(hidden: Tensor, weight: Tensor) -> Tensor:
         rows, goals = hidden[scored], targets[scored]  # (N, C), (N,)

@@ -57,7 +57,7 @@ def _last(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def join_states(model: LanguageModel, states: Sequence[State | None]) -> State | None:
-    """States of one row each as one batch; None stands for the empty state, also where all are empty."""
+    """States of one row each as one batch; None means the empty state, also where all are empty."""
     if all(state is None for state in states):
         return None
     empty = model.empty_state(1)

@@ -71,7 +71,7 @@ def tokenizer_of(checkpoint: Path, vocab_size: int, name: str | None = None) -> 
         name: what the user calls it: bytes, world or the path of a tokenizer.json.
 
     Raises:
-        UserError: it is another one than the checkpoint's, it has more tokens than the model, or nothing tells which.
+        UserError: it is another one than the checkpoint's, it has more tokens than the model, or it is not known which.
     """
     meta = description_of(checkpoint)
     if name is None:

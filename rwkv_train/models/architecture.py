@@ -23,7 +23,7 @@ class Context(NamedTuple):
     """What the blocks of one forward pass have in common.
 
     Args:
-        starts: (B, T) bool, where documents begin; None: each row goes on from its state.
+        starts: (B, T) bool, where documents begin; None: each row continues from its state.
         shared: values that blocks hand to those after them, such as the first layer's values in RWKV-7. A block does
             not change it: it returns the dict that the next block gets.
     """

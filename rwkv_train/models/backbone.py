@@ -33,7 +33,7 @@ Readout = Callable[[Tensor, Tensor], Tensor]  # (hidden (B, T, C), head.weight (
 
 
 class Head(nn.Linear):
-    """From channels to logits; a readout takes the logits' place where they are too many to exist at once."""
+    """From channels to logits; a readout replaces the logits where they are too many to exist at once."""
 
     def forward(self, x: Tensor, readout: Readout | None = None) -> Tensor:
         return super().forward(x) if readout is None else readout(x, self.weight)

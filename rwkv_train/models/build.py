@@ -17,7 +17,7 @@ def build_model(config: ModelConfig, seed: int = 0, device: str | torch.device =
     """Builds a model in float32 with the architecture's initial weights.
 
     Args:
-        config: its shape; None stands for the architecture's default.
+        config: its shape; None means the architecture's default.
         seed: the weights are a function of (seed, parameter name, shape) only.
         device: where it is made; "meta" makes the shapes and no values.
 

@@ -16,7 +16,7 @@ from rwkv_train.models.config import ModelConfig
 from rwkv_train.models.registry import ARCHITECTURES, Shapes
 
 # Other models under the field's names, newest first: what only their files have.
-_OTHERS = {
+_OTHER_ARCHITECTURES = {
     "RWKV-8": r"blocks\.\d+\.ffn\.enn.*",
     "RWKV-7b": r"(.*\.)?qkv\..*",
     "RWKV-7a": r"blocks\.\d+\.ffn\.s_emb.*",
@@ -44,7 +44,7 @@ def detect(shapes: Shapes, what: str = "the dict of weights") -> ModelConfig:
         if found is not None:
             return found
     known = ", ".join(ARCHITECTURES)
-    for other, pattern in _OTHERS.items():
+    for other, pattern in _OTHER_ARCHITECTURES.items():
         if any(re.fullmatch(pattern, name) for name in shapes):
             raise UserError(
                 f"{what} holds weights of {other}, which this version cannot train yet", f"known: arch={known}"

@@ -17,7 +17,7 @@ from rwkv_train.models.recipe import Orthogonal, RecipeRow, Site, constant, curv
 from rwkv_train.ops import reference
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)  # of the half-lives of a layer's channels
-SATURATED = math.log(0.98 / 0.02)  # |r| above it: the gate σ(r) is below 0.02 or above 0.98
+SATURATION = math.log(0.98 / 0.02)  # |r| above it: the gate σ(r) is below 0.02 or above 0.98
 
 
 class LayerState(NamedTuple):
@@ -38,7 +38,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class TimeMix(nn.Module):
-    """Attention's place: o = W_o (σ(r) ⊙ wkv(k, v)), equations (11) to (17) of the paper."""
+    """Time mixing, in place of attention: o = W_o (σ(r) ⊙ wkv(k, v)), equations (11) to (17) of the paper."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class RWKV4(Architecture):
     state_parts = ("time mix's input", "wkv state", "channel mix's input")
     statistics: ClassVar[Mapping[str, LayerStatistic]] = {
         "layers/state_rms": OfState(lambda state: content(state.wkv).float().square().mean(), root=True),
-        "layers/receptance_saturated": OfOutput("att.receptance", lambda r: (r.abs() > SATURATED).sum() / r.numel()),
+        "layers/receptance_saturated": OfOutput("att.receptance", lambda r: (r.abs() > SATURATION).sum() / r.numel()),
         "decay/half_life": OfParameter("att.time_decay", lambda time_decay: quantiles(half_lives(time_decay))),
     }
 

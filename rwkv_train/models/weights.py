@@ -51,7 +51,7 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def refuse_mismatches(what: str, given: Mapping[str, Sequence[int]], model: nn.Module) -> None:
-    """Raises a UserError that names the first shapes that do not fit; `what` says where they come from."""
+    """Raises a UserError that names the first shapes that do not fit; `what` names their origin."""
     different = mismatches(given, model)
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""

@@ -201,7 +201,7 @@ class CppEngine(Engine):
     def build(self, cache: Path | None = None) -> Path:
         """As Engine.build."""
         compiler = find_compiler()
-        # The compiler says what -march=native means here: a home shared by different machines stays right.
+        # The compiler is asked what -march=native means here: a home shared by different machines stays right.
         native = run(compiler, "-march=native", "-###", "-E", "-x", "c++", os.devnull)
         key = digest(sources_text(self.sources, ("*.h",)), FLAGS, torch.__version__, run(compiler, "--version"), native)
         roots = [cache] if cache else cache_directories()

@@ -24,7 +24,7 @@ MAX_ERROR_RATIO = 3.0  # of an engine's error to that of the definition in the s
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What `rwkv-train doctor` says about the definition, or about an engine's library for one operator family.
+    """The result that `rwkv-train doctor` prints for the definition, or for an engine's library of one operator family.
 
     Attributes:
         name: "reference", or engine and family, as "cpp wkv4".

@@ -52,7 +52,7 @@ CARDS = {
         Card("rtx3090-24g", 24 * _GIB, 71e12, 35.6e12, 936e9, 25e9, 1.25e9, host=32e9),
     )
 }
-DEFAULT = "h100-80g"
+DEFAULT_CARD = "h100-80g"
 
 
 def find_card(name: str) -> Card:
@@ -82,8 +82,8 @@ def present_card() -> Card | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
-    said = re.sub("[^a-z0-9]", "", properties.name.lower())  # NVIDIA A100-SXM4-80GB, NVIDIA GeForce RTX 4090
-    alike = [card for card in CARDS.values() if card.name.split("-")[0] in said]
+    product = re.sub("[^a-z0-9]", "", properties.name.lower())  # NVIDIA A100-SXM4-80GB, NVIDIA GeForce RTX 4090
+    alike = [card for card in CARDS.values() if card.name.split("-")[0] in product]
     near = min(alike or CARDS.values(), key=lambda card: abs(card.memory - properties.total_memory))
     name = near.name if alike else properties.name
     return replace(near, name=name, memory=properties.total_memory, per_machine=torch.cuda.device_count())
@@ -99,7 +99,7 @@ def card_of(config: Config) -> tuple[Card, str]:
     present = present_card()
     if present is not None:
         return present, f"{present.name} (the one present)"
-    return CARDS[DEFAULT], f"{DEFAULT} (no GPU is present; device= chooses another: {', '.join(CARDS)})"
+    return CARDS[DEFAULT_CARD], f"{DEFAULT_CARD} (no GPU is present; device= chooses another: {', '.join(CARDS)})"
 
 
 def with_precision(config: Config, bfloat16: bool) -> Config:
@@ -110,7 +110,7 @@ def with_precision(config: Config, bfloat16: bool) -> Config:
 
 
 def ranks_of(config: Config, card: Card) -> int:
-    """Devices of all machines; `auto` stands for the present ones, else one."""
+    """Devices of all machines; `auto` means the present ones, or one if there are none."""
     import torch
 
     devices = config.trainer.devices

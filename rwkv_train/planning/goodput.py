@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rwkv_train.planning.memory import Layout, Memory
 
 # Failures of a node of eight GPUs in a day, as published of large runs and clusters.
-RATES = {
+FAILURE_RATES = {
     # A. Kokolis et al., "Revisiting Reliability in Large-Scale Machine Learning Research Clusters", HPCA 2025
     # (arXiv 2410.21680): 6.50 and 2.34 in 1,000 node-days on Meta's two clusters, eleven months, A100
     "RSC-1": 6.50e-3,
@@ -24,9 +24,9 @@ RATES = {
     # for hardware failures of 992 A100 in two months
     "OPT-175B": (35 + 70) / (124 * 60),
 }
-USUAL = "RSC-1"
-RESTART = 600.0  # seconds from a failure to the first step again: noticing, queue, start, load; an assumption
-COPY = 20e9  # bytes a second from a card to the host's memory; an assumption: PCIe 4 and a copy of each tensor
+DEFAULT_CLUSTER = "RSC-1"
+RESTART_SECONDS = 600.0  # seconds from a failure to the first step again: noticing, queue, start, load; an assumption
+COPY_RATE = 20e9  # bytes a second from a card to the host's memory; an assumption: PCIe 4 and a copy of each tensor
 DISK, SYSTEM = 2e9, 100e9  # bytes a second that a node, and all of them together, write to a file system; assumptions
 
 
@@ -54,11 +54,11 @@ def saving(needs: Memory, layout: Layout, per_machine: int, step: float) -> Savi
     """
     writers = 1 if layout.strategy in ("single", "ddp") else layout.mesh.ranks
     nodes = -(-writers // per_machine)
-    pause = needs.checkpoint / writers / COPY + step / (3 * layout.micro * layout.accumulation)
+    pause = needs.checkpoint / writers / COPY_RATE + step / (3 * layout.micro * layout.accumulation)
     return Saving(pause, pause + needs.checkpoint / min(nodes * DISK, SYSTEM))
 
 
-def between_failures(nodes: int, rate: float = RATES[USUAL]) -> float:
+def between_failures(nodes: int, rate: float = FAILURE_RATES[DEFAULT_CLUSTER]) -> float:
     """Mean seconds between two failures of a run on so many nodes."""
     return 86400 / (nodes * rate)
 
@@ -71,7 +71,7 @@ def interval(cost: Saving, failures: float) -> float:
     return max(math.sqrt(2 * cost.pause * failures), cost.write)
 
 
-def goodput(every: float, cost: Saving, failures: float, restart: float = RESTART) -> float:
+def goodput(every: float, cost: Saving, failures: float, restart: float = RESTART_SECONDS) -> float:
     """The share of a run's time that goes into steps which count.
 
     A span of `every` seconds and its pause must pass without a failure, and is begun again after each; a restart comes

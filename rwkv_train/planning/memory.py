@@ -8,13 +8,13 @@ from rwkv_train.config import EVIDENCE_BYTES, LOGITS_AT_ONCE
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.planning.model import Counts
 
-FLOAT = 4  # bytes: weights, gradients and Adam's moments are float32 under every strategy
+FLOAT_BYTES = 4  # bytes: weights, gradients and Adam's moments are float32 under every strategy
 DDP_BUCKET = 25 * 2**20
-BUCKET = 200_000_000  # elements, the most that DeepSpeed sends in one go
-RUNTIME = 1.2e9  # bytes of a GPU that CUDA's context, its libraries and the allocator's leavings take
-LOADED = 0.04e9  # bytes of a CPU's process for what its first step loads: libraries' pages, MKL's panels, modules
-DEEPSPEED = 0.06e9  # the same, of DeepSpeed's engine
-PROCESS = 0.9e9  # bytes of the host's memory that a process takes by itself
+BUCKET_ELEMENTS = 200_000_000  # elements, the most that DeepSpeed sends at a time
+CUDA_BYTES = 1.2e9  # bytes of a GPU that CUDA's context, its libraries and the allocator's leavings take
+FIRST_STEP_BYTES = 0.04e9  # bytes of a CPU's process for what its first step loads: library pages, MKL panels, modules
+DEEPSPEED_BYTES = 0.06e9  # the same, of DeepSpeed's engine
+PROCESS_BYTES = 0.9e9  # bytes of the host's memory that a process takes by itself
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,17 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         gpu: whether the devices have a memory of their own; else all is the host's.
         background: whether checkpoints are written from a copy.
     """
-    whole, part = FLOAT * counts.parameters, FLOAT * counts.parameters / layout.mesh.ranks
+    complete, part = FLOAT_BYTES * counts.parameters, FLOAT_BYTES * counts.parameters / layout.mesh.ranks
     stage, deepspeed = layout.stage, "deepspeed" in layout.strategy
-    weights = part if stage == 3 else whole
-    gradients = whole if stage < 2 else part
+    weights = part if stage == 3 else complete
+    gradients = complete if stage < 2 else part
     if deepspeed and stage == 1 and layout.accumulation > 1:
         gradients += part  # of the passes before, averaged, apart from this one's
-    optimiser = (3 if deepspeed else 2) * part if stage else 2 * whole
+    optimiser = (3 if deepspeed else 2) * part if stage else 2 * complete
     kept, at_once = activations(counts, layout), logits(counts, layout)
     examined = statistics(counts, layout)
     buffers = _buffers(counts, layout)
-    host = PROCESS
+    host = PROCESS_BYTES
     if layout.offload:
         host += optimiser + part
         optimiser, gradients = 0.0, gradients if stage == 1 else 0.0
@@ -103,11 +103,13 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
             host, weights = host + weights, 0.0
     apart = 0.0
     if not gpu and stage == 3:
-        buffers += min(counts.block, BUCKET) * FLOAT  # gloo reduces and gathers in a copy of what it is given
+        buffers += min(counts.block, BUCKET_ELEMENTS) * FLOAT_BYTES  # gloo reduces and gathers in a copy of its input
     elif not gpu and stage:
-        buffers = min(counts.block, BUCKET) * FLOAT + whole  # one bucket at a time; all weights are gathered in one go
+        buffers = (
+            min(counts.block, BUCKET_ELEMENTS) * FLOAT_BYTES + complete
+        )  # one bucket at a time; all weights are gathered together
         apart = _not_at_once(counts, layout, gradients, kept + at_once + examined, buffers)
-    state = 3 * FLOAT * counts.parameters
+    state = 3 * FLOAT_BYTES * counts.parameters
     if background:
         host += state / layout.mesh.ranks if stage else state
     return Memory(
@@ -118,7 +120,7 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         logits=at_once,
         buffers=buffers,
         statistics=examined,
-        runtime=RUNTIME if gpu else LOADED + DEEPSPEED * deepspeed,
+        runtime=CUDA_BYTES if gpu else FIRST_STEP_BYTES + DEEPSPEED_BYTES * deepspeed,
         apart=apart,
         host=host,
         checkpoint=state,
@@ -139,8 +141,8 @@ def activations(counts: Counts, layout: Layout) -> float:
 def logits(counts: Counts, layout: Layout) -> float:
     """Of the head: logits, their float32 copy and gradient, at most LOGITS_AT_ONCE of them at a time."""
     at_once = min(layout.tokens * counts.vocab_size, LOGITS_AT_ONCE)
-    hidden = layout.tokens * counts.n_embd * FLOAT
-    return at_once * (counts.logit + 2 * FLOAT) + 2 * hidden
+    hidden = layout.tokens * counts.n_embd * FLOAT_BYTES
+    return at_once * (counts.logit + 2 * FLOAT_BYTES) + 2 * hidden
 
 
 def statistics(counts: Counts, layout: Layout) -> float:
@@ -155,23 +157,23 @@ def _buffers(counts: Counts, layout: Layout) -> float:
         return 0.0
     if layout.stage == 0:
         return DDP_BUCKET
-    size = 2 if layout.mixed else FLOAT
+    size = 2 if layout.mixed else FLOAT_BYTES
     if layout.strategy == "fsdp":
         gathered = 2 * max(counts.block, counts.largest)
-        return gathered * size + max(counts.block, counts.largest) * FLOAT
-    bucket = min(counts.block, BUCKET) * FLOAT
+        return gathered * size + max(counts.block, counts.largest) * FLOAT_BYTES
+    bucket = min(counts.block, BUCKET_ELEMENTS) * FLOAT_BYTES
     if layout.stage < 3:
-        return 2 * bucket + counts.largest * FLOAT
-    return 2 * bucket + (2 * counts.block + counts.largest) * size + counts.largest * FLOAT
+        return 2 * bucket + counts.largest * FLOAT_BYTES
+    return 2 * bucket + (2 * counts.block + counts.largest) * size + counts.largest * FLOAT_BYTES
 
 
 def _not_at_once(counts: Counts, layout: Layout, gradients: float, kept: float, buffers: float) -> float:
     """Bytes, counted below zero, that up to stage 2 on CPUs are not held together: there freed pages are given back.
 
     Gradients fill their pages while the backward pass frees activations, if a step is one pass; and the copy of all
-    weights is made after Adam's step, when both are gone.
+    weights is made after Adam's step, when both have been freed.
     """
-    back = buffers - FLOAT * counts.parameters
+    back = buffers - FLOAT_BYTES * counts.parameters
     block = layout.tokens * (counts.block_saved + counts.block_extra)
     height = gradients + kept + back if layout.accumulation > 1 else max(gradients + block + back, kept)
-    return max(height, FLOAT * counts.parameters) - gradients - kept - buffers
+    return max(height, FLOAT_BYTES * counts.parameters) - gradients - kept - buffers

@@ -15,7 +15,8 @@ from rwkv_train.planning.model import Counts, count, model_config
 from rwkv_train.planning.speed import Speed, speed
 
 HEADROOM = 0.95  # share of a device's memory that a plan may fill
-SHARING = ("deepspeed_1", "deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_3_offload")  # ever more
+# as strategy=auto tries them after the given one, each with more sharding
+SHARDED_STRATEGIES = ("deepspeed_1", "deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_3_offload")
 MAX_DEVICES = 4096
 
 
@@ -47,7 +48,7 @@ class Plan:
 def make_plan(config: Config, card: Card, mesh: Mesh, vocab_size: int, gpu: bool = True) -> Plan:
     """The plan of a config; `strategy=auto` becomes the first that fits, from replicas to more and more sharding.
 
-    A micro-batch that is not given becomes the largest that fits: a device's whole share, or half of it, a quarter …
+    A micro-batch that is not given becomes the largest that fits: a device's full share, or half of it, a quarter …
 
     Args:
         config: settled and checked.
@@ -75,7 +76,7 @@ def make_plan(config: Config, card: Card, mesh: Mesh, vocab_size: int, gpu: bool
         needs = memory(counts, layout, gpu, config.checkpoint.background)
         return Plan(card, gpu, counts, layout, needs, speed(counts, layout, card, config.trainer.precision, config.mfu))
 
-    names = (layout.strategy, *SHARING) if config.strategy == "auto" else (config.strategy,)
+    names = (layout.strategy, *SHARDED_STRATEGIES) if config.strategy == "auto" else (config.strategy,)
     passes = [1]
     while config.batch.micro is None and layout.micro % (2 * passes[-1]) == 0:
         passes.append(2 * passes[-1])

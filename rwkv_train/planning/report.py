@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rwkv_train.config import Config
-from rwkv_train.planning.goodput import USUAL, between_failures, goodput, interval, saving
+from rwkv_train.planning.goodput import DEFAULT_CLUSTER, between_failures, goodput, interval, saving
 from rwkv_train.planning.plan import Plan
 
 _LABELS = {
@@ -59,7 +59,7 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
     losses = _survival(plan)
     nodes = f"{losses['nodes']} node" + "s" * (losses["nodes"] > 1)
     console.print(
-        f"failures    one in {losses['hours_between_failures']:,.0f} h on {nodes} (as on {USUAL}): "
+        f"failures    one in {losses['hours_between_failures']:,.0f} h on {nodes} (as on {DEFAULT_CLUSTER}): "
         f"checkpoint.every.steps={losses['checkpoint_every_steps']:,} ({losses['checkpoint_every_minutes']:.0f} min) "
         f"leaves {losses['goodput']:.1%} of the time for training"
     )
@@ -77,8 +77,8 @@ def advice(change: tuple[str, Plan] | None) -> str:
     """What would fit, as overrides to type."""
     if change is None:
         return "nothing makes it fit on up to 4096 devices that can share this batch; batch.tokens=MORE lets more do so"
-    words, plan = change
-    return f"this fits: {words} ({plan.held / 1e9:.1f} GB)"
+    overrides, plan = change
+    return f"this fits: {overrides} ({plan.held / 1e9:.1f} GB)"
 
 
 def as_json(plan: Plan, config: Config, change: tuple[str, Plan] | None) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rwkv_train.planning.cards import Card
-from rwkv_train.planning.memory import FLOAT, Layout
+from rwkv_train.planning.memory import FLOAT_BYTES, Layout
 from rwkv_train.planning.model import Counts
 
 # The constants of the model, one set for all cards. They are set here, and benchmarks/plan_accuracy.py compares them
 # with every published run of RWKV that names its card.
-PRODUCTS = 0.55  # share of a card's matmul rate that large products of a training step reach
-TRAFFIC = 500  # bytes that a token moves, of each channel of each layer, forward and backward, outside of products
-OVERLAP = 0.7  # share of the computing time that communication can overlap
+MATMUL_SHARE = 0.55  # share of a card's matmul rate that large products of a training step reach
+TRAFFIC_BYTES = 500  # bytes that a token moves, per channel and layer, forward and backward, outside of products
+OVERLAP_SHARE = 0.7  # share of the computing time that communication can overlap
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def speed(counts: Counts, layout: Layout, card: Card, precision: str, mfu: float
             card,
             precision,
         )
-        seconds = computing + max(0.0, network - OVERLAP * computing)
+        seconds = computing + max(0.0, network - OVERLAP_SHARE * computing)
     total = tokens * layout.mesh.data
     return Speed(seconds, total / seconds, flops / seconds / rate, flops * layout.mesh.ranks, sent, network)
 
@@ -78,8 +78,8 @@ def seconds_per_token(flops: int, n_layer: int, n_embd: int, recomputed: float, 
         precision: 32-true or bf16-mixed.
     """
     again = 1 + recomputed / 3
-    products = flops * again / (card.rate(precision) * PRODUCTS)
-    return products + TRAFFIC * n_embd * n_layer * again / card.bandwidth
+    products = flops * again / (card.rate(precision) * MATMUL_SHARE)
+    return products + TRAFFIC_BYTES * n_embd * n_layer * again / card.bandwidth
 
 
 def recomputed_share(counts: Counts, layout: Layout) -> float:
@@ -97,10 +97,10 @@ def traffic(counts: Counts, layout: Layout) -> float:
     the forward and for the backward pass of each.
     """
     ring = (layout.mesh.ranks - 1) / layout.mesh.ranks
-    whole, passes = FLOAT * counts.parameters * ring, layout.accumulation
-    gathered = (2 if layout.mixed else FLOAT) * counts.parameters * ring
+    volume, passes = FLOAT_BYTES * counts.parameters * ring, layout.accumulation
+    gathered = (2 if layout.mixed else FLOAT_BYTES) * counts.parameters * ring
     if layout.stage == 0:
-        return 2 * whole
+        return 2 * volume
     if layout.stage == 3:
-        return passes * (2 * gathered + whole)
-    return whole * (passes if layout.stage == 2 else 1) + whole
+        return passes * (2 * gathered + volume)
+    return volume * (passes if layout.stage == 2 else 1) + volume

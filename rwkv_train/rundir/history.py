@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from rwkv_train.rundir.directory import RunDirectory
+from rwkv_train.rundir.jsonl import EventRow, MetricsRow
 
 START_EVENTS = ("started", "resumed")
 PLANNED_ENDS = (  # events that end an attempt without a failure
@@ -24,8 +25,6 @@ PLANNED_ENDS = (  # events that end an attempt without a failure
 )
 MAX_FAILURES = 3  # consecutive failures at one step after which a run stops
 
-Row = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class AttemptRecord:
@@ -37,7 +36,7 @@ class AttemptRecord:
         reached: the last step of the run when this attempt began; it may be after the checkpoint that it resumed from.
     """
 
-    events: Sequence[Row]
+    events: Sequence[EventRow]
     after: str | None
     reached: int
 
@@ -79,7 +78,7 @@ class History:
         attempts: the events of each attempt.
     """
 
-    def __init__(self, events: Sequence[Row], rows: Sequence[Row], alive: float = 0.0) -> None:
+    def __init__(self, events: Sequence[EventRow], rows: Sequence[MetricsRow], alive: float = 0.0) -> None:
         self.events, self.rows = events, rows
         firsts = [number for number, row in enumerate(events) if row["event"] in START_EVENTS]
         bounds = zip(firsts, [*firsts[1:], len(events)], strict=False)

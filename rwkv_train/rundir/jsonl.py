@@ -15,6 +15,9 @@ from typing import Any, BinaryIO
 
 from rwkv_train.rundir.attempts import Attempts
 
+MetricsRow = Mapping[str, Any]  # a line of metrics.jsonl
+EventRow = Mapping[str, Any]  # a line of events.jsonl
+
 
 class WriteErrors:
     """Writes that the disk refused: each is reported at once, and costs only what it would have written.
@@ -42,7 +45,7 @@ class WriteErrors:
 class MergedView:
     """metrics.jsonl or events.jsonl of a run: the merged lines of all attempts, for people and tools.
 
-    The file is built beside its final place and renamed, then appended to through the open file, by inode and not by
+    The file is built beside its final path and renamed, then appended to through the open file, by inode and not by
     name: an older attempt that is still alive keeps writing into its own former view, which has no name any more. The
     attempts' own files are authoritative; the view can be rebuilt from them at any time.
 
@@ -95,7 +98,7 @@ class MergedView:
         """
         if self._file is not None and self.current:
             append(self._file, lines)
-        else:  # not built yet, or another process has put its own in this place
+        else:  # not built yet, or another process has put its own file there
             self.rebuild()
 
     def close(self) -> None:

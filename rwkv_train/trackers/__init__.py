@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_train.models.registry import layer_charts
+from rwkv_train.rundir.jsonl import EventRow, MetricsRow
 
-Row = Mapping[str, Any]
 REPORTED_EVENTS = ("bad_step", "rewound", "checkpoint_failed", "unhealthy")  # shown as text or alerts
 
 
@@ -57,7 +57,7 @@ class Tracker(ABC):
         """
 
     @abstractmethod
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         """Takes a row of metrics.jsonl; rows come in the order of their steps."""
 
     @abstractmethod
@@ -65,7 +65,7 @@ class Tracker(ABC):
         """The run was rewound to a step: later rows do not count any more. Returns as `begin` does."""
 
     @abstractmethod
-    def event(self, event: Row) -> None:
+    def event(self, event: EventRow) -> None:
         """Takes a row of events.jsonl."""
 
     @abstractmethod
@@ -80,7 +80,7 @@ class Tracker(ABC):
 class LocalTracker:
     """A tracker that writes local files from the training process; by default it ignores everything."""
 
-    def open(self, run: TrackedRun, step: int, rows: Callable[[], Sequence[Row]]) -> None:
+    def open(self, run: TrackedRun, step: int, rows: Callable[[], Sequence[MetricsRow]]) -> None:
         """Opens the copy of a run that continues from a step.
 
         Args:
@@ -89,17 +89,17 @@ class LocalTracker:
             rows: reads the rows of metrics.jsonl so far.
         """
 
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         """Takes a row of metrics.jsonl; rows come in the order of their steps."""
 
-    def event(self, event: Row) -> None:
+    def event(self, event: EventRow) -> None:
         """Takes a row of events.jsonl; after "rewound", steps come again from the one after its `step`."""
 
-    def close(self, rows: Callable[[], Sequence[Row]]) -> None:
+    def close(self, rows: Callable[[], Sequence[MetricsRow]]) -> None:
         """Closes the copy; `rows` reads all rows of metrics.jsonl."""
 
 
-def flat(row: Row) -> Iterator[tuple[str, float]]:
+def flat(row: MetricsRow) -> Iterator[tuple[str, float]]:
     """The numbers of a row, each under its own key: KEY/00 per layer, KEY/00/median for quantiles; no nulls."""
     names_of = layer_charts()
     for key, value in row.items():
@@ -114,7 +114,7 @@ def flat(row: Row) -> Iterator[tuple[str, float]]:
             yield key, value
 
 
-def text_of(event: Row) -> str:
+def text_of(event: EventRow) -> str:
     """An event as a line of text."""
     details = ", ".join(
         f"{k}: {v}" for k, v in event.items() if k not in ("time", "event", "step", "text") and v is not None

@@ -6,7 +6,8 @@ import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rwkv_train.trackers import LocalTracker, Row, TrackedRun, flat
+from rwkv_train.rundir.jsonl import MetricsRow
+from rwkv_train.trackers import LocalTracker, TrackedRun, flat
 
 
 class CSV(LocalTracker):
@@ -20,14 +21,14 @@ class CSV(LocalTracker):
         self.path = path
         self._target = Path()
 
-    def open(self, run: TrackedRun, step: int, rows: Callable[[], Sequence[Row]]) -> None:
+    def open(self, run: TrackedRun, step: int, rows: Callable[[], Sequence[MetricsRow]]) -> None:
         self._target = Path(self.path) if self.path else run.path / "metrics.csv"
 
-    def close(self, rows: Callable[[], Sequence[Row]]) -> None:
+    def close(self, rows: Callable[[], Sequence[MetricsRow]]) -> None:
         write_csv(rows(), self._target)
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
+def write_csv(rows: Sequence[MetricsRow], path: Path) -> None:
     """Writes rows as a table with a column for each key that any of them has.
 
     Args:

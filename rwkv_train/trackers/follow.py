@@ -16,7 +16,8 @@ from typing import Any
 
 from rwkv_train.errors import UserError
 from rwkv_train.instantiate import Makers, prepare
-from rwkv_train.trackers import LocalTracker, Row, TrackedRun, Tracker
+from rwkv_train.rundir.jsonl import MetricsRow
+from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker
 
 POLL_INTERVAL = 1.0  # seconds between two reads of the files
 RETRY_DELAYS = (5, 30, 120, 600)  # seconds before a tracker that has failed is tried again
@@ -117,7 +118,7 @@ class Follower:
         self.tracker.flush()
         self._note()
 
-    def _take(self, row: Row) -> None:
+    def _take(self, row: MetricsRow) -> None:
         self.tracker.row(row)
         self._last = row["step"]
 

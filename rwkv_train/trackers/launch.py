@@ -17,12 +17,12 @@ from rwkv_train.errors import UserError
 from rwkv_train.instantiate import prepare
 from rwkv_train.resources import resource
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.rundir.jsonl import JsonLines
-from rwkv_train.trackers import LocalTracker, Row, TrackedRun
+from rwkv_train.rundir.jsonl import EventRow, JsonLines, MetricsRow
+from rwkv_train.trackers import LocalTracker, TrackedRun
 from rwkv_train.trackers.follow import Follower, make
 from rwkv_train.trackers.local import LocalTrackers
 
-PATIENCE = 30.0  # seconds that tracker processes have for the remaining rows when the run has ended
+TRACKER_SECONDS = 30.0  # seconds that tracker processes have for the remaining rows when the run has ended
 
 
 class Trackers:
@@ -59,15 +59,15 @@ class Trackers:
                 self._processes[name] = _start({**settings, "name": name, "tree": tree})
         self._local = LocalTrackers(local, run, step, directory.metrics)
 
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         """Takes a row of metrics.jsonl, for local trackers."""
         self._local.row(row)
 
-    def event(self, event: Row) -> None:
+    def event(self, event: EventRow) -> None:
         """Takes a row of events.jsonl, for local trackers."""
         self._local.event(event)
 
-    def close(self, seconds: float = PATIENCE) -> list[str]:
+    def close(self, seconds: float = TRACKER_SECONDS) -> list[str]:
         """Closes all trackers; the processes have so many seconds for the remaining rows.
 
         Returns:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rwkv_train.trackers import Row, TrackedRun, Tracker, flat
+from rwkv_train.rundir.jsonl import EventRow, MetricsRow
+from rwkv_train.trackers import TrackedRun, Tracker, flat
 
 
 class LightningTracker(Tracker):
@@ -26,11 +27,11 @@ class LightningTracker(Tracker):
     def back(self, step: int) -> int:
         return min(step, int(self.state.get("sent", 0)))
 
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         self._last = row["step"]
         self.logger.log_metrics({key: value for key, value in flat(row) if key != "step"}, step=self._last)
 
-    def event(self, event: Row) -> None:
+    def event(self, event: EventRow) -> None:
         """Ignored: Lightning's loggers have no events."""
 
     def flush(self) -> None:

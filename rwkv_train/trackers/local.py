@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv_train.rundir.jsonl import JsonLines
-from rwkv_train.trackers import LocalTracker, Row, TrackedRun
+from rwkv_train.rundir.jsonl import EventRow, JsonLines, MetricsRow
+from rwkv_train.trackers import LocalTracker, TrackedRun
 
 
 class LocalTrackers:
@@ -28,10 +28,10 @@ class LocalTrackers:
     def _rows(self) -> list[dict[str, Any]]:
         return JsonLines(self._metrics).rows()
 
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         self._call(lambda tracker: tracker.row(row))
 
-    def event(self, event: Row) -> None:
+    def event(self, event: EventRow) -> None:
         self._call(lambda tracker: tracker.event(event))
 
     def close(self) -> None:

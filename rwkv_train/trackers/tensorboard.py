@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_train.trackers import REPORTED_EVENTS, LocalTracker, Row, TrackedRun, flat, text_of
+from rwkv_train.rundir.jsonl import EventRow, MetricsRow
+from rwkv_train.trackers import REPORTED_EVENTS, LocalTracker, TrackedRun, flat, text_of
 
 FLUSH_INTERVAL = 30.0  # seconds
 MAX_QUEUED_EVENTS = 10_000  # for the writer's thread; beyond that training would wait for a disk that does not respond
@@ -31,7 +32,7 @@ class TensorBoard(LocalTracker):
         self._flushed_at = 0.0
         self._last = 0
 
-    def open(self, run: TrackedRun, step: int, rows: Callable[[], Sequence[Row]]) -> None:
+    def open(self, run: TrackedRun, step: int, rows: Callable[[], Sequence[MetricsRow]]) -> None:
         self._directory = Path(self.directory) if self.directory else run.path / "tensorboard"
         self._note = run.path / "trackers" / "tensorboard.json"
         self._start(step)
@@ -49,17 +50,17 @@ class TensorBoard(LocalTracker):
         self._writer = SummaryWriter(str(self._directory), purge_step=self._last + 1, max_queue=MAX_QUEUED_EVENTS)
         self._flushed_at = time.monotonic()
 
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [(key, value) for key, value in flat(row) if key not in ("step", "time")]
         summary = Summary(value=[Summary.Value(tag=key, simple_value=value) for key, value in values])
-        self._writer.file_writer.add_summary(summary, row["step"], row.get("time"))  # one event for the whole row
+        self._writer.file_writer.add_summary(summary, row["step"], row.get("time"))  # one event for the complete row
         self._last = row["step"]
         if time.monotonic() - self._flushed_at > FLUSH_INTERVAL:
             self._flush()
 
-    def event(self, event: Row) -> None:
+    def event(self, event: EventRow) -> None:
         if event["event"] in REPORTED_EVENTS:
             self._writer.add_text("events", text_of(event), event["step"], event["time"])
         if event["event"] == "rewound":
@@ -78,6 +79,6 @@ class TensorBoard(LocalTracker):
         temporary.write_text(json.dumps({"sent": self._last}))
         temporary.replace(self._note)
 
-    def close(self, rows: Callable[[], Sequence[Row]]) -> None:
+    def close(self, rows: Callable[[], Sequence[MetricsRow]]) -> None:
         self._flush()
         self._writer.close()

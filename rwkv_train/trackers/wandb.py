@@ -10,7 +10,8 @@ from secrets import token_hex
 from typing import Any, Literal
 
 from rwkv_train.checkpoint.name import CheckpointName, checkpoints_below
-from rwkv_train.trackers import REPORTED_EVENTS, Row, TrackedRun, Tracker, flat, text_of
+from rwkv_train.rundir.jsonl import EventRow, MetricsRow
+from rwkv_train.trackers import REPORTED_EVENTS, TrackedRun, Tracker, flat, text_of
 
 INIT_TIMEOUT = 60  # seconds that wandb.init may take before the run is written offline
 
@@ -112,11 +113,11 @@ class Wandb(Tracker):
         self._run.define_metric("tokens", step_metric="step")
         self._run.define_metric("hours", step_metric="step")
 
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         self._last = row["step"]
         self._run.log(dict(flat(row)))
 
-    def event(self, event: Row) -> None:
+    def event(self, event: EventRow) -> None:
         kind = event["event"]
         if kind in REPORTED_EVENTS:
             self._run.alert(title=f"{self._source.name}: {kind}", text=text_of(event), level="WARN")

@@ -1,1 +1,1 @@
-"""Training: `run.train(config)` goes from a checked config to a trained model."""
+"""Training: `run.train(config)` trains a model by a checked config."""

@@ -58,7 +58,7 @@ def build(
 
     Args:
         setup, attempt, write_errors: of the run.
-        signals: the callback that hears signals already.
+        signals: the callback that handles signals already.
         trackers: started already.
         callbacks: the user's, called after ours.
     """

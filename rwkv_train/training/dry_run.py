@@ -46,7 +46,7 @@ def plan(config: Config, as_object: bool = False) -> int:
 
 
 def dry_run(config: Config) -> int:
-    """Composes, builds on the meta device, reads the data, looks at the directory, and says what would happen.
+    """Composes, builds on the meta device, reads the data, checks the directory, and prints what would happen.
 
     Raises:
         UserError: what would keep the run from starting.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_train.config import LOGITS_AT_ONCE
-from rwkv_train.data.rows import IGNORED
+from rwkv_train.data.rows import IGNORED_TARGET
 
 
 class _L2Wrap(torch.autograd.Function):
@@ -51,9 +51,9 @@ def language_model_loss(
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if predictions is None:
-        loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET)
     else:
-        summed = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        summed = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
         loss = summed / predictions
     if l2wrap:
         loss = cast(Tensor, _L2Wrap.apply(loss, wide, l2wrap / targets.numel()))  # type: ignore[no-untyped-call]
@@ -71,19 +71,19 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, l2wrap: float, predictions: Tensor | None
     ) -> Tensor:
         rows, goals = hidden.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
-        counted = (goals != IGNORED).sum() if predictions is None else predictions
+        counted = (goals != IGNORED_TARGET).sum() if predictions is None else predictions
         to_hidden = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for part, goal, span in _chunks(rows, goals, weight.shape[0]):
             logits = F.linear(part, weight)
             wide = logits.float()
-            total += F.cross_entropy(wide, goal, ignore_index=IGNORED, reduction="sum")
+            total += F.cross_entropy(wide, goal, ignore_index=IGNORED_TARGET, reduction="sum")
             if to_hidden is None and to_weight is None:
                 continue
             largest, where = wide.max(-1, keepdim=True)
             slope = torch.softmax(wide, -1)  # (rows, V), becomes the gradient of the logits
-            predicted = (goal != IGNORED).unsqueeze(-1)
+            predicted = (goal != IGNORED_TARGET).unsqueeze(-1)
             slope.scatter_add_(-1, goal.clamp(min=0).unsqueeze(-1), -torch.ones_like(largest))
             slope *= predicted / counted
             slope.scatter_add_(-1, where, largest * (l2wrap / goals.numel()))
@@ -133,8 +133,10 @@ def too_many_logits(targets: Tensor, vocab_size: int) -> bool:
 
 def summed_nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The cross-entropy of a validation batch as (sum of nats in float64, number of predicted tokens)."""
-    nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return nats.double().sum(), (targets != IGNORED).sum()
+    nats = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
+    )
+    return nats.double().sum(), (targets != IGNORED_TARGET).sum()
 
 
 def head_nats(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwkv_train.config import OptimSettings
 from rwkv_train.data.batch import Batch
-from rwkv_train.data.rows import IGNORED
+from rwkv_train.data.rows import IGNORED_TARGET
 from rwkv_train.models import LanguageModel, RecipeRow, State
 from rwkv_train.training.loss import head_loss, head_nats, language_model_loss, summed_nats, too_many_logits
 from rwkv_train.training.optim import build_optimizer, learning_rate, parameter_groups
@@ -129,7 +129,7 @@ class RWKVModule(L.LightningModule):
         tokens, targets, starts = batch.tokens, batch.targets, batch.starts
         if too_many_logits(targets, self.model.config.vocab_size):
             nats, _ = self.model(tokens, starts=starts, readout=partial(head_nats, targets=targets))
-            self._validation[dataloader_idx].append((nats, (targets != IGNORED).sum()))
+            self._validation[dataloader_idx].append((nats, (targets != IGNORED_TARGET).sum()))
             return
         logits, _ = self.model(tokens, starts=starts)
         self._validation[dataloader_idx].append(summed_nats(logits, targets))

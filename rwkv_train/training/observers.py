@@ -21,7 +21,7 @@ from rwkv_train.instantiate import prepare
 from rwkv_train.planning.report import as_json
 from rwkv_train.rundir.jsonl import Events, WriteErrors
 from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker
-from rwkv_train.trackers.launch import PATIENCE, Trackers
+from rwkv_train.trackers.launch import TRACKER_SECONDS, Trackers
 from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.bad_steps import BadSteps
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
@@ -33,7 +33,7 @@ from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.replay import Replay, read_replay
 from rwkv_train.training.setup import RunSetup, versions
 
-HURRY = 5.0  # seconds that trackers have where a signal has ended the run
+TRACKER_SECONDS_AFTER_SIGNAL = 5.0  # seconds that trackers have where a signal has ended the run
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class RunTrackers:
 
     def __init__(self, setup: RunSetup) -> None:
         self.setup = setup
-        self._patience = PATIENCE
+        self._patience = TRACKER_SECONDS
         self._trackers: Trackers | None = None
         kinds = (Tracker, LocalTracker, Logger)
         prepare("logger", setup.config.logger, kinds, setup.config.packages)  # they are made by `start`
@@ -173,7 +173,7 @@ class RunTrackers:
 
     def hurry(self) -> None:
         """A signal ends the run: they have little time for the last rows."""
-        self._patience = HURRY
+        self._patience = TRACKER_SECONDS_AFTER_SIGNAL
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

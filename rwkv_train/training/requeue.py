@@ -1,4 +1,4 @@
-"""How a run comes back after a signal or a failure, and when it does not."""
+"""How a job is requeued after a signal or a failure, and when it is not."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Requeue:
         self.job = None if rank_info.job is None else Job(rank_info.job, settings.requeue)
 
     def seconds_left(self) -> float | None:
-        """Seconds between a signal and the end, as SLURM or `cluster.grace` says; None: not known."""
+        """Seconds between a signal and the end, from SLURM or `cluster.grace`; None: not known."""
         left = self.job.seconds_left() if self.job is not None else None
         return self.setup.config.cluster.grace if left is None else left
 

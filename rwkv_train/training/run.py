@@ -14,7 +14,7 @@ from rwkv_train.training.setup import assemble
 
 
 def train(config: Config, storage: Storage | None = None, rank_info: RankInfo | None = None) -> int:
-    """Trains as the config says, and resumes where a run of that name was left.
+    """Trains by the config, and resumes where a run of that name was left.
 
     Args:
         config: settled and checked.

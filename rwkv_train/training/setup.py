@@ -1,6 +1,6 @@
 """RunSetup: the data, the model and the settled settings of a run, made from a checked config.
 
-Making it finds every mistake that needs the data, the weights or the devices, and writes nothing. No Lightning here:
+Making it finds every error that needs the data, the weights or the devices, and writes nothing. No Lightning here:
 it takes seconds to import.
 """
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rwkv_train.config import LOGITS_AT_ONCE
 from rwkv_train.data.arrays import Ints
-from rwkv_train.data.rows import IGNORED
+from rwkv_train.data.rows import IGNORED_TARGET
 from rwkv_train.models import LanguageModel, State
 from rwkv_train.models.architecture import OfOutput, OfParameter, OfState
 from rwkv_train.training.strategy import ShardedStrategy
@@ -79,8 +79,8 @@ class Statistics:
             self._max_logit = logits.detach().abs().max().float()
         if len(self.sources) > 1:
             wide = logits.detach().float().flatten(0, 1)
-            nats = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="none").view(targets.shape)
-            self._add_by_source(nats.sum(1), targets, sources)
+            nats = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED_TARGET, reduction="none")
+            self._add_by_source(nats.view(targets.shape).sum(1), targets, sources)
 
     @torch.no_grad()
     def record_hidden(self, targets: Tensor, sources: Ints, hidden: Tensor, weight: Tensor) -> None:
@@ -95,13 +95,13 @@ class Statistics:
             if len(self.sources) == 1:
                 return
             goal = goals[first : first + size]
-            nats.append(F.cross_entropy(logits, goal, ignore_index=IGNORED, reduction="none"))
+            nats.append(F.cross_entropy(logits, goal, ignore_index=IGNORED_TARGET, reduction="none"))
         self._add_by_source(torch.cat(nats).view(targets.shape).sum(1), targets, sources)
 
     def _add_by_source(self, nats: Tensor, targets: Tensor, sources: Ints) -> None:
         """Adds the nats (B) of samples that are from these sources (B)."""
         index = torch.as_tensor(sources, device=nats.device)
-        counts = (targets != IGNORED).sum(1).to(nats)
+        counts = (targets != IGNORED_TARGET).sum(1).to(nats)
         for key, values in (("nats", nats), ("predictions", counts)):
             self._add(key, torch.zeros(len(self.sources), device=nats.device).index_add_(0, index, values))
 

@@ -2,8 +2,8 @@
 
 It is a process, because nothing inside the rank can be relied on: SIGSTOP halts all of its threads, and one that waits
 for a device or a disk may hold the interpreter's lock. There is one for each rank, not for each node: as a child of its
-rank it needs nobody else to start or end it, and sees the rank's end at once as the end of a pipe. It is small (a bare
-interpreter, about 10 MB), wakes once a second, and imports nothing but the standard library.
+rank it needs no other process to start or end it, and sees the rank's end at once as the end of a pipe. It is small (a
+bare interpreter, about 10 MB), wakes once a second, and imports nothing but the standard library.
 
 The monitor of rank 0 is the coordinator and listens on a socket; the others report to it once a second and get the
 verdict in the answer (verdict.py). On a verdict every monitor writes its rank's stacks, by py-spy from outside, and
@@ -38,7 +38,7 @@ from rwkv_train.watchdog.verdict import (
     phase_limit,
 )
 
-TICK = 1.0  # seconds between two looks at the rank
+POLL_SECONDS = 1.0  # seconds between two observations of the rank
 SINGLE_RANK_FACTOR = 10  # by which all limits are larger where there is one rank only
 STOPPED_AFTER = 5.0  # seconds by which a tick is late when this process itself was stopped
 STACK_TIMEOUT = 10.0  # seconds that py-spy, or all monitors together, may take for the stacks
@@ -188,7 +188,7 @@ class Monitor:
             now = time.monotonic()
             if now - due > STOPPED_AFTER:
                 self._discount(now, now - due)
-            due = now + TICK if now >= due else due
+            due = now + POLL_SECONDS if now >= due else due
             verdict = self._look(now)
             if verdict is not None:
                 self._end_run(verdict)
@@ -265,7 +265,7 @@ class Monitor:
         """Sends a report to the coordinator and reads its answers."""
         if self.to_coordinator is None or not self.to_coordinator.open:
             with suppress(OSError):
-                self.to_coordinator = JsonSocket(socket.create_connection(self.address, timeout=TICK))
+                self.to_coordinator = JsonSocket(socket.create_connection(self.address, timeout=POLL_SECONDS))
         if self.to_coordinator is not None:
             self.to_coordinator.write({**report.as_json(), "token": self.token})
             for answer in self.to_coordinator.read():
@@ -382,7 +382,7 @@ class Monitor:
         return path
 
     def _say_goodbye(self) -> None:
-        """The rank has ended normally, or has reported why it failed: the others are told not to wait for answers."""
+        """The rank has ended normally or reported its failure: tells the other monitors not to wait for answers."""
         if self.to_coordinator is not None and self.member is not None:
             self._exchange(self.member, self.rank.report(time.monotonic()), time.monotonic())
         for member in self.members:

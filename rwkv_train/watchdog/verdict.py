@@ -1,6 +1,6 @@
 """The watchdog's rules: from what each rank's monitor reports, which rank blocks the others for too long.
 
-Each rank has a monitor, a process of its own (monitor.py), that looks at its rank every second and reports to the
+Each rank has a monitor, a process of its own (monitor.py), that observes its rank every second and reports to the
 monitor of rank 0, the coordinator, whose answer carries the verdict once there is one. Reports and answers may be lost:
 they are repeated as long as the run lasts. A verdict needs no clock but the coordinator's: only durations are reported.
 
@@ -46,7 +46,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a rank may stay in one phase, in seconds unless said otherwise.
+    """How long a rank may stay in one phase, in seconds unless noted otherwise.
 
     Attributes:
         factor: limit of the phases of a step, as a multiple of the mean step time.

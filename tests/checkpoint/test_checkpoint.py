@@ -1,4 +1,4 @@
-"""Checkpoints survive what happens to disks, and say what they are when they do not."""
+"""Checkpoints and disk faults: damage is detected and reported, and the run resumes from an intact checkpoint."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.cli import launcher
 from rwkv_train.errors import UserError
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, same_weights, words_for
+from tests.runs import losses, overrides_for, rows, same_weights
 
-NINE = ("budget.steps=9", "checkpoint.every.steps=3", "validation.every.steps=100")
+NINE_STEPS = ("budget.steps=9", "checkpoint.every.steps=3", "validation.every.steps=100")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the text and a finished run of nine steps, three checkpoints."""
     folder = tmp_path_factory.mktemp("whole")
-    assert train(launcher.load(words_for(folder, "run", *NINE))) == 0
+    assert train(launcher.load(overrides_for(folder, "run", *NINE_STEPS))) == 0
     return folder
 
 
@@ -40,9 +40,9 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def resume(folder: Path, *words: str) -> int:
+def resume(folder: Path, *overrides: str) -> int:
     text = f"data.path={folder / 'text.txt'}"
-    return train(launcher.load(words_for(folder, "run", *NINE, text, "run.allow_changes=true", *words)))
+    return train(launcher.load(overrides_for(folder, "run", *NINE_STEPS, text, "run.allow_changes=true", *overrides)))
 
 
 class Full(LocalStorage):
@@ -65,18 +65,18 @@ class Full(LocalStorage):
 def test_a_full_disk_costs_checkpoints_not_the_run(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], files: int
 ) -> None:
-    assert train(launcher.load(words_for(tmp_path, "run", *NINE)), Full(files)) == 3
+    assert train(launcher.load(overrides_for(tmp_path, "run", *NINE_STEPS)), Full(files)) == 3
     run = tmp_path / "runs" / "run"
-    assert len(losses(run)) == 9  # training went on
+    assert len(losses(run)) == 9  # training continued
     kept, damaged = newest(run / "checkpoints")
     assert not damaged
     assert (None if kept is None else kept.name) == ("step_000000003-0001" if files else None)
     left = {path.name for path in (run / "checkpoints").iterdir()} - {"latest"}
     assert left == ({kept.name} if kept else set())
-    said = capfd.readouterr()
-    assert "could not be written: No space left on device" in said.err
-    assert f"the last complete checkpoint is {kept or 'none'}" in said.err
-    assert "WARNING: the disk refused" in said.out
+    printed = capfd.readouterr()
+    assert "could not be written: No space left on device" in printed.err
+    assert f"the last complete checkpoint is {kept or 'none'}" in printed.err
+    assert "WARNING: the disk refused" in printed.out
     assert "checkpoint_failed" in [row["event"] for row in rows(run, "events.jsonl")]
 
 
@@ -96,7 +96,12 @@ def test_what_a_checkpoint_holds(whole: Path) -> None:
 
 
 def test_the_newest_stay(whole: Path, tmp_path: Path) -> None:
-    assert train(launcher.load(words_for(tmp_path, "run", *NINE, "checkpoint.every.steps=1", "checkpoint.keep=2"))) == 0
+    assert (
+        train(
+            launcher.load(overrides_for(tmp_path, "run", *NINE_STEPS, "checkpoint.every.steps=1", "checkpoint.keep=2"))
+        )
+        == 0
+    )
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000000008-0001", "step_000000009-0001"]
     assert (checkpoints / "latest").read_text() == "step_000000009-0001"
@@ -128,23 +133,23 @@ def test_resume_passes_over_the_damaged_one_and_says_so(
     with open(run / "checkpoints" / "step_000000006-0001" / "weights.pth", "r+b") as file:
         file.truncate(1000)
     assert resume(copy) == 0
-    said = capfd.readouterr().out
-    assert "damaged checkpoint passed over: " in said
-    assert "step_000000006-0001: weights.pth has 1000 bytes" in said
+    printed = capfd.readouterr().out
+    assert "damaged checkpoint passed over: " in printed
+    assert "step_000000006-0001: weights.pth has 1000 bytes" in printed
     assert losses(run) == losses(whole / "runs" / "run")
     assert same_weights(run, whole / "runs" / "run")
 
 
 def test_a_finished_run_says_so(whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in (whole / "runs").rglob("*") if path.is_file())
-    assert train(launcher.load(words_for(whole, "run", *NINE))) == 0
+    assert train(launcher.load(overrides_for(whole, "run", *NINE_STEPS))) == 0
     assert "is finished: 9 of 9 steps" in capfd.readouterr().out
     after = sorted((path, path.stat().st_mtime_ns) for path in (whole / "runs").rglob("*") if path.is_file())
     assert [entry for entry in after if entry[0].name != ".lock"] == [e for e in before if e[0].name != ".lock"]
 
 
 def test_the_probe_refuses_other_weights(copy: Path) -> None:
-    """Weights that are whole by their checksum, but not those that gave the saved loss."""
+    """Weights with a valid checksum that are not those that gave the saved loss."""
     path = copy / "runs" / "run" / "checkpoints" / "step_000000006-0001"
     weights = torch.load(path / "weights.pth", weights_only=True)
     weights["head.weight"] *= 1.001
@@ -161,7 +166,9 @@ def test_from_an_older_checkpoint_on_the_newer_ones_do_not_count(whole: Path, co
     run = copy / "runs" / "run"
     assert resume(copy, f"resume={run / 'checkpoints' / 'step_000000003-0001'}") == 0
     assert losses(run) == losses(whole / "runs" / "run")
-    assert (run / "checkpoints" / "step_000000006-0001").is_dir()  # it stays, and is nobody's
+    assert (
+        run / "checkpoints" / "step_000000006-0001"
+    ).is_dir()  # it is kept, but belongs to an attempt that was superseded
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == [
         "step_000000003-0001",
         "step_000000006-0002",
@@ -170,20 +177,20 @@ def test_from_an_older_checkpoint_on_the_newer_ones_do_not_count(whole: Path, co
 
 
 def test_other_data_and_other_settings_are_named(copy: Path) -> None:
-    words = words_for(copy, "run", *NINE, f"data.path={copy / 'text.txt'}", "optim.clip=0.5")
+    overrides = overrides_for(copy, "run", *NINE_STEPS, f"data.path={copy / 'text.txt'}", "optim.clip=0.5")
     with pytest.raises(UserError, match=r"another config: .*optim\.clip: 1\.0 → 0\.5") as caught:
-        train(launcher.load(words))
+        train(launcher.load(overrides))
     assert "run.allow_changes=true" in str(caught.value)
     (copy / "text.txt").write_text((copy / "text.txt").read_text().replace("a", "e"))
     with pytest.raises(UserError, match="the data itself: content hash"):
-        train(launcher.load(words_for(copy, "run", *NINE)))
+        train(launcher.load(overrides_for(copy, "run", *NINE_STEPS)))
 
 
 def test_a_checkpoint_of_another_shape_names_the_tensors(whole: Path, tmp_path: Path) -> None:
     checkpoint = whole / "runs" / "run" / "checkpoints" / "step_000000009-0001"
-    words = words_for(tmp_path, "new", *NINE, "model.n_embd=48", f"resume={checkpoint}")
+    overrides = overrides_for(tmp_path, "new", *NINE_STEPS, "model.n_embd=48", f"resume={checkpoint}")
     with pytest.raises(UserError, match=r"emb\.weight has shape \(256, 32\), this model \(256, 48\)"):
-        train(launcher.load(words))
+        train(launcher.load(overrides))
     assert not (tmp_path / "runs").exists()
 
 

@@ -80,7 +80,7 @@ def test_any_ranges_are_read_from_any(tmp_path: Path, ranks: int) -> None:
 
 
 def test_a_file_with_weights_is_read_as_well(tmp_path: Path) -> None:
-    """Also one whose tensors do not lie as their shape says, twice."""
+    """Also one whose tensors are not contiguous in memory, twice."""
     weights = {"a": torch.randn(6, 4).t(), "b": torch.randn(3)}
     torch.save(weights, tmp_path / "some.pth")
     reader = Reader(tmp_path / "some.pth")
@@ -132,11 +132,14 @@ def test_a_rank_that_cannot_write_costs_the_checkpoint_and_says_so(tmp_path: Pat
             raise OSError(28, "No space left on device", str(path))
 
     store, path = InProcessStore(), tmp_path / "step_000000005-0001"
-    for rank, storage, told in ((1, Full(), "No space left"), (0, LocalStorage(), "rank 1: No space left on device")):
+    for rank, storage, message in (
+        (1, Full(), "No space left"),
+        (0, LocalStorage(), "rank 1: No space left on device"),
+    ):
         writer = Writer(storage, rank, 2, store)
         writer.begin(path, {file_names(rank, 2)[0]: {}}, meta_of())
         writer.wait()
         (outcome,) = writer.finished()
         assert outcome.error is not None
-        assert told in outcome.error
+        assert message in outcome.error
     assert not path.exists()

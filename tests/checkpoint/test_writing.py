@@ -1,4 +1,4 @@
-"""Attempts alive at once, paused and killed anywhere: no half checkpoint, no file with two writers, nothing lost."""
+"""Concurrent attempts, paused or killed anywhere: no partial checkpoint, no file with two writers, nothing lost."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def without_a_number(path: Path) -> Path:
     return path.with_name(".writing-" + path.name.partition("-")[0])
 
 
-BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
+BROKEN_RULES: list[tuple[Any, str, Callable[..., Any]]] = [
     (Lineage, "includes", everything_counts),
     (commit.Commit, "manifest", the_manifest_is_not_waited_for),
     (Attempts, "claim", a_number_is_looked_up),
@@ -76,9 +76,9 @@ BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(BROKEN)))
+@pytest.mark.parametrize("number", range(len(BROKEN_RULES)))
 def test_a_broken_rule_is_seen(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    where, name, instead = BROKEN[number]
+    where, name, instead = BROKEN_RULES[number]
     monkeypatch.setattr(where, name, instead)
     if instead is the_manifest_is_not_waited_for:
         monkeypatch.setattr(commit.Commit, "missing", property(lambda self: []))

@@ -32,10 +32,10 @@ def test_train_is_train_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_generate_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[GenerateOptions] = []
     monkeypatch.setattr(generate, "run", lambda options: seen.append(options) or 0)
-    words = ["--prompt", "def ", "--temperature", "0.5", "--top-p", "0.8", "--tokens", "9", "--seed", "3"]
-    words += ["--top-k", "40", "--repetition-penalty", "1.2", "--stop", "\n", "--stop", "x", "--until-end"]
-    words += ["--batch", "4", "--json", "--tokenizer", "world", "--device", "auto"]
-    assert cli.main(["generate", "w.pth", *words]) == 0
+    arguments = ["--prompt", "def ", "--temperature", "0.5", "--top-p", "0.8", "--tokens", "9", "--seed", "3"]
+    arguments += ["--top-k", "40", "--repetition-penalty", "1.2", "--stop", "\n", "--stop", "x", "--until-end"]
+    arguments += ["--batch", "4", "--json", "--tokenizer", "world", "--device", "auto"]
+    assert cli.main(["generate", "w.pth", *arguments]) == 0
     assert cli.main(["generate", "w.pth"]) == 0
     given = GenerateOptions(
         "w.pth", "def ", 9, Sampling(0.5, 0.8, 40, 1.2), 3, "world", ["\n", "x"], True, 4, True, "auto"
@@ -44,7 +44,7 @@ def test_generate_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys:
     assert cli.main(["generate", "w.pth", "--top-p", "0"]) == 2
     assert capsys.readouterr().err == "error: --top-p 0.0 is out of range\n  valid: above 0, up to 1\n"
 
-    def refuse(*words: object) -> int:
+    def refuse(*arguments: object) -> int:
         raise UserError("there is no file w.pth", "give another")
 
     monkeypatch.setattr(generate, "run", refuse)
@@ -151,7 +151,7 @@ def test_the_doctor_of_this_machine() -> None:
 
 
 def test_an_interrupted_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*words: object) -> int:
+    def interrupt(*arguments: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "run", interrupt)

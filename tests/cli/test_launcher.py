@@ -169,9 +169,9 @@ def test_help_shows_everything() -> None:
             found = re.search(rf"^  {group}=(.*(?:\n {{8,}}\S.*)*)", text, re.MULTILINE)  # long ones are wrapped
             assert found
             assert found[1].replace("[", " ").replace("]", " ").split() == names
-    words = set(schema()) - {"arch", "strategy", "model.size", "logger"}
+    settings = set(schema()) - {"arch", "strategy", "model.size", "logger"}
     shown = {line.split("=")[0].strip() for line in text.splitlines() if line.startswith("  ") and "=" in line}
-    assert words <= shown
+    assert settings <= shown
     defaults = as_tree(launcher.load([]))
     assert f"budget.steps={defaults['budget']['steps']} " in text
     assert "batch.context=null " in text
@@ -236,14 +236,14 @@ def test_help_is_printed_in_time(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("words", "code"), [("model=nano", 0), ("model=70m", 2), ("logger=csv", 0)])
-def test_the_check_imports_nothing_heavy(words: str, code: int) -> None:
+@pytest.mark.parametrize(("override", "code"), [("model=nano", 0), ("model=70m", 2), ("logger=csv", 0)])
+def test_the_check_imports_nothing_heavy(override: str, code: int) -> None:
     check = (
         "import sys; from rwkv_train.cli import launcher; code = launcher.main(sys.argv[1:]); "
         "heavy = [name for name in ('torch', 'lightning', 'deepspeed', 'matplotlib') if name in sys.modules]; "
         "sys.exit(f'imported: {heavy}' if heavy else code)"
     )
-    command = [sys.executable, "-c", check, "--cfg", words]
+    command = [sys.executable, "-c", check, "--cfg", override]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == code, result.stderr
 

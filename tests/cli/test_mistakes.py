@@ -23,7 +23,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.planning import resolved
 from rwkv_train.training.run import train
 from rwkv_train.training.setup import assemble
-from tests.runs import ROOT, losses, rows, start, words_for
+from tests.runs import ROOT, losses, overrides_for, rows, start
 
 CONFIG, TORCH, LIGHTNING = 1.5, 4.0, 10.0  # CPU seconds within which an error is reported, by what is needed to find it
 
@@ -63,7 +63,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, a finished run of it, and files that are not what they should be."""
     folder = tmp_path_factory.mktemp("template")
-    assert train(launcher.load([*words_for(folder, "run", "budget.steps=4", "checkpoint.every.steps=2")])) == 0
+    assert train(launcher.load([*overrides_for(folder, "run", "budget.steps=4", "checkpoint.every.steps=2")])) == 0
     (folder / "nothing").mkdir()
     (folder / "nothing.txt").touch()
     (folder / "short.txt").write_text("a few words")
@@ -218,9 +218,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "generate from another architecture": (
         [*GENERATE, "gpt.pth"],
         TORCH,
-        [
-            "gpt.pth does not hold the weights of a language model under the field's names (it holds transformer.h.0"
-        ],
+        ["gpt.pth does not hold the weights of a language model under the field's names (it holds transformer.h.0"],
     ),
     "generate from a wrapped dict": (
         [*GENERATE, "wrapped.pth"],
@@ -234,16 +232,16 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake(mistake: str, template: Path, tmp_path: Path) -> None:
-    words, seconds, expected = MISTAKES[mistake]
+    arguments, seconds, expected = MISTAKES[mistake]
     folder = tmp_path / "here"
     shutil.copytree(template, folder)
-    if words[0] != "-m":
-        tiny = words_for(folder, "run", "data.path=text.txt", "run.root=runs", *words)
-        if "data=text" in tiny and any(word.startswith("init.weights") for word in words):
-            tiny = [word for word in tiny if word in words or not word.startswith("model.")]
-        words = [str(ROOT / "train.py"), *tiny]
+    if arguments[0] != "-m":
+        tiny = overrides_for(folder, "run", "data.path=text.txt", "run.root=runs", *arguments)
+        if "data=text" in tiny and any(argument.startswith("init.weights") for argument in arguments):
+            tiny = [argument for argument in tiny if argument in arguments or not argument.startswith("model.")]
+        arguments = [str(ROOT / "train.py"), *tiny]
     before = snapshot(folder)
-    result = run_python(words, folder)
+    result = run_python(arguments, folder)
     assert snapshot(folder) == before
     assert (result.code, result.out) == (2, "")
     for part in expected:
@@ -252,7 +250,7 @@ def test_a_mistake(mistake: str, template: Path, tmp_path: Path) -> None:
     assert len(result.err.splitlines()) <= 2 * len(expected)
     assert "Traceback" not in result.err
     if result.cpu > seconds:  # cold caches of a busy machine; twice in a row, it is the program
-        result = run_python(words, folder)
+        result = run_python(arguments, folder)
     assert result.cpu <= seconds
 
 
@@ -261,27 +259,27 @@ def test_a_device_without_the_precision(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GeForce GTX 1080")
-    words = words_for(tmp_path, "run", "trainer.accelerator=gpu")
+    overrides = overrides_for(tmp_path, "run", "trainer.accelerator=gpu")
     with pytest.raises(UserError, match=r"trainer\.precision=bf16-mixed: GeForce GTX 1080 has no bfloat16"):
-        assemble(launcher.load([*words, "trainer.precision=bf16-mixed"]))
+        assemble(launcher.load([*overrides, "trainer.precision=bf16-mixed"]))
     monkeypatch.setattr(resolved, "present_card", lambda: None)
-    assert assemble(launcher.load(words)).resolved.precision == "32-true"
+    assert assemble(launcher.load(overrides)).resolved.precision == "32-true"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert assemble(launcher.load(words)).resolved.precision == "bf16-mixed"
+    assert assemble(launcher.load(overrides)).resolved.precision == "bf16-mixed"
     with pytest.raises(UserError, match=r"trainer\.devices=2: torch can use 1 GPUs here\n  trainer\.devices=1"):
-        assemble(launcher.load([*words[:-1], "trainer.accelerator=gpu", "trainer.devices=2"]))
+        assemble(launcher.load([*overrides[:-1], "trainer.accelerator=gpu", "trainer.devices=2"]))
 
 
 def test_a_strategy_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"strategy=deepspeed_2 needs deepspeed, which is not installed\n  pip install"):
-        assemble(launcher.load(words_for(tmp_path, "run", "strategy=deepspeed_2")))
+        assemble(launcher.load(overrides_for(tmp_path, "run", "strategy=deepspeed_2")))
 
 
 @contextmanager
-def running(words: Sequence[str], begun: Callable[[], bool]) -> Iterator[subprocess.Popen[str]]:
-    """`python train.py WORDS` from the moment when it has begun; it is killed at the end of the block."""
-    with start(words) as process:
+def running(overrides: Sequence[str], begun: Callable[[], bool]) -> Iterator[subprocess.Popen[str]]:
+    """`python train.py OVERRIDES` from the moment when it has begun; it is killed at the end of the block."""
+    with start(overrides) as process:
         try:
             while not begun():
                 assert process.poll() is None, process.communicate()[0]
@@ -293,18 +291,18 @@ def running(words: Sequence[str], begun: Callable[[], bool]) -> Iterator[subproc
 
 def test_in_use_then_interrupted_then_resumed(tmp_path: Path) -> None:
     """A running run keeps its directory locked; Ctrl-C ends it with one line; the same command resumes it."""
-    words = words_for(
+    overrides = overrides_for(
         tmp_path, "run", "budget.steps=1000000", "checkpoint.every.steps=20", "validation.every.steps=5000"
     )
     run = tmp_path / "runs" / "run"
-    with running(words, lambda: any(run.glob("checkpoints/step_*"))) as process:
+    with running(overrides, lambda: any(run.glob("checkpoints/step_*"))) as process:
         process.send_signal(signal.SIGSTOP)  # it holds the lock, and only other processes write now
         before = snapshot(tmp_path)
-        result = run_python([str(ROOT / "train.py"), *words], tmp_path)
+        result = run_python([str(ROOT / "train.py"), *overrides], tmp_path)
         assert snapshot(tmp_path) == before
         process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[0]
+        printed = process.communicate(timeout=60)[0]
     assert (result.code, result.out) == (2, "")
     assert re.fullmatch(
         rf"error: the run directory {run} is in use by another process \(pid {process.pid} on .+\)\n"
@@ -313,17 +311,19 @@ def test_in_use_then_interrupted_then_resumed(tmp_path: Path) -> None:
     )
     assert result.cpu <= LIGHTNING
     assert process.returncode == 75
-    assert "Traceback" not in said
+    assert "Traceback" not in printed
     step = len(losses(run))
-    last = re.search(r"\nSIGINT at step (\d+); the same command resumes from the checkpoint of step (\d+)\n$", said)
-    assert last is not None, said
+    last = re.search(r"\nSIGINT at step (\d+); the same command resumes from the checkpoint of step (\d+)\n$", printed)
+    assert last is not None, printed
     assert int(last[1]) == int(last[2]) == step
 
-    with running(words, lambda: len(run.joinpath("metrics.jsonl").read_bytes().splitlines()) > step + 20) as process:
+    with running(
+        overrides, lambda: len(run.joinpath("metrics.jsonl").read_bytes().splitlines()) > step + 20
+    ) as process:
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[0]
+        printed = process.communicate(timeout=60)[0]
     assert process.returncode == 75
-    assert f"resumed from {run}/checkpoints/step_{step:09d}-0001" in said
+    assert f"resumed from {run}/checkpoints/step_{step:09d}-0001" in printed
     assert len(losses(run)) > step
     happened = [row["event"] for row in rows(run, "events.jsonl") if row["event"] != "checkpoint"]
     assert happened == ["started", "interrupted", "resumed", "interrupted"]

@@ -1,1 +1,1 @@
-"""Places in a job, the pre-flight, and what is asked of SLURM."""
+"""Ranks in a job, the preflight, and requests to SLURM."""

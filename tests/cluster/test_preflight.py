@@ -1,4 +1,4 @@
-"""Before a run begins: what differs is named by node, who does not answer too, and the nodes' sum is right."""
+"""The preflight names the nodes that differ and those that do not answer, and checks the sum over all nodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 from rich.console import Console
 
-from rwkv_train.cluster.preflight import Report, compare, meet, tell
+from rwkv_train.cluster.preflight import Report, compare, forward_error, meet
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.errors import UserError
 from rwkv_train.exit_codes import ExitCode
@@ -28,12 +28,12 @@ def report(rank: int, node: str, free: int = 10**12, behind: float = 0.0, **fact
     return Report(rank, node, {**FACTS, **facts}, free, True, behind)
 
 
-def told(*reports: Report, needed: int = 0) -> list[str]:
+def problems(*reports: Report, needed: int = 0) -> list[str]:
     return [str(problem).split("\n")[0] for problem in compare(reports, needed)]
 
 
 def test_nothing_differs() -> None:
-    assert told(*(report(rank, f"n{rank // 2}") for rank in range(8)), needed=10**12) == []
+    assert problems(*(report(rank, f"n{rank // 2}") for rank in range(8)), needed=10**12) == []
 
 
 def test_what_differs_is_named_by_node() -> None:
@@ -41,11 +41,13 @@ def test_what_differs_is_named_by_node() -> None:
     for rank in (2, 3):
         reports[rank] = report(rank, "n2", torch="2.12.0")
     reports[7] = report(7, "n4", data="d2")
-    assert told(*reports) == [
+    assert problems(*reports) == [
         "torch differs: 2.12.0 on node n2, 2.13.0 on the other nodes",
         "data differs: d2 on node n4, d1 on the other nodes",
     ]
-    assert told(report(0, "n1"), report(1, "n2", code="c2")) == ["code differs: c2 on node n2, c1 on the other nodes"]
+    assert problems(report(0, "n1"), report(1, "n2", code="c2")) == [
+        "code differs: c2 on node n2, c1 on the other nodes"
+    ]
 
 
 def test_a_package_or_card_that_only_some_have() -> None:
@@ -55,7 +57,7 @@ def test_a_package_or_card_that_only_some_have() -> None:
         report(2, "n3", GPUs="8 × A"),
         report(3, "n4"),
     ]
-    assert told(*reports) == [
+    assert problems(*reports) == [
         "GPUs differs: 7 × A on node n2, 8 × A on the other nodes",
         "GPUs differs: none on node n4, 8 × A on the other nodes",
     ]
@@ -68,7 +70,7 @@ def test_disk_and_clocks() -> None:
         report(2, "n3", behind=7.0),
         report(3, "n4", behind=-9.2),
     ]
-    assert told(*reports, needed=4 * 10**9) == [
+    assert problems(*reports, needed=4 * 10**9) == [
         "the disk of the run directory has 3.0 GB free on node n2, two checkpoints take 4.0",
         "the clock of n3 is 7 s behind the first node's",
         "the clock of n4 is 9 s ahead of the first node's",
@@ -78,7 +80,7 @@ def test_disk_and_clocks() -> None:
 def test_a_mistake_that_only_some_have() -> None:
     mistake = "data.path=x: there is no such file or directory"
     reports = [report(0, "n1"), *(Report(rank, "n2", mistake=mistake) for rank in (1, 2))]
-    assert told(*reports) == [f"on node n2: {mistake}"]
+    assert problems(*reports) == [f"on node n2: {mistake}"]
 
 
 def free_port() -> int:
@@ -94,10 +96,10 @@ def one_rank(
     sys.stdout = sys.stderr = open(out, "w", buffering=1)  # noqa: SIM115
     try:
         if mistake:
-            tell(rank_info, UserError(mistake), seconds)
+            forward_error(rank_info, UserError(mistake), seconds)
             sys.exit(2)
         if rank_info.first:
-            time.sleep(0.5)  # the others are there before it makes the directory
+            time.sleep(0.5)  # the other ranks wait before it makes the directory
             directory.mkdir(exist_ok=True)
         meet(rank_info, False, facts, directory, 1000, seconds, Console(quiet=not rank_info.first, soft_wrap=True))
         dist.barrier()
@@ -109,7 +111,7 @@ def one_rank(
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Callable[..., tuple[list[int | None], str]]:
-    """Runs the pre-flight in processes; their exit codes, and what all of them have said."""
+    """Runs the pre-flight in processes; their exit codes, and what all of them have printed."""
 
     def run(*changes: dict[str, Any], seconds: float = 60) -> tuple[list[int | None], str]:
         context = multiprocessing.get_context("forkserver")
@@ -117,7 +119,7 @@ def ranks(tmp_path: Path) -> Callable[..., tuple[list[int | None], str]]:
         rank_info = RankInfo(starter="srun", ranks=len(changes), nodes=("n1", "n2"), machines=2, port=free_port())
         started = []
         for rank, change in enumerate(changes):
-            here = replace(rank_info, rank=rank, node=f"n{rank + 1}", **change.get("place", {}))
+            here = replace(rank_info, rank=rank, node=f"n{rank + 1}", **change.get("rank_info", {}))
             directory = change.get("directory", tmp_path / "run")
             facts = {**FACTS, **change.get("facts", {})}
             arguments = (here, directory, facts, seconds, tmp_path / f"{rank}.out", change.get("mistake", ""))
@@ -137,35 +139,35 @@ def ranks(tmp_path: Path) -> Callable[..., tuple[list[int | None], str]]:
 
 
 def test_two_that_agree(ranks: Callable[..., Any], tmp_path: Path) -> None:
-    codes, said = ranks({}, {})
-    assert codes == [0, 0], said
-    assert "nodes   2 nodes, 2 processes agree; all-reduce of 16 MiB in " in said
-    assert " GB/s; " in said
+    codes, printed = ranks({}, {})
+    assert codes == [0, 0], printed
+    assert "nodes   2 nodes, 2 processes agree; all-reduce of 16 MiB in " in printed
+    assert " GB/s; " in printed
     assert not (tmp_path / "run" / ".preflight").exists()
 
 
 def test_two_that_do_not(ranks: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    codes, said = ranks({}, {"facts": {"code": "c2"}, "directory": tmp_path / "elsewhere"})
-    assert codes == [2, 2], said
-    assert said.count("code differs: c2 on node n2, c1 on the other nodes") == 1
-    assert "the run directory is not shared: node n2 does not see what the first node writes there\n" in said
-    assert "run.root=DIR on a file system that all nodes share" in said
+    codes, printed = ranks({}, {"facts": {"code": "c2"}, "directory": tmp_path / "elsewhere"})
+    assert codes == [2, 2], printed
+    assert printed.count("code differs: c2 on node n2, c1 on the other nodes") == 1
+    assert "the run directory is not shared: node n2 does not see what the first node writes there\n" in printed
+    assert "run.root=DIR on a file system that all nodes share" in printed
 
 
 def test_the_first_one_speaks_for_all(ranks: Callable[..., Any]) -> None:
-    codes, said = ranks({}, {"mistake": "data.path=x: there is no such file"})
-    assert codes == [2, 2], said
-    assert said.count("on node n2: data.path=x: there is no such file") == 1
+    codes, printed = ranks({}, {"mistake": "data.path=x: there is no such file"})
+    assert codes == [2, 2], printed
+    assert printed.count("on node n2: data.path=x: there is no such file") == 1
 
 
 @pytest.mark.parametrize("absent", [0, 1])
 def test_one_that_does_not_answer(ranks: Callable[..., Any], absent: int) -> None:
     began = time.monotonic()
-    codes, said = ranks(*({"absent": rank == absent} for rank in range(2)), seconds=4)
+    codes, printed = ranks(*({"absent": rank == absent} for rank in range(2)), seconds=4)
     assert codes == [ExitCode.FAILED]
     assert time.monotonic() - began < 40
     if absent:
-        assert "error: 1 of 2 processes did not answer, on n2: ranks 1\n" in said
+        assert "error: 1 of 2 processes did not answer, on n2: ranks 1\n" in printed
     else:
-        assert "error: preflight: after 4 s rank 0 on n1 (127.0.0.1:" in said
+        assert "error: preflight: after 4 s rank 0 on n1 (127.0.0.1:" in printed

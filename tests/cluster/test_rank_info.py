@@ -1,4 +1,4 @@
-"""Where a process stands, from the variables that SLURM 22 and 23, torchrun and Lightning set."""
+"""The rank of a process, from the variables that SLURM 22 and 23, torchrun and Lightning set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from rwkv_train.cli import launcher
-from rwkv_train.cluster.rank_info import RankInfo, expand_hosts, mistakes, rank_info_of
+from rwkv_train.cluster.rank_info import RankInfo, expand_hosts, placement_errors, rank_info_of
 from rwkv_train.config import TrainerSettings
 
 STEP = {  # of srun -N2 --ntasks-per-node=2, as its last task sees it
@@ -93,16 +93,16 @@ def test_a_step_of_one_task_is_a_shell() -> None:
 TRAINER = TrainerSettings("auto", "auto", 1, "32-true")
 
 
-def told(rank_info: RankInfo, **trainer: object) -> str:
-    return "\n".join(map(str, mistakes(rank_info, dataclasses.replace(TRAINER, **trainer))))  # type: ignore[arg-type]
+def problems(rank_info: RankInfo, **trainer: object) -> str:
+    return "\n".join(map(str, placement_errors(rank_info, dataclasses.replace(TRAINER, **trainer))))  # type: ignore[arg-type]
 
 
 def test_mistakes() -> None:
     step = rank_info_of(STEP)
-    assert told(step, num_nodes=2, devices=2) == told(step, num_nodes="auto") == ""
-    assert "trainer.num_nodes=4, and the job has 2 nodes (gpu07, gpu08)" in told(step, num_nodes=4)
-    assert "sbatch --nodes=4" in told(step, num_nodes=4)
-    wrong = told(step, num_nodes=2, devices=8)
+    assert problems(step, num_nodes=2, devices=2) == problems(step, num_nodes="auto") == ""
+    assert "trainer.num_nodes=4, and the job has 2 nodes (gpu07, gpu08)" in problems(step, num_nodes=4)
+    assert "sbatch --nodes=4" in problems(step, num_nodes=4)
+    wrong = problems(step, num_nodes=2, devices=8)
     assert "trainer.devices=8, and srun starts 2 processes a node" in wrong
     assert "trainer.devices=2, or srun --ntasks-per-node=8" in wrong
 
@@ -116,7 +116,7 @@ def test_mistakes() -> None:
     ],
 )
 def test_srun_left_out(variables: dict[str, str], missing: str) -> None:
-    found = told(rank_info_of({"SLURM_JOB_ID": "12", **variables}), num_nodes="auto")
+    found = problems(rank_info_of({"SLURM_JOB_ID": "12", **variables}), num_nodes="auto")
     assert missing in found
     assert ("job 12 has" in found and "srun python train.py" in found) == bool(missing)
 
@@ -138,11 +138,11 @@ def test_names_of_nodes(text: str, names: tuple[str, ...]) -> None:
 
 def test_the_number_of_nodes_and_devices_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """auto takes them, the name of the run does not depend on them, and the global batch stays."""
-    words = ["model.n_layer=2", "trainer.num_nodes=auto", "trainer.accelerator=cpu", "batch.micro=1"]
-    alone = launcher.load(words)
+    overrides = ["model.n_layer=2", "trainer.num_nodes=auto", "trainer.accelerator=cpu", "batch.micro=1"]
+    alone = launcher.load(overrides)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    config = launcher.load(words)
+    config = launcher.load(overrides)
     assert (config.trainer.num_nodes, config.trainer.devices) == (2, 2)
     assert config.run.name == alone.run.name
     assert config.batch == alone.batch

@@ -1,4 +1,4 @@
-"""What a job asks of SLURM, with a scontrol that answers as told."""
+"""What a job asks of SLURM, with a scontrol of given answers."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def test_time_left(scontrol: Scontrol) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "reason"),
+    ("answer", "reason"),
     [
         ("JobState=RUNNING BatchFlag=1", None),
         ("JobState=SIGNALING BatchFlag=1", None),  # while SLURM sends the signal
-        ("", None),  # a controller that does not answer now will be asked all the same
+        ("", None),  # a controller that does not answer now will be asked later
         ("JobState=CANCELLED BatchFlag=1", "job 7 is CANCELLED"),
         ("JobState=PENDING BatchFlag=1", "job 7 is PENDING"),
         ("JobState=RUNNING BatchFlag=0", "job 7 has no batch script: sbatch starts jobs that can come back"),
     ],
 )
-def test_a_job_that_is_not_to_come_back(scontrol: Scontrol, told: str, reason: str | None) -> None:
-    scontrol(f"echo JobId=7 {told}")
+def test_a_job_that_is_not_to_come_back(scontrol: Scontrol, answer: str, reason: str | None) -> None:
+    scontrol(f"echo JobId=7 {answer}")
     assert Job("7").why_not() == reason
     assert Job("7", None).why_not() == "cluster.requeue=null"
 

@@ -1,4 +1,4 @@
-"""Overrides become a Config, or messages that say what is wrong; all without torch."""
+"""Overrides become a Config, or messages that name the errors; all without torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.data.test_indexed import ours
 from tests.runs import save_weights
 
 CONF = resource("conf")
-RUNS = "run.root=no-such-folder"  # so that no run of the checkout matters
+NO_RUNS = "run.root=no-such-folder"  # so that no run of the checkout matters
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def conf() -> Iterator[ConfigBuilder]:
         yield made
 
 
-def mistakes(conf: ConfigBuilder, *words: str) -> list[UserError]:
+def mistakes(conf: ConfigBuilder, *overrides: str) -> list[UserError]:
     with pytest.raises(UserErrors) as caught:
-        conf.build([RUNS, *words])
+        conf.build([NO_RUNS, *overrides])
     return caught.value.problems
 
 
 # Overrides → patterns of the messages, one for each message.
-WRONG = {
+WRONG_OVERRIDES = {
     "unknown key": (["model.n_layers=4"], ["model.n_layers=4: there is no model.n_layers.*nearest: model.n_layer;"]),
     "a key without its group": (["n_layer=4"], ["there is no n_layer.*nearest: model.n_layer;"]),
     "unknown group": (["modle=7b"], ["there is no modle.*nearest: model;"]),
@@ -121,10 +121,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("case", WRONG_OVERRIDES)
 def test_an_error_is_reported(case: str, conf: ConfigBuilder) -> None:
-    words, expected = WRONG[case]
-    problems = mistakes(conf, *words)
+    overrides, expected = WRONG_OVERRIDES[case]
+    problems = mistakes(conf, *overrides)
     messages = [str(problem) for problem in problems]
     assert len(messages) == len(expected), messages
     for message, pattern in zip(messages, expected, strict=True):
@@ -141,7 +141,7 @@ def test_the_default_run(conf: ConfigBuilder) -> None:
     assert (config.trainer.precision, config.optim.schedule.shape) == ("auto", "cosine")
     assert config.optim.betas == (0.9, 0.99)
     assert not config.resume_typed
-    assert conf.build(["resume=auto", RUNS]).resume_typed
+    assert conf.build(["resume=auto", NO_RUNS]).resume_typed
 
 
 @pytest.mark.parametrize(
@@ -170,14 +170,14 @@ CHOICES = [(group, name) for group, names in ConfFolders([CONF]).groups.items() 
 def test_every_file_of_conf_composes(group: str, name: str, conf: ConfigBuilder, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text")
     weights = save_weights(tmp_path / "weights.pth", n_layer=2, n_embd=8)
-    words = [f"{group}={name}", f"run.root={tmp_path}", f"data.path={tmp_path / 'text.txt'}"]
+    overrides = [f"{group}={name}", f"run.root={tmp_path}", f"data.path={tmp_path / 'text.txt'}"]
     if name == "finetune":
-        words.append(f"init.weights={weights}")
+        overrides.append(f"init.weights={weights}")
     if name == "store":
-        words += [f"data.path={ours(tmp_path / 'x')}", "data.tokenizer=world"]
+        overrides += [f"data.path={ours(tmp_path / 'x')}", "data.tokenizer=world"]
     if name == "mixture":
-        words.append(f"data.sources=[{{name:a,path:{tmp_path / 'text.txt'}}}]")
-    config = conf.build(words)
+        overrides.append(f"data.sources=[{{name:a,path:{tmp_path / 'text.txt'}}}]")
+    config = conf.build(overrides)
     if group == "model":
         assert config.model.size == name
     if group in ("experiment", "debug"):
@@ -202,8 +202,8 @@ def test_a_pair_that_is_not_published(tmp_path: Path) -> None:
         assert "7b: rwkv4" in problem.what
         assert "mine: rwkv9" in problem.what
         assert problem.remedy == "give it by hand: model.n_embd=… optim.lr=… optim.final_lr=…"
-        words = ["model.n_layer=3", "model.n_embd=32", "optim.lr=1e-3", "optim.final_lr=1e-4"]
-        assert conf.build(["model=mine", *words]).model.n_embd == 32
+        overrides = ["model.n_layer=3", "model.n_embd=32", "optim.lr=1e-3", "optim.final_lr=1e-4"]
+        assert conf.build(["model=mine", *overrides]).model.n_embd == 32
 
 
 def test_a_folder_of_ones_own(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_the_duration_that_is_given_last_counts(conf: ConfigBuilder, tmp_path: Path) -> None:
-    paper = ["experiment=paper_169m", f"data.path={CONF}", RUNS]
+    paper = ["experiment=paper_169m", f"data.path={CONF}", NO_RUNS]
     config = conf.build(paper)
     assert config.budget.total == Duration(tokens=332 * 10**9)
     assert config.checkpoint.every == Duration(tokens=10**9)
@@ -286,7 +286,7 @@ def test_the_name_of_a_run(conf: ConfigBuilder) -> None:
     assert re.fullmatch(r"rwkv4-tiny-[0-9a-f]{8}", name)
     for same in (
         ["run.root=elsewhere"],
-        ["resume=never", RUNS],
+        ["resume=never", NO_RUNS],
         ["logger=csv"],
         ["seed=1"],
         ["run.allow_changes=true"],
@@ -299,7 +299,7 @@ def test_the_name_of_a_run(conf: ConfigBuilder) -> None:
         ["compile=true"],
         ["+callbacks.x._target_=lightning.A"],
     ]
-    names = {conf.build(words).run.name for words in others}
+    names = {conf.build(overrides).run.name for overrides in others}
     assert len(names | {name}) == len(others) + 1
     assert conf.build(["run.name=mine"]).run.name == "mine"
 
@@ -314,21 +314,21 @@ def test_a_logger_knows_the_name_of_the_run(conf: ConfigBuilder) -> None:
 
 def test_text_may_hold_any_sign(conf: ConfigBuilder) -> None:
     for text in ("x = {'a': [1, 2]}", "größer (als)", "it's", 'say "hi"', "a\\b", "1e5"):
-        words = [f"samples.prompt={text}"]
-        assert conf.build(words).samples.prompt in (text, text.replace(" ", " ")), text
+        overrides = [f"samples.prompt={text}"]
+        assert conf.build(overrides).samples.prompt in (text, text.replace(" ", " ")), text
 
 
 def test_never_asks_for_a_fresh_directory(conf: ConfigBuilder, tmp_path: Path) -> None:
-    words = [f"run.root={tmp_path}", "run.name=mine", "resume=never"]
-    assert conf.build(words).resume == "never"
+    overrides = [f"run.root={tmp_path}", "run.name=mine", "resume=never"]
+    assert conf.build(overrides).resume == "never"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.yaml").touch()
     with pytest.raises(UserErrors, match=r"resume=never, but .*mine holds a run"):
-        conf.build(words)
+        conf.build(overrides)
     conf.machine = Machine(
         cores=2, rank_info=RankInfo(rank=1)
     )  # the second process starts when the first has made the directory
-    assert conf.build(words).resume == "never"
+    assert conf.build(overrides).resume == "never"
 
 
 def test_data_that_is_there_but_empty(conf: ConfigBuilder, tmp_path: Path) -> None:
@@ -339,19 +339,19 @@ def test_data_that_is_there_but_empty(conf: ConfigBuilder, tmp_path: Path) -> No
 
 
 def test_there_and_back(conf: ConfigBuilder) -> None:
-    words = [
+    overrides = [
         "optim.rules=[{pattern: .*decay, lr: 2.0}]",
         "logger=csv",
         "budget.tokens=1e9",
         "packages=[mine]",
         "trainer.devices=2",
     ]
-    config = conf.build(words)
+    config = conf.build(overrides)
     written = yaml.safe_dump(as_tree(config), sort_keys=False)
     assert from_tree(yaml.safe_load(written)) == config
     assert from_tree(json.loads(json.dumps(as_tree(config)))) == config
     with pytest.raises(UserErrors, match=r"seed is missing"):
-        from_tree({word: value for word, value in as_tree(config).items() if word != "seed"})
+        from_tree({name: value for name, value in as_tree(config).items() if name != "seed"})
 
 
 def test_what_differs(conf: ConfigBuilder) -> None:

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from rwkv_train.config import BatchSettings, DataSettings
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.data.batch import Batch
-from rwkv_train.data.batches import IGNORED, Batches
+from rwkv_train.data.batches import IGNORED_TARGET, Batches
 from rwkv_train.data.datamodule import DataModule
 from rwkv_train.errors import UserError
 
@@ -99,7 +99,7 @@ def test_validation_predicts_every_held_out_token_once(corpus: Path, context: in
     assert len({count for pair in batches for count in pair}) == 1, "every rank has as many batches"
     text = []
     for _, tokens, targets in sorted(predicted, key=lambda item: item[0]):
-        real = targets != IGNORED
+        real = targets != IGNORED_TARGET
         assert torch.equal(tokens[1:][real[1:]], targets[:-1][real[1:]])
         text += targets[real].tolist()
     assert bytes(text) == data.held_out.tokens.tobytes()[1:]
@@ -194,7 +194,7 @@ class RecordingModule(L.LightningModule):
         return self.weight * 1.0
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        self.predicted += int((batch[1] != IGNORED).sum())
+        self.predicted += int((batch[1] != IGNORED_TARGET).sum())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)

@@ -21,7 +21,7 @@ from rwkv_train.data.ahead import Ahead
 from rwkv_train.data.batch_preview import BORDER, show_batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.chat import read_template
-from rwkv_train.data.rows import IGNORED
+from rwkv_train.data.rows import IGNORED_TARGET
 from rwkv_train.data.tokenizers import load_tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.training.loss import language_model_loss
@@ -43,11 +43,11 @@ def packed(path: Path, reset: bool, tokens: int = 192, context: int = 24, **more
 def check_row(tokens: list[int], targets: list[int], starts: list[bool] | None, reset: bool) -> list[bytes]:
     """The pieces of a row, each checked: a token follows the other, borders are masked unless the state is reset."""
     pieces: list[bytes] = []
-    for place, (token, target) in enumerate(zip(tokens, targets, strict=True)):
-        following = tokens[place + 1] if place + 1 < len(tokens) else None
-        begins = token == 0 if starts is None else starts[place]
-        if begins and target != IGNORED:
-            assert reset or place == 0, "the first token of a document is no prediction behind another one"
+    for position, (token, target) in enumerate(zip(tokens, targets, strict=True)):
+        following = tokens[position + 1] if position + 1 < len(tokens) else None
+        begins = token == 0 if starts is None else starts[position]
+        if begins and target != IGNORED_TARGET:
+            assert reset or position == 0, "the first token of a document is not predicted from another document"
         if target > 0 and following:  # neither the end of a piece nor masked
             assert target == following
         if token == 0:
@@ -66,7 +66,7 @@ def test_an_epoch_of_packed_documents_has_each_token_once(texts: Path, reset: bo
         batch = data.batch(step)
         starts = None if batch.starts is None else batch.starts[0].tolist()
         check_row(batch.tokens[0].tolist(), batch.targets[0].tolist(), starts, reset)
-        real = batch.targets[0] != IGNORED
+        real = batch.targets[0] != IGNORED_TARGET
         seen += batch.targets[0][real].tolist()
         predicted += int(real.sum())
         assert batch.predictions == max(1, int(real.sum()))
@@ -98,7 +98,7 @@ def test_every_predicted_token_counts_the_same(texts: Path, ranks: int, micro: i
             logits = table[batch.tokens]
             losses.append(language_model_loss(logits, batch.targets, 0.0, batch.predictions.double()))
             for row, targets in zip(logits, batch.targets, strict=True):
-                real = targets != IGNORED
+                real = targets != IGNORED_TARGET
                 nats += F.cross_entropy(row[real], targets[real], reduction="none").tolist()
     assert len({len(nats)}) == 1
     torch.testing.assert_close(torch.stack(losses).mean(), torch.tensor(nats, dtype=torch.float64).mean())
@@ -106,7 +106,7 @@ def test_every_predicted_token_counts_the_same(texts: Path, ranks: int, micro: i
 
 def test_validation_of_packed_documents_has_each_token_once(texts: Path) -> None:
     data = packed(texts, True)
-    seen = [int(t) for batch in data.validation() for t in batch[1].flatten() if t != IGNORED]
+    seen = [int(t) for batch in data.validation() for t in batch[1].flatten() if t != IGNORED_TARGET]
     assert sorted(seen) == sorted(data.held_out.tokens[1:].tolist())
 
 
@@ -147,7 +147,7 @@ def test_chats_are_packed_with_their_mask(tmp_path: Path) -> None:
     data = chat(write_chats(tmp_path / "chat.jsonl"))
     batch = data.batch(0)
     for row in range(2):
-        text = data.tokenizer.decode(batch.targets[row][batch.targets[row] != IGNORED]).decode()
+        text = data.tokenizer.decode(batch.targets[row][batch.targets[row] != IGNORED_TARGET]).decode()
         assert text.replace("2 😀\n\n", "").replace("Yes.\n\n", "") == ""
         assert "Yes." in text
     assert "the assistant's" in data.description

@@ -85,7 +85,7 @@ def test_our_stores_are_read_by_rwkv_lm(tmp_path: Path, dtype: Any) -> None:
 
 
 def test_a_document_may_have_several_sequences(tmp_path: Path) -> None:
-    """Megatron's own documents do: the third column says where they begin."""
+    """Megatron's own documents may span sequences: the third column has their first sequences."""
     write_like_megatron(tmp_path / "x", DOCUMENTS, "uint16")
     raw = bytearray((tmp_path / "x.idx").read_bytes())
     raw[26:34] = struct.pack("<Q", 3)

@@ -16,12 +16,12 @@ from rwkv_train.errors import UserError
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(shares=st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(any))
 def test_every_prefix_has_its_share_to_within_one_sample(shares: list[int]) -> None:
-    pattern, places = interleave(shares)
+    pattern, offsets = interleave(shares)
     taken = np.zeros(len(shares), np.int64)
-    for place, (source, before) in enumerate(zip(pattern, places, strict=True)):
+    for position, (source, before) in enumerate(zip(pattern, offsets, strict=True)):
         assert taken[source] == before
         taken[source] += 1
-        errors = taken - (place + 1) * np.array(shares) / sum(shares)
+        errors = taken - (position + 1) * np.array(shares) / sum(shares)
         assert np.abs(errors).max() < 1
     assert taken.tolist() == shares
 

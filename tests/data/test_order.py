@@ -34,8 +34,8 @@ def test_permute_is_a_bijection_of_any_range(size: int, key: int) -> None:
 
 
 def test_permute_reaches_far_beyond_32_bits() -> None:
-    size, places = 10**13 + 7, np.arange(10**12, 10**12 + 5_000)
-    images = permute(places, size, keys(3, 5_000))
+    size, positions = 10**13 + 7, np.arange(10**12, 10**12 + 5_000)
+    images = permute(positions, size, keys(3, 5_000))
     assert len(set(images.tolist())) == 5_000
     assert images.min() >= 0
     assert images.max() < size
@@ -48,12 +48,12 @@ def chi_square(counts: np.ndarray) -> float:
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
 
 
-def test_places_are_uniform_and_neighbours_independent() -> None:
-    """Where neighbouring places go, as cells of a 16 × 16 grid, over ranges that are no power of two."""
+def test_positions_are_uniform_and_neighbours_independent() -> None:
+    """The images of neighbouring positions, as cells of a 16 × 16 grid, over ranges that are no power of two."""
     for size in (100_003, 1_000_000):
         images = permute(np.arange(size), size, keys(7, size)) * 16 // size
         assert abs(chi_square(np.bincount(images[0 : size - 1 : 2] * 16 + images[1:size:2]))) < 5
-        head = images[: size // 10]  # a tenth of an epoch is a fair sample of the whole text
+        head = images[: size // 10]  # a tenth of an epoch is a fair sample of the complete text
         assert abs(chi_square(np.bincount(head, minlength=16))) < 5
 
 

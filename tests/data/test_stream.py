@@ -52,7 +52,7 @@ def test_three_resumes_in_a_row_are_one_run(files: str) -> None:
     uninterrupted = stream(files)
     expected = [uninterrupted.batch(step) for step in range(49)]
     position, begin = None, 0
-    for end in (9, 23, 40, 48):  # the third lies in the second epoch
+    for end in (9, 23, 40, 48):  # the third is in the second epoch
         part = stream(files)
         part.begin(begin, position)
         loader = iter(part.training())

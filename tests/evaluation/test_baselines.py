@@ -18,7 +18,7 @@ def text(*words: str) -> np.ndarray:
 
 
 def written_out(train: bytes, held_out: bytes, order: int) -> float:
-    """Witten-Bell interpolation as its formula stands, with dictionaries."""
+    """Witten-Bell interpolation by its formula, with dictionaries."""
     padded = bytes(order) + train + held_out
     pairs: list[Counter[bytes]] = []  # by order: counts of context + byte
     for n in range(order + 1):

@@ -1,4 +1,4 @@
-"""Reports in a real Chromium: curves are drawn, controls work, it reads well on a phone, and nothing is fetched."""
+"""Reports in a real Chromium: curves are drawn, controls work, the page fits a phone, and nothing is fetched."""
 
 from __future__ import annotations
 

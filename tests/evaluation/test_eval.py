@@ -27,7 +27,7 @@ from rwkv_train.training.run import train
 from tests.checkpoint.metas import meta_of
 from tests.data.test_indexed import ours
 from tests.oracles.models import lively_model
-from tests.runs import rows, words_for
+from tests.runs import overrides_for, rows
 
 BYTES = ByteTokenizer()
 
@@ -53,9 +53,9 @@ def test_every_token_is_predicted_once(
     text[::20] = 0  # ends of text
     result = measure(model, BYTES, "x", MemoryStore(text.numpy()), context, batch)
     parts = [nats_of(model, text[begin : begin + context + 1]) for begin in range(0, length - 1, context)]
-    positions = [sum(float(part[place]) for part in parts if len(part) > place) for place in range(context)]
+    positions = [sum(float(part[position]) for part in parts if len(part) > position) for position in range(context)]
     assert result.positions == pytest.approx(np.array(positions), rel=1e-5)
-    assert result.counts.tolist() == [sum(len(part) > place for part in parts) for place in range(context)]
+    assert result.counts.tolist() == [sum(len(part) > position for part in parts) for position in range(context)]
     assert (result.tokens, result.available, result.bytes) == (length - 1, length - 1, length - 1)
     figures = result.as_json()
     mean = float(torch.cat(parts).mean())
@@ -90,7 +90,7 @@ def test_the_loss_by_position_shows_whether_the_context_is_used() -> None:
     text = np.tile(draw.integers(1, 256, 64, dtype=np.uint8), 64)
 
     def spread(model: LanguageModel) -> float:
-        """Between the second and the last bin, in windows that begin at every place of the pattern alike."""
+        """Between the second and the last bin, in windows that begin equally often at each offset of the pattern."""
         bins = measure(model, BYTES, "x", MemoryStore(text), 63, 65).as_json()["by_position"]
         return float(bins[1]["nats_per_token"] - bins[-1]["nats_per_token"])
 
@@ -101,14 +101,14 @@ def test_the_loss_by_position_shows_whether_the_context_is_used() -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    every = [f"{word}.steps=20" for word in ("budget", "validation.every", "checkpoint.every")]
-    words = words_for(folder, "run", *every, "validation.context=32")
-    assert train(launcher.load(words)) == 0
+    every = [f"{setting}.steps=20" for setting in ("budget", "validation.every", "checkpoint.every")]
+    overrides = overrides_for(folder, "run", *every, "validation.context=32")
+    assert train(launcher.load(overrides)) == 0
     return folder / "runs" / "run"
 
 
-def evaluate(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
-    assert cli.main(["eval", *words, "--json", "--device", "cpu"]) == 0
+def evaluate(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert cli.main(["eval", *arguments, "--json", "--device", "cpu"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -116,7 +116,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
 def test_without_data_it_is_the_validation_of_the_run(
     trained: Path, which: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run's last validation is over whole windows; the evaluation also counts the rest of the text."""
+    """The run's last validation is over complete windows; the evaluation also counts the rest of the text."""
     found = evaluate(capsys, str(*trained.glob(which)))
     assert found["context"] == 32
     assert (found["tokenizer"], found["step"]) == ("bytes", 20)
@@ -132,22 +132,22 @@ def test_text_stores_and_names(trained: Path, tmp_path: Path, capsys: pytest.Cap
     tokens.tofile(tmp_path / "three.bin")
     write_index(tmp_path / "three.idx", np.uint8, lambda: iter([np.array([len(tokens)], np.int32)]))
     paths = [str(tmp_path / "one.txt"), f"other={tmp_path / 'two'}", str(tmp_path / "three")]
-    words = [word for path in paths for word in ("--data", path)]
-    found = evaluate(capsys, str(trained / "weights.pth"), *words, "--tokenizer", "bytes", "--context", "16")
+    arguments = [argument for path in paths for argument in ("--data", path)]
+    found = evaluate(capsys, str(trained / "weights.pth"), *arguments, "--tokenizer", "bytes", "--context", "16")
     assert [source["name"] for source in found["sources"]] == ["one", "other", "three"]
     assert [source["tokens"] for source in found["sources"]] == [900, 300, 179]
     assert found["sources"][0]["nats_per_token"] < found["sources"][1]["nats_per_token"]
     assert found["all"]["tokens"] == 1379
 
     out = tmp_path / "eval.json"
-    assert cli.main(["eval", str(trained / "weights.pth"), *words, "--tokens", "64", "--out", str(out)]) == 0
+    assert cli.main(["eval", str(trained / "weights.pth"), *arguments, "--tokens", "64", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "perplexity" in shown
     assert "64 of 900" in shown
     assert "17 – 32" in shown
     assert json.loads(out.read_text())["all"]["tokens"] == 3 * 64
     batches = [
-        evaluate(capsys, str(trained / "weights.pth"), *words, "--batch", batch)["all"]["nats_per_token"]
+        evaluate(capsys, str(trained / "weights.pth"), *arguments, "--batch", batch)["all"]["nats_per_token"]
         for batch in ("1", "16")
     ]
     assert batches[0] == pytest.approx(batches[1], rel=1e-6)

@@ -67,8 +67,8 @@ def theirs(exported: Path) -> Any:
     return HFLM(str(exported), device="cpu", dtype="float32", batch_size=1, max_length=MAX_LENGTH)
 
 
-def ours(model: LanguageModel, batch: int, **words: Any) -> LmEvalAdapter:
-    return LmEvalAdapter(model, ByteTokenizer(), batch, **words)
+def ours(model: LanguageModel, batch: int, **arguments: Any) -> LmEvalAdapter:
+    return LmEvalAdapter(model, ByteTokenizer(), batch, **arguments)
 
 
 def close(found: Sequence[float], wanted: Sequence[float]) -> None:
@@ -88,11 +88,11 @@ def test_loglikelihoods_are_those_of_transformers(model: LanguageModel, theirs: 
 def test_rolling_loglikelihoods_are_those_of_transformers(
     model: LanguageModel, exported: Path, batch: int, max_length: int
 ) -> None:
-    """Of theirs without the cache of logits, which scores equal windows with unequal beginnings at the wrong places."""
+    """Compared with HFLM without its cache of logits, which takes equal windows of unequal contexts for one."""
     from lm_eval.models.huggingface import HFLM
 
-    words = {"device": "cpu", "dtype": "float32", "logits_cache": False}
-    theirs = HFLM(str(exported), batch_size=4, max_length=max_length, **words)
+    arguments = {"device": "cpu", "dtype": "float32", "logits_cache": False}
+    theirs = HFLM(str(exported), batch_size=4, max_length=max_length, **arguments)
     texts = requests_of([(text,) for text in TEXTS])
     close(
         ours(model, batch, max_length=max_length).loglikelihood_rolling(texts),
@@ -109,7 +109,7 @@ def test_generation_is_that_of_transformers_one_by_one(model: LanguageModel, the
 
 
 def test_the_length_of_a_text_is_unlimited(model: LanguageModel) -> None:
-    """Without a max_length the whole text is seen: as the model's own loss says."""
+    """Without a max_length the complete text is the context: the result is the model's own loss."""
     text = "to be or not to be " * 150
     (found,) = ours(model, 2).loglikelihood_rolling(requests_of([(text,)]))
     tokens = torch.tensor([[0, *text.encode()]])
@@ -172,12 +172,12 @@ def test_tasks_made_here_score_as_with_transformers(model: LanguageModel, theirs
 def test_the_command_runs_tasks(model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tasks(tmp_path, 4)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    words = ["eval", str(tmp_path / "weights.pth"), "--tasks", "our_choice,our_until", "--include", str(tmp_path)]
-    assert cli.main([*words, "--limit", "2", "--shots", "1", "--json"]) == 0
+    arguments = ["eval", str(tmp_path / "weights.pth"), "--tasks", "our_choice,our_until", "--include", str(tmp_path)]
+    assert cli.main([*arguments, "--limit", "2", "--shots", "1", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert set(printed["tasks"]) == {"our_choice", "our_until"}
     assert "sources" not in printed
-    assert cli.main([*words, "--limit", "2"]) == 0
+    assert cli.main([*arguments, "--limit", "2"]) == 0
     assert "acc_norm" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""The report's data: nothing that was logged is lost on the way, whatever state the run's directory is in."""
+"""The report's data: nothing that was logged is lost, whatever the state of the run directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rwkv_train.cli import launcher
 from rwkv_train.cli import main as cli
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.report import figures, page, report_command
-from rwkv_train.evaluation.report.charts import KNOWN, charts
+from rwkv_train.evaluation.report.charts import CHARTS, charts
 from rwkv_train.evaluation.report.live_server import ReportServer
 from rwkv_train.evaluation.report.metrics_table import MetricColumn, MetricsTable, extremes, trend
 from rwkv_train.evaluation.report.page import payload, render
@@ -132,7 +132,7 @@ def test_the_trend_is_a_centred_mean() -> None:
 
 
 def test_known_metrics_are_grouped_and_others_have_charts_too() -> None:
-    keys = [key for chart in KNOWN for key in chart.lines]
+    keys = [key for chart in CHARTS for key in chart.lines]
     assert len(keys) == len(set(keys))
     shown = charts([*keys, "tokens", "time", "hours", "val/loss/books", "tokens/books", "my/own"])
     assert [chart.section for chart in shown] == sorted(
@@ -210,7 +210,7 @@ def test_where_it_is_written(
     assert "cannot be written: No such file or directory\n  give another path with --out" in capsys.readouterr().err
 
 
-DRAWN = ("step", "train/loss", "val/loss", "grad_norm", "time/data", "time/forward", "decay/half_life")
+DRAWN_METRICS = ("step", "train/loss", "val/loss", "grad_norm", "time/data", "time/forward", "decay/half_life")
 
 
 def test_charts_as_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +218,7 @@ def test_charts_as_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     runs = [make_run(tmp_path / name, steps=400, seed=seed) for seed, name in enumerate(("one", "two"))]
     for run in runs:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        kept = [{key: row[key] for key in DRAWN if key in row} for row in rows]
+        kept = [{key: row[key] for key in DRAWN_METRICS if key in row} for row in rows]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     for paths, expected in (
         (runs[:1], {"loss", "gradient_norm", "where_a_step_s_time_goes", "time_decay"}),

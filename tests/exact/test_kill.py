@@ -11,9 +11,9 @@ import pytest
 from rwkv_train.checkpoint.directory import newest
 from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, same_weights, start_slow_saving, words_for
+from tests.runs import losses, overrides_for, rows, same_weights, start_slow_saving
 
-WORDS = ("checkpoint.every.steps=4", "validation.every.steps=13", "budget.steps=60")
+OVERRIDES = ("checkpoint.every.steps=4", "validation.every.steps=13", "budget.steps=60")
 
 
 def whole_checkpoints(run: Path) -> set[str]:
@@ -21,11 +21,11 @@ def whole_checkpoints(run: Path) -> set[str]:
 
 
 def kill_once(folder: Path, name: str, in_save: bool, wait: float) -> bool:
-    """Starts the run and kills it some time after its first new checkpoint; tells whether that hit a save."""
+    """Starts the run and kills it some time after its first new checkpoint; returns whether that hit a save."""
     run, saving = folder / "runs" / name, folder / "saving"
     saving.unlink(missing_ok=True)
     before = whole_checkpoints(run)
-    process = start_slow_saving(words_for(folder, name, *WORDS), saving)
+    process = start_slow_saving(overrides_for(folder, name, *OVERRIDES), saving)
     deadline = time.monotonic() + 60
     while process.is_alive() and time.monotonic() < deadline and not whole_checkpoints(run) - before:
         time.sleep(0.002)
@@ -40,7 +40,7 @@ def kill_once(folder: Path, name: str, in_save: bool, wait: float) -> bool:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_kill_and_resume(tmp_path: Path, seed: int) -> None:
-    assert train(launcher.load(words_for(tmp_path, "whole", *WORDS))) == 0
+    assert train(launcher.load(overrides_for(tmp_path, "whole", *OVERRIDES))) == 0
     whole, killed = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
     draw = random.Random(seed)
     hits = []
@@ -50,7 +50,7 @@ def test_kill_and_resume(tmp_path: Path, seed: int) -> None:
         assert found is not None
         assert not damaged
     assert sum(hits) >= 3, f"half of the kills must hit a save: {hits}"
-    assert train(launcher.load(words_for(tmp_path, "killed", *WORDS))) == 0
+    assert train(launcher.load(overrides_for(tmp_path, "killed", *OVERRIDES))) == 0
     assert losses(killed) == losses(whole)
     assert [row.get("val/loss") for row in rows(killed)] == [row.get("val/loss") for row in rows(whole)]
     assert same_weights(killed, whole)

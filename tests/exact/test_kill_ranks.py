@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from rwkv_train.checkpoint.directory import newest
-from tests.runs import SlowStorage, losses, same_weights, start_ranks, train_ranks, words_for
+from tests.runs import SlowStorage, losses, overrides_for, same_weights, start_ranks, train_ranks
 
-WORDS = ("budget.steps=50", "checkpoint.every.steps=5", "validation.every.steps=20", "checkpoint.keep=2")
+OVERRIDES = ("budget.steps=50", "checkpoint.every.steps=5", "validation.every.steps=20", "checkpoint.keep=2")
 A_FILE = 0.1  # seconds that SlowStorage takes for it; a save has four or more, one after the other
 
 
-def kill_once(words: list[str], run: Path, in_save: bool, draw: random.Random) -> bool:
+def kill_once(overrides: list[str], run: Path, in_save: bool, draw: random.Random) -> bool:
     """Starts two ranks and kills the first, the second or both of them; one that is left ends by itself.
 
     Args:
-        words: of the run.
+        overrides: of the run.
         run: its directory.
         in_save: whether that happens within the first save, else some time after the first new step.
         draw: of who is killed, and when.
@@ -30,7 +30,7 @@ def kill_once(words: list[str], run: Path, in_save: bool, draw: random.Random) -
     metrics, saving = run / "metrics.jsonl", run.parent / "saving"
     saving.unlink(missing_ok=True)
     rows = metrics.stat().st_size if metrics.exists() else 0
-    processes = start_ranks(words, 2, SlowStorage(saving, A_FILE))
+    processes = start_ranks(overrides, 2, SlowStorage(saving, A_FILE))
     try:
         end = time.monotonic() + 120
         while time.monotonic() < end and all(process.is_alive() for process in processes):
@@ -57,15 +57,15 @@ def kill_once(words: list[str], run: Path, in_save: bool, draw: random.Random) -
 def kill_and_resume(tmp_path: Path, strategy: str, kills: int, seed: int) -> None:
     """Kills a run so often, every second time in a save, and compares what comes of it with the undisturbed run."""
     run, whole, draw = tmp_path / "runs" / "killed", tmp_path / "runs" / "whole", random.Random(seed)
-    train_ranks(words_for(tmp_path, "whole", *WORDS, f"strategy={strategy}"), 2)
-    words = words_for(tmp_path, "killed", *WORDS, f"strategy={strategy}")
+    train_ranks(overrides_for(tmp_path, "whole", *OVERRIDES, f"strategy={strategy}"), 2)
+    overrides = overrides_for(tmp_path, "killed", *OVERRIDES, f"strategy={strategy}")
     hits = []
     for number in range(kills):
-        hits.append(kill_once(words, run, in_save=number % 2 == 0, draw=draw))
+        hits.append(kill_once(overrides, run, in_save=number % 2 == 0, draw=draw))
         _, damaged = newest(run / "checkpoints")
         assert not damaged
     assert sum(hits) >= kills / 2, f"half of the kills must hit a save: {hits}"
-    train_ranks(words, 2)
+    train_ranks(overrides, 2)
     assert losses(run) == losses(whole)
     assert same_weights(run, whole)
     assert not list((run / "checkpoints").glob(".writing-*"))

@@ -14,11 +14,11 @@ import pytest
 
 from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, start, words_for
+from tests.runs import losses, overrides_for, rows, start
 from tests.trackers.readers import tensorboard_rows
-from tests.trackers.test_trackers import ALL, check_copies
+from tests.trackers.test_trackers import ALL_TRACKERS, check_copies
 
-WORDS = ("checkpoint.every.steps=5", "budget.steps=120", "statistics.every.steps=20")
+OVERRIDES = ("checkpoint.every.steps=5", "budget.steps=120", "statistics.every.steps=20")
 
 
 def children(pid: int) -> list[int]:
@@ -36,12 +36,12 @@ def alive(pid: int) -> bool:
 @pytest.mark.slow
 def test_killed_five_times(tmp_path: Path) -> None:
     """With its trackers every second time, as when a machine goes down; else they write what is left."""
-    assert train(launcher.load(words_for(tmp_path, "whole", *WORDS))) == 0
+    assert train(launcher.load(overrides_for(tmp_path, "whole", *OVERRIDES))) == 0
     whole, killed = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
     draw = random.Random(3)
     for attempt in range(5):
         goal = 20 * (attempt + 1)
-        with start(words_for(tmp_path, "killed", *WORDS, *ALL)) as process:
+        with start(overrides_for(tmp_path, "killed", *OVERRIDES, *ALL_TRACKERS)) as process:
             deadline = time.monotonic() + 120
             while time.monotonic() < deadline and process.poll() is None:
                 if (killed / "metrics.jsonl").exists() and len(
@@ -56,8 +56,8 @@ def test_killed_five_times(tmp_path: Path) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             while time.monotonic() < deadline and any(alive(pid) for pid in others):
-                time.sleep(0.05)  # the trackers' processes hand over what is there
-    assert train(launcher.load(words_for(tmp_path, "killed", *WORDS, *ALL))) == 0
+                time.sleep(0.05)  # the trackers' processes take the rows so far
+    assert train(launcher.load(overrides_for(tmp_path, "killed", *OVERRIDES, *ALL_TRACKERS))) == 0
     assert losses(killed) == losses(whole)
     board = tensorboard_rows(killed)
     assert {step: row["train/loss"] for step, row in board.items()} == {

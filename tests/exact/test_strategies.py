@@ -1,4 +1,4 @@
-"""Every strategy computes the same run, and goes on from the checkpoints of every other one."""
+"""Every strategy computes the same run, and resumes from the checkpoints of every other one."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import pytest
 
 from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, same_weights, stopped_at, train_ranks, words_for
+from tests.runs import losses, overrides_for, rows, same_weights, stopped_at, train_ranks
 
 STRATEGIES = ("ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3")
-THIRTY = ("budget.steps=30", "checkpoint.every.steps=10", "validation.every.steps=15", "checkpoint.keep=9")
+THIRTY_STEPS = ("budget.steps=30", "checkpoint.every.steps=10", "validation.every.steps=15", "checkpoint.keep=9")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run of a single process; the others are added by the tests."""
     folder = tmp_path_factory.mktemp("strategies")
-    assert train(launcher.load(words_for(folder, "single", *THIRTY))) == 0
+    assert train(launcher.load(overrides_for(folder, "single", *THIRTY_STEPS))) == 0
     return folder
 
 
 def run_of(folder: Path, strategy: str, ranks: int = 2) -> Path:
-    """The whole run of a strategy, made once."""
+    """The uninterrupted run of a strategy, made once."""
     name = f"{strategy}_{ranks}"
     if not (folder / "runs" / name).exists():
-        train_ranks(words_for(folder, name, *THIRTY, f"strategy={strategy}"), ranks)
+        train_ranks(overrides_for(folder, name, *THIRTY_STEPS, f"strategy={strategy}"), ranks)
     return folder / "runs" / name
 
 
@@ -50,7 +50,7 @@ def test_two_processes_equal_one(folder: Path, strategy: str) -> None:
 def test_resumed_is_bit_equal(folder: Path, strategy: str) -> None:
     whole = run_of(folder, strategy)
     resumed = stopped_at(whole, 10, f"{strategy}_resumed")
-    train_ranks(words_for(folder, resumed.name, *THIRTY, f"strategy={strategy}"), 2)
+    train_ranks(overrides_for(folder, resumed.name, *THIRTY_STEPS, f"strategy={strategy}"), 2)
     assert losses(resumed) == losses(whole)
     assert same_weights(resumed, whole)
 
@@ -59,9 +59,9 @@ def test_resumed_is_bit_equal(folder: Path, strategy: str) -> None:
 def test_one_process_two_and_four(folder: Path) -> None:
     """Ten steps each, by another strategy each; four ranks share two cores."""
     two = stopped_at(folder / "runs" / "single", 10, "two")
-    train_ranks(words_for(folder, two.name, *THIRTY, "strategy=deepspeed_1"), 2)
+    train_ranks(overrides_for(folder, two.name, *THIRTY_STEPS, "strategy=deepspeed_1"), 2)
     four = stopped_at(two, 20, "four")
-    train_ranks(words_for(folder, four.name, *THIRTY, "strategy=deepspeed_3"), 4)
+    train_ranks(overrides_for(folder, four.name, *THIRTY_STEPS, "strategy=deepspeed_3"), 4)
     assert [row["step"] for row in rows(four, "events.jsonl") if row["event"] == "resumed"] == [10, 20]
     assert_close(four, folder / "runs" / "single")
 
@@ -89,10 +89,10 @@ def test_another_strategy_and_another_number_of_processes_go_on(
 ) -> None:
     name = f"{before}_{from_ranks}_{after}_{ranks}"
     moved = stopped_at(run_of(folder, before, from_ranks), 10, name)
-    words = words_for(folder, name, *THIRTY, "strategy=" + after.replace("single", "auto"))
+    overrides = overrides_for(folder, name, *THIRTY_STEPS, "strategy=" + after.replace("single", "auto"))
     if after == "single":
-        assert train(launcher.load(words)) == 0
+        assert train(launcher.load(overrides)) == 0
     else:
-        train_ranks(words, ranks)
+        train_ranks(overrides, ranks)
     assert_close(moved, folder / "runs" / "single")
     shutil.rmtree(moved)

@@ -1,4 +1,4 @@
-"""Unused and frozen parameters under every strategy: trained around, kept to the bit, saved, resumed and moved."""
+"""Unused and frozen parameters under every strategy: kept to the bit, saved, resumed, moved between strategies."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rwkv_train.cli import launcher
 from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.training.run import train
 from tests.exact import variation
-from tests.runs import losses, rows, same_weights, stopped_at, train_ranks, words_for
+from tests.runs import losses, overrides_for, rows, same_weights, stopped_at, train_ranks
 
 STEPS = ("budget.steps=12", "checkpoint.every.steps=6", "validation.every.steps=12", "checkpoint.keep=9")
-MORE = ("statistics.every.steps=4", "optim.weight_decay=0.1", "optim.schedule.warmup.steps=2")
+MORE_OVERRIDES = ("statistics.every.steps=4", "optim.weight_decay=0.1", "optim.schedule.warmup.steps=2")
 STRATEGIES = ("ddp", "fsdp", pytest.param("deepspeed_1", marks=pytest.mark.slow), "deepspeed_2", "deepspeed_3")
 
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("untrained")
     with pytest.MonkeyPatch.context() as patch:
         variation.install(patch)
-        assert train(launcher.load(words_for(folder, "single", *STEPS, *MORE))) == 0
+        assert train(launcher.load(overrides_for(folder, "single", *STEPS, *MORE_OVERRIDES))) == 0
     return folder
 
 
@@ -67,21 +67,21 @@ def test_single(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert losses(folder / "runs" / "single")[-1] < 4.5
     with pytest.MonkeyPatch.context() as patch:
         variation.install(patch)
-        assert train(launcher.load(words_for(folder, "again", *STEPS, *MORE))) == 0
-    said = capsys.readouterr().out
-    assert "group   not trained: 4 tensors, 8,288 values (att.time_decay, att.v0, emb.weight)" in said
+        assert train(launcher.load(overrides_for(folder, "again", *STEPS, *MORE_OVERRIDES))) == 0
+    printed = capsys.readouterr().out
+    assert "group   not trained: 4 tensors, 8,288 values (att.time_decay, att.v0, emb.weight)" in printed
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy(folder: Path, strategy: str) -> None:
     """The resumed run has not declared its unused parameter, which makes no difference."""
-    words = (*STEPS, *MORE, f"strategy={strategy}")
-    train_ranks(words_for(folder, strategy, *words), 2, prepare=variation.install)
+    overrides = (*STEPS, *MORE_OVERRIDES, f"strategy={strategy}")
+    train_ranks(overrides_for(folder, strategy, *overrides), 2, prepare=variation.install)
     run = folder / "runs" / strategy
     assert_close(run, folder / "runs" / "single")
     assert_untrained_are_kept(run)
     resumed = stopped_at(run, 6, f"{strategy}_resumed")
-    train_ranks(words_for(folder, resumed.name, *words), 2, prepare=variation.install_undeclared)
+    train_ranks(overrides_for(folder, resumed.name, *overrides), 2, prepare=variation.install_undeclared)
     assert [row["step"] for row in rows(resumed, "events.jsonl") if row["event"] == "resumed"] == [6]
     assert losses(resumed) == losses(run)
     assert same_weights(resumed, run)
@@ -92,15 +92,17 @@ def test_every_strategy(folder: Path, strategy: str) -> None:
 def test_a_checkpoint_moves_to_another_strategy(folder: Path, before: str, after: str) -> None:
     run = folder / "runs" / before
     if not run.exists():
-        words = words_for(folder, before, *STEPS, *MORE, f"strategy={before}")
-        train_ranks(words, 2, prepare=variation.install)
+        overrides = overrides_for(folder, before, *STEPS, *MORE_OVERRIDES, f"strategy={before}")
+        train_ranks(overrides, 2, prepare=variation.install)
     moved = stopped_at(run, 6, f"{before}_{after}")
-    words = words_for(folder, moved.name, *STEPS, *MORE, "strategy=" + after.replace("single", "auto"))
+    overrides = overrides_for(
+        folder, moved.name, *STEPS, *MORE_OVERRIDES, "strategy=" + after.replace("single", "auto")
+    )
     if after == "single":
         with pytest.MonkeyPatch.context() as patch:
             variation.install(patch)
-            assert train(launcher.load(words)) == 0
+            assert train(launcher.load(overrides)) == 0
     else:
-        train_ranks(words, 2, prepare=variation.install)
+        train_ranks(overrides, 2, prepare=variation.install)
     assert_close(moved, folder / "runs" / "single")
     assert_untrained_are_kept(moved)

@@ -8,17 +8,17 @@ import pytest
 
 from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, same_weights, stopped_at, train_ranks, words_for
+from tests.runs import losses, overrides_for, rows, same_weights, stopped_at, train_ranks
 
 STEPS = ("budget.steps=8", "checkpoint.every.steps=4", "validation.every.steps=8", "checkpoint.keep=9")
-MORE = ("optim.schedule.warmup.steps=2", "batch.micro=1")  # several passes a step
+MORE_OVERRIDES = ("optim.schedule.warmup.steps=2", "batch.micro=1")  # several passes a step
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run of a single process; the others are added by the tests."""
     folder = tmp_path_factory.mktemp("variants")
-    assert train(launcher.load(words_for(folder, "single", *STEPS, MORE[0]))) == 0
+    assert train(launcher.load(overrides_for(folder, "single", *STEPS, MORE_OVERRIDES[0]))) == 0
     return folder
 
 
@@ -31,12 +31,12 @@ def assert_close(run: Path, other: Path, bound: float = 1e-6) -> None:
 @pytest.mark.parametrize("strategy", ["deepspeed_2_offload", "deepspeed_3_offload"])
 def test_offload(folder: Path, strategy: str) -> None:
     """Resumed as well: the state in the host's memory is saved and restored."""
-    words = (*STEPS, MORE[0], f"strategy={strategy}")
-    train_ranks(words_for(folder, strategy, *words), 2)
+    overrides = (*STEPS, MORE_OVERRIDES[0], f"strategy={strategy}")
+    train_ranks(overrides_for(folder, strategy, *overrides), 2)
     run = folder / "runs" / strategy
     assert_close(run, folder / "runs" / "single")
     resumed = stopped_at(run, 4, f"{strategy}_resumed")
-    train_ranks(words_for(folder, resumed.name, *words), 2)
+    train_ranks(overrides_for(folder, resumed.name, *overrides), 2)
     assert losses(resumed) == losses(run)
     assert same_weights(resumed, run)
 
@@ -51,20 +51,25 @@ def test_offload(folder: Path, strategy: str) -> None:
     ],
 )
 def test_activation_checkpointing(folder: Path, strategy: str) -> None:
-    words = (*STEPS, MORE[0], f"strategy={strategy}", "activation_checkpointing=true")
-    train_ranks(words_for(folder, f"recomputed_{strategy}", *words), 2)
+    overrides = (*STEPS, MORE_OVERRIDES[0], f"strategy={strategy}", "activation_checkpointing=true")
+    train_ranks(overrides_for(folder, f"recomputed_{strategy}", *overrides), 2)
     assert_close(folder / "runs" / f"recomputed_{strategy}", folder / "runs" / "single")
 
 
 @pytest.mark.parametrize("strategy", ["single", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_resume_in_bfloat16_is_bit_equal(folder: Path, strategy: str) -> None:
-    words = (*STEPS, *MORE, "trainer.precision=bf16-mixed", "strategy=" + strategy.replace("single", "auto"))
+    overrides = (
+        *STEPS,
+        *MORE_OVERRIDES,
+        "trainer.precision=bf16-mixed",
+        "strategy=" + strategy.replace("single", "auto"),
+    )
 
     def run(name: str) -> Path:
         if strategy == "single":
-            assert train(launcher.load(words_for(folder, name, *words))) == 0
+            assert train(launcher.load(overrides_for(folder, name, *overrides))) == 0
         else:
-            train_ranks(words_for(folder, name, *words), 2)
+            train_ranks(overrides_for(folder, name, *overrides), 2)
         return folder / "runs" / name
 
     complete = run(f"bfloat16_{strategy}")

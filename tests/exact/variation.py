@@ -36,7 +36,7 @@ class Variation(rwkv4.RWKV4):
 
 
 def install(patch: pytest.MonkeyPatch | None = None, declared: bool = True) -> None:
-    """Puts the variation in the place of RWKV-4; without a patch for the rest of this process."""
+    """Registers the variation as RWKV-4; without `patch`, for the rest of this process."""
     (patch or pytest.MonkeyPatch()).setattr(rwkv4, "ARCHITECTURE", Variation(declared))
 
 

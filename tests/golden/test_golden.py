@@ -1,4 +1,4 @@
-"""Every way of computing the same 50 steps lands on one curve, to 1e-5; bit-equal where the arithmetic is the same."""
+"""Every way of computing the same 50 steps gives the golden losses to 1e-5; bit-equal for the same arithmetic."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,19 +10,19 @@ from rwkv_train import ops
 from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
 from tests.golden.make import GOLDEN
-from tests.runs import losses, same_weights, start, words_for
+from tests.runs import losses, overrides_for, same_weights, start
 
 Runner = Callable[..., Path]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Runner:
-    """run(name, *words) trains in this process and gives the run's directory."""
+    """run(name, *overrides) trains in this process and gives the run's directory."""
 
-    def start_here(name: str, *words: str) -> Path:
+    def start_here(name: str, *overrides: str) -> Path:
         threads = torch.get_num_threads()
         try:
-            assert train(launcher.load(words_for(tmp_path, name, *words))) == 0
+            assert train(launcher.load(overrides_for(tmp_path, name, *overrides))) == 0
         finally:
             torch.set_num_threads(threads)
         return tmp_path / "runs" / name
@@ -61,7 +61,7 @@ def test_compiled(run: Runner) -> None:
 
 
 def test_two_processes_make_one_directory(tmp_path: Path) -> None:
-    process = start(words_for(tmp_path, "two", "trainer.devices=2"))
+    process = start(overrides_for(tmp_path, "two", "trainer.devices=2"))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["two"]

@@ -36,10 +36,10 @@ def encode(*texts: str) -> list[Prompt]:
 
 
 def texts(
-    model: LanguageModel, prompts: list[Prompt], sampling: Sampling, first: int = 0, **words: object
+    model: LanguageModel, prompts: list[Prompt], sampling: Sampling, first: int = 0, **options: object
 ) -> list[Continuation]:
     seeds = [first + number for number in range(len(prompts))]
-    return continue_texts(model, BYTES, prompts, 40, sampling, seeds, **words)  # type: ignore[arg-type]
+    return continue_texts(model, BYTES, prompts, 40, sampling, seeds, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0), Sampling(0.9, 0.95, 50, 1.1)])

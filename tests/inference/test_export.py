@@ -1,4 +1,4 @@
-"""Weights leave a checkpoint of any number of writers as they are, for every runtime of the field."""
+"""Export of checkpoints of any number of writers: the weights are unchanged in every format."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def lively(shape: ModelConfig = SHAPE) -> LanguageModel:
 def checkpoint_of(model: LanguageModel, folder: Path, writers: int) -> Path:
     path, board, shapes = folder / "step_000000001-0001", InProcessStore(), shapes_of(dict(model.named_parameters()))
     for rank in reversed(range(writers)):
-        pieces = []
+        shards = []
         for name, parameter in model.named_parameters():
             numel = parameter.numel()
             first, last = rank * numel // writers, (rank + 1) * numel // writers
             values = parameter.detach().flatten()[first:last]
-            pieces += [StateShard(kind, name, first, values, True) for kind in (WEIGHT, *MOMENTS)]
-        files = dict(zip(file_names(rank, writers), contents(pieces, shapes), strict=True))
+            shards += [StateShard(kind, name, first, values, True) for kind in (WEIGHT, *MOMENTS)]
+        files = dict(zip(file_names(rank, writers), contents(shards, shapes), strict=True))
         meta = meta_of(shapes=shapes, writers=writers)
         writer = Writer(LocalStorage(), rank, writers, board)
         writer.begin(path, files, meta)
@@ -91,7 +91,7 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (["no", "out.pth"], "there is no checkpoint at no"),
         (
@@ -103,13 +103,17 @@ def test_names() -> None:
     ],
 )
 def test_mistakes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: list[str], told: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
     checkpoint_of(build_model(SHAPE), tmp_path, 2)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert cli(["export", *words]) == 2
-    assert told in capfd.readouterr().err
+    assert cli(["export", *arguments]) == 2
+    assert message in capfd.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -13,7 +13,7 @@ from rwkv_train.inference.sampling import Sampling
 from rwkv_train.models import ModelConfig, build_model
 from tests.oracles.models import lively_model
 
-USUAL = Sampling(top_p=0.9)
+USUAL_SAMPLING = Sampling(top_p=0.9)
 
 
 def test_greedy_steps_follow_the_parallel_logits() -> None:
@@ -41,33 +41,33 @@ def test_a_seed_repeats() -> None:
 
 def test_the_command_streams_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(lively_model(vocab_size=256).state_dict(), tmp_path / "ours.pth")
-    assert run(GenerateOptions(str(tmp_path / "ours.pth"), "déf ", 40, USUAL, 3)) == 0
+    assert run(GenerateOptions(str(tmp_path / "ours.pth"), "déf ", 40, USUAL_SAMPLING, 3)) == 0
     first = capsys.readouterr().out
     assert first.startswith("déf ")
     assert len(first) > 20
-    assert run(GenerateOptions(str(tmp_path / "ours.pth"), "déf ", 40, USUAL, 3)) == 0
+    assert run(GenerateOptions(str(tmp_path / "ours.pth"), "déf ", 40, USUAL_SAMPLING, 3)) == 0
     assert capsys.readouterr().out == first
 
 
 def test_mistakes(tmp_path: Path) -> None:
     torch.save(lively_model(vocab_size=40).state_dict(), tmp_path / "other.pth")
     with pytest.raises(UserError, match="vocabulary of 40 tokens"):
-        run(GenerateOptions(str(tmp_path / "other.pth"), "", 1, USUAL))
+        run(GenerateOptions(str(tmp_path / "other.pth"), "", 1, USUAL_SAMPLING))
     with pytest.raises(UserError, match="there is no file"):
-        run(GenerateOptions(str(tmp_path / "nothing.pth"), "", 1, USUAL))
+        run(GenerateOptions(str(tmp_path / "nothing.pth"), "", 1, USUAL_SAMPLING))
     (tmp_path / "torn.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:500])
     with pytest.raises(UserError, match="cannot be read as weights"):
-        run(GenerateOptions(str(tmp_path / "torn.pth"), "", 1, USUAL))
+        run(GenerateOptions(str(tmp_path / "torn.pth"), "", 1, USUAL_SAMPLING))
     torch.save({"x.weight": torch.zeros(2)}, tmp_path / "foreign.pth")
     with pytest.raises(UserError, match="does not hold the weights of a language model"):
         load_model(tmp_path / "foreign.pth")
-    for words, told in (
+    for wrong, message in (
         ({"tokens": -1}, "--tokens -1 is out of range"),
         ({"batch": 0}, "--batch 0 is out of range"),
         ({"stops": [""]}, "--stop '' is out of range"),
     ):
-        options = GenerateOptions(str(tmp_path / "other.pth"), "", **{"tokens": 1, "sampling": USUAL, **words})  # type: ignore[arg-type]
-        with pytest.raises(UserError, match=told):
+        options = GenerateOptions(str(tmp_path / "other.pth"), "", **{"tokens": 1, "sampling": USUAL_SAMPLING, **wrong})  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=message):
             run(options)
     with pytest.raises(UserError, match="--device cuda: torch can use no GPU here"):
         load_model(tmp_path / "other.pth", "cuda")
@@ -78,30 +78,30 @@ def test_the_tokenizer_is_found_by_the_vocabulary_or_named(tmp_path: Path, capsy
         torch.save(build_model(ModelConfig("rwkv4", 1, 8, vocab_size)).state_dict(), tmp_path / "m.pth")
         return str(tmp_path / "m.pth")
 
-    assert run(GenerateOptions(save(65536), "你好", 3, USUAL, 0)) == 0
+    assert run(GenerateOptions(save(65536), "你好", 3, USUAL_SAMPLING, 0)) == 0
     assert capsys.readouterr().out.startswith("你好")
     with pytest.raises(UserError, match=r"has a vocabulary of 300 tokens\n  --tokenizer names the one"):
-        run(GenerateOptions(save(300), "x", 3, USUAL, 0))
-    assert run(GenerateOptions(save(300), "x", 3, USUAL, 0, "bytes")) == 0
+        run(GenerateOptions(save(300), "x", 3, USUAL_SAMPLING, 0))
+    assert run(GenerateOptions(save(300), "x", 3, USUAL_SAMPLING, 0, "bytes")) == 0
     with pytest.raises(UserError, match=r"of 300 tokens, the tokenizer world 65,536"):
-        run(GenerateOptions(save(300), "x", 3, USUAL, 0, "world"))
+        run(GenerateOptions(save(300), "x", 3, USUAL_SAMPLING, 0, "world"))
 
 
 def test_several_texts_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(lively_model(vocab_size=256).state_dict(), tmp_path / "ours.pth")
     checkpoint = str(tmp_path / "ours.pth")
-    assert run(GenerateOptions(checkpoint, "def ", 20, USUAL, 3, batch=2, as_json=True)) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["sampling"] == {"temperature": 1.0, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.0}
-    assert (told["prompt"], told["tokenizer"], told["checkpoint"]) == ("def ", "bytes", checkpoint)
-    assert [text["seed"] for text in told["texts"]] == [3, 4]
-    assert all((len(text["tokens"]), text["ended"]) == (20, "length") for text in told["texts"])
-    assert told["texts"][0]["text"] != told["texts"][1]["text"]
+    assert run(GenerateOptions(checkpoint, "def ", 20, USUAL_SAMPLING, 3, batch=2, as_json=True)) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["sampling"] == {"temperature": 1.0, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.0}
+    assert (answer["prompt"], answer["tokenizer"], answer["checkpoint"]) == ("def ", "bytes", checkpoint)
+    assert [text["seed"] for text in answer["texts"]] == [3, 4]
+    assert all((len(text["tokens"]), text["ended"]) == (20, "length") for text in answer["texts"])
+    assert answer["texts"][0]["text"] != answer["texts"][1]["text"]
 
-    assert run(GenerateOptions(checkpoint, "def ", 20, USUAL, 4)) == 0
+    assert run(GenerateOptions(checkpoint, "def ", 20, USUAL_SAMPLING, 4)) == 0
     alone = capsys.readouterr().out
-    assert alone == f"def {told['texts'][1]['text']}\n", "the second text is the one that its seed gives alone"
-    assert run(GenerateOptions(checkpoint, "def ", 20, USUAL, 3, batch=2)) == 0
+    assert alone == f"def {answer['texts'][1]['text']}\n", "the second text is the one that its seed gives alone"
+    assert run(GenerateOptions(checkpoint, "def ", 20, USUAL_SAMPLING, 3, batch=2)) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("===== 1 of 2 =====\ndef ")
     assert f"===== 2 of 2 =====\n{alone}" in shown

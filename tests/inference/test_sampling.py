@@ -67,7 +67,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"temperature": -1.0}, "--temperature -1.0 is out of range\n  valid: 0 or more"),
         ({"temperature": float("nan")}, "--temperature nan is out of range"),
@@ -76,6 +76,6 @@ def test_draws_follow_the_probabilities() -> None:
         ({"repetition_penalty": 0.5}, r"--repetition-penalty 0.5 is out of range\n  valid: 1 \(none\) or more"),
     ],
 )
-def test_what_is_out_of_range_is_named(settings: dict[str, float], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_what_is_out_of_range_is_named(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Sampling(**settings)  # type: ignore[arg-type]

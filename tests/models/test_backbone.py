@@ -1,4 +1,4 @@
-"""The model as a whole: modes, state, memory for time, compilation."""
+"""The complete model: modes, state, activation checkpointing, compilation."""
 
 import copy
 
@@ -32,7 +32,7 @@ def test_the_state_is_small_typed_and_of_constant_size() -> None:
 
 
 def test_gradients_flow_through_the_state() -> None:
-    """Truncation is nobody's default: two halves with carried state give the gradients of the whole (float64)."""
+    """No truncation by default: two halves with carried state give the gradients of the full sequence (float64)."""
     model = lively_model(dtype=torch.float64)
     tokens = text(2, 24)
     whole, _ = model(tokens)

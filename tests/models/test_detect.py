@@ -1,4 +1,4 @@
-"""init.weights=: the shape of a model is read from its file before torch is imported, and a wrong file is told."""
+"""init.weights=: the shape of a model is read from its file before torch is imported, and a wrong file is an error."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def conf() -> Iterator[ConfigBuilder]:
         yield made
 
 
-def mistakes(conf: ConfigBuilder, *words: str) -> list[UserError]:
+def mistakes(conf: ConfigBuilder, *overrides: str) -> list[UserError]:
     with pytest.raises(UserErrors) as caught:
-        conf.build(["run.root=no-such-folder", *words])
+        conf.build(["run.root=no-such-folder", *overrides])
     return caught.value.problems
 
 

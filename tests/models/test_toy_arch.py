@@ -1,4 +1,4 @@
-"""A second architecture, added by the list of CONTRIBUTING, passes through everything that knows models."""
+"""A second architecture, added by the list of CONTRIBUTING, works with everything that depends on models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs for the operators and the yardstick of their errors."""
+"""Inputs for the operators and the bounds of their errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ kernels on guarded memory, and proof that the checks see a broken sign: a mutated kernel goes red."""
+"""The C++ kernels on guarded memory, and a check of the checks: a kernel with a wrong sign fails."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from rwkv_train.models import LanguageModel, ModelConfig, build_model
 def lively_model(
     n_layer: int = 3, n_embd: int = 32, vocab_size: int = 50, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> LanguageModel:
-    """An RWKV-4 with every parameter moved off its initial value, so that no term hides behind a zero."""
+    """An RWKV-4 with every parameter moved off its initial value, so that no term is multiplied by zero."""
     model = build_model(ModelConfig("rwkv4", n_layer, n_embd, vocab_size), seed).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Logits against PyPI `rwkv`, the runtime that published models run in: it loads our file by our names."""
+"""Logits against PyPI `rwkv`, the runtime of the published models, which loads our file."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The whole time mix against the paper's sum over all pairs of positions, in float64: no recurrence, no maximum."""
+"""The complete time mix against the paper's sum over all pairs of positions, in float64: no recurrence, no maximum."""
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from rwkv_train.cli import launcher
-from rwkv_train.planning.goodput import RATES, RESTART, Saving, between_failures, goodput, interval
+from rwkv_train.planning.goodput import FAILURE_RATES, RESTART_SECONDS, Saving, between_failures, goodput, interval
 
 
 def drawn(every: float, cost: Saving, failures: float, seed: int, spans: int = 20_000) -> float:
@@ -20,7 +20,7 @@ def drawn(every: float, cost: Saving, failures: float, seed: int, spans: int = 2
         if left > needed:
             wall, left, done = wall + needed, left - needed, done + 1
             continue
-        wall += left + RESTART + cost.write  # the write: of what was under way
+        wall += left + RESTART_SECONDS + cost.write  # the write: of what was under way
         left = draw.expovariate(1 / failures)
     return every * done / wall
 
@@ -49,22 +49,23 @@ def test_a_save_is_not_begun_before_the_last_one_ends() -> None:
 
 def test_published_rates() -> None:
     """In failures of 1,000 nodes a day; RSC-1's gives the paper's 1.8 hours for 16,384 GPUs."""
-    assert {name: round(1000 * rate, 1) for name, rate in RATES.items()} == {
+    assert {name: round(1000 * rate, 1) for name, rate in FAILURE_RATES.items()} == {
         "RSC-1": 6.5,
         "RSC-2": 2.3,
         "Llama 3": 3.8,
         "OPT-175B": 14.1,
     }
-    assert between_failures(2048, RATES["RSC-1"]) / 3600 == pytest.approx(1.8, abs=0.01)
-    assert between_failures(2048, RATES["Llama 3"]) / 3600 == pytest.approx(3.1, abs=0.05)  # "one every three hours"
+    assert between_failures(2048, FAILURE_RATES["RSC-1"]) / 3600 == pytest.approx(1.8, abs=0.01)
+    # "one every three hours"
+    assert between_failures(2048, FAILURE_RATES["Llama 3"]) / 3600 == pytest.approx(3.1, abs=0.05)
 
 
 def test_the_plan_proposes_an_interval(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["model=7b", "trainer.devices=8", "trainer.num_nodes=32", "batch.context=4096", "batch.micro=2"]
-    words += ["batch.tokens=4194304", "trainer.precision=bf16-mixed", "device=h100-80g"]
-    assert launcher.plan(words) == 0
+    overrides = ["model=7b", "trainer.devices=8", "trainer.num_nodes=32", "batch.context=4096", "batch.micro=2"]
+    overrides += ["batch.tokens=4194304", "trainer.precision=bf16-mixed", "device=h100-80g"]
+    assert launcher.plan(overrides) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failures")]
-    assert launcher.plan([*words, "--json"]) == 0
+    assert launcher.plan([*overrides, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["nodes"] == 32
     assert found["hours_between_failures"] == pytest.approx(115.4, abs=0.1)

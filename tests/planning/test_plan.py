@@ -1,4 +1,4 @@
-"""The plan: its counts are the model's, its formulas what is shared out, its advice what fits."""
+"""The plan: its counts are the model's, its formulas match what each strategy shards, its advice fits."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from rwkv_train.planning.model import count
 from rwkv_train.planning.plan import Plan, make_plan, smallest_change, why
 from rwkv_train.planning.speed import traffic
 
-SEVEN = ["model=7b", "batch.context=4096", "batch.tokens=1048576", "batch.micro=2", "trainer.precision=bf16-mixed"]
-EIGHT = [*SEVEN, "trainer.devices=8", "model.vocab_size=50277", "dry_run=true"]
+PLAN_7B = ["model=7b", "batch.context=4096", "batch.tokens=1048576", "batch.micro=2", "trainer.precision=bf16-mixed"]
+PLAN_7B_ON_8 = [*PLAN_7B, "trainer.devices=8", "model.vocab_size=50277", "dry_run=true"]
 
 
-def plan(*words: str, card: str = "h100-80g", ranks: int = 8) -> tuple[Config, Plan]:
-    config = launcher.load([*EIGHT, *words])
+def plan(*overrides: str, card: str = "h100-80g", ranks: int = 8) -> tuple[Config, Plan]:
+    config = launcher.load([*PLAN_7B_ON_8, *overrides])
     return config, make_plan(config, CARDS[card], Mesh(ranks), 256)
 
 
@@ -97,7 +97,7 @@ def test_on_cpus_the_height_of_a_step_is_what_is_held_at_once() -> None:
 
 
 def test_what_goes_over_the_network() -> None:
-    """ZeRO's paper: 2 volumes of the model up to stage 2, 3 in stage 3; and each pass of accumulation anew."""
+    """ZeRO's paper: 2 volumes of the model up to stage 2, 3 in stage 3; and again in each pass of accumulation."""
     counts = count(ModelConfig("rwkv4", 2, 64, 256), "32-true")
     layout, whole = Layout("ddp", Mesh(4), 1, 64, 1, 0, False), 4 * counts.parameters * 3 / 4
     sent = {name: traffic(counts, replace(layout, strategy=name)) / whole for name in ("ddp", "deepspeed_2", "fsdp")}
@@ -106,17 +106,17 @@ def test_what_goes_over_the_network() -> None:
     assert traffic(counts, replace(layout, strategy="ddp", accumulation=2)) / whole == 2
 
 
-@pytest.mark.parametrize("words", [(), ("batch.micro=16",), ("strategy=ddp",), ("strategy=fsdp", "batch.micro=16")])
-def test_the_advice_fits(words: Sequence[str]) -> None:
-    """What the plan advises is typed behind the words, and then it fits."""
+@pytest.mark.parametrize("overrides", [(), ("batch.micro=16",), ("strategy=ddp",), ("strategy=fsdp", "batch.micro=16")])
+def test_the_advice_fits(overrides: Sequence[str]) -> None:
+    """With the settings that the plan advises added to the command, the run fits."""
     card = "a100-40g"
-    config, found = plan(*words, card=card)
+    config, found = plan(*overrides, card=card)
     if found.fits:
         return
     change = smallest_change(config, found, 256)
     assert change is not None
-    typed = {word.split("=")[0] for word in change[0].split()}
-    kept = [word for word in [*EIGHT, *words] if word.split("=")[0] not in typed]
+    typed = {override.split("=")[0] for override in change[0].split()}
+    kept = [override for override in [*PLAN_7B_ON_8, *overrides] if override.split("=")[0] not in typed]
     config = launcher.load([*kept, *change[0].split()])
     ranks = int(config.trainer.devices) * config.trainer.num_nodes
     assert make_plan(config, CARDS[card], Mesh(ranks), 256).fits
@@ -129,20 +129,20 @@ def test_auto_takes_the_first_that_fits() -> None:
 
 
 def test_a_micro_batch_that_is_not_given_is_the_largest_that_fits() -> None:
-    words = [word for word in EIGHT if not word.startswith("batch.micro")]
-    found = make_plan(launcher.load(words), CARDS["h100-80g"], Mesh(8), 256)
+    overrides = [override for override in PLAN_7B_ON_8 if not override.startswith("batch.micro")]
+    found = make_plan(launcher.load(overrides), CARDS["h100-80g"], Mesh(8), 256)
     assert (found.fits, found.layout.micro * found.layout.accumulation) == (True, 1048576 // 4096 // 8)
     given = [f"strategy={found.layout.strategy}", f"batch.micro={2 * found.layout.micro}"]
-    assert not make_plan(launcher.load([*words, *given]), CARDS["h100-80g"], Mesh(8), 256).fits
+    assert not make_plan(launcher.load([*overrides, *given]), CARDS["h100-80g"], Mesh(8), 256).fits
     assert f"in {found.layout.accumulation} passes a step" in why(found)
 
 
 def test_what_the_readme_begins_with(capsys: pytest.CaptureFixture[str]) -> None:
     """`model=7b trainer.devices=8`, and nothing else, is a run that fits its cards."""
     assert cli.main(["plan", "model=7b", "trainer.devices=8", "device=h100-80g"]) == 0
-    told = capsys.readouterr().out
-    assert "context 1024 × micro-batch 2 × 8 devices × 8 passes" in told
-    assert "\nfits  " in told
+    printed = capsys.readouterr().out
+    assert "context 1024 × micro-batch 2 × 8 devices × 8 passes" in printed
+    assert "\nfits  " in printed
 
 
 def test_a_stated_mfu_is_the_plans() -> None:
@@ -152,9 +152,9 @@ def test_a_stated_mfu_is_the_plans() -> None:
 def test_cards() -> None:
     with pytest.raises(UserError, match="device=h999: there is no such card\n  valid: a100-40g"):
         find_card("h999")
-    assert card_of(launcher.load([*EIGHT, "device=a100-40g"])) == (CARDS["a100-40g"], "a100-40g (device=)")
-    card, told = card_of(launcher.load([*EIGHT, "trainer.accelerator=cpu"]))
-    assert (card.name, told) == ("cpu", "this machine's CPU (trainer.accelerator=cpu)")
+    assert card_of(launcher.load([*PLAN_7B_ON_8, "device=a100-40g"])) == (CARDS["a100-40g"], "a100-40g (device=)")
+    card, origin = card_of(launcher.load([*PLAN_7B_ON_8, "trainer.accelerator=cpu"]))
+    assert (card.name, origin) == ("cpu", "this machine's CPU (trainer.accelerator=cpu)")
 
 
 @pytest.mark.parametrize(
@@ -172,16 +172,16 @@ def test_the_card_that_is_present(monkeypatch: pytest.MonkeyPatch, name: str, gi
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     found = SimpleNamespace(name=name, total_memory=gigabytes * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: found)
-    present, told = card_of(launcher.load(EIGHT))
+    present, origin = card_of(launcher.load(PLAN_7B_ON_8))
     assert (present.name, present.memory, present.per_machine) == (card, gigabytes * 10**9, 4)
-    assert told == f"{card} (the one present)"
+    assert origin == f"{card} (the one present)"
 
 
 def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["model=7b", "trainer.devices=8", "batch.tokens=1048576", "batch.context=4096", "batch.micro=2"]
-    words += ["budget.tokens=332e9", "model.vocab_size=50277"]
-    assert cli.main(["plan", *words, "device=a100-80g"]) == 0
-    said = capfd.readouterr().out
+    overrides = ["model=7b", "trainer.devices=8", "batch.tokens=1048576", "batch.context=4096", "batch.micro=2"]
+    overrides += ["budget.tokens=332e9", "model.vocab_size=50277"]
+    assert cli.main(["plan", *overrides, "device=a100-80g"]) == 0
+    printed = capfd.readouterr().out
     for part in (
         "passes, bf16-mixed",
         "device  a100-80g (device=)",
@@ -190,12 +190,12 @@ def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
         "days",
         "sent a step by each",
     ):
-        assert part in said
-    assert cli.main(["plan", *words, "device=a100-40g", "strategy=ddp"]) == 1
-    said = capfd.readouterr().out
-    assert "does not fit" in said
-    assert "this fits: " in said
-    assert cli.main(["plan", "--json", *words]) == 0
+        assert part in printed
+    assert cli.main(["plan", *overrides, "device=a100-40g", "strategy=ddp"]) == 1
+    printed = capfd.readouterr().out
+    assert "does not fit" in printed
+    assert "this fits: " in printed
+    assert cli.main(["plan", "--json", *overrides]) == 0
     figures = json.loads(capfd.readouterr().out)
     assert figures["parameters"] == 7_392_649_216
     assert figures["fits"]

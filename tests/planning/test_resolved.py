@@ -16,7 +16,7 @@ from rwkv_train.planning.resolved import Devices, ResolvedConfig
 from rwkv_train.training.run import train
 from rwkv_train.training.setup import assemble
 from rwkv_train.training.strategy import build_strategy
-from tests.runs import rows, words_for
+from tests.runs import overrides_for, rows
 
 
 def values(found: Any) -> dict[str, Any]:
@@ -26,7 +26,9 @@ def values(found: Any) -> dict[str, Any]:
 def test_nothing_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolved, "cores", lambda: 8)
     more = ("trainer.accelerator=auto", "trainer.devices=auto", "batch.micro=2")
-    setup = assemble(launcher.load([word for word in words_for(tmp_path, "run", *more) if word != "threads=1"]))
+    setup = assemble(
+        launcher.load([override for override in overrides_for(tmp_path, "run", *more) if override != "threads=1"])
+    )
     found = setup.resolved
     assert (found.mesh, found.strategy, found.micro, found.accumulation) == (Mesh(1), "single", 2, 2)
     assert (found.accelerator, found.precision, found.threads) == ("cpu", "32-true", 8)
@@ -39,7 +41,7 @@ def test_nothing_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_precision_is_recorded(tmp_path: Path) -> None:
     """config.yaml has the one that ran, so that a resume keeps it; devices and strategy stay open."""
-    assert train(launcher.load(words_for(tmp_path, "run", "budget.steps=2"))) == 0
+    assert train(launcher.load(overrides_for(tmp_path, "run", "budget.steps=2"))) == 0
     run = tmp_path / "runs" / "run"
     tree = yaml.safe_load((run / "config.yaml").read_text())
     assert (tree["trainer"]["precision"], tree["strategy"], tree["batch"]["micro"]) == ("32-true", "auto", None)
@@ -48,13 +50,13 @@ def test_the_precision_is_recorded(tmp_path: Path) -> None:
 
 def test_several_ranks_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolved, "cores", lambda: 4)
-    config = launcher.load([word for word in words_for(tmp_path, "run") if word != "threads=1"])
+    config = launcher.load([override for override in overrides_for(tmp_path, "run") if override != "threads=1"])
     found = resolved.find_devices(replace(config, trainer=replace(config.trainer, devices=2)))
     assert (found.mesh, found.per_node, found.nodes, found.threads) == (Mesh(2), 2, 1, 2)
 
 
 def test_no_strategy_splits_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = launcher.load(words_for(tmp_path, "run"))
+    config = launcher.load(overrides_for(tmp_path, "run"))
     monkeypatch.setattr(Devices, "mesh", property(lambda self: Mesh(1, context=2)))
     found = ResolvedConfig(resolved.find_devices(config), "ddp", 4, 1)
     with pytest.raises(ValueError, match="strategy=ddp cannot split samples over 2 context ranks"):

@@ -1,4 +1,4 @@
-"""Each attempt of a run writes under its own number; what an older one still writes does not count and does no harm."""
+"""Each attempt of a run writes under its own number; writes of an older one do not count and change nothing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, words_for
+from tests.runs import losses, overrides_for, rows
 
-NINE = ("budget.steps=9", "checkpoint.every.steps=3", "validation.every.steps=100")
+NINE_STEPS = ("budget.steps=9", "checkpoint.every.steps=3", "validation.every.steps=100")
 
 
 def begun(run: RunDirectory, step: int = 0, parent: int | None = None) -> int:
@@ -111,22 +111,22 @@ def test_what_a_newer_one_is_writing_is_not_removed(run: RunDirectory) -> None:
 
 def test_a_run_without_its_attempts_is_refused(tmp_path: Path) -> None:
     """Its rows and checkpoints would not count, and the new attempt would overwrite them."""
-    words = words_for(tmp_path, "run", *NINE)
-    assert train(launcher.load(words)) == 0
+    overrides = overrides_for(tmp_path, "run", *NINE_STEPS)
+    assert train(launcher.load(overrides)) == 0
     run = tmp_path / "runs" / "run"
     before = (run / "metrics.jsonl").read_bytes()
     (run / "attempts").rename(tmp_path / "attempts")
     checkpoint = run / "checkpoints" / "step_000000009-0001"
     with pytest.raises(UserError, match=rf"attempts/ is missing.*\n.*put attempts/ back.* resume={checkpoint}"):
-        train(launcher.load(words))
+        train(launcher.load(overrides))
     assert (run / "metrics.jsonl").read_bytes() == before
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match="attempts/ is missing"):
-        train(launcher.load(words))
+        train(launcher.load(overrides))
 
 
 def test_a_manifest_of_another_save_is_damage(tmp_path: Path) -> None:
-    assert train(launcher.load(words_for(tmp_path, "run", *NINE))) == 0
+    assert train(launcher.load(overrides_for(tmp_path, "run", *NINE_STEPS))) == 0
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"
     shutil.copy(
         checkpoints / "step_000000006-0001" / "manifest.json", checkpoints / "step_000000009-0001" / "manifest.json"
@@ -149,11 +149,16 @@ def test_a_run_that_a_newer_start_has_taken_over_ends_and_deletes_nothing(
 
     monkeypatch.setattr(RWKVModule, "on_before_optimizer_step", and_another_starts)
     assert (
-        train(launcher.load(words_for(tmp_path, "run", *NINE, "checkpoint.keep=1", "checkpoint.background=false"))) == 4
+        train(
+            launcher.load(
+                overrides_for(tmp_path, "run", *NINE_STEPS, "checkpoint.keep=1", "checkpoint.background=false")
+            )
+        )
+        == 4
     )
     monkeypatch.undo()
     assert f"a newer start of {run} has taken over; this one ends at step 9" in capsys.readouterr().out
     assert list_checkpoints(run / "checkpoints")[-1].name == "step_000000006-0001"
     assert not (run / "weights.pth").exists()
-    assert train(launcher.load(words_for(tmp_path, "run", *NINE))) == 0
+    assert train(launcher.load(overrides_for(tmp_path, "run", *NINE_STEPS))) == 0
     assert len(losses(run)) == 9

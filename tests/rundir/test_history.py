@@ -139,8 +139,8 @@ def shown(capsys: pytest.CaptureFixture[str], paths: Sequence[Path], code: int =
 def test_status_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write(tmp_path / "one", goodput())
     (run / "config.yaml").write_text("budget: {steps: null, tokens: 300}\nbatch: {tokens: 10}\n")
-    said = shown(capsys, [run])
-    for words in (
+    printed = shown(capsys, [run])
+    for part in (
         "finished",
         "30 of 30",
         "300",
@@ -150,7 +150,7 @@ def test_status_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "  9.0 s    9.0%  down",
         "restarted after 9.0 s",
     ):
-        assert words in said, said
+        assert part in printed, printed
 
 
 def test_status_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,9 +158,9 @@ def test_status_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     now = time.time()
     going = History([{"time": now, "event": "started", "step": 0}], steps(3))
     runs.append(write(tmp_path / "c", going))
-    said = shown(capsys, runs, code=1)
-    for words in ("finished", "failed", "running"):
-        assert words in said
+    printed = shown(capsys, runs, code=1)
+    for part in ("finished", "failed", "running"):
+        assert part in printed
     events = [*failing(5, 5, 5).events, *events_of(("given_up", 5, {}), begin=2000.0)]
     runs = [write(tmp_path / "d", History(events, steps(5)))]
     assert "given up at step 5" in shown(capsys, runs, code=1)

@@ -1,4 +1,4 @@
-"""A throw-away SLURM on this host: munged, slurmctld, and several slurmd that each stand for a node.
+"""A throw-away SLURM on this host: munged, slurmctld, and several slurmd, one for each simulated node.
 
 What one host needs for that: the nodes' names resolve to loopback (a line in /etc/hosts, taken out again), each slurmd
 has a UTS namespace of its own so that gethostname() is its node's, and the nodes claim CPUs and memory that they do not
@@ -65,7 +65,7 @@ def install() -> None:
     """Installs SLURM from Debian where it is not there.
 
     Raises:
-        RuntimeError: that is not possible; says why.
+        RuntimeError: that is not possible, with the reason.
     """
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     if all(map(shutil.which, TOOLS)):
@@ -199,13 +199,13 @@ class Cluster:
     def states(self) -> dict[str, str]:
         """node → idle, allocated, down …"""
         with contextlib.suppress(subprocess.SubprocessError):
-            told = self.run("sinfo", "--noheader", "--Node", "--format=%N %T")
-            return {node: state.rstrip("*~#$@+-") for node, state in (line.split() for line in told.splitlines())}
+            answer = self.run("sinfo", "--noheader", "--Node", "--format=%N %T")
+            return {node: state.rstrip("*~#$@+-") for node, state in (line.split() for line in answer.splitlines())}
         return {}
 
     def job(self, number: str) -> dict[str, str]:
-        """What the controller says of a job: JobState, Restarts, ExitCode, NodeList …"""
-        pairs = (word.partition("=") for word in self.run("scontrol", "show", "job", "-o", number).split())
+        """The controller's description of a job: JobState, Restarts, ExitCode, NodeList …"""
+        pairs = (pair.partition("=") for pair in self.run("scontrol", "show", "job", "-o", number).split())
         return {name: value for name, _, value in reversed(list(pairs))}
 
     def _start(self, daemon: str, command: Sequence[str]) -> None:

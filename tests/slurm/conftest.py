@@ -1,4 +1,4 @@
-"""One cluster for all tests of this folder, and what a job on it is to them."""
+"""One cluster for all tests of this folder, and a class for a training job on it."""
 
 from __future__ import annotations
 
@@ -33,17 +33,19 @@ class Training:
         cluster: where.
         folder: run.root.
         name: run.name.
-        words: of train.py.
+        overrides: of train.py.
         options: of sbatch.
     """
 
-    def __init__(self, cluster: Cluster, folder: Path, name: str, *words: str, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, name: str, *overrides: str, options: tuple[str, ...] = ()
+    ) -> None:
         self.cluster, self.run, self.log = cluster, folder / name, folder / f"{name}.log"
         command = ["sbatch", "--parsable", "--nodes=2", f"--job-name={name}", f"--output={self.log}", "--time=10"]
         named = [f"run.root={folder}", f"run.name={name}"]
-        self.job = cluster.run(*command, *options, str(SCRIPT), *words, *named).strip()
+        self.job = cluster.run(*command, *options, str(SCRIPT), *overrides, *named).strip()
 
-    def told(self) -> str:
+    def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
     def state(self) -> str:
@@ -57,9 +59,9 @@ class Training:
         self.wait(lambda: self.steps() >= step, f"step {step}")
 
     def wait(self, holds: Callable[[], Any], what: str) -> None:
-        """Until something holds, while the job goes on."""
+        """Waits until `holds()` is true, while the job runs."""
         wait_until(lambda: holds() or self.over(), f"{what} of {self.run.name}")
-        assert holds(), f"{self.state()}\n{self.told()}"
+        assert holds(), f"{self.state()}\n{self.output()}"
 
     def over(self) -> bool:
         return self.state() not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SIGNALING")
@@ -73,20 +75,20 @@ class Training:
         return rows(self.run, "events.jsonl")
 
     def story(self) -> list[str]:
-        """What happened, but for checkpoints; what both the first rank and its guard say, once."""
-        told = [row["event"] for row in self.events() if row["event"] not in ("checkpoint", "straggler")]
-        return [event for number, event in enumerate(told) if number == 0 or event != told[number - 1]]
+        """The names of the events without checkpoints; an event that both rank 0 and its monitor report counts once."""
+        names = [row["event"] for row in self.events() if row["event"] not in ("checkpoint", "straggler")]
+        return [event for number, event in enumerate(names) if number == 0 or event != names[number - 1]]
 
     def processes(self) -> dict[int, int]:
         """rank → pid of those that train."""
         found = {}
         for entry in Path("/proc").iterdir():
             try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if b"rwkv_train.cli.main" in words and f"run.name={self.run.name}".encode() in words:
+                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+                if b"rwkv_train.cli.main" in arguments and f"run.name={self.run.name}".encode() in arguments:
                     variables = (entry / "environ").read_bytes().split(b"\0")
                     named = dict(variable.partition(b"=")[::2] for variable in variables)
-                    if b"SLURM_STEP_NUM_TASKS" in named and words[0].endswith(b"python"):
+                    if b"SLURM_STEP_NUM_TASKS" in named and arguments[0].endswith(b"python"):
                         found[int(named[b"SLURM_PROCID"])] = int(entry.name)
             except OSError:
                 continue

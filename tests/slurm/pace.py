@@ -20,7 +20,7 @@ class Pace(Callback):
 
 
 class Crash(Callback):
-    """One rank fails behind a step, at every start."""
+    """One rank fails after a step, in every attempt."""
 
     def __init__(self, step: int, rank: int) -> None:
         self.step, self.rank = step, rank

@@ -1,4 +1,4 @@
-"""A hundred signals at random moments: each start is put back into the queue once, behind a whole checkpoint."""
+"""A hundred signals at random moments: each attempt requeues its job once, after a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rwkv_train.checkpoint.directory import newest
 from rwkv_train.cli import launcher
 from rwkv_train.training import setup
 from tests import PRELOAD
-from tests.runs import losses, rows, same_weights, words_for
+from tests.runs import losses, overrides_for, rows, same_weights
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-# stands in for SLURM's controller, and writes down what it was asked
+# replaces SLURM's controller, and records the requests
 SCONTROL = """\
 #!/bin/sh
 case $1 in
@@ -33,7 +33,7 @@ esac
 """
 
 
-def one_rank(words: list[str], path: str, rank: int, ranks: int, port: int) -> None:
+def one_rank(overrides: list[str], path: str, rank: int, ranks: int, port: int) -> None:
     os.environ.update(PATH=f"{path}:{os.environ['PATH']}", SLURM_JOB_ID="7")
     if ranks > 1:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
@@ -41,23 +41,25 @@ def one_rank(words: list[str], path: str, rank: int, ranks: int, port: int) -> N
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
         for room in (launcher, setup):
             room.__dict__["cores" if room is launcher else "_cores"] = lambda: ranks
-    sys.exit(launcher.main([*words, f"trainer.devices={ranks}"]))
+    sys.exit(launcher.main([*overrides, f"trainer.devices={ranks}"]))
 
 
-def begin(words: list[str], path: Path, ranks: int) -> list[ForkServerProcess]:
+def begin(overrides: list[str], path: Path, ranks: int) -> list[ForkServerProcess]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    started = [context.Process(target=one_rank, args=(words, str(path), rank, ranks, port)) for rank in range(ranks)]
+    started = [
+        context.Process(target=one_rank, args=(overrides, str(path), rank, ranks, port)) for rank in range(ranks)
+    ]
     for process in started:
         process.start()
     return started
 
 
 def heard(run: Path, began: float) -> bool:
-    """Whether the start that began then has told of itself; from then on it hears signals."""
+    """Whether the attempt that began at that time has written its first event; from then on it handles signals."""
     return (run / "events.jsonl").exists() and any(row["time"] > began for row in rows(run, "events.jsonl"))
 
 
@@ -80,11 +82,15 @@ def disturb(folder: Path, ranks: int, signals: int) -> None:
     (folder / "scontrol").chmod(0o755)
     spans = ["checkpoint.every.steps=3", "validation.every.steps=7", "validation.batches=1", "model.n_layer=1"]
     spans += ["cluster.preflight=100", "optim.schedule.shape=constant", "threads=1"]
-    words = [word for word in words_for(folder, "run", "budget.steps=100000", *spans) if "trainer.devices" not in word]
+    overrides = [
+        override
+        for override in overrides_for(folder, "run", "budget.steps=100000", *spans)
+        if "trainer.devices" not in override
+    ]
     run = folder / "runs" / "run"
     for number in range(signals):
         began = time.time()
-        started = begin(words, folder, ranks)
+        started = begin(overrides, folder, ranks)
         try:
             while not heard(run, began):
                 assert all(process.is_alive() for process in started)
@@ -113,7 +119,7 @@ def disturb(folder: Path, ranks: int, signals: int) -> None:
     assert events == ["started", *["preempted", "requeued", "resumed"] * (signals - 1), "preempted", "requeued"]
 
     end = {"budget.steps=100000": f"budget.steps={len(losses(run))}", "run.name=run": "run.name=whole"}
-    started = begin([end.get(word, word) for word in words], folder, ranks)
+    started = begin([end.get(override, override) for override in overrides], folder, ranks)
     for process in started:
         process.join(300)
     assert losses(run) == losses(folder / "runs" / "whole")

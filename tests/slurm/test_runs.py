@@ -1,4 +1,4 @@
-"""Runs of two nodes that something happens to: each ends with the weights of the run that nothing happened to."""
+"""Runs of two nodes with faults: each ends with the weights of the undisturbed run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.slurm.conftest import Training
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
 STEPS = 60
-WORDS = [  # the default data, a model that costs nothing
+OVERRIDES = [  # the default data, a model that costs nothing
     "model.n_layer=2",
     "model.n_embd=32",
     "batch.context=32",
@@ -88,8 +88,8 @@ SCENARIOS: dict[str, tuple[str, Callable[[Training], list[str]]]] = {
 def play(cluster: Cluster, folder: Path, name: str) -> tuple[Training, list[str]]:
     strategy, disturb = SCENARIOS[name]
     pace = 1.0 if name == "limit" else 0.15  # SLURM looks at the time limits each half minute
-    words = [*WORDS, *PACED, f"+callbacks.pace.seconds={pace}", f"strategy={strategy}"]
-    training = Training(cluster, folder, name, *words, options=("--signal=USR1@20",))
+    overrides = [*OVERRIDES, *PACED, f"+callbacks.pace.seconds={pace}", f"strategy={strategy}"]
+    training = Training(cluster, folder, name, *overrides, options=("--signal=USR1@20",))
     return training, disturb(training)
 
 
@@ -100,7 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def played(cluster: Cluster, folder: Path) -> Iterator[dict[str, Future[tuple[Training, list[str]]]]]:
-    """All of them at once, as far as the nodes go: they wait more than they compute."""
+    """All of them at the same time, as far as there are nodes: they wait more than they compute."""
     with ThreadPoolExecutor(len(SCENARIOS)) as pool:
         yield {name: pool.submit(play, cluster, folder, name) for name in SCENARIOS}
 
@@ -110,7 +110,7 @@ def undisturbed(folder: Path, played: object) -> Path:
     """The same runs as two processes of this machine, without SLURM; made while the cluster starts."""
     for strategy in ("ddp", "deepspeed_2"):
         named = [f"run.root={folder}", f"run.name={strategy}", f"strategy={strategy}"]
-        train_ranks([*WORDS, *named], 2)
+        train_ranks([*OVERRIDES, *named], 2)
     return folder
 
 
@@ -119,16 +119,16 @@ def test_comes_back_to_the_same_weights(
     name: str, undisturbed: Path, played: dict[str, Future[tuple[Training, list[str]]]]
 ) -> None:
     training, expected = played[name].result()
-    assert training.end() == "COMPLETED", training.told()
+    assert training.end() == "COMPLETED", training.output()
     strategy, _ = SCENARIOS[name]
-    assert losses(training.run) == losses(undisturbed / strategy), training.told()
+    assert losses(training.run) == losses(undisturbed / strategy), training.output()
     assert len(losses(training.run)) == STEPS
     assert same_weights(training.run, undisturbed / strategy)
     story = training.story()
     if "…" in expected:  # what came through before SLURM ended the processes
         assert (story[0], story[-2:]) == (expected[0], expected[-2:]), story
     else:
-        assert story == expected, training.told()
+        assert story == expected, training.output()
     resumed = next(row for row in training.events() if row["event"] == "resumed")
     assert resumed["steps_lost"] <= 20 + 1
     assert resumed["tokens"] == resumed["step"] * 128
@@ -140,12 +140,12 @@ def test_comes_back_to_the_same_weights(
 def test_a_run_that_fails_at_the_same_step_each_time_ends(cluster: Cluster, folder: Path) -> None:
     """After the third time, with the reason that the failing rank had."""
     crash = ["+callbacks.crash._target_=tests.slurm.pace.Crash", "+callbacks.crash.step=9", "+callbacks.crash.rank=1"]
-    training = Training(cluster, folder, "crash", *WORDS, "packages=[tests]", *crash, "cluster.preflight=120")
+    training = Training(cluster, folder, "crash", *OVERRIDES, "packages=[tests]", *crash, "cluster.preflight=120")
     assert training.end() == "FAILED"
-    assert cluster.job(training.job)["ExitCode"] == "6:0", training.told()
+    assert cluster.job(training.job)["ExitCode"] == "6:0", training.output()
     assert training.story() == ["started", "failed", "started", "failed", "started", "failed", "given_up"]
     reasons = [row["reason"] for row in training.events() if row["event"] in ("failed", "given_up")]
     assert any("RuntimeError: a planted error" in reason for reason in reasons), reasons
-    assert f"{training.run} has failed 3 times at step 9" in training.told()
+    assert f"{training.run} has failed 3 times at step 9" in training.output()
     (log,) = (training.run / "logs").glob("rank_0001_*.log")
     assert log.read_text().count("a planted error") >= 3

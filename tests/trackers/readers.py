@@ -1,4 +1,4 @@
-"""Small readers of what trackers leave on the disk: their own code does not read it, and a service's does not run here.
+"""Small independent readers of the files that W&B and TensorBoard write.
 
 A .wandb file has a header of 7 bytes, then LevelDB's log: blocks of 32 KiB with fragments of (checksum, length, kind),
 each record a protobuf `Record` of wandb's wandb_internal.proto. An event file of TensorBoard has (length, checksum,

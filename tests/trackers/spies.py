@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from rwkv_train.trackers import Row, TrackedRun, Tracker
+from rwkv_train.rundir.jsonl import EventRow, MetricsRow
+from rwkv_train.trackers import TrackedRun, Tracker
 
 
 class Memory(Tracker):
@@ -13,8 +14,8 @@ class Memory(Tracker):
 
     def __init__(self, failures: int = 0) -> None:
         self.state: dict[str, Any] = {}
-        self.rows: dict[int, Row] = {}
-        self.events: list[Row] = []
+        self.rows: dict[int, MetricsRow] = {}
+        self.events: list[EventRow] = []
         self.failures, self.ended = failures, False
 
     def begin(self, run: TrackedRun, step: int) -> int:
@@ -27,10 +28,10 @@ class Memory(Tracker):
         self.rows = {s: row for s, row in self.rows.items() if s <= step}
         return min(step, self.state.get("sent", 0))
 
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         self.rows[row["step"]] = row
 
-    def event(self, event: Row) -> None:
+    def event(self, event: EventRow) -> None:
         self.events.append(event)
 
     def flush(self) -> None:
@@ -41,10 +42,10 @@ class Memory(Tracker):
 
 
 class Hanging(Memory):
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         time.sleep(10_000)
 
 
 class Failing(Memory):
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""Trackers: whatever happens to the run or to them, in the end they have its rows, and training is not delayed."""
+"""Trackers: after faults of the run or of a tracker, the tracker still gets all rows, and training is not delayed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ import pytest
 from rwkv_train.cli import launcher
 from rwkv_train.cli import main as cli
 from rwkv_train.errors import UserError
-from rwkv_train.trackers import LocalTracker, Row, TrackedRun, Tracker, flat
+from rwkv_train.rundir.jsonl import MetricsRow
+from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker, flat
 from rwkv_train.trackers.follow import Follower, Tail, follow
 from rwkv_train.trackers.launch import push
 from rwkv_train.trackers.local import LocalTrackers
 from rwkv_train.trackers.tensorboard import TensorBoard
 from rwkv_train.training import observers
 from rwkv_train.training.run import train
-from tests.runs import rows, words_for
+from tests.runs import overrides_for, rows
 from tests.trackers.readers import tensorboard_rows, wandb_rows
 from tests.trackers.spies import Memory
 
-ALL = [
+ALL_TRACKERS = [
     "logger=wandb",
     "logger.wandb.mode=offline",
     "+logger.tensorboard._target_=rwkv_train.trackers.tensorboard.TensorBoard",
@@ -57,13 +58,13 @@ def check_copies(run: Path) -> None:
 
 def test_all_of_them(tmp_path: Path) -> None:
     """A run in two parts: one run of W&B, no gap, no step twice in any tracker."""
-    words = words_for(tmp_path, "run", *ALL, "statistics.every.steps=5", "run.allow_changes=true")
-    assert train(launcher.load([*words, "budget.steps=12"])) == 0
+    overrides = overrides_for(tmp_path, "run", *ALL_TRACKERS, "statistics.every.steps=5", "run.allow_changes=true")
+    assert train(launcher.load([*overrides, "budget.steps=12"])) == 0
     run = tmp_path / "runs" / "run"
     first = json.loads((run / "trackers" / "wandb.json").read_text())
     assert first["sent"] == 12
     check_copies(run)
-    assert train(launcher.load([*words, "budget.steps=20"])) == 0
+    assert train(launcher.load([*overrides, "budget.steps=20"])) == 0
     assert json.loads((run / "trackers" / "wandb.json").read_text()) == {**first, "sent": 20, "reached": 20}
     check_copies(run)
     assert len(list(run.glob("wandb/offline-run-*"))) == 2
@@ -140,40 +141,41 @@ def test_a_tracker_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_training_is_not_delayed(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(observers, "PATIENCE", 2.0 if kind == "Hanging" else 90.0)
-    words = [f"+logger.it._target_=tests.trackers.spies.{kind}", "packages=[tests]", "budget.steps=20"]
+    monkeypatch.setattr(observers, "TRACKER_SECONDS", 2.0 if kind == "Hanging" else 90.0)
+    overrides = [f"+logger.it._target_=tests.trackers.spies.{kind}", "packages=[tests]", "budget.steps=20"]
     began = time.monotonic()
-    assert train(launcher.load(words_for(tmp_path, "run", *words))) == 0
+    assert train(launcher.load(overrides_for(tmp_path, "run", *overrides))) == 0
     assert len(rows(tmp_path / "runs" / "run")) == 20
     assert time.monotonic() - began < 60
-    said = capfd.readouterr()
+    printed = capfd.readouterr()
     if kind == "Hanging":
-        assert "logger=it has not taken all rows within 2 s and was ended" in said.out
+        assert "logger=it has not taken all rows within 2 s and was ended" in printed.out
     else:
         assert (
-            said.err.count("logger=it: OSError: [Errno 28] No space left on device; training continues, it gets") == 1
+            printed.err.count("logger=it: OSError: [Errno 28] No space left on device; training continues, it gets")
+            == 1
         )
 
 
 def test_wandb_without_a_key(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is written offline, and the message says how to send it later."""
+    """The run is written offline, and the message names the command that sends it later."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    words = words_for(tmp_path, "run", "logger=wandb", "budget.steps=6", "logger.wandb.mode=online")
-    assert train(launcher.load(words)) == 0
-    said = capfd.readouterr().err
-    assert "logger=wandb: No API key" in said
-    assert "the run is written offline" in said
+    overrides = overrides_for(tmp_path, "run", "logger=wandb", "budget.steps=6", "logger.wandb.mode=online")
+    assert train(launcher.load(overrides)) == 0
+    printed = capfd.readouterr().err
+    assert "logger=wandb: No API key" in printed
+    assert "the run is written offline" in printed
     assert {step for _, step in wandb_rows(tmp_path / "runs" / "run")} == set(range(1, 7))
 
 
 def test_push(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run without a tracker is handed to one from its files."""
-    assert train(launcher.load(words_for(tmp_path, "run", "budget.steps=8", "statistics.every.steps=4"))) == 0
+    assert train(launcher.load(overrides_for(tmp_path, "run", "budget.steps=8", "statistics.every.steps=4"))) == 0
     run = tmp_path / "runs" / "run"
     tree = {"_target_": "rwkv_train.trackers.wandb.Wandb", "mode": "offline"}
     state = push(run, "wandb", tree)
@@ -259,7 +261,7 @@ def test_what_a_kill_has_lost_is_written_again(tmp_path: Path, stored: int) -> N
 
 
 class Raising(LocalTracker):
-    def row(self, row: Row) -> None:
+    def row(self, row: MetricsRow) -> None:
         raise OSError(28, "No space left on device")
 
 
@@ -270,6 +272,6 @@ def test_a_local_tracker_that_raises_costs_a_warning(tmp_path: Path, capsys: pyt
         trackers.row(row(step, 1.0))
     trackers.close()
     assert tensorboard_rows(tmp_path).keys() == {1, 2}
-    said = capsys.readouterr().err
-    assert said.count("logger=a: OSError: [Errno 28] No space left on device; training continues without it") == 1
-    assert f"rwkv-train report {tmp_path} --push a" in said
+    printed = capsys.readouterr().err
+    assert printed.count("logger=a: OSError: [Errno 28] No space left on device; training continues without it") == 1
+    assert f"rwkv-train report {tmp_path} --push a" in printed

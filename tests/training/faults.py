@@ -1,4 +1,4 @@
-"""Callbacks that make a step bad, which tests name as `callbacks.….`, and a storage that is full."""
+"""Callbacks that cause bad steps, named in tests as `callbacks.….`, and a storage that is full."""
 
 from __future__ import annotations
 

@@ -129,8 +129,8 @@ class Start(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         peak, strategy = _status("VmHWM") - self.before, trainer.strategy
-        shard = sum(shard.values.numel() * 4 for shard in strategy.shards(moments=False))  # type: ignore[attr-defined]
-        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps({"peak": peak, "shard": shard}))
+        bytes_of_shard = sum(shard.values.numel() * 4 for shard in strategy.shards(moments=False))  # type: ignore[attr-defined]
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps({"peak": peak, "shard": bytes_of_shard}))
 
 
 def _status(field: str) -> int:

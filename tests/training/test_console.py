@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and where its time goes."""
+"""What the console shows during a run, and the profile of its time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rwkv_train.training.callbacks.profiling import advice_on, costs_of
 from rwkv_train.training.callbacks.progress import ProgressBar, span
 from rwkv_train.training.finish import figures_of
 from rwkv_train.training.run import train
-from tests.runs import words_for
+from tests.runs import overrides_for
 
 
 def progress(folder: Path, terminal: bool, quiet: bool = False) -> tuple[ProgressBar, Metrics, io.StringIO]:
@@ -73,19 +73,19 @@ def test_spans(seconds: float, text: str) -> None:
 
 def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A trace that a trace viewer reads, the ten largest costs, and no advice where nothing is certain."""
-    assert train(launcher.load(words_for(tmp_path, "run", "budget.steps=20", "profile=true"))) == 0
+    assert train(launcher.load(overrides_for(tmp_path, "run", "budget.steps=20", "profile=true"))) == 0
     trace = json.loads((tmp_path / "runs" / "run" / "trace.json").read_text())
     names = {event["name"] for event in trace["traceEvents"] if event.get("ph") == "X"}
     assert any(name.startswith("ProfilerStep#") for name in names)
     assert any("wkv4" in name for name in names)
-    said = capsys.readouterr().out
-    table = said[said.index("where 10 steps went") : said.index("trace: ")]
+    printed = capsys.readouterr().out
+    table = printed[printed.index("where 10 steps went") : printed.index("trace: ")]
     lines = [line for line in table.splitlines() if line.startswith("│")]
     assert len(lines) == 10
     shares = [float(line.split("│")[3].strip().rstrip("%")) for line in lines]
     assert shares == sorted(shares, reverse=True)
     assert 0 < sum(shares) <= 100.5
-    assert "to be opened in https://ui.perfetto.dev" in said
+    assert "to be opened in https://ui.perfetto.dev" in printed
 
 
 def test_advice() -> None:
@@ -97,8 +97,8 @@ def test_advice() -> None:
     costs = costs_of(averages, cuda=False)
     assert costs[0][0] == "aten::mm"
     assert len(costs) == 3
-    told = advice_on(costs, 10.0)
-    assert told == [
+    advice = advice_on(costs, 10.0)
+    assert advice == [
         "10% of the time goes into copies from pageable memory: a callback moves tensors itself; pin them",
         "10% of the time goes into .item(): a callback reads a value from the device in every step",
     ]

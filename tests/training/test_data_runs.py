@@ -17,19 +17,23 @@ from rwkv_train.data.prepare import PrepareOptions, prepare
 from rwkv_train.errors import UserError
 from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, same_weights, words_for, write_text
+from tests.runs import losses, overrides_for, rows, same_weights, write_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
 def run(folder: Path, name: str, *more: str) -> Path:
-    words = [word for word in words_for(folder, name) if not word.startswith(("data=", "data.path="))]
-    given = {word.split("=")[0] for word in more}
-    assert train(launcher.load([*(word for word in words if word.split("=")[0] not in given), *more])) == 0
+    overrides = [
+        override for override in overrides_for(folder, name) if not override.startswith(("data=", "data.path="))
+    ]
+    given = {override.split("=")[0] for override in more}
+    assert (
+        train(launcher.load([*(override for override in overrides if override.split("=")[0] not in given), *more])) == 0
+    )
     return folder / "runs" / name
 
 
-SHORT = ("budget.steps=8", "validation.every.steps=4", "checkpoint.every.steps=4")
+SHORT_RUN = ("budget.steps=8", "validation.every.steps=4", "checkpoint.every.steps=4")
 
 
 @pytest.fixture
@@ -43,11 +47,11 @@ def store(tmp_path: Path) -> Path:
 
 
 def stopped_and_resumed(folder: Path, *more: str) -> None:
-    whole = run(folder, "whole", *SHORT, *more)
-    run(folder, "parts", *SHORT, "budget.steps=5", *more, "optim.schedule.shape=constant")
+    whole = run(folder, "whole", *SHORT_RUN, *more)
+    run(folder, "parts", *SHORT_RUN, "budget.steps=5", *more, "optim.schedule.shape=constant")
     assert len(losses(folder / "runs" / "parts")) == 5
-    constant = run(folder, "constant", *SHORT, *more, "optim.schedule.shape=constant")
-    parts = run(folder, "parts", *SHORT, *more, "optim.schedule.shape=constant", "run.allow_changes=true")
+    constant = run(folder, "constant", *SHORT_RUN, *more, "optim.schedule.shape=constant")
+    parts = run(folder, "parts", *SHORT_RUN, *more, "optim.schedule.shape=constant", "run.allow_changes=true")
     assert losses(parts) == losses(constant)
     assert same_weights(parts, constant)
     assert losses(whole)[0] == losses(constant)[0]
@@ -58,8 +62,8 @@ def test_a_run_on_a_store_goes_on_exactly(store: Path, tmp_path: Path) -> None:
 
 
 def test_a_stream_goes_on_exactly_from_its_position(store: Path, tmp_path: Path) -> None:
-    words = ("data=stream", f"data.path={tmp_path}/a.jsonl", "data.tokenizer=bytes", "data.workers=0")
-    stopped_and_resumed(tmp_path, *words, "data.held_out_documents=5")
+    overrides = ("data=stream", f"data.path={tmp_path}/a.jsonl", "data.tokenizer=bytes", "data.workers=0")
+    stopped_and_resumed(tmp_path, *overrides, "data.held_out_documents=5")
     (checkpoint,) = (tmp_path / "runs" / "parts" / "checkpoints").glob("*8-*")
     meta = json.loads((checkpoint / "meta.json").read_text())
     assert meta["position"]["offset"] <= 8 * 128
@@ -67,31 +71,31 @@ def test_a_stream_goes_on_exactly_from_its_position(store: Path, tmp_path: Path)
 
 
 def test_another_store_or_tokenizer_under_the_same_name_is_refused(store: Path, tmp_path: Path) -> None:
-    words = ("data=store", f"data.path={store}", "data.hold_out=0.1")
-    run(tmp_path, "run", *SHORT, *words)
+    overrides = ("data=store", f"data.path={store}", "data.hold_out=0.1")
+    run(tmp_path, "run", *SHORT_RUN, *overrides)
     kept = {file.name: file.read_bytes() for file in tmp_path.glob("s.*")}
     tokens = np.fromfile(tmp_path / "s.bin", np.uint16)
     tokens[100:200] = ord("x")
     tokens.tofile(tmp_path / "s.bin")
     with pytest.raises(UserError, match=r"s.bin does not match its manifest s.json: fingerprint"):
-        run(tmp_path, "run", *SHORT, *words, "budget.steps=9", "run.allow_changes=true")
+        run(tmp_path, "run", *SHORT_RUN, *overrides, "budget.steps=9", "run.allow_changes=true")
     (tmp_path / "s.json").unlink()
     with pytest.raises(UserError, match=r"the data itself: content hash \w+ → \w+\n  to resume all the same"):
-        run(tmp_path, "run", *SHORT, *words, "data.tokenizer=bytes")
+        run(tmp_path, "run", *SHORT_RUN, *overrides, "data.tokenizer=bytes")
     for name, content in kept.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"was made with the tokenizer bytes, the run's is world:\w+\n  remove data.tokenizer"):
-        run(tmp_path, "run", *SHORT, *words, "data.tokenizer=world")
+    with pytest.raises(UserError, match=r"was made with the tokenizer bytes, the run's is world:\w+\n  remove data"):
+        run(tmp_path, "run", *SHORT_RUN, *overrides, "data.tokenizer=world")
     shutil.rmtree(tmp_path / "runs")
     for file in tmp_path.glob("s.*"):
         file.unlink()
     with pytest.raises(UserError, match=r"there is no store s\.bin and s\.idx"):
-        run(tmp_path, "run", *SHORT, *words)
+        run(tmp_path, "run", *SHORT_RUN, *overrides)
 
 
 def test_a_mixture_tells_of_each_source(store: Path, tmp_path: Path) -> None:
     sources = f"data.sources=[{{name:a,path:{store},weight:0.75}},{{name:b,path:{tmp_path}/text.txt,weight:0.25}}]"
-    found = rows(run(tmp_path, "run", *SHORT, "data=mixture", sources, "data.hold_out=0.1"))
+    found = rows(run(tmp_path, "run", *SHORT_RUN, "data=mixture", sources, "data.hold_out=0.1"))
     assert found[-1]["tokens/a"] == 8 * 128 * 3 // 4
     assert found[-1]["tokens/b"] == 8 * 128 // 4
     assert found[-1]["val/loss/a"] != found[-1]["val/loss/b"]
@@ -101,26 +105,32 @@ def test_a_mixture_tells_of_each_source(store: Path, tmp_path: Path) -> None:
         < max(found[-1][f"val/loss/{n}"] for n in "ab")
     )
     with pytest.raises(UserError, match=r"sources may be read for \d+ steps .* the budget is 8,000 steps"):
-        run(tmp_path, "short", *SHORT, "data=mixture", sources.replace("}", ",epochs:1}"), "budget.steps=8000")
+        run(tmp_path, "short", *SHORT_RUN, "data=mixture", sources.replace("}", ",epochs:1}"), "budget.steps=8000")
 
 
 def test_a_chat_is_shown_before_step_0_and_its_loss_falls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     messages: list[dict[str, Any]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": messages, "n": n}) + "\n" for n in range(60)))
-    words = ("data=chat", f"data.path={tmp_path}/chat.jsonl", "data.tokenizer=bytes", "data.hold_out=0")
-    found = losses(run(tmp_path, "run", *SHORT, *words, "budget.steps=30"))
-    told = capsys.readouterr().out
-    assert "▌User: ?" in told
-    assert "tokens with a loss" in told
+    overrides = ("data=chat", f"data.path={tmp_path}/chat.jsonl", "data.tokenizer=bytes", "data.hold_out=0")
+    found = losses(run(tmp_path, "run", *SHORT_RUN, *overrides, "budget.steps=30"))
+    printed = capsys.readouterr().out
+    assert "▌User: ?" in printed
+    assert "tokens with a loss" in printed
     assert found[-1] < 0.7 * found[0]
 
 
 def test_new_tokens_leave_old_logits(tmp_path: Path) -> None:
     write_text(tmp_path / "text.txt")
-    words = ("data=text", f"data.path={tmp_path}/text.txt", "data.hold_out=0")
-    weights = run(tmp_path, "old", *SHORT, *words) / "weights.pth"
+    overrides = ("data=text", f"data.path={tmp_path}/text.txt", "data.hold_out=0")
+    weights = run(tmp_path, "old", *SHORT_RUN, *overrides) / "weights.pth"
     grown = run(
-        tmp_path, "new", *SHORT, *words, f"init.weights={weights}", "vocab.extend=[<|user|>,lomi]", "budget.steps=1"
+        tmp_path,
+        "new",
+        *SHORT_RUN,
+        *overrides,
+        f"init.weights={weights}",
+        "vocab.extend=[<|user|>,lomi]",
+        "budget.steps=1",
     )
     after = torch.load(grown / "weights.pth", weights_only=True)
     assert after["emb.weight"].shape[0] == after["head.weight"].shape[0] == 258

@@ -7,20 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import losses, train_ranks, words_for
+from tests.runs import losses, overrides_for, train_ranks
 
 TWO_STEPS = ("budget.steps=2", "optim.schedule.warmup.steps=1", "checkpoint.every.steps=50")
 
 
-def large(folder: Path, *words: str) -> list[str]:
-    """The words of a run whose shape is that of a published size but for what is typed."""
-    return [word for word in words_for(folder, "run", *TWO_STEPS) if not word.startswith("model.")] + list(words)
+def large(folder: Path, *overrides: str) -> list[str]:
+    """The overrides of a run whose shape is that of a published size but for what is typed."""
+    return [
+        override for override in overrides_for(folder, "run", *TWO_STEPS) if not override.startswith("model.")
+    ] + list(overrides)
 
 
 @pytest.mark.parametrize("size", ["7b", "14b"])
 def test_a_published_size_in_miniature(tmp_path: Path, size: str) -> None:
-    words = large(tmp_path, f"model={size}", "model.n_layer=2", "model.n_embd=256", "strategy=deepspeed_3")
-    train_ranks(words, 2)
+    overrides = large(tmp_path, f"model={size}", "model.n_layer=2", "model.n_embd=256", "strategy=deepspeed_3")
+    train_ranks(overrides, 2)
     run = tmp_path / "runs" / "run"
     assert len(losses(run)) == 2
     assert (run / "weights.pth").exists()

@@ -1,4 +1,4 @@
-"""It learns: one batch by heart, and in sixty steps of the default run what follows what in Python."""
+"""The model learns: it overfits one batch, and the loss of the default run falls as known in its first sixty steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rwkv_train.training import module
 from rwkv_train.training.loss import language_model_loss
 from rwkv_train.training.optim import build_optimizer, learning_rate, parameter_groups
 from rwkv_train.training.run import train
-from tests.runs import rows, words_for
+from tests.runs import overrides_for, rows
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_one_batch_is_learned_by_heart() -> None:
 
 
 # Cut short to sixty steps; a validation looks at 4 of its batches.
-SIXTY = [
+SIXTY_STEPS = [
     "budget.steps=60",
     "optim.schedule.warmup.steps=10",
     "validation.every.steps=20",
@@ -65,7 +65,7 @@ SIXTY = [
 
 def test_sixty_steps_of_the_default_run(tmp_path: Path) -> None:
     """Held-out loss on Python 3.11's library: 5.5 nats/byte untrained, 2.19 after 20 steps, 1.99 and 1.90 after 60."""
-    assert train(launcher.load([*SIXTY, f"run.root={tmp_path}", "run.name=run"])) == 0
+    assert train(launcher.load([*SIXTY_STEPS, f"run.root={tmp_path}", "run.name=run"])) == 0
     found = {row["step"]: row["val/loss"] for row in rows(tmp_path / "run") if "val/loss" in row}
     assert list(found) == [20, 40, 60]
     assert found[20] < 2.5
@@ -74,7 +74,7 @@ def test_sixty_steps_of_the_default_run(tmp_path: Path) -> None:
 
 
 def test_a_rate_of_the_wrong_sign_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What the test above would say of it: a few steps uphill, and the loss is above that of knowing nothing."""
-    monkeypatch.setattr(module, "learning_rate", lambda *words: -learning_rate(*words))
-    assert train(launcher.load(words_for(tmp_path, "run", "budget.steps=20"))) == 0
+    """A check of the test above: after a few steps uphill, the loss is above that of uniform predictions."""
+    monkeypatch.setattr(module, "learning_rate", lambda *arguments: -learning_rate(*arguments))
+    assert train(launcher.load(overrides_for(tmp_path, "run", "budget.steps=20"))) == 0
     assert not rows(tmp_path / "runs" / "run")[-1]["val/loss"] < math.log(256)

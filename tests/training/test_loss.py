@@ -37,7 +37,7 @@ def test_the_value_is_the_plain_cross_entropy() -> None:
 
 
 def test_masked_positions_keep_the_l2_term() -> None:
-    """B·T is the whole micro-batch, also where targets are masked."""
+    """B·T is the complete micro-batch, also where targets are masked."""
     logits, targets = example()
     targets[0] = -100
     with_term = torch.autograd.grad(language_model_loss(logits, targets, 1e-4), logits)[0]

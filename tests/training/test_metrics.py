@@ -1,4 +1,4 @@
-"""What is logged: the documents' table, its values against plain arithmetic, and that nobody waits for a device."""
+"""Metrics: the keys of docs/metrics.md, values against plain arithmetic, and that no step waits for the device."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
 from rwkv_train.training.statistics import Statistics
 from rwkv_train.training.throughput import Stopwatch
-from tests.runs import ROOT, rows, train_ranks, words_for
+from tests.runs import ROOT, overrides_for, rows, train_ranks
 
-EVERY = "statistics.every.steps=5"
+STATISTICS_EVERY = "statistics.every.steps=5"
 
 
 def table() -> dict[str, str]:
@@ -52,10 +52,10 @@ def check_table(run: Path, sources: list[str], missing: tuple[str, ...] = ()) ->
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_the_documents_say_what_is_logged(tmp_path: Path, passes: int) -> None:
-    words = words_for(
-        tmp_path, "run", "budget.steps=10", "validation.every.steps=4", EVERY, f"batch.micro={4 // passes}"
+    overrides = overrides_for(
+        tmp_path, "run", "budget.steps=10", "validation.every.steps=4", STATISTICS_EVERY, f"batch.micro={4 // passes}"
     )
-    assert train(launcher.load(words)) == 0
+    assert train(launcher.load(overrides)) == 0
     run = tmp_path / "runs" / "run"
     check_table(run, [""])
     for row in rows(run):
@@ -71,7 +71,7 @@ def test_the_documents_say_what_is_logged(tmp_path: Path, passes: int) -> None:
 
 
 class Truth(Callback):
-    """Works out the n-th values again, by the plainest means, from the whole model and batch of one process."""
+    """Recomputes the values of step n in plain arithmetic from the complete model and batch of one process."""
 
     found: ClassVar[dict[str, Any]] = {}
 
@@ -116,8 +116,13 @@ def close(one: Any, other: Any, rel: float) -> bool:
 
 
 def test_against_plain_arithmetic(tmp_path: Path) -> None:
-    words = ["packages=[tests]", "+callbacks.truth._target_=tests.training.test_metrics.Truth", "budget.steps=5", EVERY]
-    assert train(launcher.load(words_for(tmp_path, "run", *words))) == 0
+    overrides = [
+        "packages=[tests]",
+        "+callbacks.truth._target_=tests.training.test_metrics.Truth",
+        "budget.steps=5",
+        STATISTICS_EVERY,
+    ]
+    assert train(launcher.load(overrides_for(tmp_path, "run", *overrides))) == 0
     row = rows(tmp_path / "runs" / "run")[4]
     for key, value in Truth.found.items():
         assert close(row[key], value, 0.03 if key == "update_ratio" else 1e-4), (key, row[key], value)  # a sample
@@ -132,9 +137,9 @@ def test_against_plain_arithmetic(tmp_path: Path) -> None:
 )
 def test_two_ranks_say_what_one_says(tmp_path: Path, strategy: str) -> None:
     """The same batch in two passes, or on two ranks in one each; whatever a rank holds of the model."""
-    steps = ["budget.steps=5", EVERY, "validation.every.steps=5"]
-    assert train(launcher.load(words_for(tmp_path, "one", *steps, "batch.micro=2"))) == 0
-    train_ranks(words_for(tmp_path, "two", *steps, "batch.micro=2", f"strategy={strategy}"), 2)
+    steps = ["budget.steps=5", STATISTICS_EVERY, "validation.every.steps=5"]
+    assert train(launcher.load(overrides_for(tmp_path, "one", *steps, "batch.micro=2"))) == 0
+    train_ranks(overrides_for(tmp_path, "two", *steps, "batch.micro=2", f"strategy={strategy}"), 2)
     one, two = (rows(tmp_path / "runs" / name) for name in ("one", "two"))
     zero = strategy.startswith("deepspeed")
     check_table(tmp_path / "runs" / "two", [""], ("layers/grad_norm",) if zero else ())
@@ -149,12 +154,12 @@ def test_two_ranks_say_what_one_says(tmp_path: Path, strategy: str) -> None:
 
 def test_by_source(tmp_path: Path) -> None:
     """Weighted by their tokens, the losses of the sources are the loss of the step."""
-    words = words_for(tmp_path, "run", "budget.steps=10", EVERY)
+    overrides = overrides_for(tmp_path, "run", "budget.steps=10", STATISTICS_EVERY)
     text = (tmp_path / "text.txt").read_text()
     (tmp_path / "a.txt").write_text(text[:12000])
     (tmp_path / "b.txt").write_text(text[12000:].upper())
     sources = f"data.sources=[{{name:a,path:{tmp_path}/a.txt,weight:1}},{{name:b,path:{tmp_path}/b.txt,weight:1}}]"
-    mixed = [word for word in words if not word.startswith("data")]
+    mixed = [override for override in overrides if not override.startswith("data")]
     assert train(launcher.load([*mixed, "data=mixture", "data.tokenizer=bytes", sources])) == 0
     found = rows(tmp_path / "runs" / "run")
     check_table(tmp_path / "runs" / "run", ["a", "b"])
@@ -164,7 +169,7 @@ def test_by_source(tmp_path: Path) -> None:
         assert whole == pytest.approx(row["train/loss"], rel=1e-4)
 
 
-ASKING = ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "nonzero")
+WAITING_CALLS = ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "nonzero")
 
 
 def test_nobody_asks_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +184,7 @@ def test_nobody_asks_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         landed.add(id(self._host))
 
     monkeypatch.setattr(metrics.AsyncHostCopy, "__init__", remember)
-    for name in ASKING:
+    for name in WAITING_CALLS:
         plain = getattr(Tensor, name)
 
         def asks(self: Tensor, *args: Any, _plain: Any = plain, _name: str = name, **kwargs: Any) -> Any:
@@ -203,8 +208,10 @@ def test_nobody_asks_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(metrics.Metrics, "on_train_end", end)
     more = ["budget.steps=12", "statistics.every.steps=4", "batch.micro=2", "checkpoint.every.steps=1000"]
-    words = words_for(tmp_path, "run", *more, "validation.every.steps=1000", "data.hold_out=0", "health.spike=skip")
-    assert train(launcher.load(words)) == 0
+    overrides = overrides_for(
+        tmp_path, "run", *more, "validation.every.steps=1000", "data.hold_out=0", "health.spike=skip"
+    )
+    assert train(launcher.load(overrides)) == 0
     assert len(rows(tmp_path / "runs" / "run")) == 12
     assert not asked, asked
     inside[0] = True
@@ -225,11 +232,11 @@ def test_the_stopwatch() -> None:
 
 
 def test_a_rank_that_owns_nothing() -> None:
-    """Of whole copies the first rank alone owns the weights: the others add zeros to the sums."""
+    """Of replicated weights only rank 0 owns the shards: the other ranks add zeros to the sums."""
     model = build_model(ModelConfig("rwkv4", n_layer=2, n_embd=8, vocab_size=16), seed=1)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
 
-    def shards(owned: bool) -> Any:
+    def strategy_of(owned: bool) -> Any:
         found = [StateShard(WEIGHT, name, 0, p.detach().view(-1), owned) for name, p in model.named_parameters()]
         return SimpleNamespace(
             shards=lambda moments: iter(found),
@@ -240,7 +247,7 @@ def test_a_rank_that_owns_nothing() -> None:
 
     for owned in (True, False):
         statistics = Statistics(model, 1, hooks=False)
-        strategy = shards(owned)
+        strategy = strategy_of(owned)
         statistics.begin_step(1, strategy)
         with torch.no_grad():
             model.head.weight += 1.0

@@ -1,4 +1,4 @@
-"""The optimiser knows the trainable parameters only."""
+"""The optimiser holds the trainable parameters only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rwkv_train.models.unused import freeze_unused
 from rwkv_train.training.optim import describe_frozen, describe_groups, parameter_groups
 from rwkv_train.training.run import train
 from tests.exact import variation
-from tests.runs import losses, rows, words_for
+from tests.runs import losses, overrides_for, rows
 
 SHAPE = ModelConfig("rwkv4", 2, 8, 16)
 
@@ -67,16 +67,16 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: pyt
     variation.install(monkeypatch)
     fault = ["packages=[tests]", "+callbacks.fault._target_=tests.training.faults.Fault"]
     more = ["+callbacks.fault.steps=[3]", "+callbacks.fault.kind=gradient", "budget.steps=5"]
-    assert train(launcher.load(words_for(tmp_path, "run", *fault, *more))) == 0
+    assert train(launcher.load(overrides_for(tmp_path, "run", *fault, *more))) == 0
     assert len(losses(tmp_path / "runs" / "run")) == 5
-    (told,) = [row for row in rows(tmp_path / "runs" / "run", "events.jsonl") if row["event"] == "bad_step"]
-    assert (told["step"], told["layer"], told["tensor"]) == (3, 1, "gradient of blocks.1.ffn.key.weight")
+    (found,) = [row for row in rows(tmp_path / "runs" / "run", "events.jsonl") if row["event"] == "bad_step"]
+    assert (found["step"], found["layer"], found["tensor"]) == (3, 1, "gradient of blocks.1.ffn.key.weight")
 
 
 def test_a_parameter_that_was_frozen_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         variation.install(patch)
-        assert train(launcher.load(words_for(tmp_path, "run", "budget.steps=2"))) == 0
+        assert train(launcher.load(overrides_for(tmp_path, "run", "budget.steps=2"))) == 0
     (checkpoint,) = (tmp_path / "runs" / "run" / "checkpoints").glob("step_*")
     wanted = StateShard("exp_avg", "emb.weight", 0, torch.empty(256 * 32), True)
     with pytest.raises(UserError, match=r"has no optimiser state of emb\.weight: it was not trained when"):

@@ -1,4 +1,4 @@
-"""What one start leaves to the next: no checkpoint where time is short, an end after three failures, logs."""
+"""Successive attempts: no checkpoint where time is short, an end after three failures, logs of each rank."""
 
 from __future__ import annotations
 
@@ -15,47 +15,49 @@ from rwkv_train.errors import UserError
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.run import train
-from tests.runs import rows, start, words_for
+from tests.runs import overrides_for, rows, start
 from tests.training.test_signals import wait_for
 
 
 def test_time_is_too_short_for_a_checkpoint(tmp_path: Path) -> None:
-    """The periodic one stands, and that is said."""
+    """The last periodic checkpoint is kept, and a message says so."""
     run = tmp_path / "runs" / "run"
-    process = start(words_for(tmp_path, "run", "budget.steps=100000", "cluster.grace=1e-6"))
+    process = start(overrides_for(tmp_path, "run", "budget.steps=100000", "cluster.grace=1e-6"))
     wait_for(run, 15)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, said
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
     last = rows(run, "events.jsonl")[-1]
     saved = [row["step"] for row in rows(run, "events.jsonl") if row["event"] == "checkpoint"]
     assert (last["event"], last["signal"]) == ("preempted", "SIGTERM")
     assert last["no_checkpoint"].startswith("0 s are left and a checkpoint takes ")
     assert saved[-1] == last["step"] // 10 * 10 or last["step"] % 10 == 0
-    assert f"no checkpoint of step {last['step']}: 0 s are left" in said
-    assert f"SIGTERM at step {last['step']}; the same command resumes from the checkpoint of step {saved[-1]}" in said
+    assert f"no checkpoint of step {last['step']}: 0 s are left" in printed
+    assert (
+        f"SIGTERM at step {last['step']}; the same command resumes from the checkpoint of step {saved[-1]}" in printed
+    )
 
 
 def test_three_failures_at_one_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The third ends with the reason; who starts it again gets a try."""
     crash = ["+callbacks.crash._target_=tests.slurm.pace.Crash", "+callbacks.crash.step=4", "+callbacks.crash.rank=0"]
-    words = words_for(tmp_path, "run", "budget.steps=9", "packages=[tests]", *crash)
+    overrides = overrides_for(tmp_path, "run", "budget.steps=9", "packages=[tests]", *crash)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="a planted error"):
-            train(launcher.load(words))
-    assert train(launcher.load(words)) == ExitCode.GIVEN_UP
-    said = capsys.readouterr().out
-    assert "has failed 3 times at step 4: rank 0 on " in said
-    assert "RuntimeError: a planted error" in said
+            train(launcher.load(overrides))
+    assert train(launcher.load(overrides)) == ExitCode.GIVEN_UP
+    printed = capsys.readouterr().out
+    assert "has failed 3 times at step 4: rank 0 on " in printed
+    assert "RuntimeError: a planted error" in printed
     run = tmp_path / "runs" / "run"
-    told = [row["event"] for row in rows(run, "events.jsonl")]
-    assert told == [*["started", "failed"] * 3, "given_up"]
+    names = [row["event"] for row in rows(run, "events.jsonl")]
+    assert names == [*["started", "failed"] * 3, "given_up"]
     with pytest.raises(RuntimeError, match="a planted error"):
-        train(launcher.load(words))
+        train(launcher.load(overrides))
 
 
 def test_each_rank_has_a_log(tmp_path: Path) -> None:
-    """The first one's is its console's; the others' has what C++ says as well."""
+    """Rank 0 logs to its console; the log of another rank also has what C++ code writes to the file descriptors."""
     code = (
         "import os, sys; from pathlib import Path\n"
         "from rwkv_train.cluster.rank_info import RankInfo\n"
@@ -64,20 +66,20 @@ def test_each_rank_has_a_log(tmp_path: Path) -> None:
         "keep_log(Path(sys.argv[1]), RankInfo(rank=rank, node=f'gpu{rank}', job='17'))\n"
         "print('\\x1b[1mbold\\x1b[0m words'); os.write(2, b'from below\\n')"
     )
-    said = []
+    printed = []
     for rank in range(2):
         command = [sys.executable, "-c", code, str(tmp_path), str(rank)]
-        said.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        printed.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     first, second = sorted(tmp_path.iterdir())
     assert (first.name, second.name) == ("rank_0000_gpu0.log", "rank_0001_gpu1.log")
-    assert said == ["\x1b[1mbold\x1b[0m words\n", ""]
+    assert printed == ["\x1b[1mbold\x1b[0m words\n", ""]
     assert " on gpu1, job 17\n" in second.read_text()
     assert "from below\n" in second.read_text()
     assert "words\n" in second.read_text()
 
 
 def test_an_earlier_start_of_the_same_job_is_no_hindrance(tmp_path: Path) -> None:
-    """A dead node may have left it behind; what it writes does not count."""
+    """A process of a dead node may still run; what it writes does not count."""
     run = RunDirectory(str(tmp_path), "run")
     with run.claimed(True, "17"):
         with run.claimed(True, "17"):

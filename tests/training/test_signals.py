@@ -1,4 +1,4 @@
-"""Signals end a run behind a step, with a checkpoint; a rank that dies does not leave the others hanging."""
+"""Signals end a run after a step, with a checkpoint; a rank that dies does not leave the others hanging."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from rwkv_train.checkpoint.directory import newest
 from rwkv_train.cli import launcher
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.training.run import train
-from tests.runs import losses, rows, same_weights, start, start_ranks, words_for
+from tests.runs import losses, overrides_for, rows, same_weights, start, start_ranks
 
-LONG = ("budget.steps=400", "checkpoint.every.steps=20", "validation.every.steps=1000", "optim.schedule.shape=constant")
+LONG_RUN = (
+    "budget.steps=400",
+    "checkpoint.every.steps=20",
+    "validation.every.steps=1000",
+    "optim.schedule.shape=constant",
+)
 
 
 def number_of(process: ForkServerProcess) -> int:
@@ -38,8 +43,8 @@ def wait_for(run: Path, lines: int, seconds: float = 120) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_2"])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, name: str, strategy: str) -> None:
-    words, run = words_for(tmp_path, "run", *LONG, f"strategy={strategy}"), tmp_path / "runs" / "run"
-    processes = start_ranks(words, 2)
+    overrides, run = overrides_for(tmp_path, "run", *LONG_RUN, f"strategy={strategy}"), tmp_path / "runs" / "run"
+    processes = start_ranks(overrides, 2)
     wait_for(run, 5)
     os.kill(number_of(processes[1]), signal.Signals[name])
     for process in processes:
@@ -55,8 +60,8 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, name: 
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
-    words, run = words_for(tmp_path, "run", *LONG, "checkpoint.every.steps=500"), tmp_path / "runs" / "run"
-    (process,) = start_ranks(words, 1)
+    overrides, run = overrides_for(tmp_path, "run", *LONG_RUN, "checkpoint.every.steps=500"), tmp_path / "runs" / "run"
+    (process,) = start_ranks(overrides, 1)
     wait_for(run, 3)
     for _ in range(200):  # in a row, so that a step cannot end in between
         if process.exitcode is None:
@@ -70,8 +75,8 @@ def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_when_one_rank_dies_the_other_ends(tmp_path: Path, lost: int) -> None:
-    words, run = words_for(tmp_path, "run", *LONG), tmp_path / "runs" / "run"
-    processes = start_ranks(words, 2)
+    overrides, run = overrides_for(tmp_path, "run", *LONG_RUN), tmp_path / "runs" / "run"
+    processes = start_ranks(overrides, 2)
     wait_for(run, 5)
     processes[lost].kill()
     other = processes[1 - lost]
@@ -81,15 +86,15 @@ def test_when_one_rank_dies_the_other_ends(tmp_path: Path, lost: int) -> None:
 
 def test_stopped_and_gone_on_with_is_the_run_without_a_stop(tmp_path: Path) -> None:
     steps = ("budget.steps=150", "checkpoint.every.steps=500", "validation.every.steps=60")
-    assert train(launcher.load(words_for(tmp_path, "whole", *steps))) == 0
+    assert train(launcher.load(overrides_for(tmp_path, "whole", *steps))) == 0
     stopped = tmp_path / "runs" / "stopped"
-    (process,) = start_ranks(words_for(tmp_path, "stopped", *steps), 1)
+    (process,) = start_ranks(overrides_for(tmp_path, "stopped", *steps), 1)
     wait_for(stopped, 6)
     process.terminate()
     process.join(60)
     assert process.exitcode == ExitCode.STOPPED
     assert 6 <= len(losses(stopped)) < 150
-    assert train(launcher.load(words_for(tmp_path, "stopped", *steps))) == 0
+    assert train(launcher.load(overrides_for(tmp_path, "stopped", *steps))) == 0
     whole = tmp_path / "runs" / "whole"
     assert losses(stopped) == losses(whole)
     assert [row.get("val/loss") for row in rows(stopped)] == [row.get("val/loss") for row in rows(whole)]
@@ -98,18 +103,18 @@ def test_stopped_and_gone_on_with_is_the_run_without_a_stop(tmp_path: Path) -> N
 
 def test_a_port_in_use(tmp_path: Path) -> None:
     """One message, no process left: the first rank ends those that it has started."""
-    words = [*words_for(tmp_path, "run", "budget.steps=5", "strategy=ddp"), "trainer.devices=2"]
+    overrides = [*overrides_for(tmp_path, "run", "budget.steps=5", "strategy=ddp"), "trainer.devices=2"]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        words.remove("trainer.devices=1")
-        with start(words, MASTER_PORT=port) as process:
+        overrides.remove("trainer.devices=1")
+        with start(overrides, MASTER_PORT=port) as process:
             try:
-                said = process.communicate(timeout=170)[0]  # its end is the end of all that hold the pipe
+                printed = process.communicate(timeout=170)[0]  # its end is the end of all that hold the pipe
             finally:
                 process.kill()
     assert process.returncode == 2
-    assert "error: the port over which the processes find each other is in use: " in said
-    assert "\n  MASTER_PORT=NUMBER before the command chooses another one\n" in said
-    assert "Traceback" not in said
+    assert "error: the port over which the processes find each other is in use: " in printed
+    assert "\n  MASTER_PORT=NUMBER before the command chooses another one\n" in printed
+    assert "Traceback" not in printed

@@ -1,4 +1,4 @@
-"""What every strategy must leave as it is: the dtype of the vectors, the groups of the recipe."""
+"""What no strategy may change: the dtype of the vectors, the groups of the recipe."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from rwkv_train.models import ModelConfig, build_model, recipe_of
 from rwkv_train.planning import resolved
 from rwkv_train.planning.plan import HEADROOM, make_plan
 from rwkv_train.training.run import train
-from tests.runs import losses, train_ranks, words_for
+from tests.runs import losses, overrides_for, train_ranks
 
-SPY = ("packages=[tests]", "budget.steps=2", "optim.schedule.warmup.steps=1", "checkpoint.every.steps=50")
+SPY_OVERRIDES = ("packages=[tests]", "budget.steps=2", "optim.schedule.warmup.steps=1", "checkpoint.every.steps=50")
 
 
-def look(folder: Path, spy: str, *words: str) -> Any:
+def look(folder: Path, spy: str, *overrides: str) -> Any:
     """What a spy of tests/training/spies.py has written in a run of two ranks."""
     seen = folder / "seen.json"
     spied = f"+callbacks.spy={{_target_: tests.training.spies.{spy}, path: {seen}}}"
-    train_ranks(words_for(folder, "run", *SPY, spied, *words), 2)
+    train_ranks(overrides_for(folder, "run", *SPY_OVERRIDES, spied, *overrides), 2)
     return json.loads(seen.read_text())
 
 
@@ -36,8 +36,8 @@ def test_the_threads_are_the_run_s_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_2", "deepspeed_3"])
 def test_vectors_are_float32_in_the_forward_pass(tmp_path: Path, strategy: str) -> None:
-    words = (f"strategy={strategy}", "trainer.precision=bf16-mixed", "optim.weight_decay=0.1")
-    seen = look(tmp_path, "Look", *words)
+    overrides = (f"strategy={strategy}", "trainer.precision=bf16-mixed", "optim.weight_decay=0.1")
+    seen = look(tmp_path, "Look", *overrides)
     vectors = {name: dtype for name, dtype in seen["dtypes"].items() if "time_" in name or "ln" in name}
     assert len(vectors) == 2 * 7 + 2 * 4 + 2 + 2
     assert set(vectors.values()) == {"torch.float32"}
@@ -62,7 +62,11 @@ def test_every_parameter_steps_by_its_own_row(tmp_path: Path, strategy: str) -> 
     (tmp_path / "seen").mkdir()
     train_ranks(
         [
-            *(word for word in words_for(tmp_path, "run", *SPY, f"strategy={strategy}") if "model.n" not in word),
+            *(
+                override
+                for override in overrides_for(tmp_path, "run", *SPY_OVERRIDES, f"strategy={strategy}")
+                if "model.n" not in override
+            ),
             f"init.weights={tmp_path / 'lively.pth'}",
             f"+callbacks.spy={{_target_: tests.training.spies.Step, folder: {tmp_path / 'seen'}}}",
             "optim.weight_decay=0.1",
@@ -101,14 +105,14 @@ def test_a_resume_needs_no_more_memory_than_a_fresh_start(tmp_path: Path, strate
         seen.mkdir()
         spy = f"+callbacks.spy={{_target_: tests.training.spies.Peak, folder: {seen}}}"
         shape = ("model.n_layer=6", "model.n_embd=512", "model.vocab_size=16384")
-        words = (
+        overrides = (
             "packages=[tests]",
             spy,
             f"budget.steps={steps}",
             "optim.schedule.warmup.steps=1",
             f"strategy={strategy}",
         )
-        train_ranks(words_for(tmp_path, "run", *shape, *words, "run.allow_changes=true"), 2)
+        train_ranks(overrides_for(tmp_path, "run", *shape, *overrides, "run.allow_changes=true"), 2)
         peaks.append([json.loads((seen / f"{rank}.json").read_text()) for rank in range(2)])
     for fresh, resumed in zip(*peaks, strict=True):
         assert fresh > 200e6
@@ -124,16 +128,16 @@ def test_an_update_of_a_hundred_thousandth_changes_the_output(tmp_path: Path, st
 def test_a_step_that_is_too_large_is_cut_into_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("budget.steps=6", "validation.every.steps=6")
-    assert train(launcher.load(words_for(tmp_path, "whole", *words))) == 0
+    overrides = ("budget.steps=6", "validation.every.steps=6")
+    assert train(launcher.load(overrides_for(tmp_path, "whole", *overrides))) == 0
     capsys.readouterr()
-    config = launcher.load(words_for(tmp_path, "cut", *words))
+    config = launcher.load(overrides_for(tmp_path, "cut", *overrides))
     card = resolved.cpu_card(1)
     two = make_plan(replace(config, batch=replace(config.batch, micro=2)), card, Mesh(1), 256, gpu=False).held
     monkeypatch.setattr(resolved, "SMALL_STATE", 0.0)
     monkeypatch.setattr(resolved, "cpu_card", lambda processes: replace(card, memory=two / HEADROOM * 1.0001))
     assert train(config) == 0
-    told = capsys.readouterr().out
-    assert "strategy=auto: single: a whole copy fits in 2 passes a step" in told
-    assert "micro-batch 2 × 1 devices × 2 passes" in told
+    printed = capsys.readouterr().out
+    assert "strategy=auto: single: a whole copy fits in 2 passes a step" in printed
+    assert "micro-batch 2 × 1 devices × 2 passes" in printed
     assert losses(tmp_path / "runs" / "cut") == pytest.approx(losses(tmp_path / "runs" / "whole"), rel=1e-5)

@@ -17,7 +17,7 @@ from rwkv_train.evaluation.report.recorded_run import open_runs
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.models import ARCHITECTURES, build_model
 from rwkv_train.models.detect import detect_file
-from tests.runs import losses, rows, same_weights, stopped_at, train_ranks, words_for
+from tests.runs import losses, overrides_for, rows, same_weights, stopped_at, train_ranks
 from tests.toy_arch import REGISTRATION, register_strictly
 
 SETTINGS = (
@@ -61,15 +61,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path) -> Runs:
     @cache
     def trained(strategy: str) -> Path:
-        train_ranks(words(folder, strategy, strategy), 2, prepare=register_strictly)
+        train_ranks(overrides(folder, strategy, strategy), 2, prepare=register_strictly)
         return folder / "runs" / strategy
 
     return trained
 
 
-def words(folder: Path, name: str, strategy: str) -> list[str]:
-    typed = words_for(folder, name, *SETTINGS, f"strategy={strategy}")
-    kept = [word for word in typed if not word.startswith(("model.n_layer=", "model.n_embd="))]
+def overrides(folder: Path, name: str, strategy: str) -> list[str]:
+    typed = overrides_for(folder, name, *SETTINGS, f"strategy={strategy}")
+    kept = [override for override in typed if not override.startswith(("model.n_layer=", "model.n_embd="))]
     return ["--config-dir", str(folder / "conf"), *kept]
 
 
@@ -118,7 +118,7 @@ def test_both_strategies_make_the_same_steps(trained: Runs) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_resumed_run_makes_the_same_steps(folder: Path, trained: Runs, strategy: str) -> None:
     resumed = stopped_at(trained(strategy), 10, f"{strategy}_resumed")
-    train_ranks(words(folder, resumed.name, strategy), 2, prepare=register_strictly)
+    train_ranks(overrides(folder, resumed.name, strategy), 2, prepare=register_strictly)
     assert [row["step"] for row in rows(resumed, "events.jsonl") if row["event"] == "resumed"] == [10]
     assert losses(resumed) == losses(trained(strategy))
     assert same_weights(resumed, trained(strategy))
@@ -162,7 +162,7 @@ def test_sharded_parameters_make_the_same_steps(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_plan(folder: Path, strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
-    typed = [*words(folder, "planned", strategy), "trainer.devices=2"]
+    typed = [*overrides(folder, "planned", strategy), "trainer.devices=2"]
     assert cli.main(["plan", *typed]) == 0
     assert "model   toy mini: L3 C32 V256, 50,976 parameters, 251,904 FLOPs" in capsys.readouterr().out
     assert cli.main(["plan", *typed, "--json"]) == 0
@@ -175,13 +175,16 @@ def test_plan(folder: Path, strategy: str, capsys: pytest.CaptureFixture[str]) -
 def test_a_head_size_that_does_not_divide_the_channels(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused = "error: arch=toy: n_embd is 32; it must be a multiple of head_size, 5\n  change that setting of model\n"
     for command in ("plan", "train"):
-        assert cli.main([command, *words(folder, "refused", "auto"), "model.head_size=5"]) == 2
+        assert cli.main([command, *overrides(folder, "refused", "auto"), "model.head_size=5"]) == 2
         assert capsys.readouterr().err == refused
     assert not (folder / "runs" / "refused").exists()
 
 
 def test_an_optimiser_rule_that_matches_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", *words(folder, "refused", "auto"), "optim.rules=[{pattern: .*time_decay, lr: 2.0}]"]) == 2
+    assert (
+        cli.main(["train", *overrides(folder, "refused", "auto"), "optim.rules=[{pattern: .*time_decay, lr: 2.0}]"])
+        == 2
+    )
     assert capsys.readouterr().err == (
         "error: optim.rules: the pattern '.*time_decay' matches no parameter\n  e.g. .*att.decay\n"
     )
@@ -216,7 +219,7 @@ def test_export(trained: Runs, strategy: str, tmp_path: Path, capsys: pytest.Cap
 
 def test_a_state_that_is_not_finite_is_named_and_replayed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     warning = f"1 parameters get no gradient and are not trained: {UNUSED}"
-    typed = [*words(folder, "bad", "auto"), "health.nonfinite=stop", "optim.lr=1e9", "optim.clip=null"]
+    typed = [*overrides(folder, "bad", "auto"), "health.nonfinite=stop", "optim.lr=1e9", "optim.clip=null"]
     with pytest.warns(UserWarning, match=warning):
         assert cli.main(["train", *typed]) == ExitCode.UNHEALTHY
     assert "ALERT step 2: blocks.1: wkv state is not finite" in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""The rules of watchdog/ over thousands of schedules, without processes: seeded, and the same classes that run."""
+"""The rules of watchdog/ over thousands of seeded schedules, without processes but with the classes that run."""

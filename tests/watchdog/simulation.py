@@ -55,7 +55,7 @@ class Schedule:
     Args:
         seed: seed of all random choices.
         ranks: number of ranks.
-        fault: one of FAULTS; "gap": the whole job is stopped for a while and continues.
+        fault: one of FAULTS; "gap": the complete job is stopped for a while and continues.
     """
 
     seed: int

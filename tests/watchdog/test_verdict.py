@@ -1,4 +1,4 @@
-"""Thousands of runs with a fault: each ends in time, by a verdict that names the culprits."""
+"""Thousands of simulated runs with a fault: each ends in time, by a verdict that names the culprits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def a_rank_that_has_reported_is_never_lost(self: Coordinator, report: RankReport
 
 
 receive = Coordinator.receive
-BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
+BROKEN_RULES: list[tuple[Any, str, Callable[..., Any]]] = [
     (verdict, "furthest_behind", the_latest_is_the_culprit),
     (verdict, "furthest_behind", the_first_is_the_culprit),
     (Coordinator, "receive", a_rank_that_has_reported_is_never_lost),
@@ -62,9 +62,9 @@ BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(BROKEN)))
+@pytest.mark.parametrize("number", range(len(BROKEN_RULES)))
 def test_a_broken_rule_is_seen(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    where, name, instead = BROKEN[number]
+    where, name, instead = BROKEN_RULES[number]
     monkeypatch.setattr(where, name, instead)
     assert any(failures(range(1, 301)))
 

@@ -30,7 +30,7 @@ class Chart:
     log: bool = False
 
 
-KNOWN = (
+CHARTS = (
     Chart("Loss", "Loss", "nats/token", {"train/loss": "training", "val/loss": "validation"}),
     Chart("Loss", "Bits per byte", "bits/byte", {"train/bits_per_byte": "training", "val/bits_per_byte": "validation"}),
     Chart("Loss", "Validation perplexity", "", {"val/perplexity": "validation"}, log=True),
@@ -72,7 +72,7 @@ LAYERS = {  # key → title, unit: the per-layer values of every architecture
     "layers/contribution": ("Contribution: output over input", ""),
 }
 
-CLOCKS = ("tokens", "time", "hours")  # keys for the horizontal axis, which have no chart of their own
+AXIS_KEYS = ("tokens", "time", "hours")  # keys for the horizontal axis, which have no chart of their own
 
 
 def layer_charts_of(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -89,9 +89,9 @@ def spectra() -> dict[str, LayerChart]:
 
 def charts(keys: Iterable[str]) -> list[Chart]:
     """The charts that show these keys of metrics.jsonl, in the order of the page."""
-    remaining = {key for key in keys if key not in CLOCKS}
+    remaining = {key for key in keys if key not in AXIS_KEYS}
     known = []
-    for chart in KNOWN:
+    for chart in CHARTS:
         lines = {key: name for key, name in chart.lines.items() if key in remaining}
         if lines:
             known.append(Chart(chart.section, chart.title, chart.unit, lines, chart.log))
@@ -100,7 +100,7 @@ def charts(keys: Iterable[str]) -> list[Chart]:
 
 
 def _unlisted(keys: Iterable[str]) -> Iterator[Chart]:
-    """A chart for each key that KNOWN does not list: those of FAMILIES first."""
+    """A chart for each key that CHARTS does not list: those of FAMILIES first."""
     others = []
     for key in keys:
         for prefix, section, title, unit in FAMILIES:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_train.evaluation.report.charts import KNOWN, spectra
+from rwkv_train.evaluation.report.charts import CHARTS, spectra
 from rwkv_train.evaluation.report.metrics_table import MetricColumn
 from rwkv_train.evaluation.report.page import curve_payload
 from rwkv_train.models.registry import LayerChart
@@ -80,7 +80,7 @@ def draw_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, title: str, b
             curves[key], values[key] = curve, losses
     if "train/loss" not in curves:
         return
-    chart = vars(next(chart for chart in KNOWN if "train/loss" in chart.lines))
+    chart = vars(next(chart for chart in CHARTS if "train/loss" in chart.lines))
     training, validation = values["train/loss"], values.get("val/loss", ())
     lowest = min([*training[len(training) // 2 :], *baselines.values(), *validation])
     bottom, top = max(0.0, lowest - 0.25), max(min(training[0], lowest + 3.5), lowest + 1.0)
@@ -157,7 +157,7 @@ def _draw_curves(axes: Any, chart: Mapping[str, Any], runs: Sequence[Mapping[str
 
 
 def _draw_baselines(axes: Any, baselines: Mapping[str, float]) -> None:
-    """Horizontal lines with labels right of the axes, which are stacked where lines lie close together."""
+    """Horizontal lines with labels right of the axes, which are stacked where lines are close together."""
     bottom, top = axes.get_ylim()
     free = bottom
     for name, loss in sorted(baselines.items(), key=lambda item: item[1]):

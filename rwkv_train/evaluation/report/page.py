@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_train.evaluation.report.charts import CLOCKS, charts, layer_charts_of, spectra
+from rwkv_train.evaluation.report.charts import AXIS_KEYS, charts, layer_charts_of, spectra
 from rwkv_train.evaluation.report.metrics_table import MetricColumn, extremes, trend
 from rwkv_train.evaluation.report.recorded_run import RecordedRun
 
@@ -37,7 +37,7 @@ def payload(runs: Sequence[RecordedRun]) -> dict[str, Any]:
     """
     scalars = [{key: column for key, column in run.metrics.columns.items() if column.values.ndim == 1} for run in runs]
     keys = list({key: None for columns in scalars for key in columns})
-    curves = sum(key not in CLOCKS for columns in scalars for key in columns)
+    curves = sum(key not in AXIS_KEYS for columns in scalars for key in columns)
     buckets = int(np.clip(_MAX_POINTS // max(1, 2 * curves), _MIN_BUCKETS, _MAX_BUCKETS))
     return {
         "charts": [vars(chart) for chart in charts(keys)],
@@ -80,7 +80,7 @@ def _read(name: str) -> str:
 
 def _run_payload(run: RecordedRun, columns: Mapping[str, MetricColumn], buckets: int) -> dict[str, Any]:
     bands = spectra()
-    curves = {key: curve_payload(column, buckets) for key, column in columns.items() if key not in CLOCKS}
+    curves = {key: curve_payload(column, buckets) for key, column in columns.items() if key not in AXIS_KEYS}
     return {
         "name": run.name,
         "path": str(run.path),

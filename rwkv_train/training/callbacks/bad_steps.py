@@ -26,9 +26,9 @@ from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.rundir.jsonl import Events, WriteErrors
+from rwkv_train.rundir.jsonl import Events, MetricsRow, WriteErrors
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
-from rwkv_train.training.callbacks.metrics import Metrics, Row
+from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.step_verdict import Window
 from rwkv_train.training.strategy.shared import GradientNorms
@@ -152,7 +152,7 @@ class BadSteps(Callback):
             norms, samples = pl_module.strategy.gradient_norms, self._samples_so_far
             self._evidence[trainer.global_step] = _Evidence(self._limit, pl_module.verdict.finite, samples, norms)
 
-    def _see(self, row: Row) -> None:
+    def _see(self, row: MetricsRow) -> None:
         """Reads the row of a step; called on all ranks, which see the same numbers."""
         step, loss = row["step"], row["train/loss"]
         evidence = self._evidence.pop(step, None)
@@ -216,7 +216,7 @@ class BadSteps(Callback):
         chosen = sorted(numbers if numbers is not None else range(self.data.split.samples))
         return [self.data.sample(step, number) for number in chosen[:MAX_REPLAY_SAMPLES]]
 
-    def _write_replay(self, step: int, row: Row, bad: _Bad) -> Path | None:
+    def _write_replay(self, step: int, row: MetricsRow, bad: _Bad) -> Path | None:
         """Writes the file for `replay=`, and keeps the checkpoint before the step next to it."""
         if not self.events.enabled:
             return None
@@ -245,7 +245,7 @@ class BadSteps(Callback):
             file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         return file
 
-    def _report(self, row: Row, bad: _Bad, action: str, replay: Path | None) -> None:
+    def _report(self, row: MetricsRow, bad: _Bad, action: str, replay: Path | None) -> None:
         if not self.events.enabled:
             return
         step, what = row["step"], "is a spike" if bad.kind == "spike" else "is not finite"

@@ -15,11 +15,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from rwkv_train.rundir.attempts import Attempts
-from rwkv_train.rundir.jsonl import JsonLines
+from rwkv_train.rundir.jsonl import JsonLines, MetricsRow
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.throughput import AsyncHostCopy, Stopwatch, matmul_rate, utilisation
 
-Row = dict[str, Any]
 PARTS = ("data", "forward", "backward", "optimizer")
 MAX_REWIND_STEPS = 10_000  # whose hours are known when a rewind takes them back
 CLIP_WINDOW = 100  # steps over which `clip_share` is taken
@@ -51,7 +50,7 @@ class Spent:
 class _Pending:
     """The row of a step whose values are still being copied to the host."""
 
-    row: Row
+    row: dict[str, Any]
     flight: AsyncHostCopy
     marks: list[tuple[str, Any]]
     paused: float
@@ -87,8 +86,8 @@ class Metrics(Callback):
         self.lines, self.bytes_per_token, self.clip, self.paused = lines, bytes_per_token, clip, paused
         spent = spent or Spent()
         self._hours, self._productive = spent.hours, spent.productive
-        self.latest: Row = {}
-        self.listeners: list[Callable[[Row], None]] = []
+        self.latest: MetricsRow = {}
+        self.listeners: list[Callable[[MetricsRow], None]] = []
         self.rate = math.inf
         self._pending: deque[_Pending] = deque()
         self._clipped: deque[bool] = deque(maxlen=CLIP_WINDOW)
@@ -134,7 +133,7 @@ class Metrics(Callback):
         if statistics.due:
             values |= statistics.layer_values(strategy)
         step = trainer.global_step
-        row: Row = {"step": step, "tokens": pl_module.tokens_seen, "lr": pl_module.lr}
+        row: dict[str, Any] = {"step": step, "tokens": pl_module.tokens_seen, "lr": pl_module.lr}
         row |= {"seconds": round(now - self._began, 6), "time": round(time.time(), 3), "memory": _memory(strategy)}
         if len(statistics.sources) > 1:
             by_source = trainer.datamodule.batches.tokens_by_source(step)  # type: ignore[attr-defined]
@@ -186,7 +185,7 @@ class Metrics(Callback):
         self._watch.mark("")
         self._watch.lap()
 
-    def _complete(self, pending: _Pending) -> Row:
+    def _complete(self, pending: _Pending) -> MetricsRow:
         values = pending.flight.values()
         spent, loss, norm = self._watch.seconds(pending.marks), values["train/loss"], values["grad_norm"]
         spent["forward"] = max(0.0, spent.get("forward", 0.0) - pending.paused)  # a checkpoint pauses at its start

@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from rwkv_train.rundir.jsonl import MetricsRow
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
-from rwkv_train.training.callbacks.metrics import Metrics, Row
+from rwkv_train.training.callbacks.metrics import Metrics
 
 _LINE_INTERVAL = 15.0  # seconds between two lines where the output is not a terminal
 _BAR_INTERVAL = 0.25  # seconds between two updates of the bar
@@ -32,7 +33,7 @@ class ProgressBar(Callback):
     def __init__(self, metrics: Metrics, saving: CheckpointCallback, total: int | None, console: Console) -> None:
         self.saving, self.total, self.console = saving, total, console
         self._bar: Progress | None = None
-        self._rows: deque[Row] = deque(maxlen=_WINDOW)
+        self._rows: deque[MetricsRow] = deque(maxlen=_WINDOW)
         self._shown_at = time.monotonic()
         self._validation = ""
         metrics.listeners.append(self._add)
@@ -63,7 +64,7 @@ class ProgressBar(Callback):
             self._bar.stop()
             self._bar = None
 
-    def _add(self, row: Row) -> None:
+    def _add(self, row: MetricsRow) -> None:
         if self.console.quiet:
             return
         if self._rows and row["step"] <= self._rows[-1]["step"]:  # the run was rewound
@@ -101,9 +102,9 @@ class ProgressBar(Callback):
 def span(seconds: float) -> str:
     """3 s, 4 min 5 s, 6 h 7 min, 8 d 9 h."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    whole = round(seconds)
+    rounded = round(seconds)
     for number, (name, size) in enumerate(units):
-        if whole >= size:
-            rest = whole % size // units[number + 1][1] if number < 3 else 0
-            return f"{whole // size} {name}" + (f" {rest} {units[number + 1][0]}" if rest else "")
+        if rounded >= size:
+            rest = rounded % size // units[number + 1][1] if number < 3 else 0
+            return f"{rounded // size} {name}" + (f" {rest} {units[number + 1][0]}" if rest else "")
     return "0 s"

@@ -136,7 +136,7 @@ class Watchdog(Callback):
         return monitor
 
     def _listen(self, channel: socket.socket) -> None:
-        """Runs in a thread: records that the process runs, and ends it when the monitor says so."""
+        """Runs in a thread: records that the process runs, and ends it when the monitor requests it."""
         received = b""
         while self._channel is channel:
             try:

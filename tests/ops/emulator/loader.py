@@ -1,4 +1,4 @@
-"""Compiles our CUDA kernels with g++ and runs them on the CPU, thread by thread (emulator.h says how).
+"""Compiles our CUDA kernels with g++ and runs them on the CPU, thread by thread (see emulator.h).
 
 kernels = load("check")                              # "plain", "asan" or "check"
 y = kernels.empty("y", (2, 70, 6), "float32")
@@ -72,11 +72,11 @@ def _with_red_zones(assembly: str) -> str:
     """The same with RED_ZONE bytes after every shared variable: each is one `.zero N` (its size stays N) in .tbss."""
     lines, shared = assembly.split("\n"), False
     for index, line in enumerate(lines):
-        word = line.split(None, 1)
-        if word and word[0] in (".section", ".text", ".data", ".bss", ".popsection", ".pushsection"):
+        fields = line.split(None, 1)
+        if fields and fields[0] in (".section", ".text", ".data", ".bss", ".popsection", ".pushsection"):
             shared = line.strip().startswith(".section") and ".tbss" in line
-        elif shared and word and word[0] == ".zero":
-            lines[index] = f"\t.zero\t{int(word[1]) + RED_ZONE}"
+        elif shared and fields and fields[0] == ".zero":
+            lines[index] = f"\t.zero\t{int(fields[1]) + RED_ZONE}"
     return "\n".join(lines)
 
 
@@ -110,9 +110,9 @@ class Kernels:
         self.library.emu_last_blocks.argtypes = [ctypes.c_uint64]
         variables = {}
         for line in run("readelf", "-sW", "--demangle", path).splitlines():
-            word = line.split(maxsplit=7)
-            if len(word) == 8 and word[3] == "TLS" and int(word[2], 0):
-                variables[word[7]] = int(word[1], 16), int(word[2], 0)
+            fields = line.split(maxsplit=7)
+            if len(fields) == 8 and fields[3] == "TLS" and int(fields[2], 0):
+                variables[fields[7]] = int(fields[1], 16), int(fields[2], 0)
         origin, _ = variables.pop("emu_origin")
         for name, (offset, size) in variables.items():
             short = re.sub(r"\([^()]*\)(?=::|$)", "", name.replace("(anonymous namespace)::", ""))
