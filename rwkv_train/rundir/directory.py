@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.attempts import Attempts
@@ -39,6 +40,13 @@ class RunDirectory:
         """Takes the number of this attempt; its files are written to the attempt's own directory from now on."""
         self.number = self.attempts.claim()
         return self.number
+
+    def read_passed_over(self) -> dict[str, Any]:
+        """How often the run was rewound, and which data it skips: {"rewinds": n, "skips": [[step, data steps], …]}."""
+        if not self.passed_over.exists():
+            return {"rewinds": 0, "skips": []}
+        found: dict[str, Any] = json.loads(self.passed_over.read_text())
+        return found
 
     @contextmanager
     def atomic_write(self, path: Path) -> Iterator[Path]:

@@ -13,12 +13,11 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 from rwkv_train.cluster.environment import environment
 from rwkv_train.instantiate import Makers
 from rwkv_train.rundir.jsonl import WriteErrors
-from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.stop import StopOnSignal, follow_parent
 from rwkv_train.training.finish import write_sample
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.observers import Observers, RunTrackers, make_observers
-from rwkv_train.training.setup import RunSetup
+from rwkv_train.training.setup import RunAttempt, RunSetup
 from rwkv_train.training.statistics import Statistics
 from rwkv_train.training.strategy import ShardedStrategy, build_strategy
 

@@ -22,7 +22,6 @@ from rwkv_train.planning.report import as_json
 from rwkv_train.rundir.jsonl import Events, WriteErrors
 from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker
 from rwkv_train.trackers.launch import TRACKER_SECONDS, Trackers
-from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.bad_steps import BadSteps
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 from rwkv_train.training.callbacks.metrics import Metrics, Spent
@@ -31,7 +30,7 @@ from rwkv_train.training.callbacks.progress import ProgressBar
 from rwkv_train.training.callbacks.stop import StopAtBudget, StopOnSignal
 from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.replay import Replay, read_replay
-from rwkv_train.training.setup import RunSetup, versions
+from rwkv_train.training.setup import RunAttempt, RunSetup, versions
 
 TRACKER_SECONDS_AFTER_SIGNAL = 5.0  # seconds that trackers have where a signal has ended the run
 

@@ -320,14 +320,6 @@ class BadSteps(Callback):
         self._action, self._limit = held.get("todo"), held.get("limit", math.inf)
 
 
-def read_passed_over(run: RunDirectory) -> dict[str, Any]:
-    """How often a run was rewound, and which data it skips: {"rewinds": n, "skips": [[step, steps of data], …]}."""
-    if not run.passed_over.exists():
-        return {"rewinds": 0, "skips": []}
-    found: dict[str, Any] = json.loads(run.passed_over.read_text())
-    return found
-
-
 def _where(flags: Tensor) -> list[list[int]]:
     """The indices of the true elements; waits for the device: only where a step was bad."""
     found: list[list[int]] = flags.nonzero().tolist()
