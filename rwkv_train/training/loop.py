@@ -71,8 +71,8 @@ def _meet_ranks(setup: RunSetup) -> None:
 
 def _announce(attempt: RunAttempt, setup: RunSetup, trackers: RunTrackers) -> None:
     """Records that the attempt starts, starts the trackers, and prints what is about to be trained."""
-    event = "started" if attempt.checkpoint is None else "resumed"
-    attempt.events.add(event, attempt.step, **attempt.history.next_start(attempt.step))
+    events, earlier = attempt.events, attempt.history.next_start(attempt.step)
+    events.add("started" if attempt.checkpoint is None else "resumed", attempt.step, **earlier)
     trackers.start(attempt.step, attempt.meta)
     describe(setup, attempt.checkpoint)
     if setup.data.masked and attempt.step == 0:

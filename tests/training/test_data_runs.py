@@ -77,7 +77,7 @@ def test_another_store_or_tokenizer_under_the_same_name_is_refused(store: Path, 
     tokens = np.fromfile(tmp_path / "s.bin", np.uint16)
     tokens[100:200] = ord("x")
     tokens.tofile(tmp_path / "s.bin")
-    with pytest.raises(UserError, match=r"s.bin is not what its manifest s.json tells of: fingerprint"):
+    with pytest.raises(UserError, match=r"s.bin does not match its manifest s.json: fingerprint"):
         run(tmp_path, "run", *SHORT_RUN, *overrides, "budget.steps=9", "run.allow_changes=true")
     (tmp_path / "s.json").unlink()
     with pytest.raises(UserError, match=r"the data itself: content hash \w+ → \w+\n  to resume all the same"):
@@ -115,7 +115,7 @@ def test_a_chat_is_shown_before_step_0_and_its_loss_falls(tmp_path: Path, capsys
     found = losses(run(tmp_path, "run", *SHORT_RUN, *overrides, "budget.steps=30"))
     printed = capsys.readouterr().out
     assert "▌User: ?" in printed
-    assert "of them predicted" in printed
+    assert "tokens with a loss" in printed
     assert found[-1] < 0.7 * found[0]
 
 

@@ -182,6 +182,6 @@ def test_interrupted_before_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def interrupt(*overrides: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launcher, "_settle", interrupt)
+    monkeypatch.setattr(launcher, "_build_configs", interrupt)
     assert launcher.main([]) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"

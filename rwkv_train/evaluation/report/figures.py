@@ -82,7 +82,7 @@ def draw_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, title: str, b
         return
     chart = vars(next(chart for chart in CHARTS if "train/loss" in chart.lines))
     training, validation = values["train/loss"], values.get("val/loss", ())
-    lowest = min(*training[len(training) // 2 :], *baselines.values(), *validation)
+    lowest = min([*training[len(training) // 2 :], *baselines.values(), *validation])
     bottom, top = max(0.0, lowest - 0.25), max(min(training[0], lowest + 3.5), lowest + 1.0)
 
     def fill(axes: Any) -> None:
