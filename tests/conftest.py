@@ -34,7 +34,7 @@ LIBRARIES_OWN = {
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def environment_is_restored() -> Iterator[None]:
     """Fails a test after which the environment differs or a process group still exists, and restores both."""
     before = dict(os.environ)
     yield

@@ -11,7 +11,7 @@ from rwkv_train.planning.model import Counts
 FLOAT_BYTES = 4  # bytes: weights, gradients and Adam's moments are float32 under every strategy
 DDP_BUCKET = 25 * 2**20
 BUCKET_ELEMENTS = 200_000_000  # elements, the most that DeepSpeed sends at a time
-CUDA_BYTES = 1.2e9  # bytes of a GPU that CUDA's context, its libraries and the allocator's leavings take
+CUDA_BYTES = 1.2e9  # bytes of a GPU that CUDA's context, its libraries and the unused memory of the allocator take
 FIRST_STEP_BYTES = 0.04e9  # bytes of a CPU's process for what its first step loads: library pages, MKL panels, modules
 DEEPSPEED_BYTES = 0.06e9  # the same, of DeepSpeed's engine
 PROCESS_BYTES = 0.9e9  # bytes of the host's memory that a process takes by itself

@@ -99,7 +99,7 @@ def test_the_shape_of_a_sharded_checkpoint_is_known(tmp_path: Path) -> None:
     assert detect_file(path) == ModelConfig("rwkv4", 1, 4, 9, 16)
 
 
-def test_elements_that_nobody_wrote_are_missed(tmp_path: Path) -> None:
+def test_elements_that_no_rank_wrote_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "step_000000005-0001"
     write(path, 3, seed=2)
     meta = json.loads((path / "meta.json").read_text())

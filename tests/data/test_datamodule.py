@@ -55,7 +55,7 @@ def test_an_epoch_reads_every_window_once(corpus: Path) -> None:
     assert len(epoch) * 8 > len(data.train) - 16
 
 
-def test_the_loader_starts_where_it_is_told(corpus: Path) -> None:
+def test_the_loader_starts_at_start_step(corpus: Path) -> None:
     whole = module(corpus, micro=2)
     assert (whole.micro, whole.accumulation) == (2, 4)
     resumed = module(corpus, micro=2)

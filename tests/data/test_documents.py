@@ -261,7 +261,7 @@ def test_batches_made_ahead_are_the_same_and_pinned(texts: Path, monkeypatch: py
     assert len(pinned) >= 6 * 4
 
 
-def test_a_mistake_in_the_thread_is_told_where_the_batch_is_asked_for() -> None:
+def test_an_error_in_the_thread_is_raised_where_the_batch_is_requested() -> None:
     def broken() -> Any:
         raise UserError("no such token")
         yield

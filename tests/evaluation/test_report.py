@@ -315,7 +315,7 @@ def test_error_messages_and_notes(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "note: half: eval.json cannot be read: Expecting" in output
 
 
-def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_two_runs_of_one_name_are_distinguished(tmp_path: Path) -> None:
     runs = open_runs([make_run(tmp_path / place / "run", steps=5) for place in ("here", "there")])
     assert [run.name for run in runs] == ["here/run", "there/run"]
 

@@ -16,7 +16,7 @@ from tests.runs import losses, overrides_for, rows, same_weights, start_slow_sav
 OVERRIDES = ("checkpoint.every.steps=4", "validation.every.steps=13", "budget.steps=60")
 
 
-def whole_checkpoints(run: Path) -> set[str]:
+def complete_checkpoints(run: Path) -> set[str]:
     return {path.name for path in (run / "checkpoints").glob("step_*")}
 
 
@@ -24,10 +24,10 @@ def kill_once(folder: Path, name: str, in_save: bool, wait: float) -> bool:
     """Starts the run and kills it some time after its first new checkpoint; returns whether that hit a save."""
     run, saving = folder / "runs" / name, folder / "saving"
     saving.unlink(missing_ok=True)
-    before = whole_checkpoints(run)
+    before = complete_checkpoints(run)
     process = start_slow_saving(overrides_for(folder, name, *OVERRIDES), saving)
     deadline = time.monotonic() + 60
-    while process.is_alive() and time.monotonic() < deadline and not whole_checkpoints(run) - before:
+    while process.is_alive() and time.monotonic() < deadline and not complete_checkpoints(run) - before:
         time.sleep(0.002)
     time.sleep(wait)
     while in_save and process.is_alive() and time.monotonic() < deadline and not saving.exists():

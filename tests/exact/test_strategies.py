@@ -84,7 +84,7 @@ MORE_MOVES = [  # from each strategy and to each, to more processes and to fewer
     ("before", "from_ranks", "after", "ranks"),
     MOVES + [pytest.param(*move, marks=pytest.mark.slow) for move in MORE_MOVES],
 )
-def test_another_strategy_and_another_number_of_processes_go_on(
+def test_another_strategy_and_number_of_processes_resume(
     folder: Path, before: str, from_ranks: int, after: str, ranks: int
 ) -> None:
     name = f"{before}_{from_ranks}_{after}_{ranks}"

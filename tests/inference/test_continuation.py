@@ -61,7 +61,7 @@ def test_reading_is_the_parallel_mode_of_each(model: LanguageModel, monkeypatch:
                 torch.testing.assert_close(found[row], wanted[0], rtol=1e-4, atol=1e-5)
 
 
-def test_prompts_go_on_from_what_was_read(model: LanguageModel) -> None:
+def test_prompts_continue_from_a_state(model: LanguageModel) -> None:
     """Rows with a memory and rows of fresh texts in one batch."""
     with torch.no_grad():
         _, before = read(model, encode("to be or "))

@@ -40,6 +40,6 @@ def assert_as_good_as(
     """
     for index, (mine, plain, exact) in enumerate(zip(ours, definition, truth, strict=True)):
         assert mine.isfinite().all(), f"result {index} is not finite"
-        yardstick = max((plain - exact).norm().item(), epsilon * exact.norm().item())
+        reference = max((plain - exact).norm().item(), epsilon * exact.norm().item())
         error, factor = (mine - exact).norm().item(), 2 if index < outputs else 3
-        assert error <= factor * yardstick, f"result {index}: error {error:.3g}, the definition's {yardstick:.3g}"
+        assert error <= factor * reference, f"result {index}: error {error:.3g}, the definition's {reference:.3g}"

@@ -72,7 +72,7 @@ def all_done(jobs: list[tuple[str, str]]) -> bool:
     return all((Path(path) / "weights.pth").exists() for _, path in jobs)
 
 
-def test_more_nodes_than_sbatch_was_told(cluster: Cluster, tmp_path: Path) -> None:
+def test_more_nodes_than_sbatch_was_given(cluster: Cluster, tmp_path: Path) -> None:
     """`sbatch train.sbatch trainer.num_nodes=2` is all that a user types."""
     first = Training(cluster, tmp_path, "more", *THREE_STEPS, "trainer.num_nodes=2", options=("--nodes=1",))
     assert first.end() == "COMPLETED"

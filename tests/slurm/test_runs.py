@@ -115,7 +115,7 @@ def undisturbed(folder: Path, played: object) -> Path:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_comes_back_to_the_same_weights(
+def test_ends_with_the_same_weights(
     name: str, undisturbed: Path, played: dict[str, Future[tuple[Training, list[str]]]]
 ) -> None:
     training, expected = played[name].result()

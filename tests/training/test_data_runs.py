@@ -57,11 +57,11 @@ def stopped_and_resumed(folder: Path, *more: str) -> None:
     assert losses(whole)[0] == losses(constant)[0]
 
 
-def test_a_run_on_a_store_goes_on_exactly(store: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_store_resumes_exactly(store: Path, tmp_path: Path) -> None:
     stopped_and_resumed(tmp_path, "data=store", f"data.path={store}", "data.hold_out=0.1")
 
 
-def test_a_stream_goes_on_exactly_from_its_position(store: Path, tmp_path: Path) -> None:
+def test_a_stream_resumes_exactly_from_its_position(store: Path, tmp_path: Path) -> None:
     overrides = ("data=stream", f"data.path={tmp_path}/a.jsonl", "data.tokenizer=bytes", "data.workers=0")
     stopped_and_resumed(tmp_path, *overrides, "data.held_out_documents=5")
     (checkpoint,) = (tmp_path / "runs" / "parts" / "checkpoints").glob("*8-*")
@@ -93,7 +93,7 @@ def test_another_store_or_tokenizer_under_the_same_name_is_refused(store: Path, 
         run(tmp_path, "run", *SHORT_RUN, *overrides)
 
 
-def test_a_mixture_tells_of_each_source(store: Path, tmp_path: Path) -> None:
+def test_a_mixture_reports_each_source(store: Path, tmp_path: Path) -> None:
     sources = f"data.sources=[{{name:a,path:{store},weight:0.75}},{{name:b,path:{tmp_path}/text.txt,weight:0.25}}]"
     found = rows(run(tmp_path, "run", *SHORT_RUN, "data=mixture", sources, "data.hold_out=0.1"))
     assert found[-1]["tokens/a"] == 8 * 128 * 3 // 4

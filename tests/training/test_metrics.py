@@ -172,7 +172,7 @@ def test_by_source(tmp_path: Path) -> None:
 WAITING_CALLS = ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "nonzero")
 
 
-def test_nobody_asks_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first step to the last no tensor's value is asked for, but of what has landed on the host."""
     asked: Counter[str] = Counter()
     inside = [False]

@@ -46,7 +46,7 @@ def ends(overrides: list[str], run: Path, stop: int | None = None) -> list[int |
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_stopped_rank_is_named_and_the_run_goes_on_as_if_it_had_not_been(tmp_path: Path, rank: int) -> None:
+def test_a_stopped_rank_is_named_and_the_resumed_run_is_bit_equal(tmp_path: Path, rank: int) -> None:
     whole, run = tmp_path / "runs" / "whole", tmp_path / "runs" / "run"
     steps = "budget.steps=60"
     overrides = overrides_for(tmp_path, "run", *QUICK_WATCHDOG, steps, *trouble(rank=0, seconds=0.05))
