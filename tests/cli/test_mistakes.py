@@ -218,14 +218,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "generate from another architecture": (
         [*GENERATE, "gpt.pth"],
         TORCH,
-<<<<<<< HEAD
         ["gpt.pth does not hold the weights of a language model under the field's names (it holds transformer.h.0"],
-=======
-        [
-            "gpt.pth does not hold the weights of a language model under the field's names "
-            "(it holds transformer.h.0.attn.weight"
-        ],
->>>>>>> words
     ),
     "generate from a wrapped dict": (
         [*GENERATE, "wrapped.pth"],
