@@ -220,6 +220,7 @@ def best_time(
     return min(times), result
 
 
+@pytest.mark.alone
 def test_an_error_is_reported_in_time_and_nothing_is_written(tmp_path: Path) -> None:
     seconds, result = best_time(["model.n_layers=4", "batch.tokens=2000"], tmp_path, 2)
     assert seconds <= 1.5
@@ -229,6 +230,7 @@ def test_an_error_is_reported_in_time_and_nothing_is_written(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.alone
 def test_help_is_printed_in_time(tmp_path: Path) -> None:
     seconds, result = best_time(["--help"], tmp_path, 0)
     assert seconds <= 2

@@ -25,6 +25,8 @@ from rwkv_train.training.run import train
 from rwkv_train.training.setup import assemble
 from tests.runs import ROOT, losses, overrides_for, rows, start
 
+pytestmark = pytest.mark.alone
+
 CONFIG, TORCH, LIGHTNING = 1.5, 4.0, 10.0  # CPU seconds within which an error is reported, by what is needed to find it
 
 
