@@ -84,7 +84,7 @@ def test_another_store_or_tokenizer_under_the_same_name_is_refused(store: Path, 
         run(tmp_path, "run", *SHORT_RUN, *overrides, "data.tokenizer=bytes")
     for name, content in kept.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"was made with the tokenizer bytes, the run's is world:\w+\n  leave data.tok"):
+    with pytest.raises(UserError, match=r"was made with the tokenizer bytes, the run's is world:\w+\n  remove data"):
         run(tmp_path, "run", *SHORT_RUN, *overrides, "data.tokenizer=world")
     shutil.rmtree(tmp_path / "runs")
     for file in tmp_path.glob("s.*"):
