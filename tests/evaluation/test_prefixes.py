@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,7 +22,12 @@ def test_states_are_bounded_in_bytes(at_once: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(prefixes, "STATE_BYTES", at_once * model.empty_state(1).row_bytes())
     groups: list[int] = []
     plain = prefixes._read_prefixes
-    monkeypatch.setattr(prefixes, "_read_prefixes", lambda *args: groups.append(len(args[3])) or plain(*args))
+
+    def note(*args: Any) -> Any:
+        groups.append(len(args[3]))
+        return plain(*args)
+
+    monkeypatch.setattr(prefixes, "_read_prefixes", note)
     seen = []
     for batch in share_prefixes(model, texts, [len(text) - 1 for text in texts], 4):
         for text in batch:
