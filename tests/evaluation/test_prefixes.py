@@ -19,7 +19,7 @@ def test_states_are_bounded_in_bytes(at_once: int, monkeypatch: pytest.MonkeyPat
     draw = torch.Generator().manual_seed(1)
     shots = torch.randint(50, (60,), generator=draw).tolist()
     texts = [[*shots, *torch.randint(50, (5 + n,), generator=draw).tolist()] for n in range(8)]
-    monkeypatch.setattr(prefixes, "STATE_BYTES", at_once * model.empty_state(1).row_bytes())
+    monkeypatch.setattr(prefixes, "MAX_STATE_BYTES", at_once * model.empty_state(1).row_bytes())
     groups: list[int] = []
     plain = prefixes._read_prefixes
 
