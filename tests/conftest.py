@@ -47,7 +47,7 @@ def environment_is_restored() -> Iterator[None]:
             del os.environ[name]
     distributed = sys.modules.get("torch.distributed")
     group = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if group:
+    if distributed is not None and group:
         distributed.destroy_process_group()
     assert not changed, f"the test changed the environment: {', '.join(sorted(changed))}"
     assert not group, "the test did not destroy its process group"
@@ -84,9 +84,10 @@ def _run_ranks(fn: Callable[..., Any], ranks: int, *args: Any, seconds: float = 
             ready = wait(list(waiting), timeout=max(0, end - monotonic()))
             assert ready, f"ranks {sorted(waiting.values())} did not finish in {seconds} s"
             for receiver in ready:
-                rank = waiting.pop(receiver)  # type: ignore[call-overload]
+                assert isinstance(receiver, Connection)
+                rank = waiting.pop(receiver)
                 try:
-                    failure, results[rank] = receiver.recv()  # type: ignore[union-attr]
+                    failure, results[rank] = receiver.recv()
                 except EOFError:
                     failure = "ended without a report"
                 assert failure is None, f"rank {rank}: {failure}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def test_every_logger_of_conf(tmp_path: Path) -> None:
     assert kinds.keys() == {path.stem for path in (ROOT / "conf" / "logger").glob("*.yaml")}
     for choice, expected in kinds.items():
         config = launcher.load([f"logger={choice}", f"run.root={tmp_path}"])
-        made = [make() for make in prepare("logger", config.logger, (Tracker, LocalTracker, Logger), config.packages)]
+        kind = (Tracker, LocalTracker, Logger)
+        makers: list[Callable[[], Any]] = prepare("logger", config.logger, kind, config.packages)
+        made = [make() for make in makers]
         assert [type(logger) for logger in made] == expected
 
 
@@ -117,6 +120,7 @@ def test_nothing_is_built_before_all_is_bound(monkeypatch: pytest.MonkeyPatch) -
     assert made == []
     callback = make()
     assert made == ["mine"]
+    assert isinstance(callback, Mine)
     assert isinstance(callback.inner, EarlyStopping)
     with pytest.raises(UserErrors, match="the package mine is not allowed"):
         prepare("callbacks", {"a": trees["a"]}, Callback)

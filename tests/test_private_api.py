@@ -80,7 +80,7 @@ def fake_tensors() -> bool:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        return torch.empty(2).untyped_storage()._cdata != 0
+        return bool(torch.empty(2).untyped_storage()._cdata != 0)
 
 
 def foreign_norms() -> bool:

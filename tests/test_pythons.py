@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def run(checkout: Path, failing: str = "nothing", *arguments: str) -> subprocess
         (checkout / "bin" / name).write_text(text)
         (checkout / "bin" / name).chmod(0o755)
     environment = {"PATH": f"{checkout / 'bin'}:{os.environ['PATH']}", "PYENV_ROOT": str(checkout / "pyenv")}
-    command = [sys.executable, checkout / "scripts" / "pythons.py", *(arguments or ("9.7", "9.8"))]
+    command = [sys.executable, str(checkout / "scripts" / "pythons.py"), *(arguments or ("9.7", "9.8"))]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
@@ -73,7 +74,7 @@ def test_a_command_that_fails_is_named(tmp_path: Path, failing: str) -> None:
 def test_the_versions_are_those_of_the_package() -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        import pythons
+        pythons = importlib.import_module("pythons")
     finally:
         sys.path.pop(0)
     assert pythons.supported() == ["3.11", "3.12", "3.13"]

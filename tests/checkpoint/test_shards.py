@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, name: str) -> None:
 
 def test_a_rank_that_cannot_write_costs_the_checkpoint_and_says_so(tmp_path: Path) -> None:
     class Full(LocalStorage):
-        def write(self, path: Path) -> None:
+        def write(self, path: Path) -> NoReturn:
             raise OSError(28, "No space left on device", str(path))
 
     store, path = InProcessStore(), tmp_path / "step_000000005-0001"

@@ -228,9 +228,9 @@ class World:
         run = self.run
         if self.problems:
             return self.problems[0]
-        for path, who in self.writers.items():
+        for file, who in self.writers.items():
             if len(who) > 1:
-                return f"{path} was written by {sorted(who)}"
+                return f"{file} was written by {sorted(who)}"
         committed = [path for path in list_checkpoints(run.checkpoints) if (path / "manifest.json").exists()]
         for path in committed:  # one without a manifest was being deleted
             if (damage := verify(path)) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -24,14 +25,24 @@ from rwkv_train.ops.families import FAMILIES
 
 def test_train_is_train_py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr(launcher, "main", lambda argv: seen.append(list(argv)) or 7)
+
+    def main(argv: Sequence[str]) -> int:
+        seen.append(list(argv))
+        return 7
+
+    monkeypatch.setattr(launcher, "main", main)
     assert cli.main(["train", "--help", "model=7b", "-m"]) == 7
     assert seen == [["--help", "model=7b", "-m"]]
 
 
 def test_generate_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[GenerateOptions] = []
-    monkeypatch.setattr(generate, "run", lambda options: seen.append(options) or 0)
+
+    def run(options: GenerateOptions) -> int:
+        seen.append(options)
+        return 0
+
+    monkeypatch.setattr(generate, "run", run)
     arguments = ["--prompt", "def ", "--temperature", "0.5", "--top-p", "0.8", "--tokens", "9", "--seed", "3"]
     arguments += ["--top-k", "40", "--repetition-penalty", "1.2", "--stop", "\n", "--stop", "x", "--until-end"]
     arguments += ["--batch", "4", "--json", "--tokenizer", "world", "--device", "auto"]

@@ -22,7 +22,7 @@ from rwkv_train.config import Config
 from rwkv_train.config.schema import as_tree, schema
 from rwkv_train.errors import UserError
 from rwkv_train.resources import resource
-from tests.config.test_config import save_weights
+from tests.runs import save_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +44,12 @@ def interrupt(config: Config, rank_info: RankInfo) -> int:
 
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[Config] = []
-    trained(monkeypatch, lambda config, rank_info: seen.append(config) or 3)
+
+    def note(config: Config, rank_info: RankInfo) -> int:
+        seen.append(config)
+        return 3
+
+    trained(monkeypatch, note)
     assert launcher.main(["seed=5"]) == 3
     assert seen[0].seed == 5
     trained(monkeypatch, refuse)
@@ -150,9 +155,12 @@ def test_multirun_checks_all_and_then_runs_each(
 
 def test_multirun_expands_what_hydra_expands(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, check: runs.append(command[-1]) or subprocess.CompletedProcess(command, 0)
-    )
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        runs.append(command[-1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
     assert launcher.main(["-m", "seed=range(1,4)"]) == 0
     assert launcher.main(["-m", "debug=glob(f*)"]) == 0
     assert runs == ["seed=1", "seed=2", "seed=3", "debug=fast", "debug=frequent"]

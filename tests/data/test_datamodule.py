@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -15,8 +16,9 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from rwkv_train.config import BatchSettings, DataSettings
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.data.batch import Batch
-from rwkv_train.data.batches import IGNORED_TARGET, Batches
+from rwkv_train.data.batches import Batches
 from rwkv_train.data.datamodule import DataModule
+from rwkv_train.data.rows import IGNORED_TARGET
 from rwkv_train.errors import UserError
 
 
@@ -29,7 +31,7 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def module(corpus: Path, tokens: int = 64, context: int = 8, micro: int | None = None, **more: int) -> Batches:
+def module(corpus: Path, tokens: int = 64, context: int = 8, micro: int | None = None, **more: Any) -> Batches:
     data = DataSettings(source="text", path=str(corpus), tokenizer="bytes", hold_out=0.2)
     return Batches(data, BatchSettings(tokens=tokens, context=context, micro=micro), seed=1, **more)
 
@@ -110,7 +112,7 @@ def test_validation_predicts_every_held_out_token_once(corpus: Path, context: in
 def test_a_batch_has_the_numbers_of_its_samples(corpus: Path, ranks: int) -> None:
     data = module(corpus, micro=2, mesh=Mesh(ranks))
     alone = module(corpus).batch(5)
-    found = {}
+    found: dict[int, torch.Tensor] = {}
     for rank in range(ranks):
         data.rank = rank
         data.start_step = 5
@@ -200,7 +202,7 @@ class RecordingModule(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def trainer(tmp_path: Path, data: Batches, **more: object) -> L.Trainer:
+def trainer(tmp_path: Path, data: Batches, **more: Any) -> L.Trainer:
     return L.Trainer(
         accelerator="cpu",
         devices=1,

@@ -96,6 +96,7 @@ def test_every_predicted_token_counts_the_same(texts: Path, ranks: int, micro: i
         for index in range(data.accumulation):
             batch = data.batch(3, index)
             logits = table[batch.tokens]
+            assert batch.predictions is not None
             losses.append(language_model_loss(logits, batch.targets, 0.0, batch.predictions.double()))
             for row, targets in zip(logits, batch.targets, strict=True):
                 real = targets != IGNORED_TARGET
@@ -147,7 +148,7 @@ def test_chats_are_packed_with_their_mask(tmp_path: Path) -> None:
     data = chat(write_chats(tmp_path / "chat.jsonl"))
     batch = data.batch(0)
     for row in range(2):
-        text = data.tokenizer.decode(batch.targets[row][batch.targets[row] != IGNORED_TARGET]).decode()
+        text = data.tokenizer.decode(batch.targets[row][batch.targets[row] != IGNORED_TARGET].tolist()).decode()
         assert text.replace("2 😀\n\n", "").replace("Yes.\n\n", "") == ""
         assert "Yes." in text
     assert "the assistant's" in data.description
@@ -264,7 +265,7 @@ def test_batches_made_ahead_are_the_same_and_pinned(texts: Path, monkeypatch: py
 def test_an_error_in_the_thread_is_raised_where_the_batch_is_requested() -> None:
     def broken() -> Any:
         raise UserError("no such token")
-        yield
+        yield  # type: ignore[unreachable]
 
     with pytest.raises(UserError, match="no such token"):
         next(iter(ahead.Ahead(broken())))

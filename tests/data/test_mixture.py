@@ -53,8 +53,8 @@ def test_any_sample_is_found_alone_and_each_of_a_source_comes_once() -> None:
         mine = numbers[sources == source]
         assert mine.tolist() == list(range(len(mine)))
     for sample in (0, 1, 149, 150, 151, 399, 400, 1234):
-        source, number = mixture.locate(np.array([sample]))
-        assert (source[0], number[0]) == (sources[sample], numbers[sample])
+        origin, number = mixture.locate(np.array([sample]))
+        assert (origin[0], number[0]) == (sources[sample], numbers[sample])
         assert mixture.counts(sample).tolist() == [int((sources[:sample] == n).sum()) for n in range(3)]
     assert int((sources == 1).sum()) == 75, "one and a half epochs, and no more"
     assert not (sources[400:] == 0).any()

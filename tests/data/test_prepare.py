@@ -217,7 +217,7 @@ def slow(unit: Unit, shard: Shard, stop_at_broken: bool) -> ShardCounts:
 
 def _prepare_slowly(source: Path, out: Path) -> None:
     units.UNIT_BYTES = 3000
-    pipeline.make_shard = slow
+    pipeline.make_shard = slow  # type: ignore[attr-defined]
     prepare(options(out, source))
 
 

@@ -65,7 +65,7 @@ def make_run(path: Path, steps: int = 200, seed: int = 0, lr: float = 1e-3) -> P
     with open(path / "metrics.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows(steps, seed))
     (path / "config.yaml").write_text(f"seed: {seed}\noptim: {{lr: {lr}}}\nrun: {{name: {path.name!r}}}\n")
-    events = [
+    events: list[tuple[str, int, dict[str, Any]]] = [
         ("started", 0, {}),
         ("checkpoint", steps // 4, {}),
         ("interrupted", steps // 3, {"signal": "SIGTERM"}),

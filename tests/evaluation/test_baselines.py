@@ -92,5 +92,5 @@ def test_on_the_library_they_are_what_a_study_found() -> None:
     from rwkv_train.data.corpus import join
 
     corpus = read_corpus(DataSettings(source="stdlib", path=None, tokenizer="bytes", hold_out=0.05))
-    parts = [join(part, ByteTokenizer()).tokens for part in (corpus.train, corpus.held_out)]
-    assert ngram_losses(*parts, (2, 3, 4)) == pytest.approx([1.90, 1.50, 1.40], abs=0.1)
+    train, held_out = (join(part, ByteTokenizer()).tokens for part in (corpus.train, corpus.held_out))
+    assert ngram_losses(train, held_out, (2, 3, 4)) == pytest.approx([1.90, 1.50, 1.40], abs=0.1)

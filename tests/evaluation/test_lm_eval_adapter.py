@@ -182,9 +182,12 @@ def test_the_command_runs_tasks(model: LanguageModel, tmp_path: Path, capsys: py
 
 
 def test_error_messages(model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks import TaskManager
+
     write_tasks(tmp_path, 2)
-    quick = lm_eval_adapter.TaskManager
-    monkeypatch.setattr(lm_eval_adapter, "TaskManager", lambda include_path, **_: quick(None, include_path, False))
+    monkeypatch.setattr(
+        lm_eval_adapter, "TaskManager", lambda include_path, **_: TaskManager(None, include_path, False)
+    )
     with pytest.raises(UserError, match=r"--tasks our_choise: there is no such task\n  nearest: our_choice; `lm-"):
         find_tasks(["our_until", "our_choise"], [tmp_path])
     with pytest.raises(UserError, match=r"--include .*nowhere: there is no such directory"):

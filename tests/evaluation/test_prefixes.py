@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,10 +19,15 @@ def test_states_are_bounded_in_bytes(at_once: int, monkeypatch: pytest.MonkeyPat
     draw = torch.Generator().manual_seed(1)
     shots = torch.randint(50, (60,), generator=draw).tolist()
     texts = [[*shots, *torch.randint(50, (5 + n,), generator=draw).tolist()] for n in range(8)]
-    monkeypatch.setattr(prefixes, "STATE_BYTES", at_once * model.empty_state(1).row_bytes())
+    monkeypatch.setattr(prefixes, "MAX_STATE_BYTES", at_once * model.empty_state(1).row_bytes())
     groups: list[int] = []
     plain = prefixes._read_prefixes
-    monkeypatch.setattr(prefixes, "_read_prefixes", lambda *args: groups.append(len(args[3])) or plain(*args))
+
+    def note(*args: Any) -> Any:
+        groups.append(len(args[3]))
+        return plain(*args)
+
+    monkeypatch.setattr(prefixes, "_read_prefixes", note)
     seen = []
     for batch in share_prefixes(model, texts, [len(text) - 1 for text in texts], 4):
         for text in batch:

@@ -121,11 +121,11 @@ def test_spikes_survive(count: int) -> None:
 
 def test_the_trend_is_a_centred_mean() -> None:
     steps = np.arange(1, 2001)
-    line = trend(MetricColumn(steps, 5.0 - 0.001 * steps))
+    line = trend(MetricColumn(steps, (5.0 - 0.001 * steps).astype(np.float64)))
     assert line is not None
     inside = (line.steps > 20) & (line.steps < 1980)
     assert line.values[inside] == pytest.approx(5.0 - 0.001 * line.steps[inside])
-    assert trend(MetricColumn(steps[:200], steps[:200] * 1.0)) is None
+    assert trend(MetricColumn(steps[:200], steps[:200].astype(np.float64))) is None
     noisy = trend(MetricColumn(steps, np.random.default_rng(0).normal(size=2000)))
     assert noisy is not None
     assert np.abs(noisy.values).max() < 1.5

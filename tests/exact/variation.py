@@ -26,7 +26,8 @@ class Variation(rwkv4.RWKV4):
     def __init__(self, declared: bool) -> None:
         frozen = (r"emb\.weight", r"blocks\.\d+\.att\.time_decay")
         rows = (replace(row, trained=row.names not in frozen) for row in rwkv4.RWKV4.recipe)
-        self.recipe = (*rows, RecipeRow(r"blocks\.0\.att\.v0", constant(0.5), decay=True, trained=not declared))
+        grown = (*rows, RecipeRow(r"blocks\.0\.att\.v0", constant(0.5), decay=True, trained=not declared))
+        self.recipe = grown  # type: ignore[misc, assignment]
 
     def block(self, config: ModelConfig, layer: int) -> nn.Module:
         block = super().block(config, layer)

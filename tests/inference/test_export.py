@@ -27,7 +27,7 @@ def lively(shape: ModelConfig = SHAPE) -> LanguageModel:
     model, generator = build_model(shape), torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 

@@ -37,7 +37,9 @@ def in_transformers(logits: torch.Tensor, sampling: Sampling, seen: list[int]) -
         chain.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         chain.append(TopPLogitsWarper(sampling.top_p))
-    return torch.softmax(chain(torch.tensor([seen]), logits[None])[0], -1)
+    tokens = torch.tensor([seen])
+    assert isinstance(tokens, torch.LongTensor)
+    return torch.softmax(chain(tokens, logits[None])[0], -1)
 
 
 @pytest.mark.parametrize("sampling", SETTINGS)

@@ -65,6 +65,8 @@ def test_activation_checkpointing_changes_no_bit() -> None:
     for network in (model, other):
         F.cross_entropy(network(tokens)[0].flatten(0, 1), tokens.flatten()).backward()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert one.grad is not None
+        assert two.grad is not None
         assert torch.equal(one.grad, two.grad)
 
 
@@ -99,9 +101,9 @@ def test_vectors_are_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> 
     seen: dict[str, torch.dtype] = {}
     plain_wkv, plain_mix = ops.wkv4, ops.shift_mix
 
-    def wkv4(w: Tensor, u: Tensor, k: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    def wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
         seen.update(w=w.dtype, u=u.dtype, k=k.dtype)
-        return plain_wkv(w, u, k, *rest)
+        return plain_wkv(w, u, k, v, *rest)
 
     def shift_mix(x: Tensor, previous: Tensor | None, *mixes: Tensor, **more: Tensor | None) -> list[Tensor]:
         seen.update(x=x.dtype, **{f"mix{i}": mix.dtype for i, mix in enumerate(mixes)})

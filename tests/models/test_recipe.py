@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from rwkv_train.models.config import ModelConfig
 from rwkv_train.models.recipe import Orthogonal, RecipeRow, Site, curve, initial_value
@@ -21,7 +22,12 @@ def test_a_curve_counts_all_channels_in_row_major_order(shape: tuple[int, ...]) 
 
 def test_a_curve_knows_the_head_size() -> None:
     """RWKV-7's zigzag has one period in each head."""
-    row = RecipeRow(r".*a", curve(lambda c, C, site: c % site.head_size + 10 * site.layer))
+
+    def formula(c: Tensor, C: int, site: Site) -> Tensor:
+        assert site.head_size is not None
+        return c % site.head_size + 10 * site.layer
+
+    row = RecipeRow(r".*a", curve(formula))
     config = ModelConfig("rwkv4", 3, 8, 9, head_size=4)
     value = initial_value("blocks.2.a", torch.Size((1, 1, 8)), row, config, seed=1)
     assert value.flatten().tolist() == [20, 21, 22, 23, 20, 21, 22, 23]

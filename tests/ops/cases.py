@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Operator = Callable[..., tuple[Tensor, ...]]
+Operator = Callable[..., Sequence[Tensor]]
 
 
 def wkv4_inputs(B: int, T: int, C: int, k_scale: float = 2.0, decay: float = 0.0, seed: int = 0) -> list[Tensor]:

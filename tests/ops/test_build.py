@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -123,10 +124,10 @@ def test_a_home_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch
     blocked = tmp_path / "a file"
     blocked.write_text("")
     monkeypatch.setattr(Path, "home", lambda: blocked)
-    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     library = CppEngine("elementwise", ("elementwise_cpu.cpp",)).build()
     assert library.is_relative_to(tmp_path / f"rwkv_train-{os.getuid()}")
-    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(blocked))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(blocked))
     with pytest.raises(build.BuildError, match="nowhere to write"):
         CppEngine("elementwise", ("elementwise_cpu.cpp",)).build()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -68,8 +69,8 @@ def test_toolkits_that_do_not_fit() -> None:
 
 
 def test_no_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_cuda.shutil, "which", lambda name: None)
-    monkeypatch.setattr(build_cuda.Path, "exists", lambda self: False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(Path, "exists", lambda self: False)
     with pytest.raises(BuildError, match=r"no CUDA compiler \(nvcc\) was found") as caught:
         build_cuda.find_nvcc()
     assert caught.value.command.startswith("pip install")

@@ -226,7 +226,8 @@ def test_elements_beyond_two_to_the_31(plain: Kernels) -> None:
     w, u = -torch.rand(C, generator=generator), torch.randn(C, generator=generator)
     launcher = plain.library.rwkv_wkv4_forward
     launcher.restype = ctypes.c_char_p
-    exact, _ = reference.wkv4(w.double(), u.double(), *(x.double()[None] for x in draws), state.double())
+    keys, values = (x.double()[None] for x in draws)
+    exact, _ = reference.wkv4(w.double(), u.double(), keys, values, state.double())
     pointers = [ctypes.c_void_p(x.data_ptr()) for x in (w, u)]
     pointers += [ctypes.c_void_p(ctypes.addressof(x)) for x in (k, v, first, y, final)]
     for segments, blocks in ((0, 8), (1, 16)):  # of 64 threads of two channels; of 64 channels

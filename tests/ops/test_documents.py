@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -44,8 +45,8 @@ def by_hand(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, starts: T
 def test_a_boundary_is_a_fresh_text(T: int, positions: tuple[int, ...]) -> None:
     inputs, starts = wkv4_inputs(2, T, 5), boundaries(2, T, *positions)
     double = [torch.float64] * 5
-    together = value_and_gradients(lambda *x: ops.wkv4(*x, starts), inputs, double)
-    apart = value_and_gradients(lambda *x: by_hand(*x, starts), inputs, double)
+    together = value_and_gradients(partial(ops.wkv4, starts=starts), inputs, double)
+    apart = value_and_gradients(partial(by_hand, starts=starts), inputs, double)
     for ours, expected in zip(together, apart, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
@@ -57,9 +58,9 @@ def test_engine_against_definition(T: int, positions: tuple[int, ...], dtype: to
     starts, inputs = boundaries(3, T, *positions), wkv4_inputs(3, T, 40)
     dtypes = [torch.float32, torch.float32, dtype, dtype, torch.float32]
     inputs = [x.to(kind).double() for x, kind in zip(inputs, dtypes, strict=True)]
-    truth = value_and_gradients(lambda *x: reference.wkv4(*x, starts), inputs, [torch.float64] * 5)
-    definition = value_and_gradients(lambda *x: reference.wkv4(*x, starts), inputs, dtypes)
-    ours = value_and_gradients(lambda *x: ops.wkv4(*x, starts), inputs, dtypes)
+    truth = value_and_gradients(partial(reference.wkv4, starts=starts), inputs, [torch.float64] * 5)
+    definition = value_and_gradients(partial(reference.wkv4, starts=starts), inputs, dtypes)
+    ours = value_and_gradients(partial(ops.wkv4, starts=starts), inputs, dtypes)
     assert_as_good_as(ours, definition, truth, outputs=2, epsilon=EPSILON)
 
 
@@ -75,7 +76,7 @@ def test_shift_mix_against_definition(previous: bool) -> None:
         return tuple(ops.shift_mix(x, *(before or (None,)), *mixes, starts=starts))
 
     def definition(x: Tensor, mixes: Tensor, *before: Tensor) -> tuple[Tensor, ...]:
-        return tuple(reference.shift_mix(x, *(before or (None,)), list(mixes), starts))
+        return tuple(reference.shift_mix(x, before[0] if before else None, list(mixes), starts))
 
     single, double = [torch.float32] * len(leaves), [torch.float64] * len(leaves)
     inputs = [leaf.double() for leaf in leaves]

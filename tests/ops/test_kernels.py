@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ class Guarded:
             assert (buffer[-GUARD:] == SENTINEL).all(), "written past the end"
 
 
-def call(function: ctypes._CFuncPtr, guarded: Guarded, *shape: int) -> None:
+def call(function: Callable[..., Any], guarded: Guarded, *shape: int) -> None:
     function((ctypes.c_int64 * len(shape))(*shape), guarded.pointers())
     guarded.assert_unharmed()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,7 +76,7 @@ class Operators:
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """The calls that reach a CUDA engine, which counts as loaded on a GPU with 132 multiprocessors."""
-    loaded = SimpleNamespace(device="cuda", load=lambda: True)
+    loaded: Any = SimpleNamespace(device="cuda", load=lambda: True)
     for name, family in FAMILIES.items():
         monkeypatch.setitem(FAMILIES, name, replace(family, cuda=loaded))
     properties = SimpleNamespace(multi_processor_count=132)
@@ -123,13 +124,14 @@ def test_on_a_gpu_the_definition_runs_where_there_are_starts(
 def test_the_values_that_a_gpu_computes_where_there_are_starts() -> None:
     starts = torch.zeros(2, 20, dtype=torch.bool)
     starts[:, [0, 8]] = starts[1, 13] = True
-    inputs = [x.float() for x in wkv4_inputs(2, 20, 12)]
-    y, state, saved = wkv4._forward_on_cuda(*inputs, starts, 8)
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    expected = reference.wkv4(*leaves, starts)
+    w, u, k, v, before = (x.float() for x in wkv4_inputs(2, 20, 12))
+    y, state, saved = wkv4._forward_on_cuda(w, u, k, v, before, starts, 8)
+    leaves = [x.clone().requires_grad_() for x in (w, u, k, v, before)]
+    expected = partial(reference.wkv4, starts=starts)(*leaves)
     assert torch.equal(y, expected[0])
     assert torch.equal(state, expected[1])
-    ours = wkv4._backward_on_cuda(*inputs, starts, saved, torch.ones_like(y), torch.ones_like(state), 8)
+    gy, gstate = torch.ones_like(y), torch.ones_like(state)
+    ours = wkv4._backward_on_cuda(w, u, k, v, before, starts, saved, gy, gstate, 8)
     right: tuple[Tensor, ...] = torch.autograd.grad((expected[0].sum() + expected[1].sum()), leaves)
     for mine, other in zip(ours, right, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)

@@ -40,7 +40,7 @@ class Calls(TorchDispatchMode):
     """Notes each of our operators that runs, in each storage dtype, with and without starts."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: set[tuple[str, torch.dtype, bool]] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

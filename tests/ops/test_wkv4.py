@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -35,7 +37,7 @@ def check_engine(*draws: list[Tensor], k_dtype: torch.dtype = torch.float32, chu
     for operator, working in (
         (reference.wkv4, [torch.float64] * 5),
         (reference.wkv4, dtypes),
-        (lambda *x: engine(*x, chunk), dtypes),
+        (partial(engine, chunk=chunk), dtypes),
     ):
         results = [
             value_and_gradients(
@@ -163,7 +165,7 @@ def test_any_strides() -> None:
     expected = ops.wkv4(w, u, k, v, state)
     strided = [torch.stack((x, x), -1)[..., 0] for x in (w, u, state)]
     turned = [x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (k, v)]
-    ours = ops.wkv4(strided[0], strided[1], *turned, strided[2])
+    ours = ops.wkv4(strided[0], strided[1], turned[0], turned[1], strided[2])
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     ours[0].sum().backward()  # the gradient arrives expanded, with strides of 0
     assert turned[0].grad is not None
@@ -203,8 +205,8 @@ def test_compiled_in_one_graph() -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
-    inputs = [x.float().requires_grad_() for x in wkv4_inputs(1, 3, 4)]
-    (gradient,) = torch.autograd.grad(engine(*inputs)[0].square().sum(), inputs[2:3], create_graph=True)
+    w, u, k, v, state = (x.float().requires_grad_() for x in wkv4_inputs(1, 3, 4))
+    (gradient,) = torch.autograd.grad(engine(w, u, k, v, state)[0].square().sum(), [k], create_graph=True)
     with pytest.raises(NotImplementedError, match="RWKV_OPS=reference"):
         gradient.sum().backward()
 

@@ -44,7 +44,7 @@ def test_the_floor_and_what_bounds_it() -> None:
 
 @pytest.mark.parametrize("script", ["wkv_gpu.py", "gpu_step.py"])
 def test_the_benchmarks_run_without_a_gpu(script: str) -> None:
-    command = [sys.executable, ROOT / "benchmarks" / script, "--quick"]
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick"]
     environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

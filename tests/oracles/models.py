@@ -20,7 +20,7 @@ def lively_model(
             scale = (
                 0.5 if name == "emb.weight" else 0.1 if parameter.squeeze().dim() < 2 else parameter.shape[1] ** -0.5
             )
-            parameter += (scale * noise).to(dtype)
+            parameter.add_((scale * noise).to(dtype))
     return model
 
 
@@ -55,7 +55,8 @@ def transformers_twin(model: LanguageModel) -> torch.nn.Module:
         use_cache=False,
         tie_word_embeddings=False,
     )
-    twin = RwkvForCausalLM(config).to(model.emb.weight.dtype)
+    twin: torch.nn.Module = RwkvForCausalLM(config)
+    twin.to(model.emb.weight.dtype)
     weights: dict[str, Tensor] = {in_transformers(name): value for name, value in model.state_dict().items()}
     twin.load_state_dict(weights)
     return twin.train()

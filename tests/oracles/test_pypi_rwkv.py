@@ -37,6 +37,7 @@ def test_parallel_stepwise_and_halves(runtime: Any, tmp_path: Path, capsys: pyte
             logits, state = model(token[None, None], state)
             rows.append(logits[0, 0])
         assert (torch.stack(rows) - truth).abs().max() < 1e-4 * truth.abs().max()
+        assert state is not None
         for whole, stepwise in zip(after, state, strict=True):
             torch.testing.assert_close(whole, stepwise, rtol=1e-4, atol=1e-5)
 

@@ -50,6 +50,6 @@ def test_float64(batch: int, length: int, channels: int) -> None:
 def test_a_broken_sign_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison goes red for a model with one wrong sign."""
     model = lively_model()
-    model.blocks[1].att.register_forward_hook(lambda module, inputs, output: (-output[0], *output[1:]))
+    model.get_submodule("blocks.1.att").register_forward_hook(lambda module, inputs, output: (-output[0], *output[1:]))
     logits, _, _ = compare(model, 2, 33)
     assert logits > 1e-3

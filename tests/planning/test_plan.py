@@ -118,7 +118,7 @@ def test_the_advice_fits(overrides: Sequence[str]) -> None:
     typed = {override.split("=")[0] for override in change[0].split()}
     kept = [override for override in [*PLAN_7B_ON_8, *overrides] if override.split("=")[0] not in typed]
     config = launcher.load([*kept, *change[0].split()])
-    ranks = int(config.trainer.devices) * config.trainer.num_nodes
+    ranks = int(config.trainer.devices) * int(config.trainer.num_nodes)
     assert make_plan(config, CARDS[card], Mesh(ranks), 256).fits
 
 

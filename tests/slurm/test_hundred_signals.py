@@ -123,6 +123,7 @@ def disturb(folder: Path, ranks: int, signals: int) -> None:
     for process in started:
         process.join(300)
     assert losses(run) == losses(folder / "runs" / "whole")
+    assert found is not None
     assert same_weights_of(found, folder / "runs" / "whole")
 
 

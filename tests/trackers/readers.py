@@ -38,7 +38,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
     for kind, part in _fragments(path.read_bytes()):
         whole = part if kind in (FULL, FIRST) else whole + part
         if kind in (FULL, LAST):
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(whole)
             yield record
 

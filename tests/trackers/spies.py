@@ -26,7 +26,8 @@ class Memory(Tracker):
 
     def back(self, step: int) -> int:
         self.rows = {s: row for s, row in self.rows.items() if s <= step}
-        return min(step, self.state.get("sent", 0))
+        sent: int = self.state.get("sent", 0)
+        return min(step, sent)
 
     def row(self, row: MetricsRow) -> None:
         self.rows[row["step"]] = row

@@ -33,7 +33,7 @@ class Fault(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.kind == "activation":
-            pl_module.model.blocks[1].att.register_forward_hook(self._spoil)
+            pl_module.get_submodule("model.blocks.1.att").register_forward_hook(self._spoil)
 
     def _spoil(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         if not self.now or not torch.is_grad_enabled():
@@ -51,7 +51,7 @@ class Fault(Callback):
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.now and self.kind == "gradient" and trainer.global_rank == self.rank:
-            gradient = pl_module.model.blocks[1].ffn.key.weight.grad
+            gradient = pl_module.get_parameter("model.blocks.1.ffn.key.weight").grad
             if gradient is not None:
                 getattr(gradient, "_local_tensor", gradient).view(-1)[0] = float("inf")  # of FSDP2: this rank's slice
 
@@ -59,7 +59,7 @@ class Fault(Callback):
         if self.now and self.kind == "rate":
             with torch.no_grad():
                 for parameter in pl_module.parameters():
-                    parameter *= 3.0
+                    parameter.mul_(3.0)
 
 
 class SmallFiles(LocalStorage):

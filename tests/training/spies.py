@@ -22,13 +22,13 @@ class Look(Callback):
         self.seen: dict[str, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        names = {id(module): name for name, module in pl_module.model.named_modules()}
+        names = {id(module): name for name, module in pl_module.get_submodule("model").named_modules()}
 
         def note(module: nn.Module, inputs: Any) -> None:
             for name, parameter in module.named_parameters(recurse=False):
                 self.dtypes[f"{names[id(module)]}.{name}"] = str(parameter.dtype)
 
-        for module in pl_module.model.modules():
+        for module in pl_module.get_submodule("model").modules():
             module.register_forward_pre_hook(note)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:

@@ -139,9 +139,12 @@ def test_validation_comes_when_due_and_once_at_the_end(
     """With two passes a step: the interval counts steps."""
     seen: list[int] = []
     log = RWKVModule.on_validation_epoch_end
-    monkeypatch.setattr(
-        RWKVModule, "on_validation_epoch_end", lambda self: seen.append(self.trainer.global_step) or log(self)
-    )
+
+    def note(self: RWKVModule) -> None:
+        seen.append(self.trainer.global_step)
+        log(self)
+
+    monkeypatch.setattr(RWKVModule, "on_validation_epoch_end", note)
     overrides = overrides_for(tmp_path, "run", "budget.steps=6", f"validation.every.steps={every}", "batch.micro=2")
     assert train(launcher.load(overrides)) == 0
     assert seen == steps

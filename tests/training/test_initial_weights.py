@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rwkv_train.checkpoint.shards import WEIGHT, StateShard
 from rwkv_train.models import ModelConfig, build_model, recipe_of
+from rwkv_train.models.recipe import Orthogonal
 from rwkv_train.models.weights import shapes_of
 from rwkv_train.training.initial_weights import Recipe, rounds
 
@@ -54,7 +55,7 @@ def test_the_work_is_shared_out() -> None:
     """14b's matrices over 8 ranks: none does more than a seventh of it, and each is made once."""
     model = build_model(ModelConfig("rwkv4", 40, 5120, 50277), device="meta")
     rows = recipe_of(model)
-    work = {n: rows[n].init.work(p.shape) for n, p in model.named_parameters() if hasattr(rows[n].init, "work")}
+    work = {n: init.work(p.shape) for n, p in model.named_parameters() if isinstance(init := rows[n].init, Orthogonal)}
     found = rounds(work, 8)
     names = [name for makers in found for name in makers if name is not None]
     assert sorted(names) == sorted(work)

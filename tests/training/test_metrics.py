@@ -22,7 +22,7 @@ from rwkv_train.training.callbacks import metrics
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
 from rwkv_train.training.statistics import Statistics
-from rwkv_train.training.throughput import Stopwatch
+from rwkv_train.training.throughput import AsyncHostCopy, Stopwatch
 from tests.runs import ROOT, overrides_for, rows, train_ranks
 
 STATISTICS_EVERY = "statistics.every.steps=5"
@@ -177,13 +177,13 @@ def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
     asked: Counter[str] = Counter()
     inside = [False]
     landed: set[int] = set()
-    flight = metrics.AsyncHostCopy.__init__
+    flight = AsyncHostCopy.__init__
 
     def remember(self: Any, values: Any) -> None:
         flight(self, values)
         landed.add(id(self._host))
 
-    monkeypatch.setattr(metrics.AsyncHostCopy, "__init__", remember)
+    monkeypatch.setattr(AsyncHostCopy, "__init__", remember)
     for name in WAITING_CALLS:
         plain = getattr(Tensor, name)
 

@@ -109,7 +109,8 @@ def test_a_rank_that_may_take_its_time_is_waited_for() -> None:
 
 
 def test_a_straggler_is_named_once_and_again_after_it_has_recovered() -> None:
-    slow, named = Stragglers(1.5, 20), []
+    slow = Stragglers(1.5, 20)
+    named: list[tuple[int, int]] = []
 
     def steps(first: int, last: int, work: float) -> None:
         for step in range(first, last):
