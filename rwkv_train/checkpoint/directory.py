@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_train.checkpoint.meta import CheckpointMeta
-from rwkv_train.checkpoint.name import CheckpointName, attempt_of_temporary
+from rwkv_train.checkpoint.name import CheckpointName, attempt_of_temporary, complete_inside
 from rwkv_train.checkpoint.storage import MANIFEST, LocalStorage, Storage, sha256
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.attempts import Attempts
@@ -98,9 +98,13 @@ def newest(
 
 def refuse_damage(path: Path, content: bool = True) -> None:
     """Raises a UserError if there is no complete checkpoint at `path`."""
+    example = f"give a directory like RUN/checkpoints/{CheckpointName(1000, 1)}"
     if not path.is_dir():
+        raise UserError(f"there is no checkpoint at {path}", example)
+    if not (path / MANIFEST).exists():
+        inside = complete_inside(path)
         raise UserError(
-            f"there is no checkpoint at {path}", f"give a directory like RUN/checkpoints/{CheckpointName(1000, 1)}"
+            f"{path} is not a complete checkpoint: it has no {MANIFEST}", f"use {inside[-1]}" if inside else example
         )
     if damage := verify(path, content):
         raise UserError(f"the checkpoint {path} is damaged: {damage.reason}", "use an older one beside it")

@@ -51,6 +51,13 @@ def checkpoints_below(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def complete_inside(directory: Path) -> list[Path]:
+    """The checkpoints with a manifest in a directory or in its checkpoints/, oldest first."""
+    return sorted(
+        file.parent for pattern in ("*", "checkpoints/*") for file in directory.glob(f"{pattern}/manifest.json")
+    )
+
+
 def temporary_path(path: Path) -> Path:
     """Where a file or directory `NAME-ATTEMPT` is written before it is renamed into place."""
     return path.with_name(f"{_TEMPORARY}{path.name}")

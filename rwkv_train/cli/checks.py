@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from rwkv_train.checkpoint.name import CheckpointName
+from rwkv_train.checkpoint.name import CheckpointName, complete_inside
 from rwkv_train.cluster.rank_info import RankInfo, placement_errors
 from rwkv_train.config import Config, DataSettings
 from rwkv_train.config.mesh import Mesh
@@ -307,9 +307,7 @@ def _check_checkpoint(resume: str, path: Path) -> Iterator[UserError]:
             f"init.weights={resume} starts a new run from weights",
         )
     elif not (path / "manifest.json").exists():
-        inside = sorted(
-            file.parent for file in [*path.glob("*/manifest.json"), *path.glob("checkpoints/*/manifest.json")]
-        )
+        inside = complete_inside(path)
         yield UserError(
             f"resume={resume} is not a complete checkpoint: it has no manifest.json",
             f"resume={inside[-1]}" if inside else f"give a directory like RUN/checkpoints/{CheckpointName(1000, 1)}",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.shards import WEIGHT, Reader
 from rwkv_train.data.tokenizers import tokenizer_files
 from rwkv_train.errors import UserError
@@ -89,7 +90,8 @@ def export(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
         raise UserError(f"--dtype {dtype} is not known", f"valid: {', '.join(DTYPES)}")
     if not checkpoint.exists():
         raise UserError(
-            f"there is no checkpoint at {checkpoint}", "give a directory like RUN/checkpoints/step_000001000"
+            f"there is no checkpoint at {checkpoint}",
+            f"give a .pth file or a directory like RUN/checkpoints/{CheckpointName(1000, 1)}",
         )
     if target.suffix not in ("", ".pth", ".safetensors"):
         raise UserError(f"{target}: the ending {target.suffix} is not known", "valid: .pth, .safetensors, a directory")

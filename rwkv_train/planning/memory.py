@@ -85,9 +85,10 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
         gpu: whether the devices have a memory of their own; else all is the host's.
         background: whether checkpoints are written from a copy.
     """
-    complete, part = FLOAT_BYTES * counts.parameters, FLOAT_BYTES * counts.parameters / layout.mesh.ranks
+    all_weights, complete = FLOAT_BYTES * counts.parameters, FLOAT_BYTES * counts.trainable
+    part = complete / layout.mesh.ranks  # as `complete`, of the trainable parameters
     stage, deepspeed = layout.stage, "deepspeed" in layout.strategy
-    weights = part if stage == 3 else complete
+    weights = all_weights / layout.mesh.ranks if stage == 3 else all_weights
     gradients = complete if stage < 2 else part
     if deepspeed and stage == 1 and layout.accumulation > 1:
         gradients += part  # of the passes before, averaged, apart from this one's
@@ -107,9 +108,9 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
     elif not gpu and stage:
         buffers = (
             min(counts.block, BUCKET_ELEMENTS) * FLOAT_BYTES + complete
-        )  # one bucket at a time; all weights are gathered together
+        )  # one bucket at a time; all updated weights are gathered together
         apart = _not_at_once(counts, layout, gradients, kept + at_once + examined, buffers)
-    state = 3 * FLOAT_BYTES * counts.parameters
+    state = all_weights + 2 * complete
     if background:
         host += state / layout.mesh.ranks if stage else state
     return Memory(
@@ -173,7 +174,7 @@ def _not_at_once(counts: Counts, layout: Layout, gradients: float, kept: float, 
     Gradients fill their pages while the backward pass frees activations, if a step is one pass; and the copy of all
     weights is made after Adam's step, when both have been freed.
     """
-    back = buffers - FLOAT_BYTES * counts.parameters
+    back = buffers - FLOAT_BYTES * counts.trainable
     block = layout.tokens * (counts.block_saved + counts.block_extra)
     height = gradients + kept + back if layout.accumulation > 1 else max(gradients + block + back, kept)
-    return max(height, FLOAT_BYTES * counts.parameters) - gradients - kept - buffers
+    return max(height, FLOAT_BYTES * counts.trainable) - gradients - kept - buffers

@@ -20,6 +20,7 @@ class Counts:
 
     Args:
         parameters: number of parameters of the model.
+        trainable: those of them that are trained; only these have gradients and moments.
         matmul: parameters that each token is multiplied with.
         block, block_matmul: the same of one block.
         vectors: parameters that are no matrices.
@@ -37,6 +38,7 @@ class Counts:
     """
 
     parameters: int
+    trainable: int
     matmul: int
     block: int
     block_matmul: int
@@ -115,6 +117,7 @@ def count(shape: ModelConfig, precision: str) -> Counts:
     widest = max(max(p.shape) for name, p in model.named_parameters() if name in matrices and name in in_block)
     return Counts(
         parameters=sum(sizes.values()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         matmul=model.matmul_parameters(),
         block=sum(in_block.values()),
         block_matmul=sum(size for name, size in in_block.items() if name in matrices),

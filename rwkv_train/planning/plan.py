@@ -40,10 +40,6 @@ class Plan:
     def fits(self) -> bool:
         return self.held <= HEADROOM * self.card.memory and (not self.gpu or self.memory.host <= self.card.host)
 
-    @property
-    def spare(self) -> float:
-        return self.card.memory - self.held
-
 
 def make_plan(config: Config, card: Card, mesh: Mesh, vocab_size: int, gpu: bool = True) -> Plan:
     """The plan of a config; `strategy=auto` becomes the first that fits, from replicas to more and more sharding.

@@ -160,14 +160,13 @@ def resolve(config: Config, devices: Devices, vocab_size: int, samples: int, con
     """
     mesh = devices.mesh
     strategy, micro = _choose(config, devices, vocab_size, samples // mesh.data, console)
+    if strategy.startswith("deepspeed") and find_spec("deepspeed") is None:
+        raise UserError(f"strategy={strategy} needs deepspeed, which is not installed", "pip install deepspeed")
     return ResolvedConfig(devices, strategy, micro, samples // (mesh.data * micro))
 
 
 def _choose(config: Config, devices: Devices, vocab_size: int, share: int, console: Console) -> tuple[str, int]:
     """The strategy's name and the samples of a micro-batch; `share` are a rank's samples of a step."""
-    package = "deepspeed" if config.strategy.startswith("deepspeed") else "torch"
-    if find_spec(package) is None:
-        raise UserError(f"strategy={config.strategy} needs {package}, which is not installed", f"pip install {package}")
     card, mesh, gpu = devices.card, devices.mesh, devices.accelerator == "gpu"
     state = STATE_BYTES * parameters(model_config(config, vocab_size))
     if config.strategy == "auto" and state < SMALL_STATE * card.memory:

@@ -97,7 +97,7 @@ def traffic(counts: Counts, layout: Layout) -> float:
     the forward and for the backward pass of each.
     """
     ring = (layout.mesh.ranks - 1) / layout.mesh.ranks
-    volume, passes = FLOAT_BYTES * counts.parameters * ring, layout.accumulation
+    volume, passes = FLOAT_BYTES * counts.trainable * ring, layout.accumulation
     gathered = (2 if layout.mixed else FLOAT_BYTES) * counts.parameters * ring
     if layout.stage == 0:
         return 2 * volume

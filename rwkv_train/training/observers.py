@@ -104,11 +104,11 @@ def make_observers(
         "versions": versions(),
     }
     saving = CheckpointCallback(
-        run.checkpoints, config.checkpoint, config.batch.tokens, meta, events, setup.storage, watchdog.restoring
+        run.checkpoints, config.checkpoint, config.batch.tokens, data, meta, events, setup.storage, watchdog.restoring
     )
     signals.connect(saving)
     spent = Spent.of(run.attempts, lines)
-    metrics = Metrics(lines, data.bytes_per_token, config.optim.clip, lambda: saving.paused, spent)
+    metrics = Metrics(lines, data, config.optim.clip, lambda: saving.paused, spent)
     trackers.follow(metrics, events)
     bad_steps = BadSteps(
         config.health, metrics, saving, data, run, setup.tree, events, write_errors, console, attempt.rewinds

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.checkpoint.directory import newest, verify
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, Reader, StateShard, contents, file_names
 from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.checkpoint.writer import InProcessStore, Writer
@@ -125,6 +126,15 @@ def test_a_missing_shard_is_named(tmp_path: Path, name: str) -> None:
     assert damage.reason == f"{name} cannot be read (No such file or directory)"
     with pytest.raises(UserError, match=f"is damaged: {name} cannot be read"):
         Reader(path)
+
+
+def test_a_directory_around_checkpoints_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
+    for step in (5, 15):
+        write(tmp_path / "checkpoints" / str(CheckpointName(step, 1)), 2)
+    for path in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(UserError, match=r"is not a complete checkpoint: it has no manifest\.json") as raised:
+            Reader(path)
+        assert raised.value.remedy == f"use {tmp_path}/checkpoints/step_000000015-0001"
 
 
 def test_a_rank_that_cannot_write_costs_the_checkpoint_and_says_so(tmp_path: Path) -> None:

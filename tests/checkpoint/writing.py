@@ -180,7 +180,7 @@ class World:
     def save(self, number: int, step: int, rank: int, store: Store) -> str | None:
         """A rank's part of a save by the real writer, followed by the real deletion; returns why it failed."""
         settings = CheckpointSettings(Duration(steps=EVERY), 1, None, False, True)
-        policy = CheckpointCallback(self.run.checkpoints, settings, 1, {}, None, Disk())  # type: ignore[arg-type]
+        policy = CheckpointCallback(self.run.checkpoints, settings, 1, None, {}, None, Disk())  # type: ignore[arg-type]
         policy._attempt = number
         writer = Writer(Disk(), rank, self.ranks, store, policy._retain)
         part = {f"part_{rank}.json": [number, step, rank]}

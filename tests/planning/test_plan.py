@@ -22,6 +22,7 @@ from rwkv_train.planning.memory import Layout, activations, memory
 from rwkv_train.planning.model import count
 from rwkv_train.planning.plan import Plan, make_plan, smallest_change, why
 from rwkv_train.planning.speed import traffic
+from tests.exact import variation
 
 PLAN_7B = ["model=7b", "batch.context=4096", "batch.tokens=1048576", "batch.micro=2", "trainer.precision=bf16-mixed"]
 PLAN_7B_ON_8 = [*PLAN_7B, "trainer.devices=8", "model.vocab_size=50277", "dry_run=true"]
@@ -76,6 +77,20 @@ def test_each_stage_shares_out_more() -> None:
     assert offloaded.host > needs[3].host
     recomputed = activations(counts, replace(layout, checkpointing=1))
     assert recomputed < activations(counts, replace(layout, checkpointing=4)) < activations(counts, layout)
+
+
+def test_parameters_that_are_not_trained_have_no_gradients_and_no_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, layout = ModelConfig("rwkv4", 2, 64, 256), Layout("ddp", Mesh(4), 1, 16, 1, 0, False)
+    variation.install(monkeypatch)
+    counts = count.__wrapped__(shape, "32-true")  # past its cache, which knows the shape as RWKV-4
+    trainable = counts.parameters - (256 * 64 + 2 * 64) - 64  # embedding and decays; a vector that nothing reads
+    assert counts.trainable == trainable
+    for name, share in (("ddp", 1), ("fsdp", 4)):
+        needs = memory(counts, replace(layout, strategy=name))
+        assert needs.weights == 4 * counts.parameters / share
+        assert (needs.gradients, needs.optimiser) == (4 * trainable / share, 8 * trainable / share)
+        assert needs.checkpoint == 4 * counts.parameters + 8 * trainable
+    assert traffic(counts, layout) == 2 * 4 * trainable * 3 / 4
 
 
 def test_on_cpus_the_height_of_a_step_is_what_is_held_at_once() -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from rwkv_train.cli import launcher
 from rwkv_train.config.mesh import Mesh
+from rwkv_train.errors import UserError
 from rwkv_train.planning import resolved
 from rwkv_train.planning.resolved import Devices, ResolvedConfig
 from rwkv_train.training.run import train
@@ -53,6 +55,14 @@ def test_several_ranks_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     config = launcher.load([override for override in overrides_for(tmp_path, "run") if override != "threads=1"])
     found = resolved.find_devices(replace(config, trainer=replace(config.trainer, devices=2)))
     assert (found.mesh, found.per_node, found.nodes, found.threads) == (Mesh(2), 2, 1, 2)
+
+
+def test_a_chosen_strategy_whose_package_is_missing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = launcher.load(overrides_for(tmp_path, "run", "strategy=auto"))
+    monkeypatch.setattr(resolved, "find_spec", lambda name: None)
+    monkeypatch.setattr(resolved, "_choose", lambda *arguments: ("deepspeed_2", 4))
+    with pytest.raises(UserError, match="strategy=deepspeed_2 needs deepspeed, which is not installed"):
+        resolved.resolve(config, resolved.find_devices(config), 256, 4, Console())
 
 
 def test_no_strategy_splits_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ class CheckpointCallback(Callback):
         directory: checkpoints/ of the run.
         settings: how often to save, and which checkpoints to keep.
         tokens_per_step: converts durations that are given in tokens.
+        data: the batches of the run, whose position is saved.
         meta: the fields of CheckpointMeta that are known before training: config, data, tokenizer, versions.
         events: gets an event for each checkpoint.
         storage: the file system.
@@ -57,12 +58,13 @@ class CheckpointCallback(Callback):
         directory: Path,
         settings: CheckpointSettings,
         tokens_per_step: int,
+        data: Batches,
         meta: dict[str, Any],
         events: Events,
         storage: Storage | None = None,
         restoring: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self.directory, self.meta, self.events = directory, meta, events
+        self.directory, self.data, self.meta, self.events = directory, data, meta, events
         self.keep, self.best = settings.keep, settings.best
         self.every = settings.every.in_steps(tokens_per_step)
         self.permanent = None if settings.permanent is None else settings.permanent.in_steps(tokens_per_step)
@@ -136,7 +138,7 @@ class CheckpointCallback(Callback):
         began, self._begun = time.perf_counter(), step
         if trainer.strategy.broadcast(trainer.is_global_zero and self.attempts.superseded(self._attempt)):
             raise Superseded
-        self._probe_step = trainer.datamodule.batches.data_step(step)  # type: ignore[attr-defined]
+        self._probe_step = self.data.data_step(step)
         self._probe = self._measure_probe(trainer, self._probe_step)
         trainer.save_checkpoint(self.directory / str(CheckpointName(step, self._attempt)))
         self._pause = time.perf_counter() - began
@@ -218,9 +220,8 @@ class CheckpointCallback(Callback):
 
     def _measure_probe(self, trainer: L.Trainer, data_step: int) -> float:
         """The loss of the first sample of a step of the data, without an update; the same for any number of ranks."""
-        batches: Batches = trainer.datamodule.batches  # type: ignore[attr-defined]
         strategy = cast(ShardedStrategy, trainer.strategy)
-        batch = strategy.batch_to_device(batches.first_sample(data_step))
+        batch = strategy.batch_to_device(self.data.first_sample(data_step))
         with trainer.precision_plugin.forward_context():
             loss = strategy.probe(batch)
         return float(strategy.reduce(loss, reduce_op="mean"))
@@ -228,8 +229,7 @@ class CheckpointCallback(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
         assert self._probe is not None
-        strategy, batches = pl_module.strategy, trainer.datamodule.batches  # type: ignore[attr-defined]
-        step, loss = trainer.global_step, trainer.callback_metrics.get("val/loss")
+        strategy, step, loss = pl_module.strategy, trainer.global_step, trainer.callback_metrics.get("val/loss")
         checkpoint["loops"] = between_steps(checkpoint["loops"], step, trainer.accumulate_grad_batches)
         checkpoint["meta"] = CheckpointMeta(
             step=step,
@@ -237,8 +237,8 @@ class CheckpointCallback(Callback):
             updates=strategy.updates(),
             probe=self._probe,
             data_step=self._probe_step,
-            skips=tuple(batches.skips),
-            position=batches.position(step),
+            skips=tuple(self.data.skips),
+            position=self.data.position(step),
             val_loss=None if loss is None else float(loss),
             shapes=strategy.shapes,
             writers=strategy.writer.writers,
@@ -247,7 +247,7 @@ class CheckpointCallback(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         meta: CheckpointMeta = checkpoint["meta"]
-        trainer.datamodule.batches.begin(meta.step, meta.position)  # type: ignore[attr-defined]
+        self.data.begin(meta.step, meta.position)
         self._probe, self._probe_step = meta.probe, meta.data_step
         self.last = self._begun = meta.step
         checkpoint["loops"] = between_steps(checkpoint["loops"], meta.step, trainer.accumulate_grad_batches)

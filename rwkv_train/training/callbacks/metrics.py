@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from rwkv_train.data.batches import Batches
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import JsonLines, MetricsRow
 from rwkv_train.training.module import RWKVModule
@@ -64,7 +65,7 @@ class Metrics(Callback):
 
     Args:
         lines: file of the rows.
-        bytes_per_token: of the held-out text, for bits per byte.
+        data: the batches of the run.
         clip: the norm to which gradients are clipped; None: they are not clipped.
         paused: returns the seconds for which checkpoints have paused training so far.
         spent: hours that the run has used before this process.
@@ -78,12 +79,13 @@ class Metrics(Callback):
     def __init__(
         self,
         lines: JsonLines,
-        bytes_per_token: float,
+        data: Batches,
         clip: float | None = None,
         paused: Callable[[], float] = lambda: 0.0,
         spent: Spent | None = None,
     ) -> None:
-        self.lines, self.bytes_per_token, self.clip, self.paused = lines, bytes_per_token, clip, paused
+        self.lines, self.data, self.clip, self.paused = lines, data, clip, paused
+        self.bytes_per_token = data.bytes_per_token  # of the held-out text
         spent = spent or Spent()
         self._hours, self._productive = spent.hours, spent.productive
         self.latest: MetricsRow = {}
@@ -136,10 +138,10 @@ class Metrics(Callback):
         row: dict[str, Any] = {"step": step, "tokens": pl_module.tokens_seen, "lr": pl_module.lr}
         row |= {"seconds": round(now - self._began, 6), "time": round(time.time(), 3), "memory": _memory(strategy)}
         if len(statistics.sources) > 1:
-            by_source = trainer.datamodule.batches.tokens_by_source(step)  # type: ignore[attr-defined]
+            by_source = self.data.tokens_by_source(step)
             row.update({f"tokens/{name}": tokens for name, tokens in by_source.items()})
         row["mfu"] = utilisation(
-            pl_module.model.flops_per_token(trainer.datamodule.batches.context),  # type: ignore[attr-defined]
+            pl_module.model.flops_per_token(self.data.context),
             pl_module.tokens_per_step / row["seconds"],
             self.rate,
             trainer.world_size,
