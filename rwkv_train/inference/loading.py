@@ -95,7 +95,7 @@ def refuse_other(checkpoint: Path, identity: str | None, tokenizer: Tokenizer, w
     if identity is not None and tokenizer.identity != identity:
         raise UserError(
             f"{checkpoint} was trained with the tokenizer {identity}, {what} is {tokenizer.identity}: its numbers "
-            "would mean other texts",
+            "would stand for other texts",
             "leave --tokenizer out, or give the one that it was trained with",
         )
 

@@ -172,7 +172,7 @@ def test_error_messages(trained: Path, model: LanguageModel, tmp_path: Path, mon
     assert "there are two sources named a\n  name them: --data NAME=PATH" in twice
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     message = refused({"checkpoint": str(tmp_path / "bare.pth")})
-    assert "is not found\n  give the data to evaluate on" in message
+    assert "is not found (the checkpoint belongs to no run)\n  give the data to evaluate on" in message
     monkeypatch.setattr("rwkv_train.evaluation.eval_command.find_spec", lambda name: None)
     message = refused({"checkpoint": checkpoint, "tasks": ["x"]})
     assert message == "--tasks needs lm-eval, which is not installed\n  pip install 'rwkv-train[eval]'"
@@ -198,6 +198,6 @@ def test_a_mismatched_tokenizer_is_refused(trained: Path, tmp_path: Path) -> Non
     (newest / "meta.json").write_text(json.dumps(meta_of(tokenizer="json:0123456789ab").as_json()))
     message = refused({"checkpoint": weights, "tokenizer": "world"})
     assert "was trained with the tokenizer json:0123456789ab, --tokenizer world is world:" in message
-    assert "stand for other texts\n  leave --tokenizer out" in message
+    assert "would stand for other texts\n  leave --tokenizer out" in message
     message = refused({"checkpoint": weights})
     assert "was trained with the tokenizer json:0123456789ab, which is not found\n  --tokenizer names" in message
