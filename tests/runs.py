@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch
 from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.cli import launcher
+from rwkv_train.data import workers
 from rwkv_train.planning import resolved
 from rwkv_train.training.run import train
 from tests import PRELOAD
@@ -175,6 +177,8 @@ def _train_rank(
     storage: Storage | None,
     prepare: Callable[[], None] | None,
 ) -> None:
+    # tests of `rwkv-train prepare` may have started the session's fork server with these blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, workers.FOR_THE_RUN)
     if prepare is not None:
         prepare()
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
