@@ -120,11 +120,25 @@ def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo
         directory=RunDirectory(config.run.root, config.run.name),
         storage=storage,
     )
-    if config.resume not in ("auto", "never"):
-        path = Path(config.resume).expanduser()
-        refuse_damage(path, content=rank_info.first)
-        check_checkpoint(path, setup)
+    checkpoint_to_resume(setup)
     return setup
+
+
+def checkpoint_to_resume(setup: RunSetup) -> tuple[Path | None, list[str]]:
+    """The checkpoint that a start resumes from, and what has changed since; its content is hashed at the start only.
+
+    Raises:
+        UserError: the checkpoint that the user has named is damaged, or see `changes_since`.
+    """
+    resume = setup.config.resume
+    if resume == "never":
+        return None, []
+    if resume == "auto":
+        path, _ = newest(setup.directory.checkpoints, setup.storage, content=False)
+        return path, [] if path is None else changes_since(path, setup)
+    path = Path(resume).expanduser()
+    refuse_damage(path, content=setup.first)
+    return path, changes_since(path, setup)
 
 
 def _steps(config: Config) -> int | None:
@@ -169,11 +183,12 @@ def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel
     return model, None if valued else source
 
 
-def check_checkpoint(path: Path, setup: RunSetup) -> None:
-    """Refuses to resume from a checkpoint of another model, other data or another config.
+def changes_since(path: Path, setup: RunSetup) -> list[str]:
+    """What differs between a run and the one that has written a checkpoint, and does not keep it from resuming there.
 
     Raises:
-        UserError: it lists what differs, unless run.allow_changes=true allows it.
+        UserError: a checkpoint of another model, or of another config or other data where run.allow_changes=true does
+            not allow it; it lists what differs.
     """
     meta = read_meta(path)
     refuse_mismatches(f"the checkpoint {path}", meta.shapes, setup.model)
@@ -190,8 +205,7 @@ def check_checkpoint(path: Path, setup: RunSetup) -> None:
             f"the checkpoint {path} was made with another config: {'; '.join(changed)}",
             "to resume all the same: run.allow_changes=true; for a new run: run.name=NEW",
         )
-    if placed or changed:
-        setup.console.print(f"resumed with {'; '.join([*placed, *changed])}")
+    return [*placed, *changed]
 
 
 def versions() -> dict[str, str]:
@@ -308,13 +322,16 @@ def _find_checkpoint(setup: RunSetup) -> tuple[Path | None, CheckpointMeta | Non
         return None, None
     if config.resume != "auto":
         path = Path(config.resume).expanduser()
+        if changed := changes_since(path, setup):
+            setup.console.print(f"resumed with {'; '.join(changed)}")
         return path, read_meta(path)
     directory = setup.directory.checkpoints
     found, damaged = newest(directory, setup.storage, content=setup.first)
     for damage in damaged:
         setup.console.print(f"[bold red]damaged checkpoint passed over[/bold red]: {damage.path}: {damage.reason}")
     if found is not None:
-        check_checkpoint(found, setup)
+        if changed := changes_since(found, setup):
+            setup.console.print(f"resumed with {'; '.join(changed)}")
         return found, read_meta(found)
     if config.resume_typed:
         setup.console.print(f"resume=auto: nothing to resume in {directory}; the run starts at step 0")

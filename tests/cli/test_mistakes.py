@@ -152,10 +152,15 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
         CONFIG,
         ["compile=true does not support strategy=fsdp, which shards the parameters"],
     ),
+    "nodes that nothing starts": (
+        ["trainer.num_nodes=2", "batch.tokens=128"],
+        CONFIG,
+        ["trainer.num_nodes=2, but this process was started alone: nothing starts the other nodes"],
+    ),
     "device": (["device=h999"], CONFIG, ["device=h999: there is no such card\n  valid: a100-40g"]),
     "another batch": (
         ["budget.steps=4", "checkpoint.every.steps=2", "batch.tokens=256"],
-        LIGHTNING,
+        TORCH,
         ["batch.tokens: 128 → 256\n  to resume all the same: run.allow_changes=true"],
     ),
     "resume a missing shard": (
@@ -175,7 +180,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     ),
     "another config": (
         ["optim.clip=0.5"],
-        LIGHTNING,
+        TORCH,
         ["budget.steps: 4 → 50; optim.clip: 1.0 → 0.5"],
     ),
     "an unknown metric": (
@@ -188,7 +193,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     ),
     "a health policy": (["health.nonfinite=ignore"], CONFIG, ["health.nonfinite=ignore is not valid"]),
     "a logger's argument": (
-        ["logger=wandb", "+logger.wandb.projekt=x"],
+        ["logger=wandb", "+logger.wandb.projekt=x", "run.name=new"],
         LIGHTNING,
         ["logger.wandb: rwkv_train.trackers.wandb.Wandb got an unexpected keyword argument 'projekt'"],
     ),
