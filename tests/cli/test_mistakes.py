@@ -23,6 +23,7 @@ from rwkv_train.cli import launcher
 from rwkv_train.cli.main import main
 from rwkv_train.errors import UserError
 from rwkv_train.planning import resolved
+from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.run import train
 from rwkv_train.training.setup import assemble
 from tests import PRELOAD
@@ -346,27 +347,31 @@ def running(overrides: Sequence[str], begun: Callable[[], bool]) -> Iterator[sub
 
 
 @pytest.mark.alone
-def test_in_use_then_interrupted_then_resumed(tmp_path: Path) -> None:
-    """A running run keeps its directory locked; Ctrl-C ends it with one line; the same command resumes it."""
+def test_a_directory_in_use(tmp_path: Path) -> None:
+    overrides = overrides_for(tmp_path, "run")
+    run = tmp_path / "runs" / "run"
+    with RunDirectory(str(tmp_path / "runs"), "run").claimed(first=True):
+        before = snapshot(tmp_path)
+        result = run_python([str(ROOT / "train.py"), *overrides], tmp_path)
+        assert snapshot(tmp_path) == before
+    assert (result.code, result.out) == (2, "")
+    assert re.fullmatch(
+        rf"error: the run directory {run} is in use by another process \(pid {os.getpid()} on .+\)\n"
+        r"  wait for it, stop it, or give this run another name: run\.name=NAME\n",
+        result.err,
+    )
+    assert result.cpu <= LIGHTNING
+
+
+def test_interrupted_then_resumed(tmp_path: Path) -> None:
+    """Ctrl-C ends a run with one line; the same command resumes it."""
     overrides = overrides_for(
         tmp_path, "run", "budget.steps=1000000", "checkpoint.every.steps=20", "validation.every.steps=5000"
     )
     run = tmp_path / "runs" / "run"
     with running(overrides, lambda: any(run.glob("checkpoints/step_*"))) as process:
-        process.send_signal(signal.SIGSTOP)  # it holds the lock, and only other processes write now
-        before = snapshot(tmp_path)
-        result = run_python([str(ROOT / "train.py"), *overrides], tmp_path)
-        assert snapshot(tmp_path) == before
-        process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGINT)
         printed = process.communicate(timeout=60)[0]
-    assert (result.code, result.out) == (2, "")
-    assert re.fullmatch(
-        rf"error: the run directory {run} is in use by another process \(pid {process.pid} on .+\)\n"
-        r"  wait for it, stop it, or give this run another name: run\.name=NAME\n",
-        result.err,
-    )
-    assert result.cpu <= LIGHTNING
     assert process.returncode == 75
     assert "Traceback" not in printed
     step = len(losses(run))
