@@ -65,7 +65,7 @@ def build(
     strategy = _build_strategy(setup, attempt)
     sample = None
     if attempt.checkpoint is None and setup.first and not strategy.sharded:
-        sample = LambdaCallback(on_train_start=lambda *_: write_sample(setup, 0, write_errors))
+        sample = LambdaCallback(on_train_start=lambda *_: write_sample(setup, setup.model, 0, write_errors))
     observers = make_observers(setup, attempt, write_errors, signals, trackers, sample)
     return Training(
         setup=setup,

@@ -28,6 +28,7 @@ from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Config
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.config.schema import PLACEMENT, as_tree, differences
+from rwkv_train.console import ERROR_STYLE, make_console
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.sources import check_token_in_vocabulary
 from rwkv_train.errors import UserError
@@ -99,7 +100,7 @@ def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo
         UserError: what shows only with the data, the weights or the devices at hand.
     """
     rank_info = rank_info or RankInfo()
-    console = Console(quiet=not rank_info.first, highlight=False, soft_wrap=True)
+    console = make_console(quiet=not rank_info.first)
     devices = find_devices(config)
     torch.set_num_threads(devices.threads)
     data = _read_data(config, devices.mesh)
@@ -328,7 +329,7 @@ def _find_checkpoint(setup: RunSetup) -> tuple[Path | None, CheckpointMeta | Non
     directory = setup.directory.checkpoints
     found, damaged = newest(directory, setup.storage, content=setup.first)
     for damage in damaged:
-        setup.console.print(f"[bold red]damaged checkpoint passed over[/bold red]: {damage.path}: {damage.reason}")
+        setup.console.print(f"damaged checkpoint skipped: {damage.path}: {damage.reason}", style=ERROR_STYLE)
     if found is not None:
         if changed := changes_since(found, setup):
             setup.console.print(f"resumed with {'; '.join(changed)}")

@@ -134,7 +134,7 @@ def test_resume_passes_over_the_damaged_one_and_says_so(
         file.truncate(1000)
     assert resume(copy) == 0
     printed = capfd.readouterr().out
-    assert "damaged checkpoint passed over: " in printed
+    assert "damaged checkpoint skipped: " in printed
     assert "step_000000006-0001: weights.pth has 1000 bytes" in printed
     assert losses(run) == losses(whole / "runs" / "run")
     assert same_weights(run, whole / "runs" / "run")
@@ -146,6 +146,24 @@ def test_a_finished_run_says_so(whole: Path, capfd: pytest.CaptureFixture[str]) 
     assert "is finished: 9 of 9 steps" in capfd.readouterr().out
     after = sorted((path, path.stat().st_mtime_ns) for path in (whole / "runs").rglob("*") if path.is_file())
     assert [entry for entry in after if entry[0].name != ".lock"] == [e for e in before if e[0].name != ".lock"]
+
+
+def test_what_a_finished_run_lacks_is_made_by_the_next_call(whole: Path, tmp_path: Path) -> None:
+    """Its process may have ended between the last checkpoint and the last file, or a file was lost since."""
+    shutil.copytree(whole, tmp_path / "copy")
+    run = tmp_path / "copy" / "runs" / "run"
+    for name in ("weights.pth", "loss.png"):
+        (run / name).unlink()
+    again = overrides_for(tmp_path / "copy", "run", *NINE_STEPS, "samples.tokens=8", "run.allow_changes=true")
+    assert train(launcher.load(again)) == 0
+    assert same_weights(run, whole / "runs" / "run")
+    assert (run / "loss.png").stat().st_size > 1000
+    assert (run / "samples.txt").read_text().startswith("===== after 9 steps =====\n")
+    assert [row["event"] for row in rows(run, "events.jsonl")][-2:] == ["resumed", "finished"]
+    assert losses(run) == losses(whole / "runs" / "run")
+    before = (run / "events.jsonl").read_bytes()
+    assert train(launcher.load(again)) == 0
+    assert (run / "events.jsonl").read_bytes() == before
 
 
 def test_the_probe_refuses_other_weights(copy: Path) -> None:

@@ -15,12 +15,13 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from torch import Tensor
 
 from rwkv_train.checkpoint.directory import newest, read_meta
 from rwkv_train.checkpoint.shards import Reader
 from rwkv_train.config import HealthSettings
+from rwkv_train.console import ERROR_STYLE
 from rwkv_train.data.arrays import Ints
 from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
@@ -262,7 +263,7 @@ class BadSteps(Callback):
         )
 
     def _print(self, step: int, text: str) -> None:
-        self.console.print(f"[bold red]ALERT[/bold red] step {step}: ", escape(text), sep="")
+        self.console.print(Text.assemble(("ALERT", ERROR_STYLE), f" step {step}: {text}"))
 
     def _rewind(self, trainer: L.Trainer, module: RWKVModule) -> str | None:
         """Rewinds to the checkpoint before the first bad step and skips the data read since; else returns why not."""
