@@ -97,6 +97,10 @@ class _Precision(DeepSpeedPrecision):
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
 
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning has divided the loss by the passes of a step; left to itself, DeepSpeed would divide it again."""
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
 
 class Zero(ShardedStrategy, DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy, on CPUs as well (over gloo)."""
