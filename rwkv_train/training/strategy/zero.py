@@ -76,8 +76,9 @@ def deepspeed_config(config: Config, resolved: ResolvedConfig, stage: int, offlo
         "zero_force_ds_cpu_optimizer": False,
     }
     if resolved.precision == "bf16-mixed":
-        # not DeepSpeed's own bf16 mode: that one casts decay, bonus, mix and norm parameters as well
-        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # Not DeepSpeed's own bf16 mode: that one casts decay, bonus, mix and norm parameters as well. The modules named
+        # are those whose gradients would be summed over the ranks in bfloat16: none.
+        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     if config.deepspeed is not None:
         derived = _merged(derived, json.loads(Path(config.deepspeed).expanduser().read_text()))
     return derived
