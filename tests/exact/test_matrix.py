@@ -76,13 +76,11 @@ ALL = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_covering_part(run_ranks: Callable[..., list[list[Outcome]]], tmp_path: Path) -> None:
     compare(run_ranks, tmp_path, COVERING, seconds=120)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.filterwarnings("ignore")
 def test_all(run_ranks: Callable[..., list[list[Outcome]]], tmp_path: Path) -> None:
     compare(run_ranks, tmp_path, ALL, seconds=800)
