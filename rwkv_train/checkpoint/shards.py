@@ -101,22 +101,30 @@ class Reader:
             for number in range(self.meta.writers):
                 weights, _ = file_names(number, self.meta.writers)
                 held = self.state(number)
-                self._add(WEIGHT, _mapped(path / weights), held)
+                self._add(WEIGHT, _mapped(path / weights), held["starts"], mapped=True)
                 for moment in MOMENTS:
-                    self._add(moment, held[moment], held)
+                    self._add(moment, held[moment], held["starts"], mapped=True)
         else:
             alone = load_weights(path)
             self.shapes = {name: tuple(value.shape) for name, value in alone.items()}
-            self._add(WEIGHT, alone, {"starts": {}})
+            self._add(WEIGHT, alone, {}, mapped=True)
 
     def state(self, number: int) -> dict[str, Any]:
         """The content of a writer's state file."""
         found: dict[str, Any] = _mapped(self.path / file_names(number, self.meta.writers)[1])
         return found
 
-    def _add(self, kind: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def _add(self, kind: str, tensors: Mapping[str, Tensor], starts: Mapping[str, int], mapped: bool) -> None:
+        """Adds tensors of a kind.
+
+        Args:
+            kind: "weight", "exp_avg" or "exp_avg_sq".
+            tensors: by name.
+            starts: the first element of those that are flattened parts, by name.
+            mapped: whether their memory is a mapped file, whose pages can be dropped and read again.
+        """
         for name, tensor in tensors.items():
-            part = (state["starts"].get(name, 0), tensor.flatten(), tensor.is_contiguous())
+            part = (starts.get(name, 0), tensor.flatten(), mapped and tensor.is_contiguous())  # else `flatten` copies
             self._parts.setdefault((kind, name), []).append(part)
 
     def grow_vocabulary(self, new: int) -> None:
@@ -136,7 +144,7 @@ class Reader:
                     part[offset : offset + values.numel()].copy_(values)
                 total += part.view(count, channels).double().sum(0)
             mean = (total / rows).to(dtype).expand(new, channels)
-            self._add(WEIGHT, {name: mean.contiguous()}, {"starts": {name: rows * channels}})
+            self._add(WEIGHT, {name: mean.contiguous()}, {name: rows * channels}, mapped=False)
             self.shapes = {**self.shapes, name: (rows + new, channels)}
 
     def holds(self, kind: str) -> bool:
@@ -199,7 +207,10 @@ def _mapped(path: Path) -> Any:
 
 
 def _forget_pages(values: Tensor) -> None:
-    """Lets the kernel drop pages of a mapped file that were read; else they count as this process's memory."""
+    """Lets the kernel drop pages of a mapped file that were read; else they count as this process's memory.
+
+    Of any other memory the kernel would drop the only copy: its next reader finds zeros.
+    """
     page = mmap.PAGESIZE
     first = -(-values.data_ptr() // page) * page
     last = (values.data_ptr() + values.numel() * values.element_size()) // page * page

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -90,6 +91,34 @@ def test_a_file_with_weights_is_read_as_well(tmp_path: Path) -> None:
         got = torch.empty(5)
         reader.fill([StateShard(WEIGHT, "a", 7, got, False)])
         assert torch.equal(got, weights["a"].flatten()[7:12])
+
+
+def whole(reader: Reader, name: str) -> Tensor:
+    values = torch.full((math.prod(reader.shapes[name]),), torch.nan)
+    reader.fill([StateShard(WEIGHT, name, 0, values, False)])
+    return values.view(reader.shapes[name])
+
+
+@pytest.mark.parametrize("kind", ["file", "checkpoint"])
+def test_what_was_read_once_is_read_again(tmp_path: Path, kind: str) -> None:
+    """Rows of new tokens as well, which are in no file; each tensor has several pages of memory."""
+    weights = {"emb.weight": torch.randn(9, 1024), "head.weight": torch.randn(9, 1024).bfloat16()}
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    path = tmp_path / "some.pth"
+    if kind == "file":
+        torch.save(weights, path)
+    else:
+        path = tmp_path / "step_000000005-0001"
+        state: dict[str, Any] = {**{moment: {} for moment in MOMENTS}, "starts": {}}
+        writer = Writer(LocalStorage(), 0, 1, InProcessStore())
+        writer.begin(path, dict(zip(file_names(0, 1), (weights, state), strict=True)), meta_of(shapes=shapes))
+        writer.wait()
+    reader = Reader(path)
+    reader.grow_vocabulary(5)
+    for _ in range(3):
+        for name, before in weights.items():
+            mean = before.double().mean(0).to(before.dtype)
+            assert torch.equal(whole(reader, name), torch.cat([before, mean.expand(5, -1)]).float()), name
 
 
 def test_the_shape_of_a_sharded_checkpoint_is_known(tmp_path: Path) -> None:
