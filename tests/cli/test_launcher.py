@@ -15,10 +15,9 @@ import pytest
 import yaml
 
 from rwkv_train.cli import launcher
-from rwkv_train.cluster.rank_info import PARENT
 from rwkv_train.cli.conf_folders import ConfFolders
 from rwkv_train.cli.help import PLAN, TRAIN, help_text
-from rwkv_train.cluster.rank_info import RankInfo
+from rwkv_train.cluster.rank_info import PARENT, RankInfo
 from rwkv_train.config import Config
 from rwkv_train.config.schema import as_tree, schema
 from rwkv_train.errors import UserError
