@@ -167,46 +167,32 @@ def _starts() -> Tensor:
     return starts
 
 
-def _mix_by_definition(starts: Tensor | None, x: Tensor, previous: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
-    return tuple(reference.shift_mix(x, previous, mixes, starts))
-
-
-def _mix_by_operator(starts: Tensor | None, x: Tensor, previous: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.ops.rwkv_train.shift_mix(x, previous, list(mixes), starts))
-
-
-def _squared_by_definition(starts: None, k: Tensor) -> tuple[Tensor]:
-    return (reference.relu_squared(k),)
-
-
-def _squared_by_operator(starts: None, k: Tensor) -> tuple[Tensor]:
-    return (torch.ops.rwkv_train.relu_squared(k),)
-
-
-def _gate_by_definition(starts: None, r: Tensor, y: Tensor) -> tuple[Tensor]:
-    return (reference.sigmoid_gate(r, y),)
-
-
-def _gate_by_operator(starts: None, r: Tensor, y: Tensor) -> tuple[Tensor]:
-    return (torch.ops.rwkv_train.sigmoid_gate(r, y),)
-
-
 _mix_names = [f"mix {i}" for i in range(_MIXES)]
 _mix_case = partial(
     SelfTestCase,
     inputs=partial(_inputs, "x", "previous", *_mix_names),
     stored=("x", "previous"),
     outputs=tuple(f"output {i}" for i in range(_MIXES)),
-    definition=_mix_by_definition,
-    operator=_mix_by_operator,
+    definition=lambda starts, x, previous, *mixes: reference.shift_mix(x, previous, mixes, starts),
+    operator=lambda starts, x, previous, *mixes: torch.ops.rwkv_train.shift_mix(x, previous, list(mixes), starts),
 )
 SELF_TEST_CASES = (
     _mix_case("shift_mix"),
     _mix_case("shift_mix with starts", starts=_starts),
     SelfTestCase(
-        "relu_squared", partial(_inputs, "k"), ("k",), ("output",), _squared_by_definition, _squared_by_operator
+        "relu_squared",
+        inputs=partial(_inputs, "k"),
+        stored=("k",),
+        outputs=("output",),
+        definition=lambda starts, k: [reference.relu_squared(k)],
+        operator=lambda starts, k: [torch.ops.rwkv_train.relu_squared(k)],
     ),
     SelfTestCase(
-        "sigmoid_gate", partial(_inputs, "r", "y"), ("r", "y"), ("output",), _gate_by_definition, _gate_by_operator
+        "sigmoid_gate",
+        inputs=partial(_inputs, "r", "y"),
+        stored=("r", "y"),
+        outputs=("output",),
+        definition=lambda starts, r, y: [reference.sigmoid_gate(r, y)],
+        operator=lambda starts, r, y: [torch.ops.rwkv_train.sigmoid_gate(r, y)],
     ),
 )
