@@ -214,8 +214,8 @@ def _errors_of_plain_start(rank_info: RankInfo, trainer: TrainerSettings) -> Ite
     if node_rank is None and machines > 1:
         yield UserError(
             f"trainer.num_nodes={machines}, but this process was started alone: nothing starts the other nodes",
-            f"sbatch scripts/slurm/train.sbatch …, torchrun --nnodes={machines} …, or the same command on every node with "
-            "NODE_RANK=0, 1, … and MASTER_ADDR, MASTER_PORT of the first one",
+            f"sbatch scripts/slurm/train.sbatch …, torchrun --nnodes={machines} …, or the same command on every node "
+            "with NODE_RANK=0, 1, … and MASTER_ADDR, MASTER_PORT of the first one",
         )
     elif node_rank is not None and node_rank >= machines:
         yield UserError(

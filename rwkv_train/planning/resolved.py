@@ -181,8 +181,8 @@ def _present_devices(config: Config) -> tuple[Accelerator, int]:
         processes = 1 if devices == "auto" else int(devices)
         if processes > resources.cpu_cores():
             raise UserError(
-                f"trainer.devices={processes}: this machine has {resources.cpu_cores()} CPU cores and no GPU that torch "
-                "can use",
+                f"trainer.devices={processes}: this machine has {resources.cpu_cores()} CPU cores and no GPU that "
+                "torch can use",
                 f"trainer.devices={resources.cpu_cores()}",
             )
         return "cpu", processes
