@@ -35,14 +35,6 @@ class ConfigBuilder:
         self.conf, self.machine = conf, machine
         self.parser = OverrideParser(conf.groups)
 
-    def expand(self, texts: Sequence[str]) -> list[list[str]]:
-        """The command lines of a multirun: `a=1,2 b=3,4` is four of them.
-
-        Raises:
-            UserErrors: overrides that cannot be expanded.
-        """
-        return self.parser.expand(texts)
-
     def build(self, texts: Sequence[str]) -> Config:
         """The checked config of one command line.
 

@@ -45,7 +45,7 @@ def main(argv: Sequence[str], submitted: bool = False) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = ExitCode.INTERRUPTED
-    if os.environ.get("RWKV_EXIT") and rank() == 0:
+    if os.environ.get("RWKV_EXIT") and rank_info().first:
         Path(os.environ["RWKV_EXIT"]).write_text(f"{code}\n")
     return code
 
@@ -138,11 +138,6 @@ def report(error: UserError) -> None:
     print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
 
 
-def rank() -> int:
-    """The rank of this process; 0 if it is the only one."""
-    return rank_info().rank
-
-
 def rank_info() -> RankInfo:
     """Rank, node and job of this process."""
     return rank_info_of(os.environ, os.getppid())
@@ -197,7 +192,7 @@ def _build_configs(
     from rwkv_train.cli.configure import config_builder
 
     with config_builder(folders, Machine(resources.cpu_cores(), rank_info())) as builder:
-        lines = builder.expand(overrides) if multirun else [list(overrides)]
+        lines = builder.parser.expand(overrides) if multirun else [list(overrides)]
         configs: list[Config] = []
         problems: dict[str, UserError] = {}
         for line in lines:

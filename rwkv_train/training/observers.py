@@ -29,7 +29,7 @@ from rwkv_train.training.callbacks.profiling import Profiling
 from rwkv_train.training.callbacks.progress import ProgressBar
 from rwkv_train.training.callbacks.stop import StopAtBudget, StopOnSignal
 from rwkv_train.training.callbacks.watchdog import Watchdog
-from rwkv_train.training.replay import Replay, read_replay
+from rwkv_train.training.replay import Replay
 from rwkv_train.training.setup import RunAttempt, RunSetup, versions
 
 TRACKER_SECONDS_AFTER_SIGNAL = 5.0  # seconds that trackers have where a signal has ended the run
@@ -120,7 +120,7 @@ def make_observers(
         checkpoint=saving,
         progress=ProgressBar(metrics, saving, setup.total_steps, console),
         profiling=Profiling(run.path, console) if config.profile else None,
-        replay=None if config.replay is None else Replay(read_replay(Path(config.replay)), console),
+        replay=None if config.replay is None else Replay(json.loads(Path(config.replay).read_bytes()), console),
         budget=StopAtBudget(setup.total_steps, None if hours is None else hours * 3600),
         signals=signals,
         watchdog=watchdog,
