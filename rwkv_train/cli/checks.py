@@ -170,7 +170,7 @@ def _check_batch(config: Config, machine: Machine) -> Iterator[UserError]:
         )
         return
     try:
-        split_batch(batch.tokens, batch.context, batch.micro, Mesh(devices * trainer.machines))
+        split_batch(batch.tokens, batch.context, batch.micro, Mesh(devices * trainer.node_count))
     except UserError as problem:
         yield problem
 

@@ -78,7 +78,7 @@ class ConfigBuilder:
         trainer, rank_info = config.trainer, self.machine.rank_info
         if rank_info.starter == "plain" or config.dry_run:
             return config
-        nodes = rank_info.machines if trainer.num_nodes == "auto" else trainer.num_nodes
+        nodes = rank_info.nodes if trainer.num_nodes == "auto" else trainer.num_nodes
         devices = rank_info.per_node if trainer.devices == "auto" else trainer.devices
         return replace(config, trainer=replace(trainer, num_nodes=nodes, devices=devices))
 

@@ -86,7 +86,7 @@ def _report_from_rank(error: UserError, here: RankInfo) -> int:
         from rwkv_train.cluster.preflight import forward_error
 
         forward_error(here, error)
-    return ExitCode.MISTAKE
+    return ExitCode.USER_ERROR
 
 
 def plan(argv: Sequence[str]) -> int:
@@ -107,7 +107,7 @@ def plan(argv: Sequence[str]) -> int:
         return show_plan(config, "--json" in argv)
     except UserError as error:
         report(error)
-        return ExitCode.MISTAKE
+        return ExitCode.USER_ERROR
 
 
 def load(overrides: Sequence[str]) -> Config:

@@ -65,7 +65,7 @@ def _parameters(config: Config) -> dict[str, Any]:
 
     given = {key: value for key, value in config.launcher.items() if value is not None}
     devices = config.trainer.devices
-    given.setdefault("nodes", config.trainer.machines)
+    given.setdefault("nodes", config.trainer.node_count)
     given.setdefault("tasks_per_node", given.get("gpus_per_node", 1) if devices == "auto" else devices)
     schema = OmegaConf.structured(SlurmQueueConf)
     valid = [key for key in schema if key not in ("_target_", "submitit_folder", "max_num_timeout")]

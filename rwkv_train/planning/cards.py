@@ -103,9 +103,9 @@ def card_of(config: Config) -> tuple[Card, str]:
 
 
 def ranks_of(config: Config, card: Card) -> int:
-    """Devices of all machines; `auto` means the present ones, or one if there are none."""
+    """Devices of all nodes; `auto` means the present ones, or one if there are none."""
     import torch
 
     devices = config.trainer.devices
     here = torch.cuda.device_count() if card.name != "cpu" and torch.cuda.is_available() else 1
-    return (here if devices == "auto" else int(devices)) * config.trainer.machines
+    return (here if devices == "auto" else int(devices)) * config.trainer.node_count

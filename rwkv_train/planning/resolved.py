@@ -113,7 +113,7 @@ def find_devices(config: Config) -> Devices:
     if config.dry_run:
         card, source = card_of(config)
         accelerator: Accelerator = "cpu" if card.name == "cpu" else "gpu"
-        per_node, bfloat16 = ranks_of(config, card) // config.trainer.machines, accelerator == "gpu"
+        per_node, bfloat16 = ranks_of(config, card) // config.trainer.node_count, accelerator == "gpu"
     else:
         accelerator, per_node = _present_devices(config)
         gpu = accelerator == "gpu"
@@ -125,7 +125,7 @@ def find_devices(config: Config) -> Devices:
     return Devices(
         accelerator=accelerator,
         per_node=per_node,
-        nodes=config.trainer.machines,
+        nodes=config.trainer.node_count,
         precision=precision,
         threads=config.threads or max(1, resources.cpu_cores() // (per_node if accelerator == "cpu" else 1)),
         card=card,

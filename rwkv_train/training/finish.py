@@ -103,7 +103,7 @@ def write_sample(setup: RunSetup, step: int, write_errors: WriteErrors) -> None:
 def write_outputs(
     setup: RunSetup, strategy: ShardedStrategy, step: int, rows: Sequence[Mapping[str, Any]], write_errors: WriteErrors
 ) -> None:
-    """After the last step, on the first rank: final weights, a sample, the loss curve, and a summary on the console.
+    """After the last step, on rank 0: final weights, a sample, the loss curve, and a summary on the console.
 
     Args:
         setup: of the run.

@@ -55,7 +55,7 @@ class Observers:
         budget: stops at the last step or when the time is up.
         signals: stops after a signal.
         watchdog: reports the phase that the rank is in.
-        first_sample: generates text before the first step, where the first rank holds all weights.
+        first_sample: generates text before the first step, where rank 0 holds all weights.
     """
 
     metrics: Metrics
@@ -129,7 +129,7 @@ def make_observers(
 
 
 class RunTrackers:
-    """The trackers of `logger=`, on the first rank; leaving the block ends them.
+    """The trackers of `logger=`, on rank 0; leaving the block ends them.
 
     Args:
         setup: of the run.
@@ -149,7 +149,7 @@ class RunTrackers:
         return self
 
     def start(self, step: int, meta: CheckpointMeta | None) -> None:
-        """Starts them, on the first rank.
+        """Starts them, on rank 0.
 
         Args:
             step: that the run resumes from; 0 for a new run.
