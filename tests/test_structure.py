@@ -14,12 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rwkv_train"
-ROOMS = ("rwkv_train", "tests", "benchmarks", "scripts", "cuda", "conf", "docs", ".ci")
+FOLDERS = ("rwkv_train", "tests", "benchmarks", "scripts", "cuda", "conf", "docs", ".ci")
 
 
 def files(*suffixes: str) -> list[Path]:
     """All files of the project with these endings."""
-    found = [path for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in suffixes]
+    found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
     return sorted([*found, *(path for path in ROOT.iterdir() if path.suffix in suffixes)])
 
 

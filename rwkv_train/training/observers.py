@@ -94,9 +94,9 @@ def make_observers(
     """
     config, run, data, console = setup.config, setup.directory, setup.data, setup.console
     events, lines = attempt.events, attempt.metrics
-    last_words = partial(events.refresh, force=True)
+    before_exit = partial(events.refresh, force=True)
     alone = setup.resolved.mesh.ranks == 1
-    watchdog = Watchdog(config.watchdog, run.attempts, setup.first, alone, setup.rank_info.node, last_words)
+    watchdog = Watchdog(config.watchdog, run.attempts, setup.first, alone, setup.rank_info.node, before_exit)
     meta = {
         "config": setup.tree,
         "data": data.digest,

@@ -52,7 +52,7 @@ class Requeue:
         return self._given_up(attempt.events, history.reached, history.last_failure())
 
     def after_signal(self, events: Events, step: int, name: str, too_late: str | None, resumable: str) -> Ending:
-        """Records which signal has stopped the run, and decides whether `requeue` will put its job back.
+        """Records which signal has stopped the run, and decides whether `requeue` will requeue its job.
 
         Args:
             events: of the attempt.
@@ -67,15 +67,15 @@ class Requeue:
         messages.append(f"\n{name} at step {step}; {resumable}")
         if self.job is not None and self.setup.first and name != "SIGINT":
             if (reason := self.job.why_not()) is not None:
-                messages.append(f"not put back into the queue by the run: {reason}")
+                messages.append(f"not requeued by the run: {reason}")
             else:
-                messages.append(f"job {self.job.number} goes back into the queue")
+                messages.append(f"job {self.job.number} is requeued")
                 events.add("requeued", step, job=self.job.number)
                 self._leaving = events, step
         return Ending(ExitCode.STOPPED, "\n".join(messages))
 
     def requeue(self) -> None:
-        """Puts the job back, where a signal has stopped the run; only rank 0 does, and once.
+        """Requeues the job, where a signal has stopped the run; only rank 0 does, and once.
 
         Must come last: SLURM ends the job's processes as soon as it is asked.
         """
@@ -83,7 +83,7 @@ class Requeue:
             return
         (events, step), self._leaving = self._leaving, None
         if (failure := self.job.requeue()) is not None:
-            self.setup.console.print(f"[bold red]not put back into the queue[/bold red]: {failure}")
+            self.setup.console.print(f"[bold red]not requeued[/bold red]: {failure}")
             events.add("requeue_failed", step, reason=failure)
             events.close()
 

@@ -195,7 +195,7 @@ class Monitor:
                 return
             if self.rank.ended is not None:
                 if self.coordinator is None or self.coordinator.over or self.rank.ended == "":
-                    self._say_goodbye()
+                    self._release_members()
                     return
                 with suppress(KeyError):  # rank 0 has failed: the other ranks are judged before this monitor ends
                     selector.unregister(self.channel.channel)
@@ -381,12 +381,12 @@ class Monitor:
             file.write(f"py-spy: {why}\n")
         return path
 
-    def _say_goodbye(self) -> None:
-        """The rank has ended normally or reported its failure: tells the other monitors not to wait for answers."""
+    def _release_members(self) -> None:
+        """The rank has ended normally or reported its failure: the other monitors need no answers any more."""
         if self.to_coordinator is not None and self.member is not None:
             self._exchange(self.member, self.rank.report(time.monotonic()), time.monotonic())
         for member in self.members:
-            member.write({"bye": True})
+            member.write({"release": True})
 
 
 def main() -> None:

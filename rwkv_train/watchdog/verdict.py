@@ -288,9 +288,9 @@ class Member:
         self._answered = now
 
     def receive(self, answer: Mapping[str, Any], now: float) -> None:
-        """Takes an answer of the coordinator: {} if nothing is wrong, a verdict, or {"bye"} when rank 0 has ended."""
+        """Takes an answer of the coordinator: {} if nothing is wrong, a verdict, or {"release"}: rank 0 has ended."""
         self._answered = now
-        if "bye" in answer:
+        if "release" in answer:
             self.released = True
         if "reason" in answer and self.verdict is None:
             self.verdict = Verdict(answer["ranks"], answer["step"], answer["reason"])
