@@ -66,7 +66,7 @@ def test_every_file_is_one_sitting() -> None:
         assert lines <= limit, f"{name(path)} has {lines} lines, at most {limit} can be read in one sitting"
 
 
-def test_no_room_without_a_purpose() -> None:
+def test_no_folder_or_file_without_a_purpose() -> None:
     nameless = {"utils", "util", "helpers", "misc", "common"}
     assert [name(path) for path in files(".py", ".h", ".cpp", ".cu") if path.stem in nameless] == []
 
