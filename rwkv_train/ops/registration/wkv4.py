@@ -66,18 +66,7 @@ def _forward_fake(
     return torch.empty_like(k), torch.empty_like(state), state.new_empty(B, (T - 1) // chunk, 3, C)
 
 
-def _backward_fake(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    starts: Tensor | None,
-    saved: Tensor,
-    gy: Tensor,
-    gstate: Tensor | None,
-    chunk: int,
-) -> Backward:
+def _backward_fake(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, *others: Any) -> Backward:
     return tuple(torch.empty_like(x) for x in (w, u, k, v, state))  # type: ignore[return-value]
 
 
@@ -113,29 +102,18 @@ def _segments_for(k: Tensor, chunk: int) -> int:
     return segments_on(B, T, C, torch.cuda.get_device_properties(k.device).multi_processor_count)
 
 
-def _forward_on_cuda(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, starts: Tensor | None, chunk: int
-) -> Forward:
+def _forward_on_cuda(*arguments: Any) -> Forward:
+    w, u, k, v, state, starts, chunk = arguments
     if starts is not None:  # the CUDA engine has no kernel that takes them
-        return _forward(w, u, k, v, state, starts, chunk)
+        return _forward(*arguments)
     segments = _segments_for(k, chunk)
     return cast(Forward, torch.ops.rwkv_train.wkv4_in_segments(w, u, k, v, state, segments))
 
 
-def _backward_on_cuda(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    starts: Tensor | None,
-    saved: Tensor,
-    gy: Tensor,
-    gstate: Tensor | None,
-    chunk: int,
-) -> Backward:
+def _backward_on_cuda(*arguments: Any) -> Backward:
+    w, u, k, v, state, starts, saved, gy, gstate, chunk = arguments
     if starts is not None:
-        return _backward(w, u, k, v, state, starts, saved, gy, gstate, chunk)
+        return _backward(*arguments)
     operator = torch.ops.rwkv_train.wkv4_in_segments_backward
     return cast(Backward, operator(w, u, k, v, state, saved, gy, gstate, _segments_for(k, chunk)))
 
