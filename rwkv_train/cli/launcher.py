@@ -64,7 +64,11 @@ def _main(argv: Sequence[str], submitted: bool) -> int:
     except UserError as error:
         return _report_from_rank(error, here)
     if flags.cfg:
-        _write("---\n".join(map(_as_yaml, configs)))
+        import yaml
+
+        from rwkv_train.config.schema import as_tree
+
+        _write(yaml.safe_dump_all(map(as_tree, configs), sort_keys=False, allow_unicode=True))
         return 0
     try:
         if not submitted and any(config.launcher for config in configs):
@@ -219,15 +223,6 @@ def _write(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _as_yaml(config: Config) -> str:
-    import yaml
-
-    from rwkv_train.config.schema import as_tree
-
-    text: str = yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
-    return text
 
 
 def _submit(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_dir: Path | None) -> int:

@@ -110,7 +110,7 @@ def count(shape: ModelConfig, precision: str) -> Counts:
     return Counts(
         parameters=sum(sizes.values()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        matmul=model.matmul_parameters(),
+        matmul=model.matmul_parameters,
         block=sum(in_block.values()),
         block_matmul=sum(size for name, size in in_block.items() if name in matrices),
         largest=max(sizes.values()),

@@ -16,7 +16,6 @@ from typing import Any
 
 from rwkv_train.errors import UserError
 from rwkv_train.instantiate import Makers, prepare
-from rwkv_train.rundir.jsonl import MetricsRow
 from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker, write_state
 
 POLL_INTERVAL = 1.0  # seconds between two reads of the files
@@ -95,7 +94,8 @@ class Follower:
         count = 0
         for row in self._rows.rows():
             if row["step"] > self._last:
-                self._take(row)
+                self.tracker.row(row)
+                self._last = row["step"]
                 count += 1
                 if count % ROWS_PER_FLUSH == 0:
                     self._flush()
@@ -117,10 +117,6 @@ class Follower:
     def _flush(self) -> None:
         self.tracker.flush()
         write_state(self.notes, self.tracker.state)
-
-    def _take(self, row: MetricsRow) -> None:
-        self.tracker.row(row)
-        self._last = row["step"]
 
     def end(self) -> None:
         self.tracker.end()

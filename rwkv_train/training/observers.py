@@ -7,7 +7,6 @@ import platform
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -174,9 +173,7 @@ class RunTrackers:
         """A signal ends the run: they have little time for the last rows."""
         self._patience = TRACKER_SECONDS_AFTER_SIGNAL
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._trackers is None:
             return
         for name in self._trackers.close(self._patience):

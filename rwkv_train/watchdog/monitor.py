@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,7 @@ class Monitor:
                 if message.pop("token", None) == self.token:
                     coordinator.receive(RankReport(**message), now)
                     verdict = coordinator.verdict
-                    member.write({} if verdict is None else verdict.as_json())
+                    member.write({} if verdict is None else asdict(verdict))
         self.members = [member for member in self.members if member.open]
 
     def _exchange(self, member: Member, report: RankReport, now: float) -> None:
@@ -267,7 +268,7 @@ class Monitor:
             with suppress(OSError):
                 self.to_coordinator = JsonSocket(socket.create_connection(self.address, timeout=POLL_SECONDS))
         if self.to_coordinator is not None:
-            self.to_coordinator.write({**report.as_json(), "token": self.token})
+            self.to_coordinator.write({**asdict(report), "token": self.token})
             for answer in self.to_coordinator.read():
                 member.receive(answer, now)
 
@@ -303,7 +304,7 @@ class Monitor:
     def _end_run(self, verdict: Verdict) -> None:
         """Sends the verdict to all monitors, writes the stacks, and ends the rank."""
         for member in self.members:
-            member.write(verdict.as_json())
+            member.write(asdict(verdict))
         incomplete = self._dump_stacks(verdict) if self.rank.ended is None else None
         if self.rank.number in (0, *verdict.ranks[:1]) or self.member is None:
             where = "" if self.directory is None else f"\n  stacks: {self.directory}/stacks_rank_*.txt"
@@ -342,7 +343,7 @@ class Monitor:
                         if message.get("token") == self.token and "done" in message:
                             done.add(member)
                         else:
-                            member.write(verdict.as_json())
+                            member.write(asdict(verdict))
                 self.members = [member for member in self.members if member.open]
                 ready = all(member in done for member in self.members)
             elif self.to_coordinator is not None:
