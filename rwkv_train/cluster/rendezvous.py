@@ -1,4 +1,4 @@
-"""Limits of the time in which the ranks of a run find each other. Standard library only: used before torch is imported.
+"""Limits of the time in which the ranks of a run find each other. Standard library only: it comes before torch.
 
 torch waits for missing ranks in native code, for half an hour, and no Python handler runs meanwhile: a signal to stop
 would be held back until then. So a thread watches.

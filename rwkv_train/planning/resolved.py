@@ -179,11 +179,10 @@ def _present_devices(config: Config) -> tuple[Accelerator, int]:
     present = torch.cuda.device_count()
     if wanted == "cpu" or (wanted == "auto" and not present):
         processes = 1 if devices == "auto" else int(devices)
-        if processes > resources.cpu_cores():
+        if processes > (cores := resources.cpu_cores()):
             raise UserError(
-                f"trainer.devices={processes}: this machine has {resources.cpu_cores()} CPU cores and no GPU that "
-                "torch can use",
-                f"trainer.devices={resources.cpu_cores()}",
+                f"trainer.devices={processes}: this machine has {cores} CPU cores and no GPU that torch can use",
+                f"trainer.devices={cores}",
             )
         return "cpu", processes
     processes = present if devices == "auto" else int(devices)
