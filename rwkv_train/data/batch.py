@@ -32,5 +32,4 @@ class Batch(NamedTuple):
 
     def pin(self) -> Batch:
         """The same in pinned memory, from which a GPU can copy while it computes."""
-        tensors = {name: part for name, part in self._asdict().items() if isinstance(part, Tensor)}
-        return self._replace(**{name: tensor.pin_memory() for name, tensor in tensors.items()})
+        return self._make(part.pin_memory() if isinstance(part, Tensor) else part for part in self)
