@@ -28,16 +28,7 @@ from typing import Any
 
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.watchdog.heartbeat import HeartbeatReader
-from rwkv_train.watchdog.verdict import (
-    Coordinator,
-    Limits,
-    Member,
-    Phase,
-    RankReport,
-    Stragglers,
-    Verdict,
-    phase_limit,
-)
+from rwkv_train.watchdog.verdict import Coordinator, Limits, Member, Phase, RankReport, Stragglers, Verdict, phase_limit
 
 POLL_SECONDS = 1.0  # seconds between two observations of the rank
 SINGLE_RANK_FACTOR = 10  # by which all limits are larger where there is one rank only
