@@ -178,7 +178,7 @@ def _train_rank(
     prepare: Callable[[], None] | None,
 ) -> None:
     # tests of `rwkv-train prepare` may have started the session's fork server with these blocked
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, workers.FOR_THE_RUN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, workers.RUN_SIGNALS)
     if prepare is not None:
         prepare()
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}

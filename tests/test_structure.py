@@ -14,12 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rwkv_train"
-ROOMS = ("rwkv_train", "tests", "benchmarks", "scripts", "cuda", "conf", "docs", ".ci")
+FOLDERS = ("rwkv_train", "tests", "benchmarks", "scripts", "cuda", "conf", "docs", ".ci")
 
 
 def files(*suffixes: str) -> list[Path]:
     """All files of the project with these endings."""
-    found = [path for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in suffixes]
+    found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
     return sorted([*found, *(path for path in ROOT.iterdir() if path.suffix in suffixes)])
 
 
@@ -66,7 +66,7 @@ def test_every_file_is_one_sitting() -> None:
         assert lines <= limit, f"{name(path)} has {lines} lines, at most {limit} can be read in one sitting"
 
 
-def test_no_room_without_a_purpose() -> None:
+def test_no_folder_or_file_without_a_purpose() -> None:
     nameless = {"utils", "util", "helpers", "misc", "common"}
     assert [name(path) for path in files(".py", ".h", ".cpp", ".cu") if path.stem in nameless] == []
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str], submitted: bool = False) -> int:
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             code = ExitCode.INTERRUPTED
-    if os.environ.get("RWKV_EXIT") and rank() == 0:
+    if os.environ.get("RWKV_EXIT") and rank_info().first:
         Path(os.environ["RWKV_EXIT"]).write_text(f"{code}\n")
     return code
 
@@ -66,7 +66,11 @@ def _main(argv: Sequence[str], submitted: bool) -> int:
     except UserError as error:
         return _report_from_rank(error, here)
     if flags.cfg:
-        _write("---\n".join(map(_as_yaml, configs)))
+        import yaml
+
+        from rwkv_train.config.schema import as_tree
+
+        _write(yaml.safe_dump_all(map(as_tree, configs), sort_keys=False, allow_unicode=True))
         return 0
     try:
         if not submitted and any(config.launcher for config in configs):
@@ -88,7 +92,7 @@ def _report_from_rank(error: UserError, here: RankInfo) -> int:
         from rwkv_train.cluster.preflight import forward_error
 
         forward_error(here, error)
-    return ExitCode.MISTAKE
+    return ExitCode.USER_ERROR
 
 
 def plan(argv: Sequence[str]) -> int:
@@ -109,7 +113,7 @@ def plan(argv: Sequence[str]) -> int:
         return show_plan(config, "--json" in argv)
     except UserError as error:
         report(error)
-        return ExitCode.MISTAKE
+        return ExitCode.USER_ERROR
 
 
 def load(overrides: Sequence[str]) -> Config:
@@ -138,11 +142,6 @@ def report(error: UserError) -> None:
     """Prints all errors in one block on standard error."""
     problems = error.problems if isinstance(error, UserErrors) else [error]
     print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
-
-
-def rank() -> int:
-    """The rank of this process; 0 if it is the only one."""
-    return rank_info().rank
 
 
 def rank_info() -> RankInfo:
@@ -199,7 +198,7 @@ def _build_configs(
     from rwkv_train.cli.configure import config_builder
 
     with config_builder(folders, Machine(resources.cpu_cores(), rank_info())) as builder:
-        lines = builder.expand(overrides) if multirun else [list(overrides)]
+        lines = builder.parser.expand(overrides) if multirun else [list(overrides)]
         configs: list[Config] = []
         problems: dict[str, UserError] = {}
         for line in lines:
@@ -226,15 +225,6 @@ def _write(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _as_yaml(config: Config) -> str:
-    import yaml
-
-    from rwkv_train.config.schema import as_tree
-
-    text: str = yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
-    return text
 
 
 def _submit(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_dir: Path | None) -> int:

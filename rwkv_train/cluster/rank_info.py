@@ -30,9 +30,9 @@ class RankInfo:
         local_rank: rank within its node, from 0.
         ranks: number of processes that were started together; 1 where the run starts them itself.
         node: name of this node.
-        nodes: names of all nodes in the order of their ranks; empty unless srun started them.
-        machines: number of nodes.
-        address: host of the first rank.
+        nodes: number of nodes.
+        node_names: of all nodes in the order of their ranks; empty unless srun started them.
+        address: host of rank 0.
         port: on that host, over which the ranks meet.
         agent_store: whether torchrun's agent listens on that port.
         job: SLURM's job ID, for scontrol; None: no job.
@@ -48,8 +48,8 @@ class RankInfo:
     local_rank: int = 0
     ranks: int = 1
     node: str = ""
-    nodes: tuple[str, ...] = ()
-    machines: int = 1
+    nodes: int = 1
+    node_names: tuple[str, ...] = ()
     address: str = "127.0.0.1"
     port: int = 0
     agent_store: bool = False
@@ -67,12 +67,12 @@ class RankInfo:
     @property
     def per_node(self) -> int:
         """Number of processes on each node."""
-        return max(1, self.ranks // self.machines)
+        return max(1, self.ranks // self.nodes)
 
     def node_of(self, rank: int) -> str:
         """The name of a rank's node; "?" where it is unknown."""
         number = rank // self.per_node
-        return self.nodes[number] if number < len(self.nodes) else "?"
+        return self.node_names[number] if number < len(self.node_names) else "?"
 
 
 def rank_info_of(environment: Mapping[str, str], parent: int = 0) -> RankInfo:
@@ -119,7 +119,7 @@ def _of_torchrun(environment: Mapping[str, str], base: RankInfo) -> RankInfo:
         rank=rank,
         local_rank=local_rank,
         ranks=ranks,
-        machines=ranks // per_node,
+        nodes=ranks // per_node,
         address=environment["MASTER_ADDR"],
         port=_number(environment, "MASTER_PORT"),
         agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -128,7 +128,7 @@ def _of_torchrun(environment: Mapping[str, str], base: RankInfo) -> RankInfo:
 
 
 def _of_srun(environment: Mapping[str, str], base: RankInfo) -> RankInfo:
-    nodes = expand_hosts(environment.get("SLURM_STEP_NODELIST", ""))
+    names = expand_hosts(environment.get("SLURM_STEP_NODELIST", ""))
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
     key = job * 31 + base.restarts * 7919 + step * 101  # another port after a restart: the old one may be bound
     return replace(
@@ -137,9 +137,9 @@ def _of_srun(environment: Mapping[str, str], base: RankInfo) -> RankInfo:
         rank=_number(environment, "SLURM_PROCID"),
         local_rank=_number(environment, "SLURM_LOCALID"),
         ranks=_number(environment, "SLURM_STEP_NUM_TASKS"),
-        nodes=nodes,
-        machines=_number(environment, "SLURM_STEP_NUM_NODES", 1),
-        address=environment.get("MASTER_ADDR") or (nodes[0] if nodes else "127.0.0.1"),
+        node_names=names,
+        nodes=_number(environment, "SLURM_STEP_NUM_NODES", 1),
+        address=environment.get("MASTER_ADDR") or (names[0] if names else "127.0.0.1"),
         port=_number(environment, "MASTER_PORT") or _PORTS[key % len(_PORTS)],
     )
 
@@ -148,9 +148,9 @@ def _of_plain_start(environment: Mapping[str, str], base: RankInfo, parent: int)
     if parent and environment.get(PARENT) == str(parent):
         local_rank, node_rank = _number(environment, "LOCAL_RANK"), _number(environment, "NODE_RANK")
         return replace(base, rank=max(local_rank, node_rank), local_rank=local_rank, parent=parent)
-    tasks, machines = _number(environment, "SLURM_NTASKS", 1), _number(environment, "SLURM_JOB_NUM_NODES", 1)
-    left_out = "SLURM_STEP_NUM_TASKS" not in environment and base.job is not None and (tasks > 1 or machines > 1)
-    found = replace(base, without_srun=(tasks, machines) if left_out else None)
+    tasks, nodes = _number(environment, "SLURM_NTASKS", 1), _number(environment, "SLURM_JOB_NUM_NODES", 1)
+    left_out = "SLURM_STEP_NUM_TASKS" not in environment and base.job is not None and (tasks > 1 or nodes > 1)
+    found = replace(base, without_srun=(tasks, nodes) if left_out else None)
     left_over = [name for name in _LEFT_OVER if name in environment]
     if not left_over:
         return found
@@ -184,20 +184,20 @@ def placement_errors(rank_info: RankInfo, trainer: TrainerSettings, submits: boo
             f"env {unset} python train.py …, or torchrun, which sets all of them",
         )
     elif rank_info.without_srun is not None:
-        tasks, machines = rank_info.without_srun
+        tasks, nodes = rank_info.without_srun
         yield UserError(
-            f"job {rank_info.job} has {tasks} tasks on {machines} nodes, and this process was started without srun, "
+            f"job {rank_info.job} has {tasks} tasks on {nodes} nodes, and this process was started without srun, "
             "beside them",
             "srun python train.py …, as scripts/slurm/train.sbatch does",
         )
     elif starter == "plain":
         yield from () if submits or rank_info.parent else _errors_of_plain_start(rank_info, trainer)
     else:
-        if trainer.num_nodes not in ("auto", rank_info.machines):
-            where = f" ({', '.join(rank_info.nodes)})" if rank_info.nodes else ""
+        if trainer.num_nodes not in ("auto", rank_info.nodes):
+            where = f" ({', '.join(rank_info.node_names)})" if rank_info.node_names else ""
             option = {"srun": "sbatch --nodes", "torchrun": "torchrun --nnodes"}[starter]
             yield UserError(
-                f"trainer.num_nodes={trainer.num_nodes}, and the job has {rank_info.machines} nodes{where}",
+                f"trainer.num_nodes={trainer.num_nodes}, and the job has {rank_info.nodes} nodes{where}",
                 f"trainer.num_nodes=auto takes those of the job, {option}={trainer.num_nodes} asks for that many",
             )
         if trainer.devices not in ("auto", rank_info.per_node):
@@ -210,16 +210,16 @@ def placement_errors(rank_info: RankInfo, trainer: TrainerSettings, submits: boo
 
 
 def _errors_of_plain_start(rank_info: RankInfo, trainer: TrainerSettings) -> Iterator[UserError]:
-    machines, node_rank = trainer.machines, rank_info.node_rank
-    if node_rank is None and machines > 1:
+    nodes, node_rank = trainer.node_count, rank_info.node_rank
+    if node_rank is None and nodes > 1:
         yield UserError(
-            f"trainer.num_nodes={machines}, but this process was started alone: nothing starts the other nodes",
-            f"sbatch scripts/slurm/train.sbatch …, torchrun --nnodes={machines} …, or the same command on every node "
+            f"trainer.num_nodes={nodes}, but this process was started alone: nothing starts the other nodes",
+            f"sbatch scripts/slurm/train.sbatch …, torchrun --nnodes={nodes} …, or the same command on every node "
             "with NODE_RANK=0, 1, … and MASTER_ADDR, MASTER_PORT of the first one",
         )
-    elif node_rank is not None and node_rank >= machines:
+    elif node_rank is not None and node_rank >= nodes:
         yield UserError(
-            f"NODE_RANK={node_rank}, and trainer.num_nodes={machines} has no such node",
+            f"NODE_RANK={node_rank}, and trainer.num_nodes={nodes} has no such node",
             f"trainer.num_nodes={node_rank + 1} or more, or env -u NODE_RANK python train.py …",
         )
 

@@ -163,7 +163,7 @@ class TrainerSettings:
     precision: str  # auto, 32-true or bf16-mixed
 
     @property
-    def machines(self) -> int:
+    def node_count(self) -> int:
         """Number of nodes. In a job, auto is resolved before this is read; elsewhere it means one node."""
         return 1 if self.num_nodes == "auto" else self.num_nodes
 

@@ -32,11 +32,4 @@ class Batch(NamedTuple):
 
     def pin(self) -> Batch:
         """The same in pinned memory, from which a GPU can copy while it computes."""
-        return Batch(
-            self.tokens.pin_memory(),
-            self.targets.pin_memory(),
-            self.samples,
-            self.sources,
-            None if self.starts is None else self.starts.pin_memory(),
-            None if self.predictions is None else self.predictions.pin_memory(),
-        )
+        return self._make(part.pin_memory() if isinstance(part, Tensor) else part for part in self)

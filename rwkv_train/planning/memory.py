@@ -135,7 +135,7 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
 
 def activations(counts: Counts, layout: Layout) -> float:
     """What the forward pass keeps for the backward pass, and what that needs besides at its height."""
-    every, blocks = layout.checkpointing, counts.n_layer
+    every, blocks = layout.checkpointing, counts.shape.n_layer
     recomputed = -(-blocks // every) if every else 0
     kept = (blocks - recomputed) * counts.block_saved + recomputed * counts.stream
     if recomputed:
@@ -146,15 +146,15 @@ def activations(counts: Counts, layout: Layout) -> float:
 
 def logits(counts: Counts, layout: Layout) -> float:
     """Of the head: logits, their float32 copy and gradient, at most LOGITS_AT_ONCE of them at a time."""
-    at_once = min(layout.tokens * counts.vocab_size, LOGITS_AT_ONCE)
-    hidden = layout.tokens * counts.n_embd * FLOAT_BYTES
+    at_once = min(layout.tokens * counts.shape.vocab_size, LOGITS_AT_ONCE)
+    hidden = layout.tokens * counts.shape.n_embd * FLOAT_BYTES
     return at_once * (counts.logit + 2 * FLOAT_BYTES) + 2 * hidden
 
 
 def statistics(counts: Counts, layout: Layout) -> float:
     """Of the copies of the recurrent state that are examined after each pass: EVIDENCE_BYTES, or one layer's state."""
     states = layout.micro * counts.state_bytes
-    return max(min(states, EVIDENCE_BYTES), states / counts.n_layer)
+    return max(min(states, EVIDENCE_BYTES), states / counts.shape.n_layer)
 
 
 def _buffers(counts: Counts, layout: Layout) -> float:

@@ -29,10 +29,10 @@ _LABELS = {
 def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: Console) -> None:
     """Prints the table, whether it fits, and what would."""
     layout, needs, pace, card = plan.layout, plan.memory, plan.speed, plan.card
-    shape = plan.counts
+    counts, shape = plan.counts, plan.counts.shape
     console.print(
         f"model   {config.arch} {config.model.size}: L{shape.n_layer} C{shape.n_embd} V{shape.vocab_size}, "
-        f"{shape.parameters:,} parameters, {shape.flops_per_token(layout.context):,} FLOPs a token"
+        f"{counts.parameters:,} parameters, {counts.flops_per_token(layout.context):,} FLOPs a token"
     )
     console.print(
         f"layout  {layout.strategy} on {layout.mesh.ranks} × {card.name}: context {layout.context} × micro-batch "

@@ -56,8 +56,8 @@ def speed(counts: Counts, layout: Layout, card: Card, precision: str, mfu: float
     else:
         computing = tokens * seconds_per_token(
             counts.flops_per_token(layout.context),
-            counts.n_layer,
-            counts.n_embd,
+            counts.shape.n_layer,
+            counts.shape.n_embd,
             recomputed_share(counts, layout),
             card,
             precision,
@@ -86,7 +86,7 @@ def recomputed_share(counts: Counts, layout: Layout) -> float:
     """Of the forward pass's products, those that activation checkpointing computes twice."""
     if not layout.checkpointing:
         return 0.0
-    blocks = -(-counts.n_layer // layout.checkpointing)
+    blocks = -(-counts.shape.n_layer // layout.checkpointing)
     return blocks * counts.block_matmul / counts.matmul
 
 

@@ -28,7 +28,7 @@ def plan(config: Config, as_object: bool = False) -> int:
     settled = devices.recorded(config)
     vocabulary = find_tokenizer(config.data, config.vocab.extend, stores_of(config.data)).vocab_size
     vocab_size = config.model.vocab_size or vocabulary
-    found = make_plan(settled, devices.card, devices.mesh, vocab_size, devices.accelerator == "gpu")
+    found = make_plan(settled, devices.card, devices.mesh, vocab_size, devices.gpu)
     change = None if found.fits else smallest_change(settled, found, vocab_size)
     if as_object:
         print(as_json(found, settled, change))
@@ -48,11 +48,11 @@ def dry_run(config: Config) -> int:
         UserError: what would keep the run from starting.
     """
     setup = assemble(config)
-    say, data, devices = setup.console.print, setup.data, setup.resolved.devices
-    settled = devices.recorded(config)
-    found = setup.resolved.plan(config, data.vocabulary)
+    say, data, resolved = setup.console.print, setup.data, setup.resolved
+    settled = resolved.recorded(config)
+    found = resolved.plan(config, data.vocabulary)
     change = None if found.fits else smallest_change(settled, found, data.vocabulary)
-    say(f"device  {devices.source}")
+    say(f"device  {resolved.source}")
     say(f"data    {data.description}")
     groups = parameter_groups(setup.model, setup.recipe, config.optim.weight_decay, config.optim.rules)
     for line in describe_groups(groups):
@@ -63,6 +63,5 @@ def dry_run(config: Config) -> int:
         raise UserError(f"model={config.model.size} does not fit", advice(change))
     checkpoint, changed = checkpoint_to_resume(setup)
     where = "at step 0" if checkpoint is None else f"from {checkpoint}" + "".join(f", {change}" for change in changed)
-    resolved = setup.resolved
     say(f"would start {where} in {setup.directory.path}, {resolved.mesh.ranks} processes, strategy={resolved.strategy}")
     return ExitCode.FINISHED

@@ -211,9 +211,8 @@ def summarise(
         if path.exists():
             console.print(f"  {path}  ({what})", highlight=False, soft_wrap=True)
     console.print("\nWhat to type next:", style="bold")
-    console.print(f"  {_typed('rwkv-train')} generate {run.weights} --prompt 'def '", highlight=False, soft_wrap=True)
-    console.print(f"  {_typed('rwkv-train')} report {run.path}", highlight=False, soft_wrap=True)
-    console.print(f"  {_typed('rwkv-train')} train --help", highlight=False, soft_wrap=True)
+    for command in (f"generate {run.weights} --prompt 'def '", f"report {run.path}", "train --help"):
+        console.print(f"  {_typed('rwkv-train')} {command}", highlight=False, soft_wrap=True)
 
 
 def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import yaml
 from lightning.pytorch.callbacks import Callback
 
-from rwkv_train.cluster.preflight import meet
+from rwkv_train.cluster.preflight import run_preflight
 from rwkv_train.console import ERROR_STYLE
 from rwkv_train.data.batch_preview import show_batch
 from rwkv_train.data.datamodule import DataModule
@@ -67,7 +67,7 @@ def _meet_ranks(setup: RunSetup) -> None:
         tree = hashlib.sha256(yaml.safe_dump(setup.tree).encode()).hexdigest()[:16]
         facts = {"code": versions()["code"], "config": tree, "data": setup.data.digest}
         seconds, needed = setup.config.cluster.preflight, 2 * 12 * setup.parameters
-        meet(setup.rank_info, setup.resolved.gpu, facts, setup.directory.path, needed, seconds, setup.console)
+        run_preflight(setup.rank_info, setup.resolved.gpu, facts, setup.directory.path, needed, seconds, setup.console)
     if setup.resolved.mesh.ranks > 1:
         keep_log(setup.directory.logs, setup.rank_info)
 

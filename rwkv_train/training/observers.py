@@ -7,7 +7,6 @@ import platform
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from rwkv_train.training.callbacks.profiling import Profiling
 from rwkv_train.training.callbacks.progress import ProgressBar
 from rwkv_train.training.callbacks.stop import StopAtBudget, StopOnSignal
 from rwkv_train.training.callbacks.watchdog import Watchdog
-from rwkv_train.training.replay import Replay, read_replay
+from rwkv_train.training.replay import Replay
 from rwkv_train.training.setup import RunAttempt, RunSetup, versions
 
 TRACKER_SECONDS_AFTER_SIGNAL = 5.0  # seconds that trackers have where a signal has ended the run
@@ -55,7 +54,7 @@ class Observers:
         budget: stops at the last step or when the time is up.
         signals: stops after a signal.
         watchdog: reports the phase that the rank is in.
-        first_sample: generates text before the first step, where the first rank holds all weights.
+        first_sample: generates text before the first step, where rank 0 holds all weights.
     """
 
     metrics: Metrics
@@ -94,9 +93,9 @@ def make_observers(
     """
     config, run, data, console = setup.config, setup.directory, setup.data, setup.console
     events, lines = attempt.events, attempt.metrics
-    last_words = partial(events.refresh, force=True)
+    before_exit = partial(events.refresh, force=True)
     alone = setup.resolved.mesh.ranks == 1
-    watchdog = Watchdog(config.watchdog, run.attempts, setup.first, alone, setup.rank_info.node, last_words)
+    watchdog = Watchdog(config.watchdog, run.attempts, setup.first, alone, setup.rank_info.node, before_exit)
     meta = {
         "config": setup.tree,
         "data": data.digest,
@@ -120,7 +119,7 @@ def make_observers(
         checkpoint=saving,
         progress=ProgressBar(metrics, saving, setup.total_steps, console),
         profiling=Profiling(run.path, console) if config.profile else None,
-        replay=None if config.replay is None else Replay(read_replay(Path(config.replay)), console),
+        replay=None if config.replay is None else Replay(json.loads(Path(config.replay).read_bytes()), console),
         budget=StopAtBudget(setup.total_steps, None if hours is None else hours * 3600),
         signals=signals,
         watchdog=watchdog,
@@ -129,7 +128,7 @@ def make_observers(
 
 
 class RunTrackers:
-    """The trackers of `logger=`, on the first rank; leaving the block ends them.
+    """The trackers of `logger=`, on rank 0; leaving the block ends them.
 
     Args:
         setup: of the run.
@@ -149,7 +148,7 @@ class RunTrackers:
         return self
 
     def start(self, step: int, meta: CheckpointMeta | None) -> None:
-        """Starts them, on the first rank.
+        """Starts them, on rank 0.
 
         Args:
             step: that the run resumes from; 0 for a new run.
@@ -174,9 +173,7 @@ class RunTrackers:
         """A signal ends the run: they have little time for the last rows."""
         self._patience = TRACKER_SECONDS_AFTER_SIGNAL
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._trackers is None:
             return
         for name in self._trackers.close(self._patience):

@@ -26,12 +26,6 @@ from rwkv_train.config.schema import from_tree
 from rwkv_train.training.module import RWKVModule
 
 
-def read_replay(path: Path) -> dict[str, Any]:
-    """The record of a bad step that BadSteps has written; cli/checks.py has validated it."""
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
-
-
 @contextmanager
 def replayed(config: Config, first: bool) -> Iterator[Config]:
     """Yields the run's own config, resumed from the checkpoint before the step, in a directory that the block removes.
@@ -41,7 +35,7 @@ def replayed(config: Config, first: bool) -> Iterator[Config]:
         first: whether this process removes the directory.
     """
     file = Path(str(config.replay)).expanduser()
-    record = read_replay(file)
+    record = json.loads(file.read_text(encoding="utf-8"))  # written by BadSteps, validated by cli/checks.py
     own = from_tree({**record["config"], "logger": {}, "callbacks": {}})
     root = file.parent / f".again_{file.stem}"
     if first:

@@ -18,7 +18,7 @@ def train(config: Config, storage: Storage | None = None, rank_info: RankInfo | 
     Args:
         config: settled and checked.
         storage: of the checkpoints; None: the local file system.
-        rank_info: of this process, None: the only one; only the first rank prints and writes.
+        rank_info: of this process, None: the only one; only rank 0 prints and writes.
 
     Returns:
         the exit code: see exit_codes.py.

@@ -97,7 +97,7 @@ def test_all_errors_in_one_block(capsys: pytest.CaptureFixture[str]) -> None:
 def test_only_rank_0_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv(PARENT, str(os.getppid()))
-    assert launcher.rank() == 1
+    assert launcher.rank_info().rank == 1
     assert launcher.main(["seed=x"]) == 2
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("LOCAL_RANK", "0")

@@ -26,7 +26,7 @@ STEP = {  # of srun -N2 --ntasks-per-node=2, as its last task sees it
 def test_a_task_of_srun() -> None:
     rank_info = rank_info_of(STEP)
     assert (rank_info.starter, rank_info.rank, rank_info.local_rank, rank_info.ranks) == ("srun", 3, 1, 4)
-    assert (rank_info.machines, rank_info.per_node, rank_info.node, rank_info.nodes) == (
+    assert (rank_info.nodes, rank_info.per_node, rank_info.node, rank_info.node_names) == (
         2,
         2,
         "gpu08",
@@ -62,7 +62,7 @@ def test_torchrun_inside_of_a_job() -> None:
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
     more = {"MASTER_ADDR": "h", "MASTER_PORT": "29400", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     rank_info = rank_info_of({**STEP, **torchrun, **more})
-    assert (rank_info.starter, rank_info.rank, rank_info.local_rank, rank_info.ranks, rank_info.machines) == (
+    assert (rank_info.starter, rank_info.rank, rank_info.local_rank, rank_info.ranks, rank_info.nodes) == (
         "torchrun",
         5,
         1,
@@ -78,7 +78,7 @@ TORCHRUN |= {"MASTER_ADDR": "h", "MASTER_PORT": "29400"}
 
 def test_whatever_sets_torchruns_variables_counts_as_torchrun() -> None:
     rank_info = rank_info_of(TORCHRUN)
-    assert (rank_info.starter, rank_info.rank, rank_info.ranks, rank_info.machines) == ("torchrun", 5, 8, 2)
+    assert (rank_info.starter, rank_info.rank, rank_info.ranks, rank_info.nodes) == ("torchrun", 5, 8, 2)
     assert problems(rank_info, num_nodes=2, devices=4) == ""
     assert "torchrun starts 4 processes a node (WORLD_SIZE=8)" in problems(rank_info, num_nodes=2, devices=2)
     alone = rank_info_of(TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
@@ -203,4 +203,4 @@ def test_the_number_of_nodes_and_devices_of_the_job(monkeypatch: pytest.MonkeyPa
     assert (config.trainer.num_nodes, config.trainer.devices) == (2, 2)
     assert config.run.name == alone.run.name
     assert config.batch == alone.batch
-    assert alone.trainer.machines == 1
+    assert alone.trainer.node_count == 1

@@ -69,6 +69,6 @@ def test_a_chosen_strategy_whose_package_is_missing_is_refused(tmp_path: Path, m
 def test_no_strategy_splits_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = launcher.load(overrides_for(tmp_path, "run"))
     monkeypatch.setattr(Devices, "mesh", property(lambda self: Mesh(1, context=2)))
-    found = ResolvedConfig(resolved.find_devices(config), "ddp", 4, 1)
+    found = ResolvedConfig(**vars(resolved.find_devices(config)), strategy="ddp", micro=4, accumulation=1)
     with pytest.raises(ValueError, match="strategy=ddp cannot split samples over 2 context ranks"):
         build_strategy(config, found, block=1)

@@ -43,16 +43,9 @@ def run(argv: Sequence[str], cores: int) -> int:
     arguments = _parser(cores).parse_args(argv)
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers} is out of range", "give at least 1")
-    options = PrepareOptions(
-        sources=tuple(arguments.sources),
-        tokenizer=arguments.tokenizer,
-        out=arguments.out.expanduser(),
-        extend=tuple(arguments.extend),
-        field=arguments.field,
-        split=arguments.split,
-        stop_at_broken=arguments.broken == "stop",
-        workers=arguments.workers,
-    )
+    arguments.out = arguments.out.expanduser()
+    stop_at_broken = vars(arguments).pop("broken") == "stop"
+    options = PrepareOptions(stop_at_broken=stop_at_broken, **vars(arguments))
     manifest = prepare(options)
     console.print(
         f"{options.out}.bin, .idx: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
