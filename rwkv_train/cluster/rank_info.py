@@ -54,6 +54,11 @@ class RankInfo:
         return self.rank == 0
 
     @property
+    def started_by_rank(self) -> bool:
+        """Whether another rank of its node has started this one, and has decided by then that there is a run."""
+        return self.starter == "plain" and self.local_rank > 0
+
+    @property
     def per_node(self) -> int:
         """Number of processes on each node."""
         return max(1, self.ranks // self.machines)

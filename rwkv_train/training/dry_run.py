@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rwkv_train.checkpoint.directory import newest
+from rwkv_train.checkpoint.directory import newest_to_resume
 from rwkv_train.config import Config
 from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.errors import UserError
@@ -67,7 +67,7 @@ def dry_run(config: Config) -> int:
         raise UserError(f"model={config.model.size} does not fit", advice(change))
     checkpoint = None
     if config.resume == "auto":
-        checkpoint, _ = newest(setup.directory.checkpoints, content=False)
+        checkpoint, _ = newest_to_resume(setup.directory.checkpoints, content=False)
         if checkpoint is not None:
             check_checkpoint(checkpoint, setup)
     elif config.resume != "never":
