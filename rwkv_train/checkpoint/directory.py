@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_train.checkpoint.meta import CheckpointMeta
-from rwkv_train.checkpoint.name import CheckpointName, attempt_of_temporary, complete_inside
+from rwkv_train.checkpoint.name import CheckpointName, attempt_of_temporary, complete_inside, is_doomed
 from rwkv_train.checkpoint.storage import MANIFEST, LocalStorage, Storage, sha256
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.attempts import Attempts
@@ -158,10 +158,13 @@ def read_meta(path: Path) -> CheckpointMeta:
 
 
 def remove_unfinished(directory: Path, attempt: int, storage: Storage | None = None) -> None:
-    """Removes what killed saves of earlier attempts left; a newer attempt may be writing at this moment."""
+    """Removes what killed saves of earlier attempts and killed deletions left.
+
+    A newer attempt may be writing at this moment; what is being deleted may be deleted by several.
+    """
     storage = storage or LocalStorage()
     for name in storage.names(directory):
         writer = attempt_of_temporary(name)
-        if writer is not None and writer < attempt:
+        if is_doomed(name) or (writer is not None and writer < attempt):
             with contextlib.suppress(OSError):  # the next attempt tries again
                 storage.delete(directory / name)

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -31,6 +32,7 @@ from rwkv_train.checkpoint.directory import LATEST
 from rwkv_train.checkpoint.meta import META, CheckpointMeta
 from rwkv_train.checkpoint.name import CheckpointName, temporary_path
 from rwkv_train.checkpoint.storage import MANIFEST, Hashing, Storage, dump
+from rwkv_train.errors import UserError
 
 ACK_TIMEOUT = timedelta(minutes=60)  # how long rank 0 waits for the other ranks' files
 
@@ -69,11 +71,13 @@ class SaveOutcome:
         path: the checkpoint's directory.
         seconds: from the start of the background write to its end.
         error: why it failed; None if it succeeded.
+        trouble: what failed after the checkpoint was complete; None: nothing.
     """
 
     path: Path
     seconds: float
     error: str | None = None
+    trouble: str | None = None
 
 
 class Writer:
@@ -84,7 +88,8 @@ class Writer:
         rank: of this process.
         writers: number of ranks that write files; they are the first ones.
         store: the key-value store that all ranks share.
-        on_commit: called by rank 0 after a checkpoint has its final name; deletes checkpoints that are not kept.
+        on_commit: called by rank 0 after a checkpoint has its final name; deletes checkpoints that are not kept. What
+            it raises does not make the save fail.
     """
 
     def __init__(
@@ -132,20 +137,30 @@ class Writer:
 
     def _save(self, final: Path, files: Mapping[str, Any], meta: CheckpointMeta, key: str) -> None:
         began, temporary = time.perf_counter(), temporary_path(final)
-        name, error = CheckpointName.of(final), None
+        name, error, trouble = CheckpointName.of(final), None, None
         try:
             if self.rank < self.writers:
                 ack = Ack(name.attempt, name.step, self.rank, self._write(temporary, files))
                 self.store.set(f"{key}/{self.rank}", json.dumps(ack.as_json()))
             if self.rank == 0:
                 self._complete(final, temporary, meta, key)
+                trouble = self._after_commit(final)
         except Exception as caught:  # training continues whatever it is, and rank 0 must not wait for this rank
-            error = (getattr(caught, "strerror", None) or str(caught)) if isinstance(caught, OSError) else repr(caught)
+            error = _reason(caught)
             if self.rank:
                 ack = Ack(name.attempt, name.step, self.rank, {}, error)
                 with contextlib.suppress(Exception):  # rank 0 may have ended, and its store with it
                     self.store.set(f"{key}/{self.rank}", json.dumps(ack.as_json()))
-        self._outcomes.append(SaveOutcome(final, time.perf_counter() - began, error))
+            else:
+                self._remove_failed(temporary, key)
+        self._outcomes.append(SaveOutcome(final, time.perf_counter() - began, error, trouble))
+
+    def _remove_failed(self, temporary: Path, key: str) -> None:
+        """Rank 0: removes what all ranks have written of a save that failed, once none of them writes any more."""
+        with contextlib.suppress(Exception):  # a rank that died; the next attempt removes what is left
+            if self.writers > 1:
+                self.store.wait([f"{key}/{rank}" for rank in range(1, self.writers)], ACK_TIMEOUT)
+            self.storage.delete(temporary)
 
     def _write(self, directory: Path, files: Mapping[str, Any]) -> dict[str, Any]:
         """Writes files; returns the size and checksum of each."""
@@ -174,12 +189,29 @@ class Writer:
         with self.storage.write(temporary / MANIFEST) as file:
             file.write(json.dumps(manifest, indent=1).encode())
         self.storage.rename(temporary, final)
+
+    def _after_commit(self, final: Path) -> str | None:
+        """Names the newest checkpoint and deletes old ones; returns what failed of that, for the save has not."""
+        trouble = []
+        for action in (partial(self._name_latest, final), self.on_commit):
+            try:
+                action()
+            except Exception as caught:
+                trouble.append(_reason(caught))
+        return "; ".join(trouble) or None
+
+    def _name_latest(self, final: Path) -> None:
         latest = final.with_name(LATEST)
-        renamed = temporary_path(latest.with_name(f"{LATEST}-{commit.attempt:04d}"))
+        renamed = temporary_path(latest.with_name(f"{LATEST}-{CheckpointName.of(final).attempt:04d}"))
         try:
             with self.storage.write(renamed) as file:
                 file.write(final.name.encode())
             self.storage.rename(renamed, latest)
         except OSError:  # the disk took the checkpoint but not this file, which only people read
             self.storage.delete(renamed)
-        self.on_commit()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return " ".join(str(error).split()) if isinstance(error, UserError) else repr(error)

@@ -28,8 +28,9 @@ from rwkv_train.checkpoint.directory import (
 )
 from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.checkpoint.name import CheckpointName
+from rwkv_train.checkpoint.retention import Retention
 from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
-from rwkv_train.checkpoint.storage import Storage
+from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.cluster.agreement import decided_by_first
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Config
@@ -311,6 +312,11 @@ def _note_start(
     name = CheckpointName.parse(checkpoint.name) if checkpoint is not None and own else None
     run.attempts.begin(number, 0 if meta is None else meta.step, None if name is None else name.attempt)
     remove_unfinished(run.checkpoints, number, setup.storage)
+    settings, storage = setup.config.checkpoint, setup.storage or LocalStorage()
+    retention = Retention.of(run.checkpoints, run.attempts, settings, setup.config.batch.tokens, storage)
+    if outdated := retention.outdated(number):
+        names = ", ".join(path.name for path in outdated)
+        setup.console.print(f"checkpoints that no longer count, deleted after the next save: {names}")
     with write_errors.tolerate(run.config), run.atomic_write(run.config) as path:
         path.write_text(yaml.safe_dump(setup.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
 

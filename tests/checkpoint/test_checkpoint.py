@@ -207,13 +207,15 @@ def test_the_probe_refuses_other_weights(copy: Path) -> None:
         resume(copy)
 
 
-def test_from_an_older_checkpoint_on_the_newer_ones_do_not_count(whole: Path, copy: Path) -> None:
+def test_from_an_older_checkpoint_on_the_newer_ones_do_not_count(
+    whole: Path, copy: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The start names them, and the first save deletes them."""
     run = copy / "runs" / "run"
     assert resume(copy, f"resume={run / 'checkpoints' / 'step_000000003-0001'}") == 0
     assert losses(run) == losses(whole / "runs" / "run")
-    assert (
-        run / "checkpoints" / "step_000000006-0001"
-    ).is_dir()  # it is kept, but belongs to an attempt that was superseded
+    assert "no longer count, deleted after the next save: step_000000006-0001\n" in capfd.readouterr().out
+    assert not (run / "checkpoints" / "step_000000006-0001").exists()
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == [
         "step_000000003-0001",
         "step_000000006-0002",
