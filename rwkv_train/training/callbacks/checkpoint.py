@@ -42,7 +42,7 @@ class CheckpointCallback(Callback):
         meta: the fields of CheckpointMeta that are known before training: config, data, tokenizer, versions.
         events: gets an event for each checkpoint.
         storage: the file system.
-        restoring: called with the step reached, before training waits for a restore.
+        waiting: called with the step reached, before training waits for a save or a restore.
 
     Attributes:
         failures: number of saves that the disk refused.
@@ -61,7 +61,7 @@ class CheckpointCallback(Callback):
         meta: dict[str, Any],
         events: Events,
         storage: Storage | None = None,
-        restoring: Callable[[int], None] = lambda step: None,
+        waiting: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.directory, self.data, self.meta, self.events = directory, data, meta, events
         self.every = settings.every.in_steps(tokens_per_step)
@@ -73,7 +73,7 @@ class CheckpointCallback(Callback):
         self.takes: float | None = None
         self.at_end = True
         self.paused = 0.0
-        self.restoring = restoring
+        self.waiting = waiting
         self._attempt = 0  # number of this attempt
         self._begun: int | None = None  # step of the newest save, which may not have ended yet
         self._probe: float | None = None
@@ -116,6 +116,7 @@ class CheckpointCallback(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.at_end:
             self.save(trainer)
+        self.waiting(trainer.global_step)
         strategy = cast(ShardedStrategy, trainer.strategy)
         strategy.settle()
         self._report(strategy)
@@ -150,7 +151,7 @@ class CheckpointCallback(Callback):
         Returns:
             the checkpoint's directory; None: there is none.
         """
-        self.restoring(trainer.global_step)
+        self.waiting(trainer.global_step)
         strategy = cast(ShardedStrategy, trainer.strategy)
         strategy.settle()
         self._report(strategy)
@@ -190,7 +191,7 @@ class CheckpointCallback(Callback):
         self.failures += 1
         if not self.events.enabled:
             return
-        kept, _ = newest(self.directory, self.storage)
+        kept, _ = newest(self.directory, self.storage, content=False)  # other ranks wait while this one would hash
         print(
             f"\nWARNING: the checkpoint {path} could not be written: {error}\n"
             f"  training continues; the last complete checkpoint is {kept or 'none'}",
