@@ -17,6 +17,7 @@ from rwkv_train.checkpoint.name import doomed_path
 from rwkv_train.rundir.durable import sync_directory
 
 MANIFEST = "manifest.json"
+INDEX = "index.json"  # of a checkpoint that several ranks have written: which elements are in which file
 
 
 class Storage(Protocol):
@@ -44,6 +45,9 @@ class LocalStorage:
             os.fsync(file.fileno())
 
     def rename(self, source: Path, target: Path) -> None:
+        """Gives a file or directory its final name; that and the names in it are on the disk afterwards."""
+        if source.is_dir():
+            sync_directory(source)
         os.rename(source, target)
         sync_directory(target.parent)
 

@@ -8,7 +8,8 @@
                         is no checkpoint
     latest              name of the newest one
 
-Where several ranks hold the state, each writes weights_0001_of_0008.pth and state_0001_of_0008.pth with its shards.
+Where several ranks hold the state, each writes weights_0001_of_0008.pth and state_0001_of_0008.pth with its shards, and
+rank 0 an index.json of all: then a rank that resumes opens only the files that it needs.
 Everything is written under a temporary name, every file synced, then renamed: a kill leaves a complete checkpoint or
 none. The ranks exchange messages about their files through a key-value store of their own, never by collectives: a save
 cannot block training, and a rank that fails reports why.
@@ -20,6 +21,7 @@ import contextlib
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,7 +33,7 @@ from rwkv_train.checkpoint.commit import Ack, Commit
 from rwkv_train.checkpoint.directory import LATEST
 from rwkv_train.checkpoint.meta import META, CheckpointMeta
 from rwkv_train.checkpoint.name import CheckpointName, temporary_path
-from rwkv_train.checkpoint.storage import MANIFEST, Hashing, Storage, dump
+from rwkv_train.checkpoint.storage import INDEX, MANIFEST, Hashing, Storage, dump
 from rwkv_train.errors import UserError
 
 ACK_TIMEOUT = timedelta(minutes=60)  # how long rank 0 waits for the other ranks' files
@@ -45,6 +47,8 @@ class KeyValueStore(Protocol):
     def wait(self, keys: list[str], timeout: timedelta) -> None: ...
 
     def get(self, key: str) -> bytes: ...
+
+    def delete_key(self, key: str) -> bool: ...
 
 
 class InProcessStore:
@@ -61,6 +65,9 @@ class InProcessStore:
 
     def get(self, key: str) -> bytes:
         return self._values[key]
+
+    def delete_key(self, key: str) -> bool:
+        return self._values.pop(key, None) is not None
 
 
 @dataclass(frozen=True)
@@ -102,20 +109,28 @@ class Writer:
     ) -> None:
         self.storage, self.rank, self.writers, self.store, self.on_commit = storage, rank, writers, store, on_commit
         self._thread: threading.Thread | None = None
-        self._outcomes: list[SaveOutcome] = []
+        self._outcomes: deque[SaveOutcome] = deque()  # the writing thread appends, training takes
+        self._keys: list[str] = []  # keys of the last save, which rank 0 deletes before the next one
         self._saves = 0
 
-    def begin(self, final: Path, files: Mapping[str, Any], meta: CheckpointMeta) -> None:
+    def begin(
+        self,
+        final: Path,
+        files: Mapping[str, Any],
+        meta: CheckpointMeta,
+        index: Mapping[str, Any] | None = None,
+    ) -> None:
         """Starts a save.
 
         Args:
             final: the checkpoint's directory, named by its step and attempt.
             files: name → what torch.save writes; must not change before the save has ended.
             meta: description of the checkpoint; rank 0's is written.
+            index: which elements are in `files`, as for `Ack`; None: not known, and readers open all files.
         """
         self.wait()
         self._saves += 1
-        arguments = (final, files, meta, f"{self._saves}/{final.name}")
+        arguments = (final, files, meta, f"{self._saves}/{final.name}", index)
         self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -132,15 +147,25 @@ class Writer:
 
     def finished(self) -> list[SaveOutcome]:
         """The saves that have ended since the last call; rank 0's outcome is that of the complete checkpoint."""
-        outcomes, self._outcomes = self._outcomes, []
-        return outcomes
+        found = []
+        while self._outcomes:
+            found.append(self._outcomes.popleft())
+        return found
 
-    def _save(self, final: Path, files: Mapping[str, Any], meta: CheckpointMeta, key: str) -> None:
+    def _save(
+        self,
+        final: Path,
+        files: Mapping[str, Any],
+        meta: CheckpointMeta,
+        key: str,
+        index: Mapping[str, Any] | None = None,
+    ) -> None:
         began, temporary = time.perf_counter(), temporary_path(final)
         name, error, trouble = CheckpointName.of(final), None, None
         try:
+            self._delete_keys(key)
             if self.rank < self.writers:
-                ack = Ack(name.attempt, name.step, self.rank, self._write(temporary, files))
+                ack = Ack(name.attempt, name.step, self.rank, self._write(temporary, files), index=index)
                 self.store.set(f"{key}/{self.rank}", json.dumps(ack.as_json()))
             if self.rank == 0:
                 self._complete(final, temporary, meta, key)
@@ -154,6 +179,14 @@ class Writer:
             else:
                 self._remove_failed(temporary, key)
         self._outcomes.append(SaveOutcome(final, time.perf_counter() - began, error, trouble))
+
+    def _delete_keys(self, key: str) -> None:
+        """Rank 0: deletes the messages of the previous save, which has ended on all ranks; else they would pile up."""
+        if self.rank:
+            return
+        old, self._keys = self._keys, [f"{key}/{rank}" for rank in range(self.writers)]
+        for name in old:
+            self.store.delete_key(name)
 
     def _remove_failed(self, temporary: Path, key: str) -> None:
         """Rank 0: removes what all ranks have written of a save that failed, once none of them writes any more."""
@@ -171,7 +204,7 @@ class Writer:
                 if name.endswith(".pth"):
                     dump(value, cast(BinaryIO, hashing))
                 else:
-                    hashing.write(json.dumps(value, indent=1).encode())
+                    hashing.write(json.dumps(value, indent=None if name == INDEX else 1).encode())
             entries[name] = hashing.entry()
         return entries
 
@@ -185,7 +218,9 @@ class Writer:
             commit.receive(Ack(**json.loads(self.store.get(key))))
         if commit.error is not None:
             raise OSError(0, commit.error)
-        manifest = commit.manifest(self._write(temporary, {META: meta.as_json()}))
+        index = commit.index() if self.writers > 1 else None
+        described = {META: meta.as_json(), **({} if index is None else {INDEX: index})}
+        manifest = commit.manifest(self._write(temporary, described))
         with self.storage.write(temporary / MANIFEST) as file:
             file.write(json.dumps(manifest, indent=1).encode())
         self.storage.rename(temporary, final)

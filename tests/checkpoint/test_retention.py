@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,9 @@ class Run:
         self.attempts.begin(number, step, parent)
         return number
 
-    def save(self, step: int, number: int, loss: float | None = None, **writer: Any) -> SaveOutcome:
+    def save(self, step: int, number: int, loss: float | None = None, **more: Any) -> SaveOutcome:
         path = self.checkpoints / str(CheckpointName(step, number))
-        saving = Writer(writer.pop("storage", LocalStorage()), 0, 1, InProcessStore(), **writer)
+        saving = Writer(more.pop("storage", LocalStorage()), 0, 1, InProcessStore(), **more)
         saving.begin(path, {"part.json": [step]}, meta_of(step=step, val_loss=loss))
         saving.wait()
         (outcome,) = saving.finished()
@@ -202,3 +204,61 @@ def test_rank_0_removes_a_save_that_failed_once_no_rank_writes(tmp_path: Path) -
     assert outcome.error == "No space left on device"
     assert json.loads(store.get(f"1/{path.name}/1"))["error"] is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_names_in_a_new_checkpoint_are_on_the_disk_before_it_counts(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """POSIX: the sync of a file need not put its name on the disk."""
+    order: list[tuple[str, str]] = []
+    sync, rename = os.fsync, os.rename
+
+    def syncing(fd: int) -> None:
+        order.append(("fsync", Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+        sync(fd)
+
+    def renaming(source: Path, target: Path) -> None:
+        order.append(("rename", target.name))
+        rename(source, target)
+
+    run.begin()
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "rename", renaming)
+    name = run.save(5, 1).path.name
+    before = order[: order.index(("rename", name))]
+    temporary = f".writing-{name}"
+    assert before == [("fsync", file) for file in ("part.json", "meta.json", "manifest.json", temporary)]
+    assert order[len(before) + 1] == ("fsync", "checkpoints")
+
+
+def test_an_outcome_that_comes_while_others_are_taken_is_not_lost(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.begin()
+    saving = Writer(LocalStorage(), 0, 1, InProcessStore())
+    taken: list[SaveOutcome] = []
+    clock = time.perf_counter
+
+    def training_asks_now() -> float:
+        taken.extend(saving.finished())
+        return clock()
+
+    monkeypatch.setattr(time, "perf_counter", training_asks_now)
+    saving._save(run.checkpoints / str(CheckpointName(1, 1)), {}, meta_of(step=1), "1")
+    taken += saving.finished()
+    assert [outcome.error for outcome in taken] == [None]
+
+
+def test_the_store_holds_the_messages_of_one_save(run: Run) -> None:
+    class Counting(InProcessStore):
+        @property
+        def keys(self) -> list[str]:
+            return sorted(self._values)
+
+    run.begin()
+    store = Counting()
+    ranks = [Writer(LocalStorage(), rank, 3, store) for rank in (2, 1, 0)]
+    for step in (1, 2, 3):
+        for each in ranks:  # rank 0 comes last: it reads the others' messages
+            each.begin(run.checkpoints / str(CheckpointName(step, 1)), {f"{each.rank}.json": step}, meta_of(step=step))
+            each.wait()
+        assert store.keys == [f"{step}/{CheckpointName(step, 1)}/{rank}" for rank in range(3)]
+    assert [len(each.finished()) for each in ranks] == [3, 3, 3]

@@ -97,6 +97,9 @@ class Store:
     def get(self, key: str) -> bytes:
         return self.values[key]
 
+    def delete_key(self, key: str) -> bool:
+        return self.values.pop(key, None) is not None
+
     def wait(self, keys: list[str], timeout: timedelta) -> None:
         for _ in range(300):
             if all(key in self.values for key in keys):
