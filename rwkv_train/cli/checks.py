@@ -59,7 +59,7 @@ class Machine:
 def check(config: Config, machine: Machine) -> list[UserError]:
     """Everything that is wrong with a config whose single values are valid."""
     return [
-        *(() if config.dry_run else placement_errors(machine.rank_info, config.trainer)),
+        *(() if config.dry_run else placement_errors(machine.rank_info, config.trainer, submits=bool(config.launcher))),
         *_check_data(config),
         *_check_batch(config, machine),
         *_check_strategy(config),

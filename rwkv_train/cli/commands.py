@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rwkv_train import resources
 from rwkv_train.cli import launcher
 
 TOKENIZER = "bytes, world or a tokenizer.json (default: that of the checkpoint, or by the size of its vocabulary)"
@@ -70,7 +71,7 @@ def _prepare(argv: Sequence[str]) -> int:
         return launcher.show(argv[1:])
     from rwkv_train.data.prepare.prepare_command import run
 
-    return run(argv, launcher.cores())
+    return run(argv, resources.cpu_cores())
 
 
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,7 +199,7 @@ def _report(given: argparse.Namespace) -> int:
 def _doctor(given: argparse.Namespace) -> int:
     from rwkv_train.cli.doctor import examine
 
-    return examine(launcher.cores())
+    return examine(resources.cpu_cores())
 
 
 def _build_ops_arguments(parser: argparse.ArgumentParser) -> None:

@@ -84,7 +84,7 @@ class ConfigBuilder:
     def _with_devices_of_job(self, config: Config) -> Config:
         """The config with the nodes and devices of the job in place of auto; the run's name does not depend on them."""
         trainer, rank_info = config.trainer, self.machine.rank_info
-        if rank_info.ranks == 1 or config.dry_run:
+        if rank_info.starter == "plain" or config.dry_run:
             return config
         nodes = rank_info.machines if trainer.num_nodes == "auto" else trainer.num_nodes
         devices = rank_info.per_node if trainer.devices == "auto" else trainer.devices

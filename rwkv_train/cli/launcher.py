@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from rwkv_train import resources
 from rwkv_train.cluster.rank_info import RankInfo, rank_info_of
+from rwkv_train.cluster.rendezvous import follow_parent
 from rwkv_train.config import Config
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.exit_codes import ExitCode
-from rwkv_train.resources import resource
 
 # Iterations that a waiting OpenMP thread spins before it sleeps, about 25 µs. With free cores a step is as fast as with
 # the default of 300,000.
@@ -51,6 +52,8 @@ def main(argv: Sequence[str], submitted: bool = False) -> int:
 
 def _main(argv: Sequence[str], submitted: bool) -> int:
     here = rank_info()
+    if not here.first:
+        follow_parent(os.getppid())
     try:
         flags, overrides = _parse_flags(argv)
         folders = _conf_folders(flags)
@@ -113,7 +116,7 @@ def load(overrides: Sequence[str]) -> Config:
     Raises:
         UserErrors: everything that is wrong with it.
     """
-    _, (config,) = _build_configs(overrides, [resource("conf")], multirun=False)
+    _, (config,) = _build_configs(overrides, [resources.resource("conf")], multirun=False)
     return config
 
 
@@ -142,7 +145,7 @@ def rank() -> int:
 
 def rank_info() -> RankInfo:
     """Rank, node and job of this process."""
-    return rank_info_of(os.environ)
+    return rank_info_of(os.environ, os.getppid())
 
 
 def share_cores() -> None:
@@ -154,11 +157,6 @@ def share_cores() -> None:
     """
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(OPENMP_SPINS))
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -180,7 +178,7 @@ def _parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _conf_folders(flags: argparse.Namespace) -> list[Path]:
-    return [resource("conf"), *([flags.config_dir.expanduser().resolve()] if flags.config_dir else [])]
+    return [resources.resource("conf"), *([flags.config_dir.expanduser().resolve()] if flags.config_dir else [])]
 
 
 def _print_help(command: Literal["train", "plan"], folders: Sequence[Path]) -> None:
@@ -198,7 +196,7 @@ def _build_configs(
     from rwkv_train.cli.checks import Machine
     from rwkv_train.cli.configure import config_builder
 
-    with config_builder(folders, Machine(cores(), rank_info())) as builder:
+    with config_builder(folders, Machine(resources.cpu_cores(), rank_info())) as builder:
         lines = builder.expand(overrides) if multirun else [list(overrides)]
         configs: list[Config] = []
         problems: dict[str, UserError] = {}

@@ -6,7 +6,6 @@ setup.py calls both, and everything after it reads the ResolvedConfig alone.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
@@ -14,6 +13,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 
+from rwkv_train import resources
 from rwkv_train.config import Config
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.errors import UserError
@@ -139,7 +139,7 @@ def find_devices(config: Config) -> Devices:
         per_node=per_node,
         nodes=config.trainer.machines,
         precision=with_precision(config, bfloat16).trainer.precision,
-        threads=config.threads or max(1, cores() // (per_node if accelerator == "cpu" else 1)),
+        threads=config.threads or max(1, resources.cpu_cores() // (per_node if accelerator == "cpu" else 1)),
         card=card,
         source=source,
     )
@@ -184,21 +184,16 @@ def _choose(config: Config, devices: Devices, vocab_size: int, share: int, conso
     return plan.layout.strategy, plan.layout.micro
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _present_devices(config: Config) -> tuple[Accelerator, int]:
     """The accelerator and the ranks of this node, of the devices that are present."""
     wanted, devices = config.trainer.accelerator, config.trainer.devices
     present = torch.cuda.device_count()
     if wanted == "cpu" or (wanted == "auto" and not present):
         processes = 1 if devices == "auto" else int(devices)
-        if processes > cores():
+        if processes > (cores := resources.cpu_cores()):
             raise UserError(
-                f"trainer.devices={processes}: this machine has {cores()} CPU cores and no GPU that torch can use",
-                f"trainer.devices={cores()}",
+                f"trainer.devices={processes}: this machine has {cores} CPU cores and no GPU that torch can use",
+                f"trainer.devices={cores}",
             )
         return "cpu", processes
     processes = present if devices == "auto" else int(devices)

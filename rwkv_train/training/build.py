@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 from rwkv_train.cluster.environment import environment
 from rwkv_train.instantiate import Makers
 from rwkv_train.rundir.jsonl import WriteErrors
-from rwkv_train.training.callbacks.stop import StopOnSignal, follow_parent
+from rwkv_train.training.callbacks.stop import StopOnSignal
 from rwkv_train.training.finish import write_sample
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.observers import Observers, RunTrackers, make_observers
@@ -67,8 +67,6 @@ def build(
     if attempt.checkpoint is None and setup.first and not strategy.sharded:
         sample = LambdaCallback(on_train_start=lambda *_: write_sample(setup, 0, write_errors))
     observers = make_observers(setup, attempt, write_errors, signals, trackers, sample)
-    if not setup.first:
-        follow_parent()
     return Training(
         setup=setup,
         attempt=attempt,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 
-from rwkv_train.checkpoint.directory import newest_to_resume
 from rwkv_train.config import Config
 from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.errors import UserError
@@ -15,7 +12,7 @@ from rwkv_train.planning.plan import make_plan, smallest_change, why
 from rwkv_train.planning.report import advice, as_json, show
 from rwkv_train.planning.resolved import find_devices
 from rwkv_train.training.optim import describe_groups, parameter_groups
-from rwkv_train.training.setup import assemble, check_checkpoint
+from rwkv_train.training.setup import assemble, checkpoint_to_resume
 
 
 def plan(config: Config, as_object: bool = False) -> int:
@@ -65,14 +62,8 @@ def dry_run(config: Config) -> int:
     setup.directory.refuse_unusable()
     if not found.fits:
         raise UserError(f"model={config.model.size} does not fit", advice(change))
-    checkpoint = None
-    if config.resume == "auto":
-        checkpoint, _ = newest_to_resume(setup.directory.checkpoints, content=False)
-        if checkpoint is not None:
-            check_checkpoint(checkpoint, setup)
-    elif config.resume != "never":
-        checkpoint = Path(config.resume)
-    where = "at step 0" if checkpoint is None else f"from {checkpoint}"
+    checkpoint, changed = checkpoint_to_resume(setup)
+    where = "at step 0" if checkpoint is None else f"from {checkpoint}" + "".join(f", {change}" for change in changed)
     resolved = setup.resolved
     say(f"would start {where} in {setup.directory.path}, {resolved.mesh.ranks} processes, strategy={resolved.strategy}")
     return ExitCode.FINISHED

@@ -22,7 +22,6 @@ import rwkv_train
 from rwkv_train.checkpoint.directory import (
     list_checkpoints,
     newest_to_resume,
-    read_meta,
     refuse_damage,
     remove_unfinished,
 )
@@ -128,11 +127,25 @@ def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo
         directory=RunDirectory(config.run.root, config.run.name),
         storage=storage,
     )
-    if config.resume not in ("auto", "never"):
-        path = Path(config.resume).expanduser()
-        refuse_damage(path, content=rank_info.first)
-        check_checkpoint(path, setup)
+    checkpoint_to_resume(setup)
     return setup
+
+
+def checkpoint_to_resume(setup: RunSetup) -> tuple[Path | None, list[str]]:
+    """The checkpoint that a start resumes from, and what has changed since; its content is hashed at the start only.
+
+    Raises:
+        UserError: the checkpoint that the user has named is damaged, or see `newest_to_resume` and `changes_since`.
+    """
+    resume = setup.config.resume
+    if resume == "never":
+        return None, []
+    if resume == "auto":
+        path, _ = newest_to_resume(setup.directory.checkpoints, setup.storage, content=False)
+        return path, [] if path is None else changes_since(path, setup)
+    path = Path(resume).expanduser()
+    refuse_damage(path, content=setup.first)
+    return path, changes_since(path, setup)
 
 
 def _steps(config: Config) -> int | None:
@@ -177,13 +190,14 @@ def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel
     return model, None if valued else source
 
 
-def check_checkpoint(path: Path, setup: RunSetup) -> None:
-    """Refuses to resume from a checkpoint of another model, other data or another config.
+def changes_since(path: Path, setup: RunSetup) -> list[str]:
+    """What differs between a run and the one that has written a checkpoint, and does not keep it from resuming there.
 
     Raises:
-        UserError: it lists what differs, unless run.allow_changes=true allows it.
+        UserError: a checkpoint of another model, or of another config or other data where run.allow_changes=true does
+            not allow it; it lists what differs.
     """
-    meta = read_meta(path)
+    meta = CheckpointMeta.read(path)  # its files were compared with the manifest before
     refuse_mismatches(f"the checkpoint {path}", meta.shapes, setup.model)
     changed = differences(meta.config, setup.tree)
     placed = [change for change in changed if change.split(":")[0] in PLACEMENT]
@@ -198,8 +212,7 @@ def check_checkpoint(path: Path, setup: RunSetup) -> None:
             f"the checkpoint {path} was made with another config: {'; '.join(changed)}",
             "to resume all the same: run.allow_changes=true; for a new run: run.name=NEW",
         )
-    if placed or changed:
-        setup.console.print(f"resumed with {'; '.join([*placed, *changed])}")
+    return [*placed, *changed]
 
 
 def versions() -> dict[str, str]:
@@ -277,7 +290,7 @@ def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -
     """
     run, total = setup.directory, setup.total_steps
     found = decided_by_first(setup.rank_info, lambda: _find_checkpoint(setup))
-    if total is not None and found.step >= total and not setup.rank_info.started_by_rank:
+    if total is not None and found.step >= total and setup.rank_info.parent is None:
         setup.console.print(
             f"{run.path} is finished: {found.step} of {total} steps.\n"
             "  budget.steps=MORE run.allow_changes=true continues it; run.name=NEW starts another run"
@@ -348,13 +361,18 @@ def _find_checkpoint(setup: RunSetup) -> _Found:
         return _Found(present=present)
     if config.resume != "auto":
         path = Path(config.resume).expanduser()
-        return _Found(path, read_meta(path), present)
+        return _found(path, present, setup)
     found, damaged = newest_to_resume(directory, setup.storage, content=setup.first)
     for damage in damaged:
         setup.console.print(f"[bold red]damaged checkpoint passed over[/bold red]: {damage.path}: {damage.reason}")
     if found is not None:
-        check_checkpoint(found, setup)
-        return _Found(found, read_meta(found), present)
+        return _found(found, present, setup)
     if config.resume_typed:
         setup.console.print(f"resume=auto: nothing to resume in {directory}; the run starts at step 0")
     return _Found(present=present)
+
+
+def _found(path: Path, present: tuple[Path, ...], setup: RunSetup) -> _Found:
+    if changed := changes_since(path, setup):
+        setup.console.print(f"resumed with {'; '.join(changed)}")
+    return _Found(path, CheckpointMeta.read(path), present)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_train import __version__, ops
+from rwkv_train import __version__, ops, resources
 from rwkv_train.cli import doctor, launcher
 from rwkv_train.cli import main as cli
 from rwkv_train.cli.commands import COMMANDS, Command
@@ -138,7 +138,7 @@ def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     shown = capsys.readouterr().out
     assert "No problems found." in shown
     assert "C++ compiler /usr/bin/g++" in shown
-    assert f"{launcher.cores()} cores for this process" in shown
+    assert f"{resources.cpu_cores()} cores for this process" in shown
 
 
 def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +158,7 @@ def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_the_doctor_of_this_machine() -> None:
     assert [finding.verdict for finding in doctor.engines()] == ["ok"] * (1 + len(FAMILIES))
-    assert {finding.verdict for finding in doctor.devices(launcher.cores())} <= {"ok", "note"}
+    assert {finding.verdict for finding in doctor.devices(resources.cpu_cores())} <= {"ok", "note"}
 
 
 def test_an_interrupted_command(monkeypatch: pytest.MonkeyPatch) -> None:

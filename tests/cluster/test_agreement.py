@@ -52,8 +52,4 @@ def test_an_error_of_rank_0_ends_all_ranks_with_the_same_code(monkeypatch: pytes
 
 def test_ranks_that_are_not_connected_decide_alone() -> None:
     assert decided_by_first(RankInfo(), lambda: 7) == 7
-    child = RankInfo(rank=1, local_rank=1)
-    assert decided_by_first(child, lambda: 8) == 8
-    assert child.started_by_rank
-    assert not RankInfo(rank=1).started_by_rank
-    assert not RankInfo(starter="torchrun", rank=1, local_rank=1, ranks=2).started_by_rank
+    assert decided_by_first(RankInfo(rank=1, local_rank=1, parent=7), lambda: 8) == 8

@@ -97,7 +97,11 @@ def test_content_is_hashed_at_a_start_and_in_a_rewind_only() -> None:
         for path in TRAINING.rglob("*.py")
         for function, _ in hashing_calls(ast.parse(path.read_text()))
     }
-    assert found == {("setup.py", "assemble"), ("setup.py", "_find_checkpoint"), ("checkpoint.py", "go_back")}
+    assert found == {
+        ("setup.py", "checkpoint_to_resume"),
+        ("setup.py", "_find_checkpoint"),
+        ("checkpoint.py", "go_back"),
+    }
     source = (TRAINING / "callbacks" / "checkpoint.py").read_text()
     rewind = source[source.index("def go_back") :]
     assert 0 < rewind.index("self.waiting(") < rewind.index("newest(")

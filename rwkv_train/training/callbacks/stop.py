@@ -123,18 +123,6 @@ class StopOnSignal(Callback):
             self._exchange.wait()
 
 
-def follow_parent() -> None:
-    """Ends this process when its parent has ended: a collective would wait for it for half an hour."""
-    parent = os.getppid()
-
-    def follow() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(ExitCode.FAILED)
-
-    threading.Thread(target=follow, name="parent", daemon=True).start()
-
-
 class StopAtBudget(Callback):
     """Asks Lightning to stop after a step; Lightning then validates, even where no validation is due.
 

@@ -18,6 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from rwkv_train.checkpoint.shards import MOMENTS, Reader, StateShard, contents, file_names, index_of
 from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.checkpoint.writer import InProcessStore, KeyValueStore, Writer
+from rwkv_train.cluster.rendezvous import rendezvous
 from rwkv_train.errors import UserError
 from rwkv_train.models import LanguageModel
 from rwkv_train.models.unused import freeze_unused
@@ -79,6 +80,14 @@ class ShardedStrategy(Strategy):
 
         @property
         def world_size(self) -> int: ...
+
+    def setup_environment(self) -> None:
+        """Lets the ranks find each other, within a limited time."""
+        with rendezvous(self.world_size):
+            self._find_ranks()
+
+    def _find_ranks(self) -> None:
+        super().setup_environment()
 
     def attach(
         self,

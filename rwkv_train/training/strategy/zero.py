@@ -119,7 +119,7 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
         device = super().root_device
         return torch.device("cpu", 0) if device.type == "cpu" else device
 
-    def setup_environment(self) -> None:
+    def _find_ranks(self) -> None:
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
