@@ -80,7 +80,7 @@ def _complete(training: Training, step: int, resumable: str) -> Ending:
         messages.append(f"\n{why}: step {step}" + (f" of {total}" if total else "") + f"; {resumable}")
     refused = write_errors.count + observers.checkpoint.failures + attempt.metrics.lost + attempt.events.lost
     if refused:
-        kept = newest(setup.directory.checkpoints)[0] or "none"
+        kept = newest(setup.directory.checkpoints, content=False)[0] or "none"
         warning = f"the disk refused {refused} writes; the last complete checkpoint is {kept}"
         messages.append(f"WARNING: {warning}")
     return Ending(ExitCode.WRITES_REFUSED if refused else ExitCode.FINISHED, "\n".join(messages))

@@ -27,6 +27,7 @@ from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
+from rwkv_train.rundir.durable import write_durably
 from rwkv_train.rundir.jsonl import Events, MetricsRow, WriteErrors
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics
@@ -291,7 +292,7 @@ class BadSteps(Callback):
         module.read_again()
         if self.events.enabled:
             with self.write_errors.tolerate(self.run.passed_over):
-                self.run.passed_over.write_text(json.dumps({"rewinds": self.rewinds, "skips": self.data.skips}))
+                write_durably(self.run.passed_over, json.dumps({"rewinds": self.rewinds, "skips": self.data.skips}))
             self.events.add("rewound", step, reached=reached, passed_over=self.data.skips[-1][1])
             self._print(
                 reached,
