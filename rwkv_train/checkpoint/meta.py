@@ -22,8 +22,8 @@ class CheckpointMeta:
         step: optimiser steps done, those whose update was skipped included.
         tokens: tokens read so far.
         updates: optimiser updates applied so far; fewer than `step` where some were skipped.
-        probe: loss of the first sample of the next step under the saved weights, in nats per token.
-        data_step: the step of the data from which that sample is taken.
+        probe: loss of one sample under the saved weights, in nats per token; None: that of no sample tried was finite.
+        probe_sample: number of that sample in the order of the data; the state file of rank 0 holds its tokens.
         skips: (step, steps of data) pairs: from that step of the run on, so many steps of data are passed over.
         position: where a streamed source continues; None for sources that are addressed by step.
         val_loss: the last validation loss, in nats per token; None if nothing was validated yet.
@@ -38,8 +38,8 @@ class CheckpointMeta:
     step: int
     tokens: int
     updates: int
-    probe: float
-    data_step: int
+    probe: float | None
+    probe_sample: int
     skips: Sequence[tuple[int, int]]
     position: dict[str, Any] | None
     val_loss: float | None
@@ -89,8 +89,8 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "step": (int,),
     "tokens": (int,),
     "updates": (int,),
-    "probe": (float,),
-    "data_step": (int,),
+    "probe": (float, _NONE),
+    "probe_sample": (int,),
     "skips": (list,),
     "position": (dict, _NONE),
     "val_loss": (float, _NONE),

@@ -243,10 +243,16 @@ class Batches:
         """This rank's micro-batch `index` (0 … accumulation-1) of step `step`."""
         return self.assemble(*self.offsets(step), index)
 
-    def first_sample(self, data_step: int) -> Batch:
-        """The first sample of a step of the data, the same one on every rank and for every world size."""
-        first = np.arange(data_step * self.split.samples, data_step * self.split.samples + 1, dtype=np.int64)
-        sources, offsets = self.locate(first)
+    def probe_samples(self, step: int, count: int) -> range:
+        """The numbers of `count` samples from the first of a step on; before the end of the data, the last ones."""
+        first, end = self.data_step(step) * self.split.samples, self.mixture.samples
+        if end is not None:
+            first, count = max(0, min(first, end - count)), min(count, end)
+        return range(first, first + count)
+
+    def lone_sample(self, number: int) -> Batch:
+        """The sample with a number in the order of the data; the same one on every rank and for every world size."""
+        sources, offsets = self.locate(np.array([number], np.int64))
         block = self._fill(self._rows, sources, offsets, self.context)
         return _batch(block, np.zeros(1, np.int64), sources, _mean(block) if self.masked else None)
 

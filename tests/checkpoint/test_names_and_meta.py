@@ -68,7 +68,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     [
         ({"step": "5"}, r"step is '5', not of type int"),
         ({"step": True}, r"step is True, not of type int"),
-        ({"probe": None}, r"probe is None, not of type float"),
+        ({"probe": "nan"}, r"probe is 'nan', not of type float or null"),
+        ({"probe_sample": None}, r"probe_sample is None, not of type int"),
         ({"val_loss": "low"}, r"val_loss is 'low', not of type float or null"),
         ({"config": []}, r"config is \[\], not of type dict"),
         ({"skips": [[1]]}, r"skips or shapes are not lists of integers"),

@@ -69,7 +69,7 @@ class Nudge(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy: Any = trainer.strategy
         batches = trainer.datamodule.batches  # type: ignore[attr-defined]
-        batch = strategy.batch_to_device(batches.first_sample(0))
+        batch = strategy.batch_to_device(batches.lone_sample(0))
         found = []
         for _ in range(2):
             with trainer.precision_plugin.forward_context():

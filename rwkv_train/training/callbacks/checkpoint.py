@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -19,13 +20,11 @@ from rwkv_train.checkpoint.name import CheckpointName, temporary_path
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.config import CheckpointSettings
 from rwkv_train.data.batches import Batches
-from rwkv_train.errors import UserError
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import Events
 from rwkv_train.training.module import RWKVModule
+from rwkv_train.training.probe import Probe
 from rwkv_train.training.strategy import ShardedStrategy
-
-_PROBE_TOLERANCE = {"32-true": 2e-6, "bf16-mixed": 1e-2}  # relative
 
 
 class Superseded(Exception):
@@ -44,6 +43,7 @@ class CheckpointCallback(Callback):
         events: gets an event for each checkpoint.
         storage: the file system.
         restoring: called with the step reached, before training waits for a restore.
+        same_data: whether a resume must find the probe's sample in the data again.
 
     Attributes:
         failures: number of saves that the disk refused.
@@ -63,6 +63,7 @@ class CheckpointCallback(Callback):
         events: Events,
         storage: Storage | None = None,
         restoring: Callable[[int], None] = lambda step: None,
+        same_data: bool = True,
     ) -> None:
         self.directory, self.data, self.meta, self.events = directory, data, meta, events
         self.keep, self.best = settings.keep, settings.best
@@ -75,11 +76,10 @@ class CheckpointCallback(Callback):
         self.takes: float | None = None
         self.at_end = True
         self.paused = 0.0
-        self.restoring = restoring
+        self.restoring, self.same_data = restoring, same_data
         self._attempt = 0  # number of this attempt
         self._begun: int | None = None  # step of the newest save, which may not have ended yet
-        self._probe: float | None = None
-        self._probe_step = 0  # step of the data whose first sample the probe is
+        self._probe: Probe | None = None
         self._pause = 0.0  # seconds for which the last save has paused training
         self._restored: int | None = None  # step of the checkpoint to which the run was rewound last
 
@@ -94,16 +94,8 @@ class CheckpointCallback(Callback):
         Raises:
             UserError: they give another one.
         """
-        if self._probe is None:
-            return
-        now, before = self._measure_probe(trainer, self._probe_step), self._probe
-        tolerance = _PROBE_TOLERANCE.get(str(trainer.precision), 1e-2)
-        if not abs(now - before) <= tolerance * abs(before):
-            raise UserError(
-                f"resume: the loss of the next batch under the saved weights is {now!r}, at the save it was {before!r}",
-                "the data, the engine or the weights are not those of the checkpoint; "
-                "run.name=NEW init.weights=CHECKPOINT starts a new run from them",
-            )
+        if self._probe is not None:
+            self._probe.check(trainer, self.data if self.same_data else None)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -138,8 +130,7 @@ class CheckpointCallback(Callback):
         began, self._begun = time.perf_counter(), step
         if trainer.strategy.broadcast(trainer.is_global_zero and self.attempts.superseded(self._attempt)):
             raise Superseded
-        self._probe_step = self.data.data_step(step)
-        self._probe = self._measure_probe(trainer, self._probe_step)
+        self._probe = Probe.measure(trainer, self.data, step)
         trainer.save_checkpoint(self.directory / str(CheckpointName(step, self._attempt)))
         self._pause = time.perf_counter() - began
         self.paused += self._pause
@@ -218,14 +209,6 @@ class CheckpointCallback(Callback):
             except OSError as error:
                 print(f"WARNING: {paths[step]} cannot be deleted: {error.strerror}", file=sys.stderr)
 
-    def _measure_probe(self, trainer: L.Trainer, data_step: int) -> float:
-        """The loss of the first sample of a step of the data, without an update; the same for any number of ranks."""
-        strategy = cast(ShardedStrategy, trainer.strategy)
-        batch = strategy.batch_to_device(self.data.first_sample(data_step))
-        with trainer.precision_plugin.forward_context():
-            loss = strategy.probe(batch)
-        return float(strategy.reduce(loss, reduce_op="mean"))
-
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
         assert self._probe is not None
@@ -235,20 +218,21 @@ class CheckpointCallback(Callback):
             step=step,
             tokens=pl_module.tokens_seen,
             updates=strategy.updates(),
-            probe=self._probe,
-            data_step=self._probe_step,
+            probe=self._probe.loss,
+            probe_sample=self._probe.sample,
             skips=tuple(self.data.skips),
             position=self.data.position(step),
-            val_loss=None if loss is None else float(loss),
+            val_loss=float(loss) if loss is not None and math.isfinite(loss) else None,
             shapes=strategy.shapes,
             writers=strategy.writer.writers,
             **self.meta,
         )
+        checkpoint["probe"] = self._probe.as_state()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         meta: CheckpointMeta = checkpoint["meta"]
         self.data.begin(meta.step, meta.position)
-        self._probe, self._probe_step = meta.probe, meta.data_step
+        self._probe = Probe.load(meta, checkpoint["probe"])
         self.last = self._begun = meta.step
         checkpoint["loops"] = between_steps(checkpoint["loops"], meta.step, trainer.accumulate_grad_batches)
 
