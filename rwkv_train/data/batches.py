@@ -52,6 +52,7 @@ class Batches:
         digest: hash of the data and its split, 16 hexadecimal digits.
         micro, accumulation: samples of a micro-batch; micro-batches of a step on one device.
         start_step: the step that training() begins with: `begin` sets it.
+        end_step: the step before which training() ends; None: it ends with the data.
         skips: (step, steps of data) pairs: from that step of the run on, so many steps of the data are skipped.
         rank: data-parallel index of this process; DataModule sets it.
         pinned: whether training batches are made ahead in pinned memory; DataModule sets it.
@@ -76,6 +77,7 @@ class Batches:
         self.validation_batches = validation_batches
         self.validation_context = validation_context or batch.context
         self.start_step = 0
+        self.end_step: int | None = None
         self.skips: list[tuple[int, int]] = []
         self.rank = 0
         self.pinned = False
@@ -219,6 +221,16 @@ class Batches:
         """Which step of the data a step of the run reads: a pure function of the step and of the skips."""
         return step + sum(steps for first, steps in self.skips if first <= step)
 
+    def steps_left(self, step: int, most: int) -> int:
+        """How many steps from this one on are trained and have all their samples; at most `most`."""
+        if self.end_step is not None:
+            most = min(most, self.end_step - step)
+        if self.mixture.samples is not None:
+            whole = self.mixture.samples // self.split.samples
+            while most > 0 and self.data_step(step + most - 1) >= whole:
+                most -= 1
+        return max(0, most)
+
     def begin(self, step: int, position: dict[str, Any] | None, skips: Sequence[tuple[int, int]] | None = None) -> None:
         """Makes training() begin with that step, at that position of a stream; skips=None keeps the present ones."""
         self.start_step = step
@@ -304,7 +316,7 @@ class Batches:
         return block
 
     def training(self) -> TrainBatches | Ahead:
-        """The micro-batches from `start_step` on, without end."""
+        """The micro-batches of whole steps from `start_step` on, to `end_step` or to the end of the data."""
         return Ahead(TrainBatches(self)) if self.pinned else TrainBatches(self)
 
     def validation(self, source: int = 0) -> ValidationBatches | tuple[()]:
@@ -354,17 +366,18 @@ def _mean(block: BatchArrays) -> float:
 
 
 class TrainBatches:
-    """The micro-batches in order; each iteration begins at `start_step` of the data."""
+    """The micro-batches in order; each iteration begins at `start_step` of the data.
+
+    It ends before the first step that is not trained: Lightning asks for a batch before it needs it.
+    """
 
     def __init__(self, data: Batches) -> None:
         self.data = data
 
     def __iter__(self) -> Iterator[Batch]:
         data, step = self.data, self.data.start_step
-        while True:  # the order of many steps at once: that of a single batch takes longer than to read it
-            steps = max(1, ORDERED_AT_ONCE // data.split.samples)
-            if data.mixture.samples is not None:
-                steps = max(1, min(steps, data.mixture.samples // data.split.samples - data.data_step(step)))
+        at_once = max(1, ORDERED_AT_ONCE // data.split.samples)  # to order a single batch takes longer than to read it
+        while steps := data.steps_left(step, at_once):
             sources, offsets = (each.reshape(steps, -1) for each in data.offsets(step, steps))
             for number in range(steps):
                 for index in range(data.accumulation):

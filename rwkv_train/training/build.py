@@ -62,6 +62,7 @@ def build(
         callbacks: the user's, called after ours.
     """
     setup.data.begin(attempt.step, None if attempt.meta is None else attempt.meta.position, attempt.skips)
+    setup.data.end_step = setup.total_steps
     strategy = _build_strategy(setup, attempt)
     sample = None
     if attempt.checkpoint is None and setup.first and not strategy.sharded:
