@@ -61,8 +61,6 @@ def build(
         trackers: started already.
         callbacks: the user's, called after ours.
     """
-    setup.data.begin(attempt.step, None if attempt.meta is None else attempt.meta.position, attempt.skips)
-    setup.data.end_step = setup.total_steps
     strategy = _build_strategy(setup, attempt)
     sample = None
     if attempt.checkpoint is None and setup.first and not strategy.sharded:
@@ -74,21 +72,27 @@ def build(
         setup=setup,
         attempt=attempt,
         write_errors=write_errors,
-        module=_build_module(setup),
+        module=_build_module(setup, attempt),
         strategy=strategy,
         observers=observers,
-        trainer=_build_trainer(setup, strategy, [*observers.in_order(), *(make() for make in callbacks)]),
+        trainer=_build_trainer(setup, attempt, strategy, [*observers.in_order(), *(make() for make in callbacks)]),
     )
 
 
-def _build_module(setup: RunSetup) -> RWKVModule:
+def _build_module(setup: RunSetup, attempt: RunAttempt) -> RWKVModule:
     config, data = setup.config, setup.data
-    tokens = config.batch.tokens
-    every = config.statistics.every.in_steps(tokens)
+    every = config.statistics.every.in_steps(config.batch.tokens)
     statistics = Statistics(setup.model, every, [source.name for source in data.sources], hooks=not config.compile)
     validated = [data.sources[number].name for number in data.validated]
     return RWKVModule(
-        setup.model, setup.recipe, config.optim, setup.total_steps, tokens, config.compile, validated, statistics
+        setup.model,
+        setup.recipe,
+        config.optim,
+        attempt.total_steps,
+        attempt.clock,
+        config.compile,
+        validated,
+        statistics,
     )
 
 
@@ -106,7 +110,9 @@ def _build_strategy(setup: RunSetup, attempt: RunAttempt) -> ShardedStrategy:
     return strategy
 
 
-def _build_trainer(setup: RunSetup, strategy: ShardedStrategy, callbacks: list[Callback]) -> L.Trainer:
+def _build_trainer(
+    setup: RunSetup, attempt: RunAttempt, strategy: ShardedStrategy, callbacks: list[Callback]
+) -> L.Trainer:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches are cut from memory
     warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # cluster/rank_info.py knows who started what
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning's own use of torch
@@ -123,7 +129,7 @@ def _build_trainer(setup: RunSetup, strategy: ShardedStrategy, callbacks: list[C
         plugins=environment(setup.rank_info),
         precision=None if strategy.brings_precision else resolved.precision,  # type: ignore[arg-type]
         strategy=strategy,
-        max_steps=setup.total_steps or -1,
+        max_steps=attempt.total_steps or -1,
         max_epochs=-1,
         accumulate_grad_batches=resolved.accumulation,
         val_check_interval=config.validation.every.in_steps(config.batch.tokens) * resolved.accumulation,

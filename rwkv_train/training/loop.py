@@ -73,7 +73,7 @@ def _announce(attempt: RunAttempt, setup: RunSetup, trackers: RunTrackers) -> No
     events, earlier = attempt.events, attempt.history.next_start(attempt.step)
     events.add("started" if attempt.checkpoint is None else "resumed", attempt.step, **earlier)
     trackers.start(attempt.step, attempt.meta)
-    describe(setup, attempt.checkpoint)
+    describe(setup, attempt)
     if setup.data.masked and attempt.step == 0:
         show_batch(setup.data.batch(0), setup.data.tokenizer, setup.console, rows=1)
 

@@ -104,7 +104,15 @@ def make_observers(
         "versions": versions(),
     }
     saving = CheckpointCallback(
-        run.checkpoints, config.checkpoint, config.batch.tokens, data, meta, events, setup.storage, watchdog.restoring
+        run.checkpoints,
+        config.checkpoint,
+        config.batch.tokens,
+        data,
+        meta,
+        events,
+        setup.storage,
+        watchdog.restoring,
+        attempt.same_data,
     )
     signals.connect(saving)
     spent = Spent.of(run.attempts, lines)
@@ -118,10 +126,10 @@ def make_observers(
         metrics=metrics,
         bad_steps=bad_steps,
         checkpoint=saving,
-        progress=ProgressBar(metrics, saving, setup.total_steps, console),
+        progress=ProgressBar(metrics, saving, attempt.total_steps, console),
         profiling=Profiling(run.path, console) if config.profile else None,
         replay=None if config.replay is None else Replay(read_replay(Path(config.replay)), console),
-        budget=StopAtBudget(setup.total_steps, None if hours is None else hours * 3600),
+        budget=StopAtBudget(attempt.total_steps, None if hours is None else hours * 3600),
         signals=signals,
         watchdog=watchdog,
         first_sample=first_sample,

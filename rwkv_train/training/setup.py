@@ -26,6 +26,7 @@ from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
 from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Config
+from rwkv_train.config.clock import TokenClock
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.config.schema import PLACEMENT, as_tree, differences
 from rwkv_train.data.batches import Batches
@@ -40,6 +41,7 @@ from rwkv_train.rundir.history import History
 from rwkv_train.rundir.jsonl import Events, JsonLines, WriteErrors
 from rwkv_train.training.initial_weights import Recipe
 from rwkv_train.training.optim import describe_frozen, describe_groups, parameter_groups
+from rwkv_train.training.resume import clock_of, continue_data, is_same_data, skipped_samples
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,6 @@ class RunSetup:
         """Number of the model's parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    @property
-    def total_steps(self) -> int | None:
-        """Optimiser steps of the budget; None: no limit."""
-        return _steps(self.config)
-
 
 def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo | None = None) -> RunSetup:
     """Settles what the config leaves open, reads the data and builds the model; writes nothing.
@@ -127,9 +124,9 @@ def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo
     return setup
 
 
-def _steps(config: Config) -> int | None:
+def _total_steps(config: Config, clock: TokenClock) -> int | None:
     budget = config.budget.total
-    return None if budget is None else budget.in_steps(config.batch.tokens)
+    return None if budget is None else clock.steps(budget)
 
 
 def _read_data(config: Config, mesh: Mesh) -> Batches:
@@ -144,7 +141,8 @@ def _read_data(config: Config, mesh: Mesh) -> Batches:
         config.vocab.extend,
         config.model.vocab_size,
     )
-    data.refuse_budget(_steps(config))
+    if not config.run.allow_changes:  # else the checkpoint decides how far the data is read: open_attempt
+        data.refuse_budget(_total_steps(config, clock_of(None, config.batch.tokens)))
     check_token_in_vocabulary(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
     return data
 
@@ -177,14 +175,9 @@ def check_checkpoint(path: Path, setup: RunSetup) -> None:
     """
     meta = read_meta(path)
     refuse_mismatches(f"the checkpoint {path}", meta.shapes, setup.model)
-    changed = differences(meta.config, setup.tree)
-    placed = [change for change in changed if change.split(":")[0] in PLACEMENT]
-    changed = [change for change in changed if change not in placed]
-    if meta.data != setup.data.digest:
-        changed.append(f"the data itself: content hash {meta.data} → {setup.data.digest}")
-    tokenizer = setup.data.tokenizer.identity
-    if meta.tokenizer != tokenizer:
-        changed.append(f"the tokenizer: {meta.tokenizer} → {tokenizer}")
+    changes = _changes(meta, setup)
+    placed = [change for change in changes if change.split(":")[0] in PLACEMENT]
+    changed = [change for change in changes if change not in placed]
     if changed and not setup.config.run.allow_changes:
         raise UserError(
             f"the checkpoint {path} was made with another config: {'; '.join(changed)}",
@@ -192,6 +185,17 @@ def check_checkpoint(path: Path, setup: RunSetup) -> None:
         )
     if placed or changed:
         setup.console.print(f"resumed with {'; '.join([*placed, *changed])}")
+
+
+def _changes(meta: CheckpointMeta, setup: RunSetup) -> list[str]:
+    """What differs from the run that a checkpoint was made by, each as "what: before → now"."""
+    changes = differences(meta.config, setup.tree)
+    if meta.data != setup.data.digest:
+        changes.append(f"the data itself: content hash {meta.data} → {setup.data.digest}")
+    tokenizer = setup.data.tokenizer.identity
+    if meta.tokenizer != tokenizer:
+        changes.append(f"the tokenizer: {meta.tokenizer} → {tokenizer}")
+    return changes
 
 
 def versions() -> dict[str, str]:
@@ -203,7 +207,7 @@ def versions() -> dict[str, str]:
     return {**ours, "torch": torch.__version__, "lightning": version("lightning")}
 
 
-def describe(setup: RunSetup, checkpoint: Path | None) -> None:
+def describe(setup: RunSetup, attempt: RunAttempt) -> None:
     """Prints the head of a run: what is trained on which data, how, and in which directory."""
     config, data, shape, say = setup.config, setup.data, setup.model.config, setup.console.print
     resolved = setup.resolved
@@ -217,8 +221,8 @@ def describe(setup: RunSetup, checkpoint: Path | None) -> None:
         f"batch   {config.batch.tokens:,} tokens a step: context {config.batch.context} × micro-batch {resolved.micro} "
         f"× {resolved.mesh.ranks} devices × {resolved.accumulation} passes, {resolved.threads} threads"
     )
-    total, hours = setup.total_steps, config.budget.hours
-    budget = "no end" if total is None else f"{total:,} steps = {total * config.batch.tokens:,} tokens"
+    total, hours, checkpoint = attempt.total_steps, config.budget.hours, attempt.checkpoint
+    budget = "no end" if total is None else f"{total:,} steps = {attempt.clock.tokens(total):,} tokens"
     say(f"budget  {budget}" + ("" if hours is None else f", at most {hours:g} h"))
     say(f"run     {setup.directory.path}" + ("" if checkpoint is None else f", resumed from {checkpoint}"))
 
@@ -234,7 +238,9 @@ class RunAttempt:
         history: of the attempts before.
         events, metrics: the records that this attempt writes.
         rewinds: how often the run was rewound so far.
-        skips: (step, steps of data) pairs that the run passes over.
+        clock: tokens trained on after each step.
+        total_steps: optimiser steps of the budget; None: no limit.
+        same_data: whether the checkpoint was made with the same data in the same order.
     """
 
     number: int
@@ -244,7 +250,9 @@ class RunAttempt:
     events: Events
     metrics: JsonLines
     rewinds: int
-    skips: list[tuple[int, int]]
+    clock: TokenClock
+    total_steps: int | None
+    same_data: bool
 
     @property
     def step(self) -> int:
@@ -253,7 +261,7 @@ class RunAttempt:
 
 
 def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -> RunAttempt | None:
-    """Claims the next attempt of a run whose directory this process holds, and opens its records.
+    """Claims the next attempt of a run whose directory this process holds, opens its records, and sets the data.
 
     Args:
         setup: of the run.
@@ -264,28 +272,35 @@ def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -
         None where the run is finished already, which is printed.
 
     Raises:
-        UserError: the checkpoint does not fit the config, or no attempt can be claimed.
+        UserError: the checkpoint does not fit the config, the data ends before the budget, or no attempt can be
+            claimed.
     """
-    run, total = setup.directory, setup.total_steps
+    run, batch = setup.directory, setup.config.batch.tokens
     present = list_checkpoints(run.checkpoints, setup.storage)
     checkpoint, meta = _find_checkpoint(setup)
-    step = 0 if meta is None else meta.step
+    step, total = 0 if meta is None else meta.step, _total_steps(setup.config, clock_of(meta, batch))
     if total is not None and step >= total:
         setup.console.print(
             f"{run.path} is finished: {step} of {total} steps.\n"
             "  budget.steps=MORE run.allow_changes=true continues it; run.name=NEW starts another run"
         )
         return None
+    passed_over = run.read_passed_over()
+    skips = skipped_samples(passed_over["skipped"], setup.data.context)
+    continue_data(setup.data, meta, skips)
+    setup.data.refuse_budget(total)
     history = History.read(run)
     number = run.claim_attempt() if setup.first else 0
     if list_checkpoints(run.checkpoints, setup.storage) != present:  # an older attempt has saved one
         checkpoint, meta = _find_checkpoint(setup)
+        continue_data(setup.data, meta, skips)
+    setup.data.end_step = total
     if setup.first:
         _note_start(setup, number, checkpoint, meta, write_errors)
-    events, metrics = stack.enter_context(run.records(number, setup.first, setup.config.batch.tokens))
-    passed_over = run.read_passed_over()
-    skips = [(first, steps) for first, steps in passed_over["skips"] or (() if meta is None else meta.skips)]
-    return RunAttempt(number, checkpoint, meta, history, events, metrics, passed_over["rewinds"], skips)
+    clock, same_data = clock_of(meta, batch), meta is None or is_same_data(_changes(meta, setup))
+    events, metrics = stack.enter_context(run.records(number, setup.first, clock.tokens))
+    rewinds = passed_over["rewinds"]
+    return RunAttempt(number, checkpoint, meta, history, events, metrics, rewinds, clock, total, same_data)
 
 
 def _note_start(

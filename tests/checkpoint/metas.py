@@ -10,10 +10,12 @@ from rwkv_train.checkpoint.meta import CheckpointMeta
 _PLAIN = CheckpointMeta(
     step=1,
     tokens=128,
+    batches=((0, 128),),
     updates=1,
     probe=1.0,
     probe_sample=4,
-    skips=(),
+    data_tokens=128,
+    tokens_by_source={},
     position=None,
     val_loss=None,
     shapes={},

@@ -10,7 +10,8 @@ import pytest
 from rwkv_train.cli import launcher
 from rwkv_train.data import ahead
 from rwkv_train.data.batch import Batch
-from rwkv_train.data.batches import Batches, TrainBatches
+from rwkv_train.data.batches import Batches
+from rwkv_train.data.iteration import TrainBatches
 from rwkv_train.errors import UserError
 from rwkv_train.training.run import train
 from tests.runs import losses, overrides_for, rows, train_ranks, write_text

@@ -24,6 +24,7 @@ from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import Events
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.probe import Probe
+from rwkv_train.training.resume import continue_data
 from rwkv_train.training.strategy import ShardedStrategy
 
 
@@ -135,10 +136,15 @@ class CheckpointCallback(Callback):
         self._pause = time.perf_counter() - began
         self.paused += self._pause
 
-    def go_back(self, trainer: L.Trainer, before: int) -> Path | None:
+    def go_back(self, trainer: L.Trainer, before: int, since: int = 0) -> Path | None:
         """Restores the newest complete checkpoint before a step, and continues as a new attempt; a collective call.
 
         The checkpoint that was restored last is skipped if there is an older one.
+
+        Args:
+            trainer: whose state is replaced.
+            before: a step; the checkpoint is of an earlier one.
+            since: the step of the oldest checkpoint that counts.
 
         Returns:
             the checkpoint's directory; None: there is none.
@@ -152,7 +158,9 @@ class CheckpointCallback(Callback):
             path, _ = newest(self.directory, self.storage, before=before)
             if path is not None and CheckpointName.of(path).step == self._restored:  # perhaps it is bad itself
                 older, _ = newest(self.directory, self.storage, before=self._restored)
-                path = older or path
+                path = path if older is None or CheckpointName.of(older).step < since else older
+            if path is not None and CheckpointName.of(path).step < since:
+                path = None
         path = strategy.broadcast(path)
         if path is None:
             return None
@@ -220,7 +228,9 @@ class CheckpointCallback(Callback):
             updates=strategy.updates(),
             probe=self._probe.loss,
             probe_sample=self._probe.sample,
-            skips=tuple(self.data.skips),
+            batches=pl_module.clock.batches,
+            data_tokens=self.data.course.end(step) * self.data.context,
+            tokens_by_source=self.data.tokens_by_source(step),
             position=self.data.position(step),
             val_loss=float(loss) if loss is not None and math.isfinite(loss) else None,
             shapes=strategy.shapes,
@@ -231,7 +241,7 @@ class CheckpointCallback(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         meta: CheckpointMeta = checkpoint["meta"]
-        self.data.begin(meta.step, meta.position)
+        continue_data(self.data, meta, self.data.course.skips)  # rank 0 may have chosen another checkpoint
         self._probe = Probe.load(meta, checkpoint["probe"])
         self.last = self._begun = meta.step
         checkpoint["loops"] = between_steps(checkpoint["loops"], meta.step, trainer.accumulate_grad_batches)
