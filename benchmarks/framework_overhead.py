@@ -59,11 +59,12 @@ def bare_loop(config: Config, data: Batches, steps: int) -> list[float]:
     )
     optimizer = build_optimizer(parameter_groups(model, recipe_of(model), config.optim.weight_decay), config.optim)
     tokens, targets, *_ = data.batch(0, 0)
-    times = []
+    times, batch = [], config.batch.tokens
     for step in range(steps):
         began = time.perf_counter()
+        rate = learning_rate(config.optim, step * batch, (steps - 1) * batch, batch)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optim, step, steps, config.batch.tokens) * group["lr_multiplier"]
+            group["lr"] = rate * group["lr_multiplier"]
         logits, _ = model(tokens)
         optimizer.zero_grad()
         language_model_loss(logits, targets, config.optim.l2wrap).backward()

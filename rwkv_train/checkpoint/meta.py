@@ -20,11 +20,13 @@ class CheckpointMeta:
 
     Attributes:
         step: optimiser steps done, those whose update was skipped included.
-        tokens: tokens read so far.
+        tokens: tokens trained on so far.
+        batches: (step, tokens) pairs: from that step on, each step has had so many tokens.
         updates: optimiser updates applied so far; fewer than `step` where some were skipped.
-        probe: loss of the first sample of the next step under the saved weights, in nats per token.
-        data_step: the step of the data from which that sample is taken.
-        skips: (step, steps of data) pairs: from that step of the run on, so many steps of data are passed over.
+        probe: loss of one sample under the saved weights, in nats per token; None: that of no sample tried was finite.
+        probe_sample: number of that sample in the order of the data; the state file of rank 0 holds its tokens.
+        data_tokens: tokens before the next sample in the order of the data, those passed over included.
+        tokens_by_source: tokens of each source trained on so far, by its name.
         position: where a streamed source continues; None for sources that are addressed by step.
         val_loss: the last validation loss, in nats per token; None if nothing was validated yet.
         shapes: the shape of each parameter by its name.
@@ -37,10 +39,12 @@ class CheckpointMeta:
 
     step: int
     tokens: int
+    batches: Sequence[tuple[int, int]]
     updates: int
-    probe: float
-    data_step: int
-    skips: Sequence[tuple[int, int]]
+    probe: float | None
+    probe_sample: int
+    data_tokens: int
+    tokens_by_source: Mapping[str, int]
     position: dict[str, Any] | None
     val_loss: float | None
     shapes: Mapping[str, tuple[int, ...]]
@@ -78,20 +82,22 @@ class CheckpointMeta:
                 wanted = " or ".join("null" if kind is _NONE else kind.__name__ for kind in valid)
                 raise UserError(f"{path}: {name} is {value!r:.60}, not of type {wanted}", remedy)
         try:
-            found["skips"] = tuple((int(step), int(steps)) for step, steps in found["skips"])
+            found["batches"] = tuple((int(step), int(tokens)) for step, tokens in found["batches"])
             found["shapes"] = {name: tuple(map(int, shape)) for name, shape in found["shapes"].items()}
         except (TypeError, ValueError):
-            raise UserError(f"{path}: skips or shapes are not lists of integers", remedy) from None
+            raise UserError(f"{path}: batches or shapes are not lists of integers", remedy) from None
         return cls(**{name: found[name] for name in names})
 
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "step": (int,),
     "tokens": (int,),
+    "batches": (list,),
     "updates": (int,),
-    "probe": (float,),
-    "data_step": (int,),
-    "skips": (list,),
+    "probe": (float, _NONE),
+    "probe_sample": (int,),
+    "data_tokens": (int,),
+    "tokens_by_source": (dict,),
     "position": (dict, _NONE),
     "val_loss": (float, _NONE),
     "shapes": (dict,),

@@ -204,7 +204,7 @@ class Writer:
                 if name.endswith(".pth"):
                     dump(value, cast(BinaryIO, hashing))
                 else:
-                    hashing.write(json.dumps(value, indent=None if name == INDEX else 1).encode())
+                    hashing.write(json.dumps(value, indent=None if name == INDEX else 1, allow_nan=False).encode())
             entries[name] = hashing.entry()
         return entries
 

@@ -15,14 +15,14 @@ MAX_PINNED_BATCHES = 4  # that wait in pinned memory for a GPU
 class Ahead:
     """Batches made ahead by a thread, in pinned memory, so that they reach a GPU while it computes.
 
-    An exception in the thread is raised where the next batch is asked for.
+    They end where those of `batches` end. An exception in the thread is raised where the next batch is asked for.
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.batches = batches
 
     def __iter__(self) -> Iterator[Batch]:
-        waiting: queue.Queue[Batch | BaseException] = queue.Queue(MAX_PINNED_BATCHES)
+        waiting: queue.Queue[Batch | BaseException | None] = queue.Queue(MAX_PINNED_BATCHES)
         closed = threading.Event()
 
         def work() -> None:
@@ -31,6 +31,7 @@ class Ahead:
                     _put(waiting, batch.pin(), closed)
                     if closed.is_set():
                         return
+                _put(waiting, None, closed)
             except BaseException as error:
                 _put(waiting, error, closed)
 
@@ -39,6 +40,8 @@ class Ahead:
         try:
             while True:
                 batch = waiting.get()
+                if batch is None:
+                    return
                 if isinstance(batch, BaseException):
                     raise batch
                 yield batch

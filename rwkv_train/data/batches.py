@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +16,8 @@ from rwkv_train.config.mesh import ONE_RANK, Mesh
 from rwkv_train.data.ahead import Ahead
 from rwkv_train.data.arrays import Ints
 from rwkv_train.data.batch import Batch
+from rwkv_train.data.course import Course
+from rwkv_train.data.iteration import TrainBatches, ValidationBatches
 from rwkv_train.data.mixture import Mixture, SourceShare
 from rwkv_train.data.order import ReferenceOrder, ShuffledOrder, split_batch
 from rwkv_train.data.packing import pack
@@ -23,8 +26,6 @@ from rwkv_train.data.sources import DataSource, check_token_in_vocabulary, open_
 from rwkv_train.data.store import MemoryStore, Store
 from rwkv_train.data.stream import StreamRows, open_stream
 from rwkv_train.errors import UserError
-
-ORDERED_AT_ONCE = 8192  # samples whose order is computed in one call
 
 
 class Batches:
@@ -52,7 +53,8 @@ class Batches:
         digest: hash of the data and its split, 16 hexadecimal digits.
         micro, accumulation: samples of a micro-batch; micro-batches of a step on one device.
         start_step: the step that training() begins with: `begin` sets it.
-        skips: (step, steps of data) pairs: from that step of the run on, so many steps of the data are skipped.
+        end_step: the step before which training() ends; None: it ends with the data.
+        course: which samples the steps read: `begin` sets it.
         rank: data-parallel index of this process; DataModule sets it.
         pinned: whether training batches are made ahead in pinned memory; DataModule sets it.
 
@@ -76,7 +78,9 @@ class Batches:
         self.validation_batches = validation_batches
         self.validation_context = validation_context or batch.context
         self.start_step = 0
-        self.skips: list[tuple[int, int]] = []
+        self.end_step: int | None = None
+        self.course = Course(0, 0, self.split.samples)
+        self._tokens_before: Mapping[str, int] = {}  # of each source, before the first step of the course
         self.rank = 0
         self.pinned = False
         self.packed, self.reset = data.documents == "packed", data.documents == "packed" and data.reset
@@ -89,6 +93,7 @@ class Batches:
         self.vocabulary = vocabulary or self.tokenizer.vocab_size
         self._rows = [self._training_rows(data, source, seed, number) for number, source in enumerate(self.sources)]
         self._held_out = [self._held_out_rows(source) for source in self.sources]
+        self._settings, self._stage_step = data, batch.tokens
         self.mixture = self._mix(data, batch.tokens)
 
     def _training_rows(self, data: DataSettings, source: DataSource, seed: int, number: int) -> Rows:
@@ -127,7 +132,7 @@ class Batches:
         # rounded up to steps: a batch has the weights of one stage
         steps = [-(-stage.tokens // tokens_per_step) for stage in data.curriculum]
         stages = zip(steps, data.curriculum, strict=True)
-        return Mixture(shares, [(step * self.split.samples, stage.weights) for step, stage in stages])
+        return Mixture(shares, [(-(-step * tokens_per_step // self.context), stage.weights) for step, stage in stages])
 
     @property
     def vocab_size(self) -> int:
@@ -200,12 +205,16 @@ class Batches:
 
     def tokens_by_source(self, step: int) -> dict[str, int]:
         """Tokens of each source that the steps before this one have, by its name."""
-        counts = self.mixture.counts((self.data_step(step - 1) + 1) * self.split.samples)
-        for first, steps in self.skips:
-            if first < step:
-                end = self.data_step(first) * self.split.samples
-                counts = counts - self.mixture.counts(end) + self.mixture.counts(end - steps * self.split.samples)
-        return {source.name: int(n) * self.context for source, n in zip(self.sources, counts, strict=True)}
+        counts = np.zeros(len(self.sources), np.int64)
+        for first, end in self.course.ranges(step):
+            counts += self.mixture.counts(end) - self.mixture.counts(first)
+        found = {source.name: int(n) * self.context for source, n in zip(self.sources, counts, strict=True)}
+        return {name: self._tokens_before.get(name, 0) + tokens for name, tokens in found.items()}
+
+    @property
+    def skipped(self) -> list[tuple[int, int]]:
+        """The ranges (first token, tokens) of the data's order that are passed over."""
+        return [(first * self.context, (end - first) * self.context) for first, end in self.course.skips]
 
     def share_out(self, micro: int) -> None:
         """Divides a device's share of each step into micro-batches of so many samples; a step keeps its samples."""
@@ -213,48 +222,78 @@ class Batches:
 
     def position(self, step: int) -> dict[str, Any] | None:
         """The position from which a stream is read to resume with that step; None: the step alone determines it."""
-        return None if self.stream is None else self.stream.position(self.data_step(step) * self.split.samples)
+        return None if self.stream is None else self.stream.position(self.course.number(step))
 
-    def data_step(self, step: int) -> int:
-        """Which step of the data a step of the run reads: a pure function of the step and of the skips."""
-        return step + sum(steps for first, steps in self.skips if first <= step)
+    def steps_left(self, step: int, most: int) -> int:
+        """How many steps from this one on are trained and have all their samples; at most `most`."""
+        if self.end_step is not None:
+            most = min(most, self.end_step - step)
+        if self.mixture.samples is not None:
+            ends = range(step + 1, step + max(0, most) + 1)
+            most = bisect.bisect_right(ends, self.mixture.samples, key=self.course.end)
+        return max(0, most)
 
-    def begin(self, step: int, position: dict[str, Any] | None, skips: Sequence[tuple[int, int]] | None = None) -> None:
-        """Makes training() begin with that step, at that position of a stream; skips=None keeps the present ones."""
+    def begin(
+        self,
+        step: int,
+        position: dict[str, Any] | None,
+        course: Course | None = None,
+        tokens: Mapping[str, int] | None = None,
+    ) -> None:
+        """Makes training() begin with a step.
+
+        Args:
+            step: the first one.
+            position: of a stream; None: its beginning is the first sample of the course.
+            course: which samples the steps from that one on read; None: the present one.
+            tokens: of each source, that the steps before have; None: no step was before.
+        """
         self.start_step = step
-        if skips is not None:
-            self.skips = list(skips)
-        if self.stream is not None and position is not None:
-            self.stream.go_to(position)
+        if course is not None:
+            self.course, self._tokens_before = course, tokens or {}
+        if self.stream is not None:
+            start = {"offset": self.course.first * self.context, "epoch": 0, "dataset": None}
+            self.stream.go_to(position or start)
+
+    def round_stages(self, tokens_per_step: int) -> None:
+        """Makes the stages of a curriculum begin with a step of so many tokens: that with which the run began."""
+        if tokens_per_step != self._stage_step:
+            self._stage_step, self.mixture = tokens_per_step, self._mix(self._settings, tokens_per_step)
 
     def refuse_budget(self, steps: int | None) -> None:
-        """Raises a UserError where the sources may not be read for so many steps."""
-        most = self.mixture.samples
-        if most is not None and (steps is None or steps * self.split.samples > most):
-            steps_left = most // self.split.samples
-            raise UserError(
-                f"the sources may be read for {steps_left:,} steps "
-                f"({steps_left * self.split.samples * self.context:,} tokens), "
-                f"the budget is {'without end' if steps is None else f'{steps:,} steps'}",
-                f"budget.steps={steps_left}, or more epochs for a source (epochs: null is without end)",
-            )
+        """Raises a UserError where the sources may not be read until that step, the first one being `start_step`."""
+        end, course = self.mixture.samples, self.course
+        if end is None or (steps is not None and course.end(steps) <= end):
+            return
+        possible = range(course.step + 1, course.step + max(0, end - course.first) // course.each + 1)
+        more = bisect.bisect_right(possible, end, key=course.end)
+        raise UserError(
+            f"the sources may be read for {more:,} {'more ' if course.step else ''}steps "
+            f"({more * course.each * self.context:,} tokens), "
+            f"the budget is {'without end' if steps is None else f'{steps:,} steps'}",
+            f"budget.steps={course.step + more}, or more epochs for a source (epochs: null is without end)",
+        )
 
     def batch(self, step: int, index: int = 0) -> Batch:
         """This rank's micro-batch `index` (0 … accumulation-1) of step `step`."""
         return self.assemble(*self.offsets(step), index)
 
-    def first_sample(self, data_step: int) -> Batch:
-        """The first sample of a step of the data, the same one on every rank and for every world size."""
-        first = np.arange(data_step * self.split.samples, data_step * self.split.samples + 1, dtype=np.int64)
-        sources, offsets = self.locate(first)
+    def probe_samples(self, step: int, count: int) -> range:
+        """The numbers of `count` samples from the first of a step on; before the end of the data, the last ones."""
+        first, end = self.course.number(step), self.mixture.samples
+        if end is not None:
+            first, count = max(0, min(first, end - count)), min(count, end)
+        return range(first, first + count)
+
+    def lone_sample(self, number: int) -> Batch:
+        """The sample with a number in the order of the data; the same one on every rank and for every world size."""
+        sources, offsets = self.locate(np.array([number], np.int64))
         block = self._fill(self._rows, sources, offsets, self.context)
         return _batch(block, np.zeros(1, np.int64), sources, _mean(block) if self.masked else None)
 
     def offsets(self, step: int, steps: int = 1) -> tuple[Ints, Ints]:
         """Sources and offsets of all samples of `steps` steps, in the order of their numbers."""
-        firsts = np.array([self.data_step(step + n) for n in range(steps if self.skips else 1)], np.int64)
-        each = self.split.samples if self.skips else steps * self.split.samples
-        return self.locate((firsts[:, None] * self.split.samples + np.arange(each, dtype=np.int64)).ravel())
+        return self.locate(self.course.samples(step, steps))
 
     def locate(self, samples: Ints) -> tuple[Ints, Ints]:
         """Sources, and offsets in them, of the samples with these numbers; the same shape."""
@@ -298,7 +337,7 @@ class Batches:
         return block
 
     def training(self) -> TrainBatches | Ahead:
-        """The micro-batches from `start_step` on, without end."""
+        """The micro-batches of whole steps from `start_step` on, to `end_step` or to the end of the data."""
         return Ahead(TrainBatches(self)) if self.pinned else TrainBatches(self)
 
     def validation(self, source: int = 0) -> ValidationBatches | tuple[()]:
@@ -345,37 +384,3 @@ def _batch(block: BatchArrays, samples: Ints, sources: Ints, predictions: float 
 def _mean(block: BatchArrays) -> float:
     """The `predictions` of a batch of its own, whose loss is the mean over them."""
     return float(max(1, (block.targets != IGNORED_TARGET).sum()))
-
-
-class TrainBatches:
-    """The micro-batches in order; each iteration begins at `start_step` of the data."""
-
-    def __init__(self, data: Batches) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[Batch]:
-        data, step = self.data, self.data.start_step
-        while True:  # the order of many steps at once: that of a single batch takes longer than to read it
-            steps = max(1, ORDERED_AT_ONCE // data.split.samples)
-            if data.mixture.samples is not None:
-                steps = max(1, min(steps, data.mixture.samples // data.split.samples - data.data_step(step)))
-            sources, offsets = (each.reshape(steps, -1) for each in data.offsets(step, steps))
-            for number in range(steps):
-                for index in range(data.accumulation):
-                    yield data.assemble(sources[number], offsets[number], index)
-            step += steps
-
-
-class ValidationBatches:
-    """One validation: the held-out rows of a source with the numbers in `chosen` (batches, B), a batch at a time."""
-
-    def __init__(self, data: Batches, source: int, chosen: Ints) -> None:
-        self.data = data
-        self.source = source
-        self.chosen = chosen
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self.data.validation_batch(self.source, numbers) for numbers in self.chosen)

@@ -76,10 +76,10 @@ class ShuffledOrder:
 
 @dataclass(frozen=True)
 class ReferenceOrder:
-    """RWKV-LM's order (dataset.py of its v4neo to v7 trainers); the prime is computed instead of looked up.
+    """RWKV-LM's order (dataset.py of its v4neo to v7 trainers); the prime is computed as in its RWKV-v5/make_data.py.
 
-    Sample n starts at context · (⌊p·(√5-1)/2⌋ · i³ mod p), where i = n + 1 and p is the largest prime below
-    tokens/context - 1 that is 2 modulo 3: cubing is a bijection modulo a prime above 3 only if it is 2 modulo 3.
+    Sample n starts at context · (⌊p·(√5-1)/2⌋ · i³ mod p), where i = n + 1 and p is the largest prime up to
+    ⌊tokens/context⌋ - 1 that is 2 modulo 3: cubing is a bijection modulo a prime above 3 only if it is 2 modulo 3.
     Every epoch of p samples has the same order, whatever the seed.
 
     Attributes:
@@ -95,9 +95,9 @@ class ReferenceOrder:
 
     def __post_init__(self) -> None:
         _refuse_short(self.tokens, self.context)
-        if self.tokens // self.context < 4:  # the smallest prime is 2, and p is below tokens/context - 1
+        if self.tokens // self.context < 3:  # the smallest prime is 2
             raise UserError(
-                f"data.order=reference needs four windows of batch.context={self.context}: {4 * self.context:,} "
+                f"data.order=reference needs three windows of batch.context={self.context}: {3 * self.context:,} "
                 f"tokens, not {self.tokens:,}",
                 "give more text, a shorter batch.context=…, or data.order=shuffled",
             )
@@ -107,7 +107,7 @@ class ReferenceOrder:
         """Number of windows of one epoch: the prime p."""
         from sympy import isprime
 
-        return next(p for p in range(self.tokens // self.context - 2, 1, -1) if p % 3 == 2 and isprime(p))
+        return next(p for p in range(self.tokens // self.context - 1, 1, -1) if p % 3 == 2 and isprime(p))
 
     def starts(self, samples: Ints) -> Ints:
         """The offset in the stream of each sample's first token, same shape."""

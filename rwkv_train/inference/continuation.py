@@ -17,6 +17,8 @@ from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.inference.sampling import Sampling, sample
 from rwkv_train.models import LanguageModel, State
 
+_INCOMPLETE = "\ufffd".encode()  # what tokenizers give for a character whose other tokens are missing
+MAX_CHARACTER_TOKENS = 8  # a longer run of incomplete characters is what the model wrote
 MAX_PROMPT_CHUNK = 1024  # tokens of a prompt read in one forward pass; bounds the memory for activations
 
 Prompt = tuple[Sequence[int], State | None]  # tokens, at least one, and the state (one row) before them, if any
@@ -145,29 +147,65 @@ def continue_texts(
     results = [Continuation() for _ in prompts]
     if not tokens or not prompts:
         return results
-    settled, ended = [0] * len(prompts), set[int]()
+    growing = [_GrowingText(tokenizer, stops) for _ in prompts]
+    shown, ended = [0] * len(prompts), set[int]()
     for new in streams(model, prompts, sampling, seeds, ended):
         for number, token in new.items():
-            result = results[number]
+            result, text = results[number], growing[number]
             if at_end and token == tokenizer.end_of_text:
                 result.ended = "end_of_text"
                 ended.add(number)
             else:
                 result.tokens.append(token)
-                decoded = tokenizer.decode([token]) if not stops else b""
-                result.text = tokenizer.decode(result.tokens) if stops else result.text + decoded
-                found = [offset for stop in stops if (offset := result.text.find(stop)) >= 0]
-                if found:
-                    result.text, result.ended = result.text[: min(found)], "stop"
-                if found or len(result.tokens) == tokens:
-                    ended.add(number)
+            last = number in ended or len(result.tokens) == tokens
+            if text.grow(result.tokens, last):
+                result.ended = "stop"
+            if last or result.ended == "stop":
+                ended.add(number)
+                result.text = bytes(text.content)
             if on_text is not None:
-                safe = len(result.text) - (0 if number in ended else _may_begin(result.text, stops))
-                on_text(number, result.text[settled[number] : safe])
-                settled[number] = max(settled[number], safe)
+                safe = len(text.content) - (0 if number in ended else text.held_back())
+                on_text(number, bytes(text.content[shown[number] : safe]))
+                shown[number] = max(shown[number], safe)
     return results
 
 
-def _may_begin(text: bytes, stops: Sequence[bytes]) -> int:
-    """Length of the longest suffix of a text that is a proper prefix of a stop string."""
-    return max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+class _GrowingText:
+    """The text of tokens that come one by one; each step decodes and searches the last few of them only.
+
+    A tokenizer may decode a token differently after others (a blank before a word; a character of several tokens).
+    Each time, the new tokens are decoded together with those before them, and what these give alone is left out.
+
+    Attributes:
+        content: the text so far, up to the first stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[bytes]) -> None:
+        self.tokenizer, self.stops, self.content = tokenizer, stops, bytearray()
+        self._longest = max(map(len, stops), default=1)
+        self._before = 0  # the first token that is decoded again
+        self._done = 0  # tokens that are in the content
+
+    def grow(self, tokens: Sequence[int], last: bool) -> bool:
+        """Adds the text of the tokens that are new; returns whether a stop string is found, where the text then ends.
+
+        Args:
+            tokens: all of them so far.
+            last: whether no more will come; before that, an incomplete character waits for its other tokens.
+        """
+        known = self.tokenizer.decode(tokens[self._before : self._done])
+        more = self.tokenizer.decode(tokens[self._before :])
+        if more.endswith(_INCOMPLETE) and not last and len(tokens) - self._done < MAX_CHARACTER_TOKENS:
+            return False
+        searched = max(0, len(self.content) - self._longest + 1)
+        self.content += more[len(known) :]
+        self._before, self._done = self._done, len(tokens)
+        found = [offset for stop in self.stops if (offset := self.content.find(stop, searched)) >= 0]
+        if found:
+            del self.content[min(found) :]
+        return bool(found)
+
+    def held_back(self) -> int:
+        """Length of the longest suffix that is a proper prefix of a stop string."""
+        sizes = (size for stop in self.stops for size in range(1, len(stop)) if self.content.endswith(stop[:size]))
+        return max(sizes, default=0)

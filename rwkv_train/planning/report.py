@@ -13,6 +13,9 @@ from rwkv_train.console import ERROR_STYLE
 from rwkv_train.planning.goodput import DEFAULT_CLUSTER, between_failures, goodput, interval, saving
 from rwkv_train.planning.plan import Plan
 
+BYTES = 256  # vocabulary of the tokenizer `bytes`
+WIDE = 768  # channels of the smallest published model
+PUBLISHED = "50,277 (Pile) or 65,536 (World)"  # their vocabularies
 _LABELS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -34,6 +37,15 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
         f"model   {config.arch} {config.model.size}: L{shape.n_layer} C{shape.n_embd} V{shape.vocab_size}, "
         f"{counts.parameters:,} parameters, {counts.flops_per_token(layout.context):,} FLOPs a token"
     )
+    if (
+        config.model.vocab_size is None
+        and shape.vocab_size == BYTES + len(config.vocab.extend)
+        and shape.n_embd >= WIDE
+    ):
+        console.print(
+            f"        V{shape.vocab_size} are bytes; published models of this size have {PUBLISHED}: "
+            "data.tokenizer=…, or model.vocab_size=… for a plan"
+        )
     console.print(
         f"layout  {layout.strategy} on {layout.mesh.ranks} × {card.name}: context {layout.context} × micro-batch "
         f"{layout.micro} × {layout.mesh.ranks} devices × {layout.accumulation} passes, {config.trainer.precision}"

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,10 +42,20 @@ class RunDirectory:
         return self.number
 
     def read_passed_over(self) -> dict[str, Any]:
-        """How often the run was rewound, and which data it skips: {"rewinds": n, "skips": [[step, data steps], …]}."""
+        """How often the run was rewound, and which data it passes over, in tokens of the data's order.
+
+        Returns:
+            {"rewinds": n, "skipped": [[first token, tokens], …]}
+
+        Raises:
+            UserError: the file is of an earlier version.
+        """
         if not self.passed_over.exists():
-            return {"rewinds": 0, "skips": []}
+            return {"rewinds": 0, "skipped": []}
         found: dict[str, Any] = json.loads(self.passed_over.read_text())
+        if "skipped" not in found:
+            what = f"{self.passed_over} is of an earlier version: it counts steps"
+            raise UserError(what, "run.name=NEW init.weights=CHECKPOINT starts a new run from the weights")
         return found
 
     @contextmanager
@@ -59,19 +69,21 @@ class RunDirectory:
             own.unlink(missing_ok=True)
 
     @contextmanager
-    def records(self, number: int, enabled: bool, tokens_per_step: int = 0) -> Iterator[tuple[Events, JsonLines]]:
+    def records(
+        self, number: int, enabled: bool, tokens: Callable[[int], int] = lambda step: 0
+    ) -> Iterator[tuple[Events, JsonLines]]:
         """Events and metrics of one attempt, with merged views of all attempts that are kept up to date.
 
         Args:
             number: of the attempt.
             enabled: whether this process writes them.
-            tokens_per_step: for the token count of each event.
+            tokens: trained on after a step, for the events.
         """
         attempts, own = self.attempts, self.attempts.directory(number)
         events = MergedView(self.events, number, attempts, attempts.events)
         metrics = MergedView(self.metrics, number, attempts, attempts.metrics)
         records = (
-            Events(own / "events.jsonl", enabled, events, tokens_per_step),
+            Events(own / "events.jsonl", enabled, events, tokens),
             JsonLines(own / "metrics.jsonl", enabled, metrics),
         )
         with closing(records[1]), closing(records[0]):  # each, even where the other's last merge fails

@@ -190,20 +190,23 @@ class Events(JsonLines):
     """What happened to the run: started, resumed, checkpoint, finished …, each with step, tokens and wall-clock time.
 
     Attributes:
-        tokens_per_step: converts steps to tokens.
+        tokens: trained on after a step.
         listeners: called with each event.
     """
 
     def __init__(
-        self, path: Path, enabled: bool = True, view: MergedView | None = None, tokens_per_step: int = 0
+        self,
+        path: Path,
+        enabled: bool = True,
+        view: MergedView | None = None,
+        tokens: Callable[[int], int] = lambda step: 0,
     ) -> None:
         super().__init__(path, enabled, view)
-        self.tokens_per_step = tokens_per_step
+        self.tokens = tokens
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
 
     def add(self, event: str, step: int, **details: Any) -> None:
-        tokens = step * self.tokens_per_step
-        row = {"time": round(time.time(), 3), "event": event, "step": step, "tokens": tokens, **details}
+        row = {"time": round(time.time(), 3), "event": event, "step": step, "tokens": self.tokens(step), **details}
         self.append(row)
         for listener in self.listeners:
             listener(row)

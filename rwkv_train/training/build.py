@@ -11,13 +11,15 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from rwkv_train.cluster.environment import environment
+from rwkv_train.config.clock import TokenClock
 from rwkv_train.instantiate import Makers
 from rwkv_train.rundir.jsonl import WriteErrors
+from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.stop import StopOnSignal
 from rwkv_train.training.finish import write_sample
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.observers import Observers, RunTrackers, make_observers
-from rwkv_train.training.setup import RunAttempt, RunSetup
+from rwkv_train.training.setup import RunSetup
 from rwkv_train.training.statistics import Statistics
 from rwkv_train.training.strategy import ShardedStrategy, build_strategy
 
@@ -61,32 +63,38 @@ def build(
         trackers: started already.
         callbacks: the user's, called after ours.
     """
-    setup.data.begin(attempt.step, None if attempt.meta is None else attempt.meta.position, attempt.skips)
     strategy = _build_strategy(setup, attempt)
     sample = None
     if attempt.checkpoint is None and setup.first and not strategy.sharded:
         sample = LambdaCallback(on_train_start=lambda *_: write_sample(setup, setup.model, 0, write_errors))
     observers = make_observers(setup, attempt, write_errors, signals, trackers, sample)
+    in_order = [*observers.in_order(), *(make() for make in callbacks)]
     return Training(
         setup=setup,
         attempt=attempt,
         write_errors=write_errors,
-        module=build_module(setup),
+        module=build_module(setup, attempt.total_steps, attempt.clock),
         strategy=strategy,
         observers=observers,
-        trainer=build_trainer(setup, strategy, [*observers.in_order(), *(make() for make in callbacks)]),
+        trainer=build_trainer(setup, attempt.total_steps, strategy, in_order),
     )
 
 
-def build_module(setup: RunSetup) -> RWKVModule:
-    """The LightningModule of a run."""
+def build_module(setup: RunSetup, total_steps: int | None, clock: TokenClock) -> RWKVModule:
+    """The LightningModule of a run, of so many steps (None: no limit)."""
     config, data = setup.config, setup.data
-    tokens = config.batch.tokens
-    every = config.statistics.every.in_steps(tokens)
+    every = config.statistics.every.in_steps(config.batch.tokens)
     statistics = Statistics(setup.model, every, [source.name for source in data.sources], hooks=not config.compile)
     validated = [data.sources[number].name for number in data.validated]
     return RWKVModule(
-        setup.model, setup.recipe, config.optim, setup.total_steps, tokens, config.compile, validated, statistics
+        setup.model,
+        setup.recipe,
+        config.optim,
+        total_steps,
+        clock,
+        config.compile,
+        validated,
+        statistics,
     )
 
 
@@ -104,7 +112,9 @@ def _build_strategy(setup: RunSetup, attempt: RunAttempt) -> ShardedStrategy:
     return strategy
 
 
-def build_trainer(setup: RunSetup, strategy: ShardedStrategy, callbacks: list[Callback]) -> L.Trainer:
+def build_trainer(
+    setup: RunSetup, total_steps: int | None, strategy: ShardedStrategy, callbacks: list[Callback]
+) -> L.Trainer:
     """Lightning's loop over the steps of a run."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches are cut from memory
     warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # cluster/rank_info.py knows who started what
@@ -122,7 +132,7 @@ def build_trainer(setup: RunSetup, strategy: ShardedStrategy, callbacks: list[Ca
         plugins=environment(setup.rank_info),
         precision=None if strategy.brings_precision else resolved.precision,  # type: ignore[arg-type]
         strategy=strategy,
-        max_steps=setup.total_steps or -1,
+        max_steps=total_steps or -1,
         max_epochs=-1,
         accumulate_grad_batches=resolved.accumulation,
         val_check_interval=config.validation.every.in_steps(config.batch.tokens) * resolved.accumulation,

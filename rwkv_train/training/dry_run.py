@@ -10,8 +10,9 @@ from rwkv_train.exit_codes import ExitCode
 from rwkv_train.planning.plan import make_plan, smallest_change, why
 from rwkv_train.planning.report import advice, as_json, show
 from rwkv_train.planning.resolved import find_devices
+from rwkv_train.training.attempt import checkpoint_to_resume
 from rwkv_train.training.optim import describe_groups, parameter_groups
-from rwkv_train.training.setup import assemble, checkpoint_to_resume
+from rwkv_train.training.setup import assemble
 
 
 def plan(config: Config, as_object: bool = False) -> int:

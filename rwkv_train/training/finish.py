@@ -48,7 +48,7 @@ def finish(training: Training, trackers: RunTrackers, requeue: Requeue) -> Endin
     step, resumable = training.trainer.global_step, next_start(observers.checkpoint)
     if observers.replay is not None:
         return Ending(ExitCode.NEGATIVE if observers.replay.healthy else ExitCode.FINISHED)
-    if observers.signals.stopped and step != training.setup.total_steps:
+    if observers.signals.stopped and step != training.attempt.total_steps:
         trackers.hurry()
         signals = observers.signals
         return requeue.after_signal(events, step, observers.signals.stopped, signals.too_late, resumable)
@@ -61,7 +61,7 @@ def finish(training: Training, trackers: RunTrackers, requeue: Requeue) -> Endin
 def _complete(training: Training, step: int, resumable: str) -> Ending:
     """The budget is reached, in steps or in time, or a callback of the user's has stopped the run."""
     setup, attempt, observers = training.setup, training.attempt, training.observers
-    total, write_errors = setup.total_steps, training.write_errors
+    total, write_errors = attempt.total_steps, training.write_errors
     attempt.events.add("finished" if step == total else "stopped", step)
     if setup.first:
         strategy, last = training.strategy, setup.directory.checkpoints / str(CheckpointName(step, attempt.number))

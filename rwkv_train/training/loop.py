@@ -17,12 +17,13 @@ from rwkv_train.exit_codes import Ending, ExitCode
 from rwkv_train.instantiate import prepare
 from rwkv_train.rundir.jsonl import WriteErrors
 from rwkv_train.rundir.rank_logs import keep_log
+from rwkv_train.training.attempt import RunAttempt, open_attempt
 from rwkv_train.training.build import Training, build
 from rwkv_train.training.callbacks.checkpoint import Superseded
 from rwkv_train.training.finish import finish, finish_again, next_start
 from rwkv_train.training.observers import RunTrackers
 from rwkv_train.training.requeue import Requeue
-from rwkv_train.training.setup import RunAttempt, RunSetup, describe, open_attempt, versions
+from rwkv_train.training.setup import RunSetup, describe, versions
 
 
 def fit(setup: RunSetup) -> ExitCode:
@@ -77,7 +78,7 @@ def _announce(attempt: RunAttempt, setup: RunSetup, trackers: RunTrackers) -> No
     events, earlier = attempt.events, attempt.history.next_start(attempt.step)
     events.add("started" if attempt.checkpoint is None else "resumed", attempt.step, **earlier)
     trackers.start(attempt.step, attempt.meta)
-    describe(setup, attempt.checkpoint)
+    describe(setup, attempt)
     if setup.data.masked and attempt.step == 0:
         show_batch(setup.data.batch(0), setup.data.tokenizer, setup.console, rows=1)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.config import OptimSettings
+from rwkv_train.config.clock import TokenClock
 from rwkv_train.data.batch import Batch
 from rwkv_train.data.rows import IGNORED_TARGET
 from rwkv_train.models import LanguageModel, RecipeRow, State
@@ -36,7 +37,7 @@ class RWKVModule(L.LightningModule):
         recipe: each parameter's row, by name.
         optim: optimiser settings.
         total_steps: length of the run in optimiser steps; None: no end.
-        tokens_per_step: tokens of the global batch, over all ranks and micro-batches.
+        clock: tokens trained on after each step.
         compile: whether training runs torch.compile of the model.
         sources: names of the validated sources, in the order of the validation loaders.
         statistics: measures the layers; None: every 100 steps.
@@ -54,7 +55,7 @@ class RWKVModule(L.LightningModule):
         recipe: Mapping[str, RecipeRow],
         optim: OptimSettings,
         total_steps: int | None,
-        tokens_per_step: int,
+        clock: TokenClock,
         compile: bool = False,
         sources: Sequence[str] = ("",),
         statistics: Statistics | None = None,
@@ -65,7 +66,7 @@ class RWKVModule(L.LightningModule):
         self.recipe = recipe
         self.optim = optim
         self.total_steps = total_steps
-        self.tokens_per_step = tokens_per_step
+        self.clock = clock
         self.statistics = statistics or Statistics(model, 100, hooks=not compile)
         self.verdict = verdict or StepVerdict()
         self.grad_norm = torch.tensor(math.nan)
@@ -81,7 +82,12 @@ class RWKVModule(L.LightningModule):
 
     @property
     def tokens_seen(self) -> int:
-        return self.trainer.global_step * self.tokens_per_step
+        return self.clock.tokens(self.trainer.global_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of the global batch, over all ranks and micro-batches."""
+        return self.clock.batch
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
         """-1 makes Lightning start another iteration over the data: the run was rewound."""
@@ -165,7 +171,8 @@ class RWKVModule(L.LightningModule):
         return cast(ShardedStrategy, self.trainer.strategy)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.lr = learning_rate(self.optim, self.trainer.global_step, self.total_steps, self.tokens_per_step)
+        last = None if self.total_steps is None else self.clock.tokens(self.total_steps - 1)
+        self.lr = learning_rate(self.optim, self.tokens_seen, last, self.clock.first_batch)
         for group in optimizer.param_groups:
             group["lr"] = self.lr * group["lr_multiplier"]
 

@@ -21,6 +21,7 @@ from rwkv_train.planning.report import as_json
 from rwkv_train.rundir.jsonl import Events, WriteErrors
 from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker
 from rwkv_train.trackers.launch import TRACKER_SECONDS, Trackers
+from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.bad_steps import BadSteps
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 from rwkv_train.training.callbacks.metrics import Metrics, Spent
@@ -29,7 +30,7 @@ from rwkv_train.training.callbacks.progress import ProgressBar
 from rwkv_train.training.callbacks.stop import StopAtBudget, StopOnSignal
 from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.replay import Replay
-from rwkv_train.training.setup import RunAttempt, RunSetup, versions
+from rwkv_train.training.setup import RunSetup, versions
 
 TRACKER_SECONDS_AFTER_SIGNAL = 5.0  # seconds that trackers have where a signal has ended the run
 
@@ -111,6 +112,7 @@ def make_observers(
         events,
         setup.storage,
         watchdog.waiting_for_disk,
+        attempt.same_data,
     )
     signals.connect(saving)
     spent = Spent.of(run.attempts, lines)
@@ -124,10 +126,10 @@ def make_observers(
         metrics=metrics,
         bad_steps=bad_steps,
         checkpoint=saving,
-        progress=ProgressBar(metrics, saving, setup.total_steps, console),
+        progress=ProgressBar(metrics, saving, attempt.total_steps, console),
         profiling=Profiling(run.path, console) if config.profile else None,
         replay=None if config.replay is None else Replay(json.loads(Path(config.replay).read_bytes()), console),
-        budget=StopAtBudget(setup.total_steps, None if hours is None else hours * 3600),
+        budget=StopAtBudget(attempt.total_steps, None if hours is None else hours * 3600),
         signals=signals,
         watchdog=watchdog,
         first_sample=first_sample,

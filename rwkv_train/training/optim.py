@@ -1,4 +1,4 @@
-"""The optimiser: parameter groups from the generation's recipe, and the learning rate as a function of the step."""
+"""The optimiser: parameter groups from the generation's recipe, and the learning rate as a function of the tokens."""
 
 from __future__ import annotations
 
@@ -89,25 +89,28 @@ def build_optimizer(groups: list[dict[str, Any]], optim: OptimSettings) -> torch
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-def learning_rate(optim: OptimSettings, step: int, total_steps: int | None, tokens_per_step: int) -> float:
-    """The base learning rate of optimiser step `step` (0 for the first): a pure function of its arguments.
+def learning_rate(optim: OptimSettings, tokens: int, last: int | None, tokens_per_step: int) -> float:
+    """The base learning rate of an optimiser step: a pure function of its arguments.
 
     It rises linearly from 1 % (factor 0.01 + 0.99 · step / warm-up, as in the reference code), stays constant for
-    `hold`, and decays to final_lr at the end of the budget, in the shape of the schedule.
+    `hold`, and decays to final_lr at the last step, in the shape of the schedule.
 
     Args:
-        total_steps: length of the run; None (a run without end) is valid for the constant shape only.
-        tokens_per_step: converts spans that are given in tokens.
+        tokens: trained on before the step.
+        last: tokens trained on before the last step; None (a run without end) is valid for the constant shape only.
+        tokens_per_step: of the batch with which the run began: converts spans that are given in steps, and spans in
+            tokens are rounded up to such steps.
     """
     schedule = optim.schedule
+    step = tokens / tokens_per_step
     warmup = schedule.warmup.in_steps(tokens_per_step)
     if step < warmup:
         return optim.lr * (0.01 + 0.99 * step / warmup)
     if schedule.shape == "constant":
         return optim.lr
-    assert total_steps is not None, "a schedule that decays needs the length of the run"
+    assert last is not None, "a schedule that decays needs the length of the run"
     start = warmup + schedule.hold.in_steps(tokens_per_step)
-    progress = min(max((step - start) / max(total_steps - 1 - start, 1), 0.0), 1.0)
+    progress = min(max((step - start) / max(last / tokens_per_step - start, 1), 0.0), 1.0)
     if schedule.shape == "exponential":
         return float(optim.lr * (optim.final_lr / optim.lr) ** progress)
     return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))

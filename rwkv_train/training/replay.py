@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rwkv_train.config import BudgetSettings, Config, RunSettings
 from rwkv_train.config.schema import from_tree
+from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.module import RWKVModule
 
 
@@ -40,6 +41,9 @@ def replayed(config: Config, first: bool) -> Iterator[Config]:
     root = file.parent / f".again_{file.stem}"
     if first:
         shutil.rmtree(root, ignore_errors=True)
+        run = RunDirectory(str(root), "again")
+        run.path.mkdir(parents=True)
+        run.passed_over.write_text(json.dumps({"rewinds": 0, "skipped": record["skipped"]}))
     try:
         yield replace(
             own,

@@ -13,8 +13,9 @@ from rwkv_train.errors import UserError
 from rwkv_train.exit_codes import Ending, ExitCode
 from rwkv_train.rundir.history import MAX_FAILURES, History
 from rwkv_train.rundir.jsonl import Events
+from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.stop import StopOnSignal
-from rwkv_train.training.setup import RunAttempt, RunSetup
+from rwkv_train.training.setup import RunSetup
 from rwkv_train.training.strategy import ShardedStrategy
 
 REASON_TIMEOUT = 0.5  # seconds that a rank waits for the reason of another one's failure

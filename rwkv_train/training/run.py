@@ -9,6 +9,7 @@ from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.cluster.rank_info import RankInfo, another_has_ended
 from rwkv_train.config import Config
 from rwkv_train.exit_codes import ExitCode
+from rwkv_train.training.attempt import checkpoint_to_resume
 from rwkv_train.training.setup import assemble
 
 
@@ -40,6 +41,7 @@ def train(config: Config, storage: Storage | None = None, rank_info: RankInfo | 
 
 def _train(config: Config, storage: Storage | None, rank_info: RankInfo | None) -> int:
     setup = assemble(config, storage, rank_info)
+    checkpoint_to_resume(setup)
     from rwkv_train.training.loop import fit  # Lightning takes seconds to import: user errors come first
 
     try:

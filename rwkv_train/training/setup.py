@@ -1,4 +1,4 @@
-"""RunSetup: data, model and settled settings of a run, from a checked config; RunAttempt: one start of that run.
+"""RunSetup: data, model and settled settings of a run, from a checked config.
 
 Making a RunSetup finds every error that needs the data, the weights or the devices, and writes nothing.
 No Lightning here: it takes seconds to import.
@@ -8,46 +8,35 @@ from __future__ import annotations
 
 import hashlib
 import math
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from rich.console import Console
 
 import rwkv_train
-from rwkv_train.checkpoint.directory import (
-    list_checkpoints,
-    newest_to_resume,
-    refuse_damage,
-    remove_unfinished,
-)
-from rwkv_train.checkpoint.meta import CheckpointMeta
-from rwkv_train.checkpoint.name import CheckpointName
-from rwkv_train.checkpoint.retention import Retention
 from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
-from rwkv_train.checkpoint.storage import LocalStorage, Storage
-from rwkv_train.cluster.agreement import decided_by_first
+from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Config
+from rwkv_train.config.clock import TokenClock
 from rwkv_train.config.mesh import Mesh
-from rwkv_train.config.schema import PLACEMENT, as_tree, differences
-from rwkv_train.console import ERROR_STYLE, make_console
+from rwkv_train.config.schema import as_tree
+from rwkv_train.console import make_console
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.sources import check_token_in_vocabulary
-from rwkv_train.errors import UserError
 from rwkv_train.models import LanguageModel, RecipeRow, build_model, recipe_of
 from rwkv_train.models.weights import refuse_mismatches, shapes_of
 from rwkv_train.planning.model import model_config
 from rwkv_train.planning.resolved import ResolvedConfig, find_devices, resolve
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.rundir.history import History
-from rwkv_train.rundir.jsonl import Events, JsonLines, WriteErrors
 from rwkv_train.training.initial_weights import Recipe
 from rwkv_train.training.optim import describe_frozen, describe_groups, parameter_groups
+
+if TYPE_CHECKING:
+    from rwkv_train.training.attempt import RunAttempt
 
 
 @dataclass(frozen=True)
@@ -92,11 +81,6 @@ class RunSetup:
         """Number of the model's parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    @property
-    def total_steps(self) -> int | None:
-        """Optimiser steps of the budget; None: no limit."""
-        return _steps(self.config)
-
 
 def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo | None = None) -> RunSetup:
     """Settles what the config leaves open, reads the data and builds the model; writes nothing.
@@ -114,7 +98,7 @@ def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo
     resolved = resolve(config, devices, data.vocabulary, data.split.samples, console)
     data.share_out(resolved.micro)
     model, source = _build(config, data.vocabulary, resolved.strategy == "single" and not config.dry_run)
-    setup = RunSetup(
+    return RunSetup(
         config=config,
         resolved=resolved,
         tree=as_tree(devices.recorded(config)),
@@ -128,30 +112,12 @@ def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo
         directory=RunDirectory(config.run.root, config.run.name),
         storage=storage,
     )
-    checkpoint_to_resume(setup)
-    return setup
 
 
-def checkpoint_to_resume(setup: RunSetup) -> tuple[Path | None, list[str]]:
-    """The checkpoint that a start resumes from, and what has changed since; its content is hashed at the start only.
-
-    Raises:
-        UserError: the checkpoint that the user has named is damaged, or see `newest_to_resume` and `changes_since`.
-    """
-    resume = setup.config.resume
-    if resume == "never":
-        return None, []
-    if resume == "auto":
-        path, _ = newest_to_resume(setup.directory.checkpoints, setup.storage, content=False)
-        return path, [] if path is None else changes_since(path, setup)
-    path = Path(resume).expanduser()
-    refuse_damage(path, content=setup.first)
-    return path, changes_since(path, setup)
-
-
-def _steps(config: Config) -> int | None:
+def total_steps(config: Config, clock: TokenClock) -> int | None:
+    """Optimiser steps of the budget; None: no limit."""
     budget = config.budget.total
-    return None if budget is None else budget.in_steps(config.batch.tokens)
+    return None if budget is None else clock.steps(budget)
 
 
 def _read_data(config: Config, mesh: Mesh) -> Batches:
@@ -166,7 +132,8 @@ def _read_data(config: Config, mesh: Mesh) -> Batches:
         config.vocab.extend,
         config.model.vocab_size,
     )
-    data.refuse_budget(_steps(config))
+    if not config.run.allow_changes:  # else the checkpoint decides how far the data is read: open_attempt
+        data.refuse_budget(total_steps(config, TokenClock.resumed((), 0, config.batch.tokens)))
     check_token_in_vocabulary(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
     return data
 
@@ -191,31 +158,6 @@ def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel
     return model, None if valued else source
 
 
-def changes_since(path: Path, setup: RunSetup) -> list[str]:
-    """What differs between a run and the one that has written a checkpoint, and does not keep it from resuming there.
-
-    Raises:
-        UserError: a checkpoint of another model, or of another config or other data where run.allow_changes=true does
-            not allow it; it lists what differs.
-    """
-    meta = CheckpointMeta.read(path)  # its files were compared with the manifest before
-    refuse_mismatches(f"the checkpoint {path}", meta.shapes, setup.model)
-    changed = differences(meta.config, setup.tree)
-    placed = [change for change in changed if change.split(":")[0] in PLACEMENT]
-    changed = [change for change in changed if change not in placed]
-    if meta.data != setup.data.digest:
-        changed.append(f"the data itself: content hash {meta.data} → {setup.data.digest}")
-    tokenizer = setup.data.tokenizer.identity
-    if meta.tokenizer != tokenizer:
-        changed.append(f"the tokenizer: {meta.tokenizer} → {tokenizer}")
-    if changed and not setup.config.run.allow_changes:
-        raise UserError(
-            f"the checkpoint {path} was made with another config: {'; '.join(changed)}",
-            "to resume all the same: run.allow_changes=true; for a new run: run.name=NEW",
-        )
-    return [*placed, *changed]
-
-
 def versions() -> dict[str, str]:
     """Of what computes: our package and a hash of its source, torch, Lightning. Checkpoints hold it."""
     code = hashlib.sha256()
@@ -225,7 +167,7 @@ def versions() -> dict[str, str]:
     return {**ours, "torch": torch.__version__, "lightning": version("lightning")}
 
 
-def describe(setup: RunSetup, checkpoint: Path | None) -> None:
+def describe(setup: RunSetup, attempt: RunAttempt) -> None:
     """Prints the head of a run: what is trained on which data, how, and in which directory."""
     config, data, shape, say = setup.config, setup.data, setup.model.config, setup.console.print
     resolved = setup.resolved
@@ -239,141 +181,7 @@ def describe(setup: RunSetup, checkpoint: Path | None) -> None:
         f"batch   {config.batch.tokens:,} tokens a step: context {config.batch.context} × micro-batch {resolved.micro} "
         f"× {resolved.mesh.ranks} devices × {resolved.accumulation} passes, {resolved.threads} threads"
     )
-    total, hours = setup.total_steps, config.budget.hours
-    budget = "no end" if total is None else f"{total:,} steps = {total * config.batch.tokens:,} tokens"
+    total, hours, checkpoint = attempt.total_steps, config.budget.hours, attempt.checkpoint
+    budget = "no end" if total is None else f"{total:,} steps = {attempt.clock.tokens(total):,} tokens"
     say(f"budget  {budget}" + ("" if hours is None else f", at most {hours:g} h"))
     say(f"run     {setup.directory.path}" + ("" if checkpoint is None else f", resumed from {checkpoint}"))
-
-
-@dataclass(frozen=True)
-class RunAttempt:
-    """One start of a run, from its claim of a number on.
-
-    Attributes:
-        number: of the attempt, from 1; 0 on a rank that rank 0 has started itself, which gets the number later.
-        checkpoint: to resume from; None: the run begins at step 0.
-        meta: of the checkpoint; None: there is none.
-        history: of the attempts before; empty on ranks but the first.
-        events, metrics: the records that this attempt writes.
-        rewinds: how often the run was rewound so far.
-        skips: (step, steps of data) pairs that the run passes over.
-    """
-
-    number: int
-    checkpoint: Path | None
-    meta: CheckpointMeta | None
-    history: History
-    events: Events
-    metrics: JsonLines
-    rewinds: int
-    skips: list[tuple[int, int]]
-
-    @property
-    def step(self) -> int:
-        """The step that the attempt begins after."""
-        return 0 if self.meta is None else self.meta.step
-
-
-def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -> RunAttempt | None:
-    """Claims the next attempt of a run whose directory this process holds, and opens its records.
-
-    Args:
-        setup: of the run.
-        write_errors: counts what the disk refuses.
-        stack: closes the records.
-
-    Returns:
-        None where the run is finished already, which is printed.
-
-    Raises:
-        UserError: the checkpoint does not fit the config, no checkpoint of the run can be used, or no attempt can be
-            claimed. Of ranks that were started together rank 0 raises it, and the others SystemExit.
-    """
-    run, total = setup.directory, setup.total_steps
-    found = decided_by_first(setup.rank_info, lambda: _find_checkpoint(setup))
-    if total is not None and found.step >= total and setup.rank_info.parent is None:
-        setup.console.print(
-            f"{run.path} is finished: {found.step} of {total} steps.\n"
-            "  budget.steps=MORE run.allow_changes=true continues it; run.name=NEW starts another run"
-        )
-        return None
-    history = History.read(run) if setup.first else History([], [])
-    number, found = decided_by_first(setup.rank_info, lambda: _claim(setup, found, write_errors))
-    events, metrics = stack.enter_context(run.records(number, setup.first, setup.config.batch.tokens))
-    passed_over, meta = run.read_passed_over(), found.meta
-    skips = [(first, steps) for first, steps in passed_over["skips"] or (() if meta is None else meta.skips)]
-    return RunAttempt(number, found.checkpoint, meta, history, events, metrics, passed_over["rewinds"], skips)
-
-
-def _claim(setup: RunSetup, found: _Found, write_errors: WriteErrors) -> tuple[int, _Found]:
-    """The number of this attempt and the checkpoint that it resumes from; ranks but the first claim none."""
-    run = setup.directory
-    if not setup.first:
-        return 0, found
-    number = run.claim_attempt()
-    if tuple(list_checkpoints(run.checkpoints, setup.storage)) != found.present:  # an older attempt has saved one
-        found = _find_checkpoint(setup)
-    _note_start(setup, number, found.checkpoint, found.meta, write_errors)
-    return number, found
-
-
-def _note_start(
-    setup: RunSetup, number: int, checkpoint: Path | None, meta: CheckpointMeta | None, write_errors: WriteErrors
-) -> None:
-    """Writes what the attempt resumes from, before everything else of it, and config.yaml."""
-    run = setup.directory
-    own = checkpoint is not None and checkpoint.absolute().parent == run.checkpoints.absolute()
-    name = CheckpointName.parse(checkpoint.name) if checkpoint is not None and own else None
-    run.attempts.begin(number, 0 if meta is None else meta.step, None if name is None else name.attempt)
-    remove_unfinished(run.checkpoints, number, setup.storage)
-    settings, storage = setup.config.checkpoint, setup.storage or LocalStorage()
-    retention = Retention.of(run.checkpoints, run.attempts, settings, setup.config.batch.tokens, storage)
-    if outdated := retention.outdated(number):
-        names = ", ".join(path.name for path in outdated)
-        setup.console.print(f"checkpoints that no longer count, deleted after the next save: {names}")
-    with write_errors.tolerate(run.config), run.atomic_write(run.config) as path:
-        path.write_text(yaml.safe_dump(setup.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The checkpoint to resume from.
-
-    Attributes:
-        checkpoint: its directory; None: the run begins at step 0.
-        meta: of the checkpoint; None: there is none.
-        present: the checkpoints of the run when it was looked for.
-    """
-
-    checkpoint: Path | None = None
-    meta: CheckpointMeta | None = None
-    present: tuple[Path, ...] = ()
-
-    @property
-    def step(self) -> int:
-        return 0 if self.meta is None else self.meta.step
-
-
-def _find_checkpoint(setup: RunSetup) -> _Found:
-    """The checkpoint to resume from; prints the damaged ones that it passes over."""
-    config, directory = setup.config, setup.directory.checkpoints
-    present = tuple(list_checkpoints(directory, setup.storage))
-    if config.resume == "never":
-        return _Found(present=present)
-    if config.resume != "auto":
-        path = Path(config.resume).expanduser()
-        return _found(path, present, setup)
-    found, damaged = newest_to_resume(directory, setup.storage, content=setup.first)
-    for damage in damaged:
-        setup.console.print(f"damaged checkpoint skipped: {damage.path}: {damage.reason}", style=ERROR_STYLE)
-    if found is not None:
-        return _found(found, present, setup)
-    if config.resume_typed:
-        setup.console.print(f"resume=auto: nothing to resume in {directory}; the run starts at step 0")
-    return _Found(present=present)
-
-
-def _found(path: Path, present: tuple[Path, ...], setup: RunSetup) -> _Found:
-    if changed := changes_since(path, setup):
-        setup.console.print(f"resumed with {'; '.join(changed)}")
-    return _Found(path, CheckpointMeta.read(path), present)

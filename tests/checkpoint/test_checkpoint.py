@@ -221,7 +221,7 @@ def test_the_probe_refuses_other_weights(copy: Path) -> None:
     content = (path / "weights.pth").read_bytes()
     manifest["files"]["weights.pth"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="the loss of the next batch under the saved weights is"):
+    with pytest.raises(UserError, match="the loss of the probe sample under the saved weights is"):
         resume(copy)
 
 

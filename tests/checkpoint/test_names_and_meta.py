@@ -57,7 +57,11 @@ def written(folder: Path, **changes: Any) -> Path:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     meta = meta_of(
-        skips=((3, 2), (7, 1)), shapes={"a": (2, 3), "b": ()}, position={"offset": 5}, val_loss=2.5, config={"seed": 1}
+        batches=((0, 128), (7, 256)),
+        shapes={"a": (2, 3), "b": ()},
+        position={"offset": 5},
+        val_loss=2.5,
+        config={"seed": 1},
     )
     (tmp_path / META).write_text(json.dumps(meta.as_json()))
     assert CheckpointMeta.read(tmp_path) == meta
@@ -68,11 +72,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     [
         ({"step": "5"}, r"step is '5', not of type int"),
         ({"step": True}, r"step is True, not of type int"),
-        ({"probe": None}, r"probe is None, not of type float"),
+        ({"probe": "nan"}, r"probe is 'nan', not of type float or null"),
+        ({"probe_sample": None}, r"probe_sample is None, not of type int"),
         ({"val_loss": "low"}, r"val_loss is 'low', not of type float or null"),
         ({"config": []}, r"config is \[\], not of type dict"),
-        ({"skips": [[1]]}, r"skips or shapes are not lists of integers"),
-        ({"shapes": {"a": ["x"]}}, r"skips or shapes are not lists of integers"),
+        ({"batches": [[1]]}, r"batches or shapes are not lists of integers"),
+        ({"shapes": {"a": ["x"]}}, r"batches or shapes are not lists of integers"),
     ],
 )
 def test_a_field_of_another_type_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -194,7 +196,41 @@ def test_the_reference_order_is_rwkv_lms() -> None:
         assert order.starts(np.array([ii - 1])).tolist() == [expected]
 
 
-@pytest.mark.parametrize("tokens", [40, 41, 333, 1000, 12345])
+def magic_prime_of_make_data(data_size: int, ctx_len: int) -> int | None:
+    """The end of RWKV-LM's RWKV-v5/make_data.py, written out."""
+
+    def is_prime(n: int) -> bool:
+        if n <= 1:
+            return False
+        if n <= 3:
+            return True
+        if n % 2 == 0 or n % 3 == 0:
+            return False
+        i = 5
+        while i * i <= n:
+            if n % i == 0 or n % (i + 2) == 0:
+                return False
+            i += 6
+        return True
+
+    n_chunk = int(data_size // ctx_len) - 1
+    for i in range(n_chunk, 0, -1):
+        if i % 3 == 2 and is_prime(i):
+            return i
+    return None
+
+
+def test_the_prime_is_that_of_make_data() -> None:
+    """Every number of windows up to 600, and sizes up to 10^12 tokens; a whole number of windows is no exception."""
+    draw = random.Random(3)
+    sizes = [(windows * 16 + rest, 16) for windows in range(3, 600) for rest in (0, 1, 15)]
+    sizes += [(draw.randrange(10**6, 10 ** draw.randint(7, 12)), draw.choice([512, 1024, 4096])) for _ in range(300)]
+    for tokens, context in sizes:
+        assert ReferenceOrder(tokens, context).windows == magic_prime_of_make_data(tokens, context), (tokens, context)
+    assert ReferenceOrder(802_997_237, 4096).windows == magic_prime_of_make_data(802_997_237, 4096) == 196_043
+
+
+@pytest.mark.parametrize("tokens", [21, 22, 40, 41, 333, 1000, 12345])
 def test_the_reference_order_visits_every_window_once(tokens: int) -> None:
     order = ReferenceOrder(tokens, 7)
     starts = order.starts(np.arange(order.windows))
@@ -204,7 +240,7 @@ def test_the_reference_order_visits_every_window_once(tokens: int) -> None:
 
 
 def test_the_reference_order_of_too_little_text() -> None:
-    with pytest.raises(UserError, match=r"needs four windows of batch.context=8: 32 tokens, not 20"):
+    with pytest.raises(UserError, match=r"needs three windows of batch.context=8: 24 tokens, not 20"):
         ReferenceOrder(20, 8)
 
 

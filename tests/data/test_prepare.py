@@ -361,3 +361,25 @@ def test_invalid_manifests(tmp_path: Path) -> None:
     manifest = Manifest("bytes", [], "other", 1, 1, 1, 1, "", {}, [])
     with pytest.raises(UserError, match=r"made with the tokenizer other; bytes is bytes now\n  restore"):
         manifest.load_tokenizer()
+
+
+@pytest.mark.parametrize("length", range(129, 400, 9))
+def test_behind_a_line_that_is_too_long_none_is_lost(
+    tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the blocks end in which a packed file is read, also right behind the long line."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 64)
+    monkeypatch.setattr(units, "MAX_DOCUMENT_BYTES", 128)
+    for more in range(9):
+        long = json.dumps({"text": "x" * (length + more - len('{"text": ""}\n'))})
+        lines = [*(json.dumps({"text": f"t{n}"}) for n in range(3)), long, *(f'{{"text": "u{n}"}}' for n in range(9))]
+        with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+            file.write("\n".join(lines) + "\n")
+        found = [
+            document
+            for unit in units.units([("a", tmp_path / "a.jsonl.gz")], [], "text", "train")
+            for document in unit.documents()
+        ]
+        texts = [document for document in found if isinstance(document, bytes)]
+        assert texts == [b"t0", b"t1", b"t2", *(b"u%d" % n for n in range(9))]
+        assert len(found) == len(texts) + 1, "the long one is counted"

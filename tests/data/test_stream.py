@@ -13,6 +13,8 @@ from rwkv_train.config import BatchSettings, DataSettings
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
+from rwkv_train.training.attempt import continue_data
+from tests.checkpoint.metas import meta_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -28,9 +30,9 @@ def files(tmp_path: Path) -> str:
     return str(tmp_path / "*.jsonl")
 
 
-def stream(path: str, workers: int = 0, ranks: int = 1, **more: Any) -> Batches:
+def stream(path: str, workers: int = 0, ranks: int = 1, context: int = 64, **more: Any) -> Batches:
     data = DataSettings("stream", path, "bytes", 0.0, workers=workers, **{"held_out_documents": 5, **more})
-    return Batches(data, BatchSettings(512, 64, None), seed=1, mesh=Mesh(ranks))
+    return Batches(data, BatchSettings(512, context, None), seed=1, mesh=Mesh(ranks))
 
 
 def text_of(batches: list[Any]) -> bytes:
@@ -90,3 +92,20 @@ def test_error_messages(files: str, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(UserError, match="names files of several or of unknown kinds"):
         stream(str(tmp_path / "x.csv"))
+
+
+def test_another_context_or_another_stream_continues_where_it_can(files: str, tmp_path: Path) -> None:
+    """Behind the same token under another context; at the beginning of another stream."""
+    before = stream(files)
+    text = text_of([before.batch(step) for step in range(12)])
+    position, tokens = before.position(9), 9 * 512
+    meta = meta_of(step=9, batches=((0, 512),), data_tokens=tokens, position=position, data=before.digest)
+    longer = stream(files, context=128)
+    continue_data(longer, meta, ())
+    assert text_of([longer.batch(step) for step in (9, 10)]) == text[tokens : tokens + 2 * 512]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.jsonl").write_text("".join(json.dumps({"text": f"{n} other"}) + "\n" for n in range(90)))
+    other = stream(str(tmp_path / "other" / "a.jsonl"))
+    continue_data(other, meta, ())
+    assert text_of([other.batch(9)]).startswith(b"\x005 other\x006 other")
+    assert longer.position(9) is not None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
@@ -87,6 +90,43 @@ def test_stop_strings_end_a_text(model: LanguageModel) -> None:
         assert b"".join(shown) == ended.text, "nothing of a stop string was shown"
     assert plain.ended == "length"
     assert len(plain.text) == 40
+
+
+class Joined:
+    """Decodes tokens as words with blanks between them, as tokenizers of the Metaspace kind do, and counts them."""
+
+    vocab_size, end_of_text, decoded = 256, 0, 0
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        self.decoded += len(tokens)
+        return b" ".join(b"w%d" % token for token in tokens)
+
+
+@pytest.mark.parametrize("stops", [[], [b"w1000"], [b"w1000", b"never"]])
+def test_each_token_is_decoded_a_few_times(model: LanguageModel, stops: list[bytes]) -> None:
+    """And the text is what all tokens together give, with its blanks, also as it is shown."""
+    shown: list[bytes] = []
+    tokenizer: Any = Joined()
+    (found,) = continue_texts(
+        model, tokenizer, encode("def "), 300, Sampling(0.9), [5], stops, at_end=False, on_text=Kept(shown)
+    )
+    assert len(found.tokens) == 300
+    assert tokenizer.decoded <= 4 * 300
+    assert found.text == Joined().decode(found.tokens) == b"".join(shown)
+
+
+def test_an_incomplete_character_waits_for_its_other_tokens() -> None:
+    class Replacing(ByteTokenizer):
+        def decode(self, tokens: Any) -> bytes:
+            return super().decode(tokens).decode("utf-8", "replace").encode()
+
+    text = "häuser, größer, 森".encode()
+    growing = continuation._GrowingText(Replacing(), [b"never"])
+    for count in range(1, len(text) + 1):
+        growing.grow(list(text[:count]), last=False)
+        assert bytes(growing.content) == text[:count].decode("utf-8", "ignore").encode()
+    growing.grow([*text, 0xE6], last=True)
+    assert bytes(growing.content) == text + "\ufffd".encode()
 
 
 def test_what_could_be_a_stop_string_is_held_back(model: LanguageModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +161,29 @@ def test_what_the_readme_begins_with(capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     assert "context 1024 × micro-batch 2 × 8 devices × 8 passes" in printed
     assert "\nfits  " in printed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model=7b", "trainer.devices=8"], True),
+        (["model=7b", "trainer.devices=8", "vocab.extend=[a]"], True),
+        (["model=7b", "trainer.devices=8", "model.vocab_size=65536"], False),
+        (["model=tiny", "trainer.devices=1"], False),
+    ],
+)
+def test_a_published_size_with_the_vocabulary_of_bytes_is_named(
+    overrides: list[str], named: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launcher.plan([*overrides, "device=h200-141g"]) in (0, 1)
+    assert ("are bytes; published models of this size have 50,277 (Pile) or" in capsys.readouterr().out) == named
+
+
+def test_the_papers_model_has_the_papers_parameters(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("text")
+    config = launcher.load(["experiment=paper_169m", f"data.path={tmp_path}", "dry_run=true", "device=h100-80g"])
+    found = make_plan(config, CARDS["h100-80g"], Mesh(8), 256)
+    assert (found.counts.vocab_size, found.counts.parameters) == (50277, 169_342_464)
 
 
 def test_a_stated_mfu_is_the_plans() -> None:

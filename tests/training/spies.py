@@ -69,7 +69,7 @@ class Nudge(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy: Any = trainer.strategy
         batches = trainer.datamodule.batches  # type: ignore[attr-defined]
-        batch = strategy.batch_to_device(batches.first_sample(0))
+        batch = strategy.batch_to_device(batches.lone_sample(0))
         found = []
         for _ in range(2):
             with trainer.precision_plugin.forward_context():
@@ -146,3 +146,16 @@ class Order(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.path.write_text("\n".join(type(callback).__name__ for callback in trainer.callbacks))  # type: ignore[attr-defined]
+
+
+class Rows(Callback):
+    """Appends the tokens of each row that is trained on to a file, one row a line, in hexadecimal digits."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        with open(self.path, "a") as file:
+            file.writelines(bytes(row).hex() + "\n" for row in batch.tokens.tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 from rwkv_train.cli import launcher
+from rwkv_train.rundir.directory import RunDirectory
+from rwkv_train.training.callbacks.bad_steps import _superfluous
+from rwkv_train.training.replay import replayed
 from rwkv_train.training.run import train
 from rwkv_train.training.step_verdict import Window
 from tests.runs import losses, overrides_for, rows, same_weights, train_ranks, write_text
@@ -101,17 +105,34 @@ def test_three_in_a_row_rewind(tmp_path: Path, kind: str, capsys: pytest.Capture
     assert (found["step"], found["reached"], found["passed_over"]) == (10, 17, 7)
     assert [event["step"] for event in events(run, "bad_step")] == [15, 16, 17]
     assert "rewound to step_000000010-0001; the data of 7 steps are passed over" in capsys.readouterr().out
-    assert json.loads((run / "passed_over.json").read_text()) == {"rewinds": 1, "skips": [[10, 7]]}
+    assert json.loads((run / "passed_over.json").read_text()) == {"rewinds": 1, "skipped": [[1280, 896]]}
+    file = run / "replay" / "step_000000015.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "skipped": [[1280, 896]]}))  # as after a rewind
+    with replayed(launcher.load([f"replay={file}"]), True) as config:
+        assert RunDirectory(config.run.root, config.run.name).read_passed_over()["skipped"] == [[1280, 896]]
     # without a fault, resumed from that checkpoint: the data that is passed over is all that differs
     clean = overrides_for(tmp_path, "clean", "budget.steps=30")
     assert train(launcher.load(clean)) == 0
     other = tmp_path / "runs" / "clean"
     assert losses(other)[:10] == losses(run)[:10]
     assert losses(other)[10] != losses(run)[10]
-    (other / "passed_over.json").write_text(json.dumps({"rewinds": 1, "skips": [[10, 7]]}))
+    (other / "passed_over.json").write_text(json.dumps({"rewinds": 1, "skipped": [[1280, 896]]}))
     assert train(launcher.load([*clean, f"resume={other / 'checkpoints' / 'step_000000010-0001'}"])) == 0
     assert losses(other) == losses(run)
     assert same_weights(other, run)
+
+
+def test_the_checkpoints_for_replays_are_chosen_by_name(tmp_path: Path) -> None:
+    """By attempt and step: a clock that has stepped back makes no difference, and the one just made stays."""
+    names = ["step_000000500-0001", "step_000000900-0001", "step_000000100-0002", "step_000000050-0002"]
+    for number, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1e9 - number, 1e9 - number))
+    (tmp_path / ".again_step_000000051").mkdir()
+    (tmp_path / "step_000000051.json").touch()
+    assert [path.name for path in _superfluous(tmp_path, tmp_path / names[3])] == ["step_000000500-0001"]
+    assert [path.name for path in _superfluous(tmp_path, tmp_path / names[0])] == ["step_000000900-0001"]
+    assert [path.name for path in _superfluous(tmp_path, tmp_path / "step_000000040-0003")] == names[:2]
 
 
 def test_no_way_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def test_one_batch_is_learned_by_heart() -> None:
     losses = []
     for step in range(150):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, 150, 256) * group["lr_multiplier"]
+            group["lr"] = learning_rate(settings, 256 * step, 256 * 149, 256) * group["lr_multiplier"]
         logits, _ = model(tokens[:, :-1])
         loss = language_model_loss(logits, tokens[:, 1:], settings.l2wrap)
         optimizer.zero_grad()

@@ -348,8 +348,8 @@ def _decompressed(path: Path, kind: str, compression: str, field: str) -> Iterat
         with _open_compressed(path, compression) as file:
             while block := file.read(UNIT_BYTES if kind == "jsonl" else MAX_DOCUMENT_BYTES):
                 if cut:
-                    block = block[block.find(b"\n") + 1 :] if b"\n" in block else b""
-                    cut = not block
+                    cut = b"\n" not in block
+                    block = b"" if cut else block[block.find(b"\n") + 1 :]
                 block = rest + block
                 end = block.rfind(b"\n") + 1
                 if not end and len(block) <= 2 * UNIT_BYTES:

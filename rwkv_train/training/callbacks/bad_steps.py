@@ -19,6 +19,7 @@ from rich.text import Text
 from torch import Tensor
 
 from rwkv_train.checkpoint.directory import newest, read_meta
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.shards import Reader
 from rwkv_train.config import HealthSettings
 from rwkv_train.console import ERROR_STYLE
@@ -29,6 +30,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.rundir.durable import write_durably
 from rwkv_train.rundir.jsonl import Events, MetricsRow, WriteErrors
+from rwkv_train.training.attempt import continue_data
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.module import RWKVModule
@@ -229,8 +231,7 @@ class BadSteps(Callback):
             checkpoint, _ = newest(self.saving.directory, self.saving.storage, content=False, before=step)
             if checkpoint is not None:
                 checkpoint = _kept(checkpoint, folder / checkpoint.name)
-                held = [path for path in folder.iterdir() if path.is_dir()]
-                for old in sorted(held, key=lambda path: path.stat().st_mtime)[:-MAX_REPLAY_CHECKPOINTS]:
+                for old in _superfluous(folder, checkpoint):
                     shutil.rmtree(old)
             content = {
                 "step": step,
@@ -240,7 +241,7 @@ class BadSteps(Callback):
                 "loss": row["train/loss"],
                 "grad_norm": row["grad_norm"],
                 "checkpoint": None if checkpoint is None else str(checkpoint.absolute()),
-                "skips": self.data.skips,
+                "skipped": self.data.skipped,
                 "samples": bad.samples,
                 "config": self.tree,
             }
@@ -272,16 +273,16 @@ class BadSteps(Callback):
             return f"health.rewinds={self.settings.rewinds} are used up"
         reached = trainer.global_step
         self.metrics.write()
-        checkpoint = self.saving.go_back(trainer, self._first_bad)
+        checkpoint = self.saving.go_back(trainer, self._first_bad, since=module.clock.changed)
         if checkpoint is None:
             return "there is no checkpoint to go back to"
         meta = read_meta(checkpoint)
         step = meta.step
-        unread = self.data.data_step(reached - 1) + 1  # the first step of the data that was not read yet
-        earlier = [skip for skip in self.data.skips if skip[0] < step]
-        skips = [*earlier, (step, unread - step - sum(steps for _, steps in earlier))]
+        first, unread = -(-meta.data_tokens // self.data.context), self.data.course.end(reached)
+        skips = [*(skip for skip in self.data.course.skips if skip[0] < first), (first, unread)]
+        passed_over = -(-(unread - first) // self.data.split.samples)  # steps
         self.rewinds += 1
-        self.data.begin(step, meta.position, skips)
+        continue_data(self.data, meta, skips)
         for record in (self.metrics.lines, self.events):
             record.follow_attempt(self.run.attempts.directory(module.strategy.attempt) / record.path.name)
         self.metrics.forget(step)
@@ -292,15 +293,14 @@ class BadSteps(Callback):
         module.read_again()
         if self.events.enabled:
             with self.write_errors.tolerate(self.run.passed_over):
-                write_durably(self.run.passed_over, json.dumps({"rewinds": self.rewinds, "skips": self.data.skips}))
-            self.events.add("rewound", step, reached=reached, passed_over=self.data.skips[-1][1])
+                write_durably(self.run.passed_over, json.dumps({"rewinds": self.rewinds, "skipped": self.data.skipped}))
+            self.events.add("rewound", step, reached=reached, passed_over=passed_over)
             self._print(
                 reached,
-                f"rewound to {checkpoint.name}; the data of {self.data.skips[-1][1]} steps are passed over",
+                f"rewound to {checkpoint.name}; the data of {passed_over} steps are passed over",
             )
         try:
-            total = module.total_steps
-            self.data.refuse_budget(None if total is None else total + sum(steps for _, steps in self.data.skips))
+            self.data.refuse_budget(module.total_steps)
         except UserError as error:
             return f"the data does not last: {error}"
         return None
@@ -339,6 +339,13 @@ def _kept(checkpoint: Path, copy: Path) -> Path:
         shutil.rmtree(copy)
         return checkpoint
     return copy
+
+
+def _superfluous(folder: Path, newest: Path) -> list[Path]:
+    """The checkpoints of a folder that are not kept for replays: by their names, since clocks may step back."""
+    others = [path for path in folder.iterdir() if CheckpointName.parse(path.name) and path.name != newest.name]
+    others.sort(key=lambda path: (CheckpointName.of(path).attempt, CheckpointName.of(path).step))
+    return others[: max(0, len(others) - MAX_REPLAY_CHECKPOINTS + 1)]
 
 
 def _count_from(trainer: L.Trainer, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -18,13 +19,12 @@ from rwkv_train.checkpoint.retention import Retention
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.config import CheckpointSettings
 from rwkv_train.data.batches import Batches
-from rwkv_train.errors import UserError
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import Events
+from rwkv_train.training.attempt import continue_data
 from rwkv_train.training.module import RWKVModule
+from rwkv_train.training.probe import Probe
 from rwkv_train.training.strategy import ShardedStrategy
-
-_PROBE_TOLERANCE = {"32-true": 2e-6, "bf16-mixed": 1e-2}  # relative
 
 
 class Superseded(Exception):
@@ -43,6 +43,7 @@ class CheckpointCallback(Callback):
         events: gets an event for each checkpoint.
         storage: the file system.
         waiting: called with the step reached, before training waits for a save or a restore.
+        same_data: whether a resume must find the probe's sample in the data again.
 
     Attributes:
         failures: number of saves that the disk refused.
@@ -62,6 +63,7 @@ class CheckpointCallback(Callback):
         events: Events,
         storage: Storage | None = None,
         waiting: Callable[[int], None] = lambda step: None,
+        same_data: bool = True,
     ) -> None:
         self.directory, self.data, self.meta, self.events = directory, data, meta, events
         self.every = settings.every.in_steps(tokens_per_step)
@@ -73,11 +75,10 @@ class CheckpointCallback(Callback):
         self.takes: float | None = None
         self.at_end = True
         self.paused = 0.0
-        self.waiting = waiting
+        self.waiting, self.same_data = waiting, same_data
         self._attempt = 0  # number of this attempt
         self._begun: int | None = None  # step of the newest save, which may not have ended yet
-        self._probe: float | None = None
-        self._probe_step = 0  # step of the data whose first sample the probe is
+        self._probe: Probe | None = None
         self._pause = 0.0  # seconds for which the last save has paused training
         self._restored: int | None = None  # step of the checkpoint to which the run was rewound last
 
@@ -92,16 +93,8 @@ class CheckpointCallback(Callback):
         Raises:
             UserError: they give another one.
         """
-        if self._probe is None:
-            return
-        now, before = self._measure_probe(trainer, self._probe_step), self._probe
-        tolerance = _PROBE_TOLERANCE.get(str(trainer.precision), 1e-2)
-        if not abs(now - before) <= tolerance * abs(before):
-            raise UserError(
-                f"resume: the loss of the next batch under the saved weights is {now!r}, at the save it was {before!r}",
-                "the data, the engine or the weights are not those of the checkpoint; "
-                "run.name=NEW init.weights=CHECKPOINT starts a new run from them",
-            )
+        if self._probe is not None:
+            self._probe.check(trainer, self.data if self.same_data else None)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -137,16 +130,20 @@ class CheckpointCallback(Callback):
         began, self._begun = time.perf_counter(), step
         if trainer.strategy.broadcast(trainer.is_global_zero and self.attempts.superseded(self._attempt)):
             raise Superseded
-        self._probe_step = self.data.data_step(step)
-        self._probe = self._measure_probe(trainer, self._probe_step)
+        self._probe = Probe.measure(trainer, self.data, step)
         trainer.save_checkpoint(self.directory / str(CheckpointName(step, self._attempt)))
         self._pause = time.perf_counter() - began
         self.paused += self._pause
 
-    def go_back(self, trainer: L.Trainer, before: int) -> Path | None:
+    def go_back(self, trainer: L.Trainer, before: int, since: int = 0) -> Path | None:
         """Restores the newest complete checkpoint before a step, and continues as a new attempt; a collective call.
 
         The checkpoint that was restored last is skipped if there is an older one.
+
+        Args:
+            trainer: whose state is replaced.
+            before: a step; the checkpoint is of an earlier one.
+            since: the step of the oldest checkpoint that counts.
 
         Returns:
             the checkpoint's directory; None: there is none.
@@ -160,7 +157,9 @@ class CheckpointCallback(Callback):
             path, _ = newest(self.directory, self.storage, before=before)
             if path is not None and CheckpointName.of(path).step == self._restored:  # perhaps it is bad itself
                 older, _ = newest(self.directory, self.storage, before=self._restored)
-                path = older or path
+                path = path if older is None or CheckpointName.of(older).step < since else older
+            if path is not None and CheckpointName.of(path).step < since:
+                path = None
         path = strategy.broadcast(path)
         if path is None:
             return None
@@ -217,14 +216,6 @@ class CheckpointCallback(Callback):
                 print(f"\nWARNING: {path} cannot be deleted: {error.strerror or error}", file=sys.stderr)
         remove_unfinished(self.directory, self._attempt, self.storage)
 
-    def _measure_probe(self, trainer: L.Trainer, data_step: int) -> float:
-        """The loss of the first sample of a step of the data, without an update; the same for any number of ranks."""
-        strategy = cast(ShardedStrategy, trainer.strategy)
-        batch = strategy.batch_to_device(self.data.first_sample(data_step))
-        with trainer.precision_plugin.forward_context():
-            loss = strategy.probe(batch)
-        return float(strategy.reduce(loss, reduce_op="mean"))
-
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
         assert self._probe is not None
@@ -234,20 +225,23 @@ class CheckpointCallback(Callback):
             step=step,
             tokens=pl_module.tokens_seen,
             updates=strategy.updates(),
-            probe=self._probe,
-            data_step=self._probe_step,
-            skips=tuple(self.data.skips),
+            probe=self._probe.loss,
+            probe_sample=self._probe.sample,
+            batches=pl_module.clock.batches,
+            data_tokens=self.data.course.end(step) * self.data.context,
+            tokens_by_source=self.data.tokens_by_source(step),
             position=self.data.position(step),
-            val_loss=None if loss is None else float(loss),
+            val_loss=float(loss) if loss is not None and math.isfinite(loss) else None,
             shapes=strategy.shapes,
             writers=strategy.writer.writers,
             **self.meta,
         )
+        checkpoint["probe"] = self._probe.as_state()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         meta: CheckpointMeta = checkpoint["meta"]
-        self.data.begin(meta.step, meta.position)
-        self._probe, self._probe_step = meta.probe, meta.data_step
+        continue_data(self.data, meta, self.data.course.skips)  # rank 0 may have chosen another checkpoint
+        self._probe = Probe.load(meta, checkpoint["probe"])
         self.last = self._begun = meta.step
         checkpoint["loops"] = between_steps(checkpoint["loops"], meta.step, trainer.accumulate_grad_batches)
 
