@@ -44,7 +44,7 @@ class ExitCode(IntEnum):
 
 
 class Ending(NamedTuple):
-    """How a run ended: its exit code, and what rank 0 prints (rich markup; empty: nothing more)."""
+    """How a run ended: its exit code, and what rank 0 prints (empty: nothing more)."""
 
     code: ExitCode
     message: str = ""

@@ -104,6 +104,16 @@ def test_the_environment_is_read_in_the_launcher_only() -> None:
     assert [name(path) for path in files(".cpp", ".cu", ".h") if "getenv(" in path.read_text()] == []
 
 
+def test_consoles_print_foreign_text_as_it_is() -> None:
+    """Paths, messages and documents hold square brackets, which rich would take for markup."""
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert path in (PACKAGE / "console.py", PACKAGE / "evaluation" / "eval_command.py") or not re.search(
+            r"\bConsole\(", text
+        ), f"{name(path)}: make_console"
+        assert not re.search(r"\[/?(bold|dim|red|green|yellow)\b", text), f"{name(path)} has markup: use style="
+
+
 @pytest.mark.parametrize(
     ("modules", "unwanted"),
     [

@@ -19,6 +19,7 @@ class Ack:
         rank: the sender.
         files: size and checksum of each file that the rank has written.
         error: why the rank could not write its files; None if it could.
+        index: what is in its files: kind → name → [first element, number of elements]; None: it is not known.
     """
 
     attempt: int
@@ -26,6 +27,7 @@ class Ack:
     rank: int
     files: Entries
     error: str | None = None
+    index: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -59,6 +61,17 @@ class Commit:
         """Why this save cannot become a checkpoint; None if no rank has failed so far."""
         failed = (f"rank {rank}: {ack.error}" for rank, ack in sorted(self._acks.items()) if ack.error is not None)
         return next(failed, None)
+
+    def index(self) -> dict[str, dict[str, list[list[int]]]] | None:
+        """The content of the index: kind → name → [[writer, start, count], …]; None: a rank has sent no part."""
+        found: dict[str, dict[str, list[list[int]]]] = {}
+        for rank, ack in sorted(self._acks.items()):
+            if ack.index is None:
+                return None
+            for kind, names in ack.index.items():
+                for name, (start, count) in names.items():
+                    found.setdefault(kind, {}).setdefault(name, []).append([rank, start, count])
+        return found
 
     def manifest(self, more: Entries) -> dict[str, Any]:
         """The content of the manifest.

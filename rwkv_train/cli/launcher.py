@@ -19,6 +19,7 @@ from rwkv_train import resources
 from rwkv_train.cluster.rank_info import RankInfo, rank_info_of
 from rwkv_train.cluster.rendezvous import follow_parent
 from rwkv_train.config import Config
+from rwkv_train.console import tolerated_output
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.exit_codes import ExitCode
 
@@ -40,11 +41,12 @@ def main(argv: Sequence[str], submitted: bool = False) -> int:
         RWKV_EXIT names, because srun returns the highest code of all processes.
     """
     share_cores()
-    try:
-        code = _main(argv, submitted)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = ExitCode.INTERRUPTED
+    with tolerated_output():
+        try:
+            code = _main(argv, submitted)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            code = ExitCode.INTERRUPTED
     if os.environ.get("RWKV_EXIT") and rank_info().first:
         Path(os.environ["RWKV_EXIT"]).write_text(f"{code}\n")
     return code

@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 
 PRELOAD = ["rwkv_train.data.prepare.shards"]  # imported once, not once for each process
-RUN_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}  # SLURM sends them to all processes of a job
+RUN_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}  # sent to all processes of a job or shell
 
 _tokenizer: Tokenizer  # of this process
 

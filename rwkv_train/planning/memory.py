@@ -49,6 +49,11 @@ class Layout:
         return self.strategy.endswith("_offload")
 
     @property
+    def gathered_bytes(self) -> int:
+        """Of an element of a parameter that is gathered: FSDP2 gathers in the products' dtype, ZeRO-3 in float32."""
+        return 2 if self.mixed and self.strategy == "fsdp" else FLOAT_BYTES
+
+    @property
     def tokens(self) -> int:
         """Of one pass on one device."""
         return self.micro * self.context
@@ -158,14 +163,14 @@ def _buffers(counts: Counts, layout: Layout) -> float:
         return 0.0
     if layout.stage == 0:
         return DDP_BUCKET
-    size = 2 if layout.mixed else FLOAT_BYTES
     if layout.strategy == "fsdp":
         gathered = 2 * max(counts.block, counts.largest)
-        return gathered * size + max(counts.block, counts.largest) * FLOAT_BYTES
+        return gathered * layout.gathered_bytes + max(counts.block, counts.largest) * FLOAT_BYTES
     bucket = min(counts.block, BUCKET_ELEMENTS) * FLOAT_BYTES
     if layout.stage < 3:
         return 2 * bucket + counts.largest * FLOAT_BYTES
-    return 2 * bucket + (2 * counts.block + counts.largest) * size + counts.largest * FLOAT_BYTES
+    gathered = 2 * counts.block + counts.largest
+    return 2 * bucket + gathered * layout.gathered_bytes + counts.largest * FLOAT_BYTES
 
 
 def _not_at_once(counts: Counts, layout: Layout, gradients: float, kept: float, buffers: float) -> float:

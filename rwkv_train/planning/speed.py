@@ -98,7 +98,7 @@ def traffic(counts: Counts, layout: Layout) -> float:
     """
     ring = (layout.mesh.ranks - 1) / layout.mesh.ranks
     volume, passes = FLOAT_BYTES * counts.trainable * ring, layout.accumulation
-    gathered = (2 if layout.mixed else FLOAT_BYTES) * counts.parameters * ring
+    gathered = layout.gathered_bytes * counts.parameters * ring
     if layout.stage == 0:
         return 2 * volume
     if layout.stage == 3:

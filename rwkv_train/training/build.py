@@ -65,20 +65,21 @@ def build(
     strategy = _build_strategy(setup, attempt)
     sample = None
     if attempt.checkpoint is None and setup.first and not strategy.sharded:
-        sample = LambdaCallback(on_train_start=lambda *_: write_sample(setup, 0, write_errors))
+        sample = LambdaCallback(on_train_start=lambda *_: write_sample(setup, setup.model, 0, write_errors))
     observers = make_observers(setup, attempt, write_errors, signals, trackers, sample)
     return Training(
         setup=setup,
         attempt=attempt,
         write_errors=write_errors,
-        module=_build_module(setup),
+        module=build_module(setup),
         strategy=strategy,
         observers=observers,
-        trainer=_build_trainer(setup, strategy, [*observers.in_order(), *(make() for make in callbacks)]),
+        trainer=build_trainer(setup, strategy, [*observers.in_order(), *(make() for make in callbacks)]),
     )
 
 
-def _build_module(setup: RunSetup) -> RWKVModule:
+def build_module(setup: RunSetup) -> RWKVModule:
+    """The LightningModule of a run."""
     config, data = setup.config, setup.data
     tokens = config.batch.tokens
     every = config.statistics.every.in_steps(tokens)
@@ -103,7 +104,8 @@ def _build_strategy(setup: RunSetup, attempt: RunAttempt) -> ShardedStrategy:
     return strategy
 
 
-def _build_trainer(setup: RunSetup, strategy: ShardedStrategy, callbacks: list[Callback]) -> L.Trainer:
+def build_trainer(setup: RunSetup, strategy: ShardedStrategy, callbacks: list[Callback]) -> L.Trainer:
+    """Lightning's loop over the steps of a run."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches are cut from memory
     warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # cluster/rank_info.py knows who started what
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning's own use of torch

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from rwkv_train.config import Config
+from rwkv_train.console import make_console
 from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.errors import UserError
 from rwkv_train.exit_codes import ExitCode
@@ -34,7 +33,7 @@ def plan(config: Config, as_object: bool = False) -> int:
     if as_object:
         print(as_json(found, settled, change))
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = make_console()
         console.print(f"device  {devices.source}")
         if config.strategy == "auto" and found.fits:
             console.print(why(found))

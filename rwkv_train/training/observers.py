@@ -103,7 +103,14 @@ def make_observers(
         "versions": versions(),
     }
     saving = CheckpointCallback(
-        run.checkpoints, config.checkpoint, config.batch.tokens, data, meta, events, setup.storage, watchdog.restoring
+        run.checkpoints,
+        config.checkpoint,
+        config.batch.tokens,
+        data,
+        meta,
+        events,
+        setup.storage,
+        watchdog.waiting_for_disk,
     )
     signals.connect(saving)
     spent = Spent.of(run.attempts, lines)

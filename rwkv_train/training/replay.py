@@ -19,7 +19,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.markup import escape
 from torch import Tensor, nn
 
 from rwkv_train.config import BudgetSettings, Config, RunSettings
@@ -145,7 +144,7 @@ class Replay(Callback):
         trainer.should_stop = True
 
     def _say(self, text: str) -> None:
-        self.console.print(f"replay  {escape(text)}", soft_wrap=True)
+        self.console.print(f"replay  {text}")
 
 
 def _short(name: str) -> str:

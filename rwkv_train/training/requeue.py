@@ -8,6 +8,7 @@ from typing import Any
 
 from rwkv_train.cluster.rank_info import another_has_ended
 from rwkv_train.cluster.slurm import Job
+from rwkv_train.console import ERROR_STYLE
 from rwkv_train.errors import UserError
 from rwkv_train.exit_codes import Ending, ExitCode
 from rwkv_train.rundir.history import MAX_FAILURES, History
@@ -83,7 +84,7 @@ class Requeue:
             return
         (events, step), self._leaving = self._leaving, None
         if (failure := self.job.requeue()) is not None:
-            self.setup.console.print(f"[bold red]not requeued[/bold red]: {failure}")
+            self.setup.console.print(f"not requeued: {failure}", style=ERROR_STYLE)
             events.add("requeue_failed", step, reason=failure)
             events.close()
 
@@ -125,6 +126,6 @@ class Requeue:
         run = self.setup.directory
         return Ending(
             ExitCode.GIVEN_UP,
-            f"[bold red]{run.path} has failed {MAX_FAILURES} times at step {step}[/bold red]: {reason}\n"
+            f"{run.path} has failed {MAX_FAILURES} times at step {step}: {reason}\n"
             f"  the same command tries again once the cause is removed; the logs of all ranks: {run.logs}",
         )

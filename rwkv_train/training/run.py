@@ -8,7 +8,6 @@ import sys
 from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.cluster.rank_info import RankInfo, another_has_ended
 from rwkv_train.config import Config
-from rwkv_train.errors import UserError
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.training.setup import assemble
 
@@ -48,10 +47,12 @@ def _train(config: Config, storage: Storage | None, rank_info: RankInfo | None) 
     except RuntimeError as error:
         message = str(error)
         if re.search("EADDRINUSE|address already in use", message, re.IGNORECASE):
-            raise UserError(
-                f"the port over which the processes find each other is in use: {message.splitlines()[0][:200]}",
-                "MASTER_PORT=NUMBER before the command chooses another one",
-            ) from None
+            print(  # processes of the last start may still end: starting again may help
+                f"error: the port over which the ranks find each other is in use: {message.splitlines()[0][:200]}\n"
+                "  the same command again, or MASTER_PORT=NUMBER before it for another port",
+                file=sys.stderr,
+            )
+            return ExitCode.FAILED
         if setup.resolved.mesh.ranks > 1 and another_has_ended(error):
             print(
                 f"rank {setup.rank_info.rank} on {setup.rank_info.node} ends: another rank of the run has ended",

@@ -19,15 +19,23 @@ import yaml
 from rich.console import Console
 
 import rwkv_train
-from rwkv_train.checkpoint.directory import list_checkpoints, newest, read_meta, refuse_damage, remove_unfinished
+from rwkv_train.checkpoint.directory import (
+    list_checkpoints,
+    newest_to_resume,
+    refuse_damage,
+    remove_unfinished,
+)
 from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.checkpoint.name import CheckpointName
+from rwkv_train.checkpoint.retention import Retention
 from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
-from rwkv_train.checkpoint.storage import Storage
+from rwkv_train.checkpoint.storage import LocalStorage, Storage
+from rwkv_train.cluster.agreement import decided_by_first
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Config
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.config.schema import PLACEMENT, as_tree, differences
+from rwkv_train.console import ERROR_STYLE, make_console
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.sources import check_token_in_vocabulary
 from rwkv_train.errors import UserError
@@ -99,7 +107,7 @@ def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo
         UserError: what shows only with the data, the weights or the devices at hand.
     """
     rank_info = rank_info or RankInfo()
-    console = Console(quiet=not rank_info.first, highlight=False, soft_wrap=True)
+    console = make_console(quiet=not rank_info.first)
     devices = find_devices(config)
     torch.set_num_threads(devices.threads)
     data = _read_data(config, devices.mesh)
@@ -128,13 +136,13 @@ def checkpoint_to_resume(setup: RunSetup) -> tuple[Path | None, list[str]]:
     """The checkpoint that a start resumes from, and what has changed since; its content is hashed at the start only.
 
     Raises:
-        UserError: the checkpoint that the user has named is damaged, or see `changes_since`.
+        UserError: the checkpoint that the user has named is damaged, or see `newest_to_resume` and `changes_since`.
     """
     resume = setup.config.resume
     if resume == "never":
         return None, []
     if resume == "auto":
-        path, _ = newest(setup.directory.checkpoints, setup.storage, content=False)
+        path, _ = newest_to_resume(setup.directory.checkpoints, setup.storage, content=False)
         return path, [] if path is None else changes_since(path, setup)
     path = Path(resume).expanduser()
     refuse_damage(path, content=setup.first)
@@ -190,7 +198,7 @@ def changes_since(path: Path, setup: RunSetup) -> list[str]:
         UserError: a checkpoint of another model, or of another config or other data where run.allow_changes=true does
             not allow it; it lists what differs.
     """
-    meta = read_meta(path)
+    meta = CheckpointMeta.read(path)  # its files were compared with the manifest before
     refuse_mismatches(f"the checkpoint {path}", meta.shapes, setup.model)
     changed = differences(meta.config, setup.tree)
     placed = [change for change in changed if change.split(":")[0] in PLACEMENT]
@@ -242,10 +250,10 @@ class RunAttempt:
     """One start of a run, from its claim of a number on.
 
     Attributes:
-        number: of the attempt, from 1; 0 on ranks but the first, whose number they take over when they know each other.
+        number: of the attempt, from 1; 0 on a rank that rank 0 has started itself, which gets the number later.
         checkpoint: to resume from; None: the run begins at step 0.
         meta: of the checkpoint; None: there is none.
-        history: of the attempts before.
+        history: of the attempts before; empty on ranks but the first.
         events, metrics: the records that this attempt writes.
         rewinds: how often the run was rewound so far.
         skips: (step, steps of data) pairs that the run passes over.
@@ -278,28 +286,35 @@ def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -
         None where the run is finished already, which is printed.
 
     Raises:
-        UserError: the checkpoint does not fit the config, or no attempt can be claimed.
+        UserError: the checkpoint does not fit the config, no checkpoint of the run can be used, or no attempt can be
+            claimed. Of ranks that were started together rank 0 raises it, and the others SystemExit.
     """
     run, total = setup.directory, setup.total_steps
-    present = list_checkpoints(run.checkpoints, setup.storage)
-    checkpoint, meta = _find_checkpoint(setup)
-    step = 0 if meta is None else meta.step
-    if total is not None and step >= total:
+    found = decided_by_first(setup.rank_info, lambda: _find_checkpoint(setup))
+    if total is not None and found.step >= total and setup.rank_info.parent is None:
         setup.console.print(
-            f"{run.path} is finished: {step} of {total} steps.\n"
+            f"{run.path} is finished: {found.step} of {total} steps.\n"
             "  budget.steps=MORE run.allow_changes=true continues it; run.name=NEW starts another run"
         )
         return None
-    history = History.read(run)
-    number = run.claim_attempt() if setup.first else 0
-    if list_checkpoints(run.checkpoints, setup.storage) != present:  # an older attempt has saved one
-        checkpoint, meta = _find_checkpoint(setup)
-    if setup.first:
-        _note_start(setup, number, checkpoint, meta, write_errors)
+    history = History.read(run) if setup.first else History([], [])
+    number, found = decided_by_first(setup.rank_info, lambda: _claim(setup, found, write_errors))
     events, metrics = stack.enter_context(run.records(number, setup.first, setup.config.batch.tokens))
-    passed_over = run.read_passed_over()
+    passed_over, meta = run.read_passed_over(), found.meta
     skips = [(first, steps) for first, steps in passed_over["skips"] or (() if meta is None else meta.skips)]
-    return RunAttempt(number, checkpoint, meta, history, events, metrics, passed_over["rewinds"], skips)
+    return RunAttempt(number, found.checkpoint, meta, history, events, metrics, passed_over["rewinds"], skips)
+
+
+def _claim(setup: RunSetup, found: _Found, write_errors: WriteErrors) -> tuple[int, _Found]:
+    """The number of this attempt and the checkpoint that it resumes from; ranks but the first claim none."""
+    run = setup.directory
+    if not setup.first:
+        return 0, found
+    number = run.claim_attempt()
+    if tuple(list_checkpoints(run.checkpoints, setup.storage)) != found.present:  # an older attempt has saved one
+        found = _find_checkpoint(setup)
+    _note_start(setup, number, found.checkpoint, found.meta, write_errors)
+    return number, found
 
 
 def _note_start(
@@ -311,28 +326,54 @@ def _note_start(
     name = CheckpointName.parse(checkpoint.name) if checkpoint is not None and own else None
     run.attempts.begin(number, 0 if meta is None else meta.step, None if name is None else name.attempt)
     remove_unfinished(run.checkpoints, number, setup.storage)
+    settings, storage = setup.config.checkpoint, setup.storage or LocalStorage()
+    retention = Retention.of(run.checkpoints, run.attempts, settings, setup.config.batch.tokens, storage)
+    if outdated := retention.outdated(number):
+        names = ", ".join(path.name for path in outdated)
+        setup.console.print(f"checkpoints that no longer count, deleted after the next save: {names}")
     with write_errors.tolerate(run.config), run.atomic_write(run.config) as path:
         path.write_text(yaml.safe_dump(setup.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _find_checkpoint(setup: RunSetup) -> tuple[Path | None, CheckpointMeta | None]:
-    """The checkpoint to resume from and its meta; prints the damaged ones that it passes over."""
-    config = setup.config
+@dataclass(frozen=True)
+class _Found:
+    """The checkpoint to resume from.
+
+    Attributes:
+        checkpoint: its directory; None: the run begins at step 0.
+        meta: of the checkpoint; None: there is none.
+        present: the checkpoints of the run when it was looked for.
+    """
+
+    checkpoint: Path | None = None
+    meta: CheckpointMeta | None = None
+    present: tuple[Path, ...] = ()
+
+    @property
+    def step(self) -> int:
+        return 0 if self.meta is None else self.meta.step
+
+
+def _find_checkpoint(setup: RunSetup) -> _Found:
+    """The checkpoint to resume from; prints the damaged ones that it passes over."""
+    config, directory = setup.config, setup.directory.checkpoints
+    present = tuple(list_checkpoints(directory, setup.storage))
     if config.resume == "never":
-        return None, None
+        return _Found(present=present)
     if config.resume != "auto":
         path = Path(config.resume).expanduser()
-        if changed := changes_since(path, setup):
-            setup.console.print(f"resumed with {'; '.join(changed)}")
-        return path, read_meta(path)
-    directory = setup.directory.checkpoints
-    found, damaged = newest(directory, setup.storage, content=setup.first)
+        return _found(path, present, setup)
+    found, damaged = newest_to_resume(directory, setup.storage, content=setup.first)
     for damage in damaged:
-        setup.console.print(f"[bold red]damaged checkpoint passed over[/bold red]: {damage.path}: {damage.reason}")
+        setup.console.print(f"damaged checkpoint skipped: {damage.path}: {damage.reason}", style=ERROR_STYLE)
     if found is not None:
-        if changed := changes_since(found, setup):
-            setup.console.print(f"resumed with {'; '.join(changed)}")
-        return found, read_meta(found)
+        return _found(found, present, setup)
     if config.resume_typed:
         setup.console.print(f"resume=auto: nothing to resume in {directory}; the run starts at step 0")
-    return None, None
+    return _Found(present=present)
+
+
+def _found(path: Path, present: tuple[Path, ...], setup: RunSetup) -> _Found:
+    if changed := changes_since(path, setup):
+        setup.console.print(f"resumed with {'; '.join(changed)}")
+    return _Found(path, CheckpointMeta.read(path), present)

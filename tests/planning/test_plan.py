@@ -119,6 +119,8 @@ def test_what_goes_over_the_network() -> None:
     assert sent == {"ddp": 2, "deepspeed_2": 2, "fsdp": 3}
     assert traffic(counts, replace(layout, strategy="deepspeed_3", accumulation=2)) / whole == 6
     assert traffic(counts, replace(layout, strategy="ddp", accumulation=2)) / whole == 2
+    mixed = {n: traffic(counts, replace(layout, strategy=n, mixed=True)) / whole for n in ("fsdp", "deepspeed_3")}
+    assert mixed == {"fsdp": 2, "deepspeed_3": 3}  # FSDP2 gathers in bfloat16; all sums of gradients are in float32
 
 
 @pytest.mark.parametrize("overrides", [(), ("batch.micro=16",), ("strategy=ddp",), ("strategy=fsdp", "batch.micro=16")])

@@ -110,5 +110,5 @@ def test_the_figures_at_the_end() -> None:
     rows = [row(step, memory=step * 10**9, goodput=0.9, skipped=0) for step in (1, 2, 3)]
     expected = {"tokens/s": "2,000", "MFU": "40.0%", "goodput": "90.0%", "memory": "3.00 GB"}
     assert figures_of(rows) == expected
-    assert figures_of([*rows, {**rows[-1], "skipped": 2}]) == {**expected, "updates left out": "2"}
+    assert figures_of([*rows, {**rows[-1], "skipped": 2}]) == {**expected, "skipped updates": "2"}
     assert figures_of([{"step": 1}]) == {}

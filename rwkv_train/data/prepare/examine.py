@@ -57,12 +57,12 @@ def inspect(path: Path, documents: list[int], tokenizer: str | None, console: Co
         if not 0 <= index < count:
             raise UserError(f"{store.stem} has no document {index}", f"give a number from 0 to {count - 1}")
         tokens = store.document(index)
-        console.print(f"\n[bold]document {index:,}[/bold], {len(tokens):,} tokens")
+        console.print(f"\ndocument {index:,}, {len(tokens):,} tokens", style="bold")
         if decoder is not None:
             text = decoder.decode(tokens[:_MAX_CHARACTERS_SHOWN]).decode(errors="replace")[:_MAX_CHARACTERS_SHOWN]
-            console.print(text.rstrip("\0"), markup=False)
+            console.print(text.rstrip("\0"))
         else:
-            console.print(" ".join(map(str, tokens[:40])), markup=False)
+            console.print(" ".join(map(str, tokens[:40])))
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,19 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from torch import Tensor
 
 from rwkv_train.checkpoint.directory import newest, read_meta
 from rwkv_train.checkpoint.shards import Reader
 from rwkv_train.config import HealthSettings
+from rwkv_train.console import ERROR_STYLE
 from rwkv_train.data.arrays import Ints
 from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
+from rwkv_train.rundir.durable import write_durably
 from rwkv_train.rundir.jsonl import Events, MetricsRow, WriteErrors
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics
@@ -262,7 +264,7 @@ class BadSteps(Callback):
         )
 
     def _print(self, step: int, text: str) -> None:
-        self.console.print(f"[bold red]ALERT[/bold red] step {step}: ", escape(text), sep="")
+        self.console.print(Text.assemble(("ALERT", ERROR_STYLE), f" step {step}: {text}"))
 
     def _rewind(self, trainer: L.Trainer, module: RWKVModule) -> str | None:
         """Rewinds to the checkpoint before the first bad step and skips the data read since; else returns why not."""
@@ -290,7 +292,7 @@ class BadSteps(Callback):
         module.read_again()
         if self.events.enabled:
             with self.write_errors.tolerate(self.run.passed_over):
-                self.run.passed_over.write_text(json.dumps({"rewinds": self.rewinds, "skips": self.data.skips}))
+                write_durably(self.run.passed_over, json.dumps({"rewinds": self.rewinds, "skips": self.data.skips}))
             self.events.add("rewound", step, reached=reached, passed_over=self.data.skips[-1][1])
             self._print(
                 reached,

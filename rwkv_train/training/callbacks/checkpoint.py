@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -12,10 +11,10 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from rwkv_train.checkpoint.commit import checkpoints_to_keep
-from rwkv_train.checkpoint.directory import list_checkpoints, newest, read_meta
+from rwkv_train.checkpoint.directory import newest, remove_unfinished
 from rwkv_train.checkpoint.meta import CheckpointMeta
-from rwkv_train.checkpoint.name import CheckpointName, temporary_path
+from rwkv_train.checkpoint.name import CheckpointName
+from rwkv_train.checkpoint.retention import Retention
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.config import CheckpointSettings
 from rwkv_train.data.batches import Batches
@@ -43,7 +42,7 @@ class CheckpointCallback(Callback):
         meta: the fields of CheckpointMeta that are known before training: config, data, tokenizer, versions.
         events: gets an event for each checkpoint.
         storage: the file system.
-        restoring: called with the step reached, before training waits for a restore.
+        waiting: called with the step reached, before training waits for a save or a restore.
 
     Attributes:
         failures: number of saves that the disk refused.
@@ -62,20 +61,19 @@ class CheckpointCallback(Callback):
         meta: dict[str, Any],
         events: Events,
         storage: Storage | None = None,
-        restoring: Callable[[int], None] = lambda step: None,
+        waiting: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.directory, self.data, self.meta, self.events = directory, data, meta, events
-        self.keep, self.best = settings.keep, settings.best
         self.every = settings.every.in_steps(tokens_per_step)
-        self.permanent = None if settings.permanent is None else settings.permanent.in_steps(tokens_per_step)
         self.storage: Storage = storage or LocalStorage()
         self.attempts = Attempts(directory.parent)
+        self.retention = Retention.of(directory, self.attempts, settings, tokens_per_step, self.storage)
         self.failures = 0
         self.last: int | None = None
         self.takes: float | None = None
         self.at_end = True
         self.paused = 0.0
-        self.restoring = restoring
+        self.waiting = waiting
         self._attempt = 0  # number of this attempt
         self._begun: int | None = None  # step of the newest save, which may not have ended yet
         self._probe: float | None = None
@@ -118,6 +116,7 @@ class CheckpointCallback(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.at_end:
             self.save(trainer)
+        self.waiting(trainer.global_step)
         strategy = cast(ShardedStrategy, trainer.strategy)
         strategy.settle()
         self._report(strategy)
@@ -152,7 +151,7 @@ class CheckpointCallback(Callback):
         Returns:
             the checkpoint's directory; None: there is none.
         """
-        self.restoring(trainer.global_step)
+        self.waiting(trainer.global_step)
         strategy = cast(ShardedStrategy, trainer.strategy)
         strategy.settle()
         self._report(strategy)
@@ -183,14 +182,16 @@ class CheckpointCallback(Callback):
             self.last, self.takes = CheckpointName.of(outcome.path).step, self._pause + outcome.seconds
             seconds = {"seconds": round(outcome.seconds, 3), "pause": round(self._pause, 3)}
             self.events.add("checkpoint", self.last, **seconds)
+            if outcome.trouble is not None and self.events.enabled:
+                print(
+                    f"\nWARNING: {outcome.path} is complete, but then: {outcome.trouble}", file=sys.stderr, flush=True
+                )
 
     def _report_failure(self, path: Path, error: str) -> None:
         self.failures += 1
         if not self.events.enabled:
             return
-        kept, _ = newest(self.directory, self.storage)
-        with contextlib.suppress(OSError):  # then the next attempt removes it
-            self.storage.delete(temporary_path(path))
+        kept, _ = newest(self.directory, self.storage, content=False)  # other ranks wait while this one would hash
         print(
             f"\nWARNING: the checkpoint {path} could not be written: {error}\n"
             f"  training continues; the last complete checkpoint is {kept or 'none'}",
@@ -207,16 +208,14 @@ class CheckpointCallback(Callback):
         """
         if self.attempts.superseded(self._attempt):
             return
-        found = list_checkpoints(self.directory, self.storage, self._attempt)
-        paths = {CheckpointName.of(path).step: path for path in found}
-        losses = {step: read_meta(path).val_loss if self.best else None for step, path in paths.items()}
-        for step in paths.keys() - checkpoints_to_keep(losses, self.keep, self.permanent, self.best):
+        for path in self.retention.superfluous(self._attempt):
             try:
-                self.storage.delete(paths[step])
+                self.storage.delete(path)
             except FileNotFoundError:  # an older attempt has deleted the same one
                 pass
             except OSError as error:
-                print(f"WARNING: {paths[step]} cannot be deleted: {error.strerror}", file=sys.stderr)
+                print(f"\nWARNING: {path} cannot be deleted: {error.strerror or error}", file=sys.stderr)
+        remove_unfinished(self.directory, self._attempt, self.storage)
 
     def _measure_probe(self, trainer: L.Trainer, data_step: int) -> float:
         """The loss of the first sample of a step of the data, without an update; the same for any number of ranks."""

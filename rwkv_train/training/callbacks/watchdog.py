@@ -263,8 +263,8 @@ class Watchdog(Callback):
         self.heartbeat.saving(0.0 if cast(ShardedStrategy, trainer.strategy).writer.idle else self._saving_since)
         self.heartbeat.beat(Phase.CHECKPOINT, trainer.global_step)
 
-    def restoring(self, step: int) -> None:
-        """The run is rewound to a checkpoint, for which the limit of a checkpoint holds."""
+    def waiting_for_disk(self, step: int) -> None:
+        """Training waits for a save or for a restore, for which the limit of a checkpoint holds."""
         self._pause()
         self.heartbeat.beat(Phase.CHECKPOINT, step)
 
