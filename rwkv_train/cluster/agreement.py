@@ -32,7 +32,7 @@ def decided_by_first(rank_info: RankInfo, decide: Callable[[], T]) -> T:
     if not rank_info.first:
         dist.broadcast_object_list(answer)
         if not answer[0]:
-            raise SystemExit(ExitCode.MISTAKE)
+            raise SystemExit(ExitCode.USER_ERROR)
         value: T = answer[1]
         return value
     try:

@@ -32,4 +32,4 @@ class Batch(NamedTuple):
 
     def pin(self) -> Batch:
         """The same in pinned memory, from which a GPU can copy while it computes."""
-        return self._make(part.pin_memory() if isinstance(part, Tensor) else part for part in self)
+        return Batch._make(part.pin_memory() if isinstance(part, Tensor) else part for part in self)

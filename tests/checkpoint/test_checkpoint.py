@@ -150,13 +150,13 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start(copy: Path, capf
         path.write_bytes(content)
     overrides = overrides_for(copy, "run", *NINE_STEPS, f"data.path={copy / 'text.txt'}", "run.allow_changes=true")
     before = sorted(path for path in run.rglob("*") if path.name != ".lock")
-    assert launcher.main(overrides) == ExitCode.MISTAKE
+    assert launcher.main(overrides) == ExitCode.USER_ERROR
     printed = capfd.readouterr().err
     assert "are damaged: step_000000006-0001: weights.pth has other content than was written; step_000000003" in printed
     assert sorted(path for path in run.rglob("*") if path.name != ".lock") == before
     for path in (run / "checkpoints").glob("step_*/weights.pth"):
         path.unlink()
-    assert launcher.main([*overrides, "dry_run=true"]) == ExitCode.MISTAKE
+    assert launcher.main([*overrides, "dry_run=true"]) == ExitCode.USER_ERROR
 
 
 def test_ranks_agree_about_damage_that_only_rank_0_sees(copy: Path, whole: Path) -> None:

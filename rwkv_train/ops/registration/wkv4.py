@@ -199,7 +199,7 @@ _case = partial(
     inputs=_inputs,
     stored=("k", "v"),
     outputs=("y", "state"),
-    definition=lambda starts, *inputs: reference.wkv4(*inputs, starts=starts),
+    definition=lambda starts, w, u, k, v, state: reference.wkv4(w, u, k, v, state, starts),
     operator=lambda starts, *inputs: torch.ops.rwkv_train.wkv4(*inputs, starts, CHUNK)[:2],
 )
 SELF_TEST_CASES = (
