@@ -15,6 +15,7 @@ from rwkv_train.config.mesh import ONE_RANK, Mesh
 from rwkv_train.data.ahead import Ahead
 from rwkv_train.data.arrays import Ints
 from rwkv_train.data.batch import Batch
+from rwkv_train.data.bits_per_byte import token_bytes
 from rwkv_train.data.mixture import Mixture, SourceShare
 from rwkv_train.data.order import ReferenceOrder, ShuffledOrder, split_batch
 from rwkv_train.data.packing import pack
@@ -179,11 +180,9 @@ class Batches:
         return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
     @cached_property
-    def bytes_per_token(self) -> float:
-        """Of the held-out text (of the training text if none is), an end-of-text counted as one byte."""
-        sizes = [max(1, len(source.held_out)) for source in self.sources]
-        parts = [source.bytes_per_token(self.tokenizer) for source in self.sources]
-        return sum(n * each for n, each in zip(sizes, parts, strict=True)) / sum(sizes)
+    def token_bytes(self) -> Ints:
+        """Bytes that each token counts as in bits per byte, (V,)."""
+        return token_bytes(self.tokenizer, self.vocabulary)
 
     @property
     def micro(self) -> int:

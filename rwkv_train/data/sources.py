@@ -19,8 +19,6 @@ from rwkv_train.data.store import JoinedStore, MemoryStore, Store, StoreSlice
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_train.errors import UserError
 
-_MEASURED_TOKENS = 2**18  # held-out tokens that are decoded to measure the bytes per token
-
 
 @dataclass(frozen=True)
 class DataSource:
@@ -43,14 +41,6 @@ class DataSource:
     digest: str
     largest_token: int
     bound: int
-
-    def bytes_per_token(self, tokenizer: Tokenizer) -> float:
-        """Mean bytes per held-out token (per training token if none is held out); an end-of-text counts as one byte."""
-        store = self.held_out if len(self.held_out) else self.train
-        tokens = np.empty(min(len(store), _MEASURED_TOKENS), np.int64)
-        store.read(0, tokens)
-        text = tokens[tokens != tokenizer.end_of_text]
-        return (len(tokenizer.decode(text)) + len(tokens) - len(text)) / max(1, len(tokens))
 
 
 def open_sources(data: DataSettings, extend: Sequence[str] = ()) -> tuple[Tokenizer, list[DataSource]]:

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from rwkv_train.cluster.environment import environment
@@ -87,7 +88,15 @@ def _build_module(setup: RunSetup) -> RWKVModule:
     statistics = Statistics(setup.model, every, [source.name for source in data.sources], hooks=not config.compile)
     validated = [data.sources[number].name for number in data.validated]
     return RWKVModule(
-        setup.model, setup.recipe, config.optim, setup.total_steps, tokens, config.compile, validated, statistics
+        setup.model,
+        setup.recipe,
+        config.optim,
+        setup.total_steps,
+        tokens,
+        config.compile,
+        validated,
+        statistics,
+        token_bytes=torch.from_numpy(data.token_bytes),
     )
 
 
