@@ -209,7 +209,7 @@ class WatchdogSettings:
 @dataclass(frozen=True)
 class ValidationSettings:
     every: PositiveDuration  # interval between two validations
-    batches: Positive | None  # micro-batches of each validation; None: all held-out data
+    batches: Positive | None  # global batches of held-out text, over all devices and sources; None: all of it
     context: Positive | None  # tokens of one window of held-out text; None: batch.context
 
 
