@@ -26,7 +26,8 @@ class CheckpointMeta:
         data_step: the step of the data from which that sample is taken.
         skips: (step, steps of data) pairs: from that step of the run on, so many steps of data are passed over.
         position: where a streamed source continues; None for sources that are addressed by step.
-        val_loss: the last validation loss, in nats per token; None if nothing was validated yet.
+        val_loss: validation loss of these weights, in nats per token; None if they were not validated, or if it is not
+            finite.
         shapes: the shape of each parameter by its name.
         writers: number of ranks that wrote files.
         config: the run's settled configuration, as a tree.

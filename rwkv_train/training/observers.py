@@ -114,11 +114,14 @@ def make_observers(
         config.health, metrics, saving, data, run, setup.tree, events, write_errors, console, attempt.rewinds
     )
     hours = config.budget.hours
+    validation = config.validation.every.in_steps(config.batch.tokens) if data.validated else None
     return Observers(
         metrics=metrics,
         bad_steps=bad_steps,
         checkpoint=saving,
-        progress=ProgressBar(metrics, saving, setup.total_steps, console),
+        progress=ProgressBar(
+            metrics, saving, setup.total_steps, console, validation if config.checkpoint.best else None
+        ),
         profiling=Profiling(run.path, console) if config.profile else None,
         replay=None if config.replay is None else Replay(read_replay(Path(config.replay)), console),
         budget=StopAtBudget(setup.total_steps, None if hours is None else hours * 3600),

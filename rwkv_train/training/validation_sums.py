@@ -28,6 +28,10 @@ class ValidationResult:
     bits_per_byte: float
     by_source: Mapping[str, float]
 
+    def loss_of(self, step: int) -> float | None:
+        """The loss of the weights after a step; None where it is of other weights, or not finite."""
+        return self.loss if self.step == step and math.isfinite(self.loss) else None
+
 
 class ValidationSums:
     """Adds up the batches of this rank.

@@ -35,6 +35,8 @@ class Superseded(Exception):
 class CheckpointCallback(Callback):
     """Saves between two steps: when one is due, after the validation of the last step and before the next one.
 
+    Where the best checkpoint is kept, one is due after each validation.
+
     Args:
         directory: checkpoints/ of the run.
         settings: how often to save, and which checkpoints to keep.
@@ -112,7 +114,9 @@ class CheckpointCallback(Callback):
         if batch_idx % trainer.accumulate_grad_batches:
             return
         self._report(cast(ShardedStrategy, trainer.strategy))
-        if step and step % self.every == 0:
+        assert isinstance(pl_module, RWKVModule)
+        validated = pl_module.validated is not None and pl_module.validated.step == step
+        if step and (step % self.every == 0 or (self.best and validated)):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -229,7 +233,7 @@ class CheckpointCallback(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
         assert self._probe is not None
-        strategy, step, loss = pl_module.strategy, trainer.global_step, trainer.callback_metrics.get("val/loss")
+        strategy, step, validated = pl_module.strategy, trainer.global_step, pl_module.validated
         checkpoint["loops"] = between_steps(checkpoint["loops"], step, trainer.accumulate_grad_batches)
         checkpoint["meta"] = CheckpointMeta(
             step=step,
@@ -239,7 +243,7 @@ class CheckpointCallback(Callback):
             data_step=self._probe_step,
             skips=tuple(self.data.skips),
             position=self.data.position(step),
-            val_loss=None if loss is None else float(loss),
+            val_loss=None if validated is None else validated.loss_of(step),
             shapes=strategy.shapes,
             writers=strategy.writer.writers,
             **self.meta,
