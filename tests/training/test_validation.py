@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,26 @@ from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.bits_per_byte import bits_per_byte
 from rwkv_train.data.corpus import read_corpus
-from rwkv_train.data.prepare import PrepareOptions, prepare
 from rwkv_train.data.rows import IGNORED_TARGET
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.eval_command import EvalOptions, run
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.setup import RunSetup, assemble
 from rwkv_train.training.step_verdict import StepVerdict
-from rwkv_train.training.validation_sums import ValidationResult
+from rwkv_train.training.validation_sums import ValidationResult, ValidationSums
 from tests.checkpoint.metas import meta_of
 from tests.data.made_tokenizers import byte_level
+from tests.data.test_indexed import ours
 from tests.runs import overrides_for
 
-WORDS = ("ka", "lomi", "ruté", "the", "我能", "sa no", "vi. ", "😀", "user", "\n")
+FRAGMENTS = ("ka", "lomi", "ruté", "the", "我能", "sa no", "vi. ", "😀", "user", "\n")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same kind of text as files, as conversations, as lines and as a store, and a tokenizer."""
     folder = tmp_path_factory.mktemp("data")
-    texts = [" ".join(WORDS[(n * n + i * i * (n + 1)) % 10] for i in range(10 + 7 * (n % 5))) for n in range(40)]
+    texts = [" ".join(FRAGMENTS[(n * n + i * i * (n + 1)) % 10] for i in range(10 + 7 * (n % 5))) for n in range(40)]
     for side, part in (("a", texts[:25]), ("b", texts[25:])):
         (folder / side).mkdir()
         for number, text in enumerate(part):
@@ -45,14 +45,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     chats = [[{"role": "user", "content": text[:20]}, {"role": "assistant", "content": text}] for text in texts]
     (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    prepare(PrepareOptions((str(folder / "lines.jsonl"),), "bytes", folder / "store"))
+    ours(folder / "store", [[*text.encode(), 0] for text in texts])
     byte_level(folder)
     return folder
 
 
 PACKED, RESET = "data.documents=packed", "data.reset=true"
 TEXT = ("data=text", "data.path={}/a", "data.hold_out=0.4", "data.tokenizer=bytes")
-STORE = ("data=store", "data.path={}/store", "data.hold_out=0.3")
+STORE = ("data=store", "data.path={}/store", "data.hold_out=0.3", "data.tokenizer=bytes")
 PARTS = "data.sources=[{{name:a,path:{0}/store,weight:1,epochs:null}},{{name:b,path:{0}/b,weight:2,epochs:null}}]"
 MIXTURE = ("data=mixture", "data.tokenizer=bytes", "data.hold_out=0.3", PARTS)
 CHAT = ("data=chat", "data.path={}/chat.jsonl", "data.hold_out=0.3", "data.tokenizer=bytes")
@@ -85,7 +85,7 @@ LIMITED = ("text", "chat reset", "mixture packed")  # kinds that are validated o
 
 
 def set_up(folder: Path, kind: str, *more: str) -> RunSetup:
-    """A run of that kind of data, whose weights tell every token from every other one."""
+    """A run of that kind of data, with weights under which every token has another probability."""
     given = [override.format(folder) for override in KINDS[kind]]
     given += ["batch.tokens=256", "validation.context=64", "trainer.precision=32-true", *more]
     named = {override.split("=")[0] for override in given} | {"data.path"}
@@ -297,13 +297,10 @@ def test_a_position_is_counted_from_the_start_of_the_document(
 
 
 def test_without_a_predicted_token_there_is_no_loss() -> None:
-    empty: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums  # noqa: E731
-    from rwkv_train.training.validation_sums import ValidationSums
-
     sums = ValidationSums(["a", "b"])
     sums.add(0, torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
     sums.add(1, torch.tensor(6.0).double(), torch.tensor([3.0, 4.0]).double())
-    found = sums.result(empty, 7)
+    found = sums.result(lambda one_rank: one_rank, 7)
     assert math.isnan(found.by_source["a"])
     assert (found.step, found.loss, found.by_source["b"]) == (7, 2.0, 2.0)
     assert found.bits_per_byte == pytest.approx(6 / math.log(2) / 4)
