@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,8 @@ def checkpoints_to_keep(losses: Mapping[int, float | None], keep: int, permanent
     """The steps whose checkpoints are kept.
 
     Args:
-        losses: step → validation loss (None: not validated) of the run's complete checkpoints.
+        losses: step → validation loss (None: not validated) of the run's complete checkpoints; one that is not finite
+            counts as none.
         keep: how many of the newest are kept.
         permanent: also keep those at multiples of this many steps; None: no further ones.
         best: also keep the one with the lowest validation loss.
@@ -100,6 +102,7 @@ def checkpoints_to_keep(losses: Mapping[int, float | None], keep: int, permanent
     steps = set(sorted(losses)[-keep:])
     if permanent is not None:
         steps |= {step for step in losses if step % permanent == 0}
-    if best and (validated := [(loss, step) for step, loss in losses.items() if loss is not None]):
+    validated = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
+    if best and validated:
         steps.add(min(validated)[1])
     return steps

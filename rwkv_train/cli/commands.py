@@ -127,7 +127,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", metavar="CKPT", help=CHECKPOINT)
     add("--data", action="append", default=[], metavar="[NAME=]PATH", help="a store, a text file or a directory")
     add("--context", metavar="N", type=int, help="tokens of a window (default: that of the run)")
-    add("--tokens", metavar="N", type=int, help="maximum number of tokens of each source, spread over it")
+    add("--tokens", metavar="N", type=int, help="maximum number of tokens of each source, in windows spread over it")
     add("--tokenizer", metavar="NAME", help=TOKENIZER)
     add("--tasks", action="append", default=[], metavar="NAME,…", help="tasks of lm-eval, or your own")
     add("--include", action="append", default=[], metavar="DIRECTORY", help="a directory with your own tasks")
@@ -235,7 +235,7 @@ COMMANDS: dict[str, Command] = {
         _eval,
         _eval_arguments,
         "Measures perplexity and bits per byte of a checkpoint, by source and by position in the context, and runs\n"
-        "tasks of lm-evaluation-harness. Without --data and --tasks: on the data that the run has held out.",
+        "tasks of lm-evaluation-harness. Without --data and --tasks: the validation of the run.",
         ["eval runs/NAME/weights.pth", "eval model.pth --data books=~/books --data wiki=stores/wiki --tasks lambada"],
         "CKPT",
     ),

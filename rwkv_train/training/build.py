@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from rwkv_train.cluster.environment import environment
@@ -95,6 +96,7 @@ def build_module(setup: RunSetup, total_steps: int | None, clock: TokenClock) ->
         config.compile,
         validated,
         statistics,
+        token_bytes=torch.from_numpy(data.token_bytes),
     )
 
 

@@ -122,11 +122,14 @@ def make_observers(
         config.health, metrics, saving, data, run, setup.tree, events, write_errors, console, attempt.rewinds
     )
     hours = config.budget.hours
+    validation = config.validation.every.in_steps(config.batch.tokens) if data.validated else None
     return Observers(
         metrics=metrics,
         bad_steps=bad_steps,
         checkpoint=saving,
-        progress=ProgressBar(metrics, saving, attempt.total_steps, console),
+        progress=ProgressBar(
+            metrics, saving, attempt.total_steps, console, validation if config.checkpoint.best else None
+        ),
         profiling=Profiling(run.path, console) if config.profile else None,
         replay=None if config.replay is None else Replay(json.loads(Path(config.replay).read_bytes()), console),
         budget=StopAtBudget(attempt.total_steps, None if hours is None else hours * 3600),

@@ -22,12 +22,13 @@ from rwkv_train.checkpoint.shards import WEIGHT
 from rwkv_train.cli import launcher
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Config
+from rwkv_train.config.clock import TokenClock
 from rwkv_train.data.datamodule import DataModule
 from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.planning import resolved
 from rwkv_train.training.build import build_module, build_trainer
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.setup import assemble
+from rwkv_train.training.setup import assemble, total_steps
 from rwkv_train.training.strategy import ShardedStrategy, build_strategy
 from tests.runs import write_text
 
@@ -154,12 +155,15 @@ class _Record(Callback):
 def run(config: Config, rank_info: RankInfo | None = None) -> Outcome:
     """Trains as `train` does, without records and checkpoints."""
     setup = assemble(config, rank_info=rank_info)
+    clock = TokenClock.resumed((), 0, config.batch.tokens)
     setup.data.begin(0, None)
     block = sum(math.prod(shape) for name, shape in setup.shapes.items() if name.startswith("blocks.0."))
     strategy = build_strategy(config, setup.resolved, block)
     strategy.attach(setup.shapes, setup.source, resume=None, attempt=1, threads=1, background=False)
     record = _Record()
-    build_trainer(setup, strategy, [record]).fit(build_module(setup), datamodule=DataModule(setup.data))
+    steps = total_steps(config, clock)
+    module = build_module(setup, steps, clock)
+    build_trainer(setup, steps, strategy, [record]).fit(module, datamodule=DataModule(setup.data))
     return record.outcome
 
 

@@ -183,7 +183,7 @@ def test_the_papers_model_has_the_papers_parameters(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("text")
     config = launcher.load(["experiment=paper_169m", f"data.path={tmp_path}", "dry_run=true", "device=h100-80g"])
     found = make_plan(config, CARDS["h100-80g"], Mesh(8), 256)
-    assert (found.counts.vocab_size, found.counts.parameters) == (50277, 169_342_464)
+    assert (found.counts.shape.vocab_size, found.counts.parameters) == (50277, 169_342_464)
 
 
 def test_a_stated_mfu_is_the_plans() -> None:

@@ -24,7 +24,7 @@ from tests.runs import overrides_for
 def progress(folder: Path, terminal: bool, quiet: bool = False) -> tuple[ProgressBar, Metrics, io.StringIO]:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=150, quiet=quiet)
-    data: Any = SimpleNamespace(bytes_per_token=1.0)
+    data: Any = SimpleNamespace()
     saving: Any = SimpleNamespace(every=100)
     metrics = Metrics(JsonLines(folder / "m.jsonl"), data)
     return ProgressBar(metrics, saving, 1000, console), metrics, out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +32,8 @@ class Superseded(Exception):
 
 class CheckpointCallback(Callback):
     """Saves between two steps: when one is due, after the validation of the last step and before the next one.
+
+    Where the best checkpoint is kept, one is due after each validation.
 
     Args:
         directory: checkpoints/ of the run.
@@ -103,7 +104,9 @@ class CheckpointCallback(Callback):
         if batch_idx % trainer.accumulate_grad_batches:
             return
         self._report(cast(ShardedStrategy, trainer.strategy))
-        if step and step % self.every == 0:
+        assert isinstance(pl_module, RWKVModule)
+        validated = pl_module.validated is not None and pl_module.validated.step == step
+        if step and (step % self.every == 0 or (self.retention.best and validated)):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -219,7 +222,7 @@ class CheckpointCallback(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
         assert self._probe is not None
-        strategy, step, loss = pl_module.strategy, trainer.global_step, trainer.callback_metrics.get("val/loss")
+        strategy, step, validated = pl_module.strategy, trainer.global_step, pl_module.validated
         checkpoint["loops"] = between_steps(checkpoint["loops"], step, trainer.accumulate_grad_batches)
         checkpoint["meta"] = CheckpointMeta(
             step=step,
@@ -231,7 +234,7 @@ class CheckpointCallback(Callback):
             data_tokens=self.data.course.end(step) * self.data.context,
             tokens_by_source=self.data.tokens_by_source(step),
             position=self.data.position(step),
-            val_loss=float(loss) if loss is not None and math.isfinite(loss) else None,
+            val_loss=None if validated is None else validated.loss_of(step),
             shapes=strategy.shapes,
             writers=strategy.writer.writers,
             **self.meta,
