@@ -294,7 +294,7 @@ def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -
     if list_checkpoints(run.checkpoints, setup.storage) != present:  # an older attempt has saved one
         checkpoint, meta = _find_checkpoint(setup)
         continue_data(setup.data, meta, skips)
-    setup.data.end_step = total
+    setup.data.end_before(total)
     if setup.first:
         _note_start(setup, number, checkpoint, meta, write_errors)
     clock, same_data = clock_of(meta, batch), meta is None or is_same_data(_changes(meta, setup))
