@@ -45,9 +45,9 @@ browser: setup ## a Chromium for the tests that open reports: Debian's where apt
 train: setup ## the default run: a byte-level RWKV-4 on the Python library's sources, about ten minutes on two cores
 	$(RUN) train.py $(ARGS)
 
-# Two processes, since half of the tests' time is waiting; those that bound seconds come after them, one by one.
+# Three processes on two cores, since nearly half of the tests' time is waiting; those that bound seconds come after them, one by one.
 QUICK := not slow and not long and not gpu and not kernels and not slurm
-JOBS ?= 2
+JOBS ?= 3
 
 test: browser ## all quick tests
 	$(RUN) -m pytest -n $(JOBS) --dist loadfile -m "$(QUICK) and not alone" $(ARGS) || [ $$? = 5 ]  # 5: ARGS selects none of these

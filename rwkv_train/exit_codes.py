@@ -29,7 +29,7 @@ class ExitCode(IntEnum):
         return member
 
     FINISHED = 0, "the budget is reached", "no"
-    MISTAKE = 2, "a mistake in the settings, the data or the nodes", "no"
+    USER_ERROR = 2, "an error in the settings, the data or the nodes", "no"
     WRITES_REFUSED = 3, "finished, but the disk refused a checkpoint or a record", "no"
     SUPERSEDED = 4, "a newer start of the same run has taken over", "no"
     UNHEALTHY = 5, "`health` has stopped the run", "no"
@@ -44,7 +44,7 @@ class ExitCode(IntEnum):
 
 
 class Ending(NamedTuple):
-    """How a run ended: its exit code, and what the first rank prints (rich markup; empty: nothing more)."""
+    """How a run ended: its exit code, and what rank 0 prints (empty: nothing more)."""
 
     code: ExitCode
     message: str = ""

@@ -7,13 +7,13 @@ checkpoint.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from rwkv_train.config.suggestions import nearest, suggestion
 from rwkv_train.errors import UserError, UserErrors
 
 T = TypeVar("T")
@@ -68,10 +68,8 @@ def _bind(
         signature.bind(**arguments)
     except TypeError as error:
         known = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        wrong = [argument for argument in arguments if argument not in known]
-        near = [close for argument in wrong for close in difflib.get_close_matches(argument, known, 1)]
-        remedy = (f"nearest: {', '.join(near)}; " if near else "") + f"valid: {', '.join(known) or 'none'}"
-        raise UserError(f"{where}: {tree['_target_']} {error}", remedy) from None
+        wrong = next((argument for argument in arguments if argument not in known), "")
+        raise UserError(f"{where}: {tree['_target_']} {error}", suggestion(wrong, known)) from None
     return partial(_make, target, arguments)
 
 
@@ -94,15 +92,12 @@ def _find(where: str, path: str, packages: Sequence[str]) -> Callable[..., Any]:
         ) from None
     target = getattr(imported, name, None)
     if target is None:
-        near = difflib.get_close_matches(name, dir(imported), 1)
-        raise UserError(
-            f"{where}._target_={path}: {module} has no {name}", f"nearest: {module}.{near[0]}" if near else ""
-        )
+        near = nearest(name, dir(imported))
+        raise UserError(f"{where}._target_={path}: {module} has no {name}", f"nearest: {module}.{near}" if near else "")
     if not (inspect.isclass(target) or inspect.isfunction(target)):
         raise UserError(f"{where}._target_={path} is neither a class nor a function", "name a class")
     if target.__module__.split(".")[0] not in packages:
         raise UserError(
             f"{where}._target_={path} is defined in {target.__module__}, not in an allowed package", allowed
         )
-    found: Callable[..., Any] = target
-    return found
+    return cast(Callable[..., Any], target)

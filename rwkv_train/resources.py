@@ -1,5 +1,6 @@
-"""Finds conf/ and cuda/: at the top of a checkout, or inside the package of an installed wheel."""
+"""What the package has at hand: its folders conf/ and cuda/, in a checkout or an installed wheel, and CPU cores."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -9,3 +10,8 @@ def resource(name: Literal["conf", "cuda"]) -> Path:
     package = Path(__file__).resolve().parent
     in_wheel = package / name
     return in_wheel if in_wheel.is_dir() else package.parent / name
+
+
+def cpu_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

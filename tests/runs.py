@@ -20,11 +20,11 @@ from typing import Any, BinaryIO
 
 import torch
 
+from rwkv_train import resources
 from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.cli import launcher
 from rwkv_train.data import workers
-from rwkv_train.planning import resolved
 from rwkv_train.training.run import train
 from tests import PRELOAD
 
@@ -178,14 +178,14 @@ def _train_rank(
     prepare: Callable[[], None] | None,
 ) -> None:
     # tests of `rwkv-train prepare` may have started the session's fork server with these blocked
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, workers.FOR_THE_RUN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, workers.RUN_SIGNALS)
     if prepare is not None:
         prepare()
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in numbers.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
-    for room in (launcher, resolved):  # more ranks than cores: fine for a test, and refused to users
-        room.__dict__["cores"] = lambda: max(ranks, os.cpu_count() or 1)
+    # more ranks than cores: fine for a test, and refused to users
+    resources.__dict__["cpu_cores"] = lambda: max(ranks, os.cpu_count() or 1)
     sys.exit(
         launcher.main(list(overrides))
         if storage is None

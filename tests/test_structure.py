@@ -14,12 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rwkv_train"
-ROOMS = ("rwkv_train", "tests", "benchmarks", "scripts", "cuda", "conf", "docs", ".ci")
+FOLDERS = ("rwkv_train", "tests", "benchmarks", "scripts", "cuda", "conf", "docs", ".ci")
 
 
 def files(*suffixes: str) -> list[Path]:
     """All files of the project with these endings."""
-    found = [path for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in suffixes]
+    found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
     return sorted([*found, *(path for path in ROOT.iterdir() if path.suffix in suffixes)])
 
 
@@ -66,7 +66,7 @@ def test_every_file_is_one_sitting() -> None:
         assert lines <= limit, f"{name(path)} has {lines} lines, at most {limit} can be read in one sitting"
 
 
-def test_no_room_without_a_purpose() -> None:
+def test_no_folder_or_file_without_a_purpose() -> None:
     nameless = {"utils", "util", "helpers", "misc", "common"}
     assert [name(path) for path in files(".py", ".h", ".cpp", ".cu") if path.stem in nameless] == []
 
@@ -94,13 +94,22 @@ def environment_reads(path: Path) -> Iterator[ast.expr]:
 
 def test_the_environment_is_read_in_the_launcher_only() -> None:
     for path in PACKAGE.rglob("*.py"):
-        reads = list(environment_reads(path))
+        reads, lines = list(environment_reads(path)), path.read_text().splitlines()
         if path == PACKAGE / "ops" / "__init__.py":
-            lines = path.read_text().splitlines()
             assert all("RWKV_OPS" in lines[read.lineno - 1] for read in reads), "ops/ reads RWKV_OPS, and nothing else"
+        elif path == PACKAGE / "cluster" / "environment.py":  # the process that the variable is for cannot be passed it
+            assert all("PARENT" in lines[read.lineno - 1] for read in reads), "for the ranks that the run starts"
         elif path != PACKAGE / "cli" / "launcher.py":
             assert not reads, f"{name(path)}:{reads[0].lineno} reads the environment, which the launcher does"
     assert [name(path) for path in files(".cpp", ".cu", ".h") if "getenv(" in path.read_text()] == []
+
+
+def test_consoles_print_foreign_text_as_it_is() -> None:
+    """Paths, messages and documents hold square brackets, which rich would take for markup."""
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert path == PACKAGE / "console.py" or not re.search(r"\bConsole\(", text), f"{name(path)}: make_console"
+        assert not re.search(r"\[/?(bold|dim|red|green|yellow)\b", text), f"{name(path)} has markup: use style="
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ class Ack:
         rank: the sender.
         files: size and checksum of each file that the rank has written.
         error: why the rank could not write its files; None if it could.
+        index: what is in its files: kind → name → [first element, number of elements]; None: it is not known.
     """
 
     attempt: int
@@ -26,6 +28,7 @@ class Ack:
     rank: int
     files: Entries
     error: str | None = None
+    index: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -60,6 +63,17 @@ class Commit:
         failed = (f"rank {rank}: {ack.error}" for rank, ack in sorted(self._acks.items()) if ack.error is not None)
         return next(failed, None)
 
+    def index(self) -> dict[str, dict[str, list[list[int]]]] | None:
+        """The content of the index: kind → name → [[writer, start, count], …]; None: a rank has sent no part."""
+        found: dict[str, dict[str, list[list[int]]]] = {}
+        for rank, ack in sorted(self._acks.items()):
+            if ack.index is None:
+                return None
+            for kind, names in ack.index.items():
+                for name, (start, count) in names.items():
+                    found.setdefault(kind, {}).setdefault(name, []).append([rank, start, count])
+        return found
+
     def manifest(self, more: Entries) -> dict[str, Any]:
         """The content of the manifest.
 
@@ -79,7 +93,8 @@ def checkpoints_to_keep(losses: Mapping[int, float | None], keep: int, permanent
     """The steps whose checkpoints are kept.
 
     Args:
-        losses: step → validation loss (None: not validated) of the run's complete checkpoints.
+        losses: step → validation loss (None: not validated) of the run's complete checkpoints; one that is not finite
+            counts as none.
         keep: how many of the newest are kept.
         permanent: also keep those at multiples of this many steps; None: no further ones.
         best: also keep the one with the lowest validation loss.
@@ -87,6 +102,7 @@ def checkpoints_to_keep(losses: Mapping[int, float | None], keep: int, permanent
     steps = set(sorted(losses)[-keep:])
     if permanent is not None:
         steps |= {step for step in losses if step % permanent == 0}
-    if best and (validated := [(loss, step) for step, loss in losses.items() if loss is not None]):
+    validated = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
+    if best and validated:
         steps.add(min(validated)[1])
     return steps

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_train.checkpoint.meta import CheckpointMeta
-from rwkv_train.checkpoint.name import CheckpointName, attempt_of_temporary, complete_inside
+from rwkv_train.checkpoint.name import CheckpointName, attempt_of_temporary, complete_inside, is_doomed
 from rwkv_train.checkpoint.storage import MANIFEST, LocalStorage, Storage, sha256
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.attempts import Attempts
@@ -96,6 +96,43 @@ def newest(
     return None, damaged
 
 
+def newest_to_resume(
+    directory: Path, storage: Storage | None = None, content: bool = True
+) -> tuple[Path | None, list[Damage]]:
+    """The checkpoint from which `resume=auto` continues, and the damaged ones that it passes over.
+
+    Returns:
+        None only for a run that has no checkpoints.
+
+    Raises:
+        UserError: there are checkpoints, but all are damaged, or none belongs to the run. Beside checkpoints, a run
+            starts at step 0 only if the user asks for it.
+    """
+    attempts = Attempts(directory.parent)
+    attempts.refuse_orphans()
+    found, damaged = newest(directory, storage, content)
+    if found is not None:
+        return found, damaged
+    names = filter(None, map(CheckpointName.parse, (storage or LocalStorage()).names(directory)))
+    complete = [path for name in sorted(names) if verify(path := directory / str(name), content=False) is None]
+    others = [path for path in complete if path not in {damage.path for damage in damaged}]
+    remedy = "run.name=NEW starts a new run" + (
+        f"; resume={others[-1]} continues from that checkpoint" if others else ""
+    )
+    if damaged:
+        reasons = "; ".join(f"{damage.path.name}: {damage.reason}" for damage in damaged)
+        raise UserError(
+            f"all checkpoints of the run in {directory} are damaged: {reasons}", f"restore one, or {remedy}"
+        )
+    if others:
+        raise UserError(
+            f"{directory} holds complete checkpoints such as {others[-1].name}, but by {attempts.path}/*/start.json "
+            "none of them belongs to the run, which would start at step 0",
+            remedy,
+        )
+    return None, []
+
+
 def refuse_damage(path: Path, content: bool = True) -> None:
     """Raises a UserError if there is no complete checkpoint at `path`."""
     example = f"give a directory like RUN/checkpoints/{CheckpointName(1000, 1)}"
@@ -121,10 +158,13 @@ def read_meta(path: Path) -> CheckpointMeta:
 
 
 def remove_unfinished(directory: Path, attempt: int, storage: Storage | None = None) -> None:
-    """Removes what killed saves of earlier attempts left; a newer attempt may be writing at this moment."""
+    """Removes what killed saves of earlier attempts and killed deletions left.
+
+    A newer attempt may be writing at this moment; what is being deleted may be deleted by several.
+    """
     storage = storage or LocalStorage()
     for name in storage.names(directory):
         writer = attempt_of_temporary(name)
-        if writer is not None and writer < attempt:
+        if is_doomed(name) or (writer is not None and writer < attempt):
             with contextlib.suppress(OSError):  # the next attempt tries again
                 storage.delete(directory / name)

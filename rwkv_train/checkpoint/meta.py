@@ -28,7 +28,8 @@ class CheckpointMeta:
         data_tokens: tokens before the next sample in the order of the data, those passed over included.
         tokens_by_source: tokens of each source trained on so far, by its name.
         position: where a streamed source continues; None for sources that are addressed by step.
-        val_loss: the last validation loss, in nats per token; None if nothing was validated yet.
+        val_loss: validation loss of these weights, in nats per token; None if they were not validated, or if it is not
+            finite.
         shapes: the shape of each parameter by its name.
         writers: number of ranks that wrote files.
         config: the run's settled configuration, as a tree.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _NAME = re.compile(r"step_(\d{9,})-(\d{4,})")
-_TEMPORARY = ".writing-"
+_TEMPORARY, _DOOMED = ".writing-", ".deleting-"
 _ATTEMPT = re.compile(r"-(\d{4,})$")
 
 
@@ -53,9 +53,8 @@ def checkpoints_below(run: Path) -> list[Path]:
 
 def complete_inside(directory: Path) -> list[Path]:
     """The checkpoints with a manifest in a directory or in its checkpoints/, oldest first."""
-    return sorted(
-        file.parent for pattern in ("*", "checkpoints/*") for file in directory.glob(f"{pattern}/manifest.json")
-    )
+    found = [file.parent for pattern in ("*", "checkpoints/*") for file in directory.glob(f"{pattern}/manifest.json")]
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def temporary_path(path: Path) -> Path:
@@ -67,3 +66,13 @@ def attempt_of_temporary(name: str) -> int | None:
     """The attempt that writes under a temporary name; None if it is not a temporary name."""
     match = _ATTEMPT.search(name)
     return int(match[1]) if match and name.startswith(_TEMPORARY) else None
+
+
+def doomed_path(path: Path) -> Path:
+    """The name that a directory gets before its files are deleted: nobody takes it for a checkpoint any more."""
+    return path.with_name(f"{_DOOMED}{path.name}")
+
+
+def is_doomed(name: str) -> bool:
+    """Whether a directory of this name is being deleted, or was when its process ended."""
+    return name.startswith(_DOOMED)

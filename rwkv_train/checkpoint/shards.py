@@ -9,9 +9,11 @@ processes or another strategy needs no special case.
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor
 
 from rwkv_train.checkpoint.directory import read_meta
+from rwkv_train.checkpoint.meta import CheckpointMeta
+from rwkv_train.checkpoint.storage import INDEX
 from rwkv_train.errors import UserError
 from rwkv_train.models.weights import load_weights
 
@@ -82,42 +86,107 @@ def contents(shards: Iterable[StateShard], shapes: Shapes) -> tuple[dict[str, An
     return weights, state
 
 
+def index_of(weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
+    """What `contents` has put into a rank's files: kind → name → [first element, number of elements]."""
+    held = {WEIGHT: weights, **{moment: state[moment] for moment in MOMENTS}}
+    starts = state["starts"]
+    return {kind: {name: [starts.get(name, 0), t.numel()] for name, t in held[kind].items()} for kind in held}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Elements [start, start + count) of a flattened tensor in a file.
+
+    Attributes:
+        load: returns them flattened, and whether they are mapped; opens the file where it is not open yet.
+    """
+
+    start: int
+    count: int
+    load: Callable[[], tuple[Tensor, bool]]
+
+
 class Reader:
     """Reads ranges from a checkpoint, or from a .pth file with weights, through memory maps: never loads all of it.
 
+    Where the checkpoint has an index, only the files with the wanted ranges are opened: as many ranks read as have
+    written, and each opens its own.
+
     Args:
         path: a checkpoint directory, or a .pth file under the field's names.
+        verified: whether the presence and the sizes of the checkpoint's files need no check, as rank 0 has done it.
 
     Raises:
         UserError: the path does not exist, or a file of the checkpoint is missing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, verified: bool = False) -> None:
         self.path = path
-        self._parts: dict[tuple[str, str], list[tuple[int, Tensor, bool]]] = {}  # start, values, whether mapped
+        self._parts: dict[tuple[str, str], list[_Part]] = {}
+        self._open: dict[str, dict[str, Any]] = {}  # files by name
         if path.is_dir():
-            self.meta = read_meta(path)
+            self.meta = CheckpointMeta.read(path) if verified else read_meta(path)
             self.shapes: Shapes = self.meta.shapes
-            for number in range(self.meta.writers):
-                weights, _ = file_names(number, self.meta.writers)
-                held = self.state(number)
-                self._add(WEIGHT, _mapped(path / weights), held)
-                for moment in MOMENTS:
-                    self._add(moment, held[moment], held)
+            for kind, name, number, start, count in self._index():
+                part = _Part(start, count, partial(self._load, kind, name, number, count))
+                self._parts.setdefault((kind, name), []).append(part)
         else:
             alone = load_weights(path)
             self.shapes = {name: tuple(value.shape) for name, value in alone.items()}
-            self._add(WEIGHT, alone, {"starts": {}})
+            for name, values in alone.items():
+                self._add(name, values, 0, mapped=True)
+
+    def _index(self) -> Iterator[tuple[str, str, int, int, int]]:
+        """Which part of which tensor is in the files of which writer: (kind, name, writer, first element, count)."""
+        writers = range(self.meta.writers)
+        if (self.path / INDEX).exists():
+            try:
+                index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
+                for kind, names in index.items():
+                    for name, parts in names.items():
+                        for number, start, count in parts:
+                            yield kind, name, writers[number], start, count
+            except (OSError, ValueError, TypeError, AttributeError, IndexError) as error:
+                raise UserError(
+                    f"{self.path / INDEX} cannot be read ({error!r:.200})", "use another checkpoint"
+                ) from None
+            return
+        for number in writers:
+            for kind, names in index_of(self._weights(number), self.state(number)).items():
+                for name, (start, count) in names.items():
+                    yield kind, name, number, start, count
+
+    def _file(self, name: str) -> dict[str, Any]:
+        if name not in self._open:
+            self._open[name] = _mapped(self.path / name)
+        return self._open[name]
+
+    def _weights(self, number: int) -> dict[str, Any]:
+        return self._file(file_names(number, self.meta.writers)[0])
 
     def state(self, number: int) -> dict[str, Any]:
         """The content of a writer's state file."""
-        found: dict[str, Any] = _mapped(self.path / file_names(number, self.meta.writers)[1])
-        return found
+        return self._file(file_names(number, self.meta.writers)[1])
 
-    def _add(self, kind: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        for name, tensor in tensors.items():
-            part = (state["starts"].get(name, 0), tensor.flatten(), tensor.is_contiguous())
-            self._parts.setdefault((kind, name), []).append(part)
+    def _load(self, kind: str, name: str, number: int, count: int) -> tuple[Tensor, bool]:
+        held = (self._weights(number) if kind == WEIGHT else self.state(number)[kind]).get(name)
+        if held is None or held.numel() != count:
+            raise UserError(
+                f"the checkpoint {self.path} has another index than files: {name} ({kind})", "use another one"
+            )
+        return held.flatten(), held.is_contiguous()
+
+    def _add(self, name: str, values: Tensor, start: int, mapped: bool) -> None:
+        """Adds weights.
+
+        Args:
+            name: of the parameter.
+            values: the whole parameter, or rows of it.
+            start: number of their first element in it.
+            mapped: whether their memory is a mapped file, whose pages can be dropped and read again.
+        """
+        flat = values.flatten(), mapped and values.is_contiguous()  # else `flatten` copies
+        self._parts.setdefault((WEIGHT, name), []).append(_Part(start, values.numel(), lambda: flat))
 
     def grow_vocabulary(self, new: int) -> None:
         """Appends the weights of `new` tokens; the logits of the existing ones do not change.
@@ -136,7 +205,7 @@ class Reader:
                     part[offset : offset + values.numel()].copy_(values)
                 total += part.view(count, channels).double().sum(0)
             mean = (total / rows).to(dtype).expand(new, channels)
-            self._add(WEIGHT, {name: mean.contiguous()}, {"starts": {name: rows * channels}})
+            self._add(name, mean.contiguous(), rows * channels, mapped=False)
             self.shapes = {**self.shapes, name: (rows + new, channels)}
 
     def holds(self, kind: str) -> bool:
@@ -149,10 +218,11 @@ class Reader:
             UserError: some elements are in no file.
         """
         found = 0
-        for begins, values, mapped in sorted(self._parts.get((kind, name), ()), key=lambda part: part[0]):
-            first, last = max(start, begins), min(start + count, begins + values.numel())
+        for held in sorted(self._parts.get((kind, name), ()), key=lambda part: part.start):
+            first, last = max(start, held.start), min(start + count, held.start + held.count)
             if first < last:
-                part = values[first - begins : last - begins]
+                values, mapped = held.load()
+                part = values[first - held.start : last - held.start]
                 yield first - start, part
                 found += last - first
                 if mapped:
@@ -169,7 +239,7 @@ class Reader:
             )
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._parts[(WEIGHT, name)][0][1].dtype
+        return self._parts[(WEIGHT, name)][0].load()[0].dtype
 
     def copy_to(self, name: str, target: Tensor) -> None:
         """Copies a complete weight into a flat tensor that is mapped to a file, and releases the mapped pages."""
@@ -199,7 +269,10 @@ def _mapped(path: Path) -> Any:
 
 
 def _forget_pages(values: Tensor) -> None:
-    """Lets the kernel drop pages of a mapped file that were read; else they count as this process's memory."""
+    """Lets the kernel drop pages of a mapped file that were read; else they count as this process's memory.
+
+    Of any other memory the kernel would drop the only copy: its next reader finds zeros.
+    """
     page = mmap.PAGESIZE
     first = -(-values.data_ptr() // page) * page
     last = (values.data_ptr() + values.numel() * values.element_size()) // page * page

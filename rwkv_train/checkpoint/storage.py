@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -12,7 +13,11 @@ from typing import Any, BinaryIO, Protocol
 
 import torch
 
+from rwkv_train.checkpoint.name import doomed_path
+from rwkv_train.rundir.durable import sync_directory
+
 MANIFEST = "manifest.json"
+INDEX = "index.json"  # of a checkpoint that several ranks have written: which elements are in which file
 
 
 class Storage(Protocol):
@@ -40,24 +45,37 @@ class LocalStorage:
             os.fsync(file.fileno())
 
     def rename(self, source: Path, target: Path) -> None:
+        """Gives a file or directory its final name; that and the names in it are on the disk afterwards."""
+        if source.is_dir():
+            sync_directory(source)
         os.rename(source, target)
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # puts the new name itself on the disk
-        finally:
-            os.close(directory)
+        sync_directory(target.parent)
 
     def delete(self, path: Path) -> None:
-        if path.is_dir():
-            (path / MANIFEST).unlink(
-                missing_ok=True
-            )  # first: a kill in between leaves no directory that looks complete
-            shutil.rmtree(path)
-        else:
+        """Deletes a file or a directory; of a symbolic link the link, never what it points to.
+
+        A directory that others may see is renamed first, to a name that nobody counts: what is left of it after a kill
+        is no checkpoint, and the next start removes it.
+        """
+        if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
+            return
+        if not path.name.startswith("."):
+            doomed = doomed_path(path)
+            _remove_tree(doomed)
+            self.rename(path, doomed)
+            path = doomed
+        _remove_tree(path)
 
     def names(self, directory: Path) -> list[str]:
         return sorted(os.listdir(directory)) if directory.is_dir() else []
+
+
+def _remove_tree(path: Path) -> None:
+    """Removes a directory, which another process may be removing at the same time."""
+    while path.is_dir():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
 
 
 class Hashing:

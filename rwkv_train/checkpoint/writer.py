@@ -8,7 +8,8 @@
                         is no checkpoint
     latest              name of the newest one
 
-Where several ranks hold the state, each writes weights_0001_of_0008.pth and state_0001_of_0008.pth with its shards.
+Where several ranks hold the state, each writes weights_0001_of_0008.pth and state_0001_of_0008.pth with its shards, and
+rank 0 an index.json of all: then a rank that resumes opens only the files that it needs.
 Everything is written under a temporary name, every file synced, then renamed: a kill leaves a complete checkpoint or
 none. The ranks exchange messages about their files through a key-value store of their own, never by collectives: a save
 cannot block training, and a rank that fails reports why.
@@ -20,9 +21,11 @@ import contextlib
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -30,7 +33,8 @@ from rwkv_train.checkpoint.commit import Ack, Commit
 from rwkv_train.checkpoint.directory import LATEST
 from rwkv_train.checkpoint.meta import META, CheckpointMeta
 from rwkv_train.checkpoint.name import CheckpointName, temporary_path
-from rwkv_train.checkpoint.storage import MANIFEST, Hashing, Storage, dump
+from rwkv_train.checkpoint.storage import INDEX, MANIFEST, Hashing, Storage, dump
+from rwkv_train.errors import UserError
 
 ACK_TIMEOUT = timedelta(minutes=60)  # how long rank 0 waits for the other ranks' files
 
@@ -43,6 +47,8 @@ class KeyValueStore(Protocol):
     def wait(self, keys: list[str], timeout: timedelta) -> None: ...
 
     def get(self, key: str) -> bytes: ...
+
+    def delete_key(self, key: str) -> bool: ...
 
 
 class InProcessStore:
@@ -60,6 +66,9 @@ class InProcessStore:
     def get(self, key: str) -> bytes:
         return self._values[key]
 
+    def delete_key(self, key: str) -> bool:
+        return self._values.pop(key, None) is not None
+
 
 @dataclass(frozen=True)
 class SaveOutcome:
@@ -69,11 +78,13 @@ class SaveOutcome:
         path: the checkpoint's directory.
         seconds: from the start of the background write to its end.
         error: why it failed; None if it succeeded.
+        trouble: what failed after the checkpoint was complete; None: nothing.
     """
 
     path: Path
     seconds: float
     error: str | None = None
+    trouble: str | None = None
 
 
 class Writer:
@@ -84,7 +95,8 @@ class Writer:
         rank: of this process.
         writers: number of ranks that write files; they are the first ones.
         store: the key-value store that all ranks share.
-        on_commit: called by rank 0 after a checkpoint has its final name; deletes checkpoints that are not kept.
+        on_commit: called by rank 0 after a checkpoint has its final name; deletes checkpoints that are not kept. What
+            it raises does not make the save fail.
     """
 
     def __init__(
@@ -97,20 +109,28 @@ class Writer:
     ) -> None:
         self.storage, self.rank, self.writers, self.store, self.on_commit = storage, rank, writers, store, on_commit
         self._thread: threading.Thread | None = None
-        self._outcomes: list[SaveOutcome] = []
+        self._outcomes: deque[SaveOutcome] = deque()  # the writing thread appends, training takes
+        self._keys: list[str] = []  # keys of the last save, which rank 0 deletes before the next one
         self._saves = 0
 
-    def begin(self, final: Path, files: Mapping[str, Any], meta: CheckpointMeta) -> None:
+    def begin(
+        self,
+        final: Path,
+        files: Mapping[str, Any],
+        meta: CheckpointMeta,
+        index: Mapping[str, Any] | None = None,
+    ) -> None:
         """Starts a save.
 
         Args:
             final: the checkpoint's directory, named by its step and attempt.
             files: name → what torch.save writes; must not change before the save has ended.
             meta: description of the checkpoint; rank 0's is written.
+            index: which elements are in `files`, as for `Ack`; None: not known, and readers open all files.
         """
         self.wait()
         self._saves += 1
-        arguments = (final, files, meta, f"{self._saves}/{final.name}")
+        arguments = (final, files, meta, f"{self._saves}/{final.name}", index)
         self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -127,25 +147,53 @@ class Writer:
 
     def finished(self) -> list[SaveOutcome]:
         """The saves that have ended since the last call; rank 0's outcome is that of the complete checkpoint."""
-        outcomes, self._outcomes = self._outcomes, []
-        return outcomes
+        found = []
+        while self._outcomes:
+            found.append(self._outcomes.popleft())
+        return found
 
-    def _save(self, final: Path, files: Mapping[str, Any], meta: CheckpointMeta, key: str) -> None:
+    def _save(
+        self,
+        final: Path,
+        files: Mapping[str, Any],
+        meta: CheckpointMeta,
+        key: str,
+        index: Mapping[str, Any] | None = None,
+    ) -> None:
         began, temporary = time.perf_counter(), temporary_path(final)
-        name, error = CheckpointName.of(final), None
+        name, error, trouble = CheckpointName.of(final), None, None
         try:
+            self._delete_keys(key)
             if self.rank < self.writers:
-                ack = Ack(name.attempt, name.step, self.rank, self._write(temporary, files))
+                ack = Ack(name.attempt, name.step, self.rank, self._write(temporary, files), index=index)
                 self.store.set(f"{key}/{self.rank}", json.dumps(ack.as_json()))
             if self.rank == 0:
                 self._complete(final, temporary, meta, key)
+                trouble = self._after_commit(final)
         except Exception as caught:  # training continues whatever it is, and rank 0 must not wait for this rank
-            error = (getattr(caught, "strerror", None) or str(caught)) if isinstance(caught, OSError) else repr(caught)
+            error = _reason(caught)
             if self.rank:
                 ack = Ack(name.attempt, name.step, self.rank, {}, error)
                 with contextlib.suppress(Exception):  # rank 0 may have ended, and its store with it
                     self.store.set(f"{key}/{self.rank}", json.dumps(ack.as_json()))
-        self._outcomes.append(SaveOutcome(final, time.perf_counter() - began, error))
+            else:
+                self._remove_failed(temporary, key)
+        self._outcomes.append(SaveOutcome(final, time.perf_counter() - began, error, trouble))
+
+    def _delete_keys(self, key: str) -> None:
+        """Rank 0: deletes the messages of the previous save, which has ended on all ranks; else they would pile up."""
+        if self.rank:
+            return
+        old, self._keys = self._keys, [f"{key}/{rank}" for rank in range(self.writers)]
+        for name in old:
+            self.store.delete_key(name)
+
+    def _remove_failed(self, temporary: Path, key: str) -> None:
+        """Rank 0: removes what all ranks have written of a save that failed, once none of them writes any more."""
+        with contextlib.suppress(Exception):  # a rank that died; the next attempt removes what is left
+            if self.writers > 1:
+                self.store.wait([f"{key}/{rank}" for rank in range(1, self.writers)], ACK_TIMEOUT)
+            self.storage.delete(temporary)
 
     def _write(self, directory: Path, files: Mapping[str, Any]) -> dict[str, Any]:
         """Writes files; returns the size and checksum of each."""
@@ -156,7 +204,7 @@ class Writer:
                 if name.endswith(".pth"):
                     dump(value, cast(BinaryIO, hashing))
                 else:
-                    hashing.write(json.dumps(value, indent=1, allow_nan=False).encode())
+                    hashing.write(json.dumps(value, indent=None if name == INDEX else 1, allow_nan=False).encode())
             entries[name] = hashing.entry()
         return entries
 
@@ -170,16 +218,35 @@ class Writer:
             commit.receive(Ack(**json.loads(self.store.get(key))))
         if commit.error is not None:
             raise OSError(0, commit.error)
-        manifest = commit.manifest(self._write(temporary, {META: meta.as_json()}))
+        index = commit.index() if self.writers > 1 else None
+        described = {META: meta.as_json(), **({} if index is None else {INDEX: index})}
+        manifest = commit.manifest(self._write(temporary, described))
         with self.storage.write(temporary / MANIFEST) as file:
             file.write(json.dumps(manifest, indent=1).encode())
         self.storage.rename(temporary, final)
+
+    def _after_commit(self, final: Path) -> str | None:
+        """Names the newest checkpoint and deletes old ones; returns what failed of that, for the save has not."""
+        trouble = []
+        for action in (partial(self._name_latest, final), self.on_commit):
+            try:
+                action()
+            except Exception as caught:
+                trouble.append(_reason(caught))
+        return "; ".join(trouble) or None
+
+    def _name_latest(self, final: Path) -> None:
         latest = final.with_name(LATEST)
-        renamed = temporary_path(latest.with_name(f"{LATEST}-{commit.attempt:04d}"))
+        renamed = temporary_path(latest.with_name(f"{LATEST}-{CheckpointName.of(final).attempt:04d}"))
         try:
             with self.storage.write(renamed) as file:
                 file.write(final.name.encode())
             self.storage.rename(renamed, latest)
         except OSError:  # the disk took the checkpoint but not this file, which only people read
             self.storage.delete(renamed)
-        self.on_commit()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return " ".join(str(error).split()) if isinstance(error, UserError) else repr(error)

@@ -59,7 +59,7 @@ class Machine:
 def check(config: Config, machine: Machine) -> list[UserError]:
     """Everything that is wrong with a config whose single values are valid."""
     return [
-        *(() if config.dry_run else placement_errors(machine.rank_info, config.trainer)),
+        *(() if config.dry_run else placement_errors(machine.rank_info, config.trainer, submits=bool(config.launcher))),
         *_check_data(config),
         *_check_batch(config, machine),
         *_check_strategy(config),
@@ -170,7 +170,7 @@ def _check_batch(config: Config, machine: Machine) -> Iterator[UserError]:
         )
         return
     try:
-        split_batch(batch.tokens, batch.context, batch.micro, Mesh(devices * trainer.machines))
+        split_batch(batch.tokens, batch.context, batch.micro, Mesh(devices * trainer.node_count))
     except UserError as problem:
         yield problem
 
@@ -283,7 +283,9 @@ def _check_run(config: Config, machine: Machine) -> Iterator[UserError]:
         yield UserError(
             f"run.name={run.name!r} is not valid", "valid: a name without spaces and without any of = , { } [ ] / \\"
         )
-    if resume == "never" and machine.rank_info.first and holds_run(Path(run.root).expanduser() / run.name):
+    directory = Path(run.root).expanduser() / run.name
+    held = any((directory / name).exists() for name in ("config.yaml", "metrics.jsonl"))
+    if resume == "never" and machine.rank_info.first and held:
         yield UserError(
             f"resume=never, but {run.root}/{run.name} holds a run",
             "run.name=NAME for another directory, or resume=auto to continue it",
@@ -312,8 +314,3 @@ def _check_checkpoint(resume: str, path: Path) -> Iterator[UserError]:
             f"resume={resume} is not a complete checkpoint: it has no manifest.json",
             f"resume={inside[-1]}" if inside else f"give a directory like RUN/checkpoints/{CheckpointName(1000, 1)}",
         )
-
-
-def holds_run(directory: Path) -> bool:
-    """Whether a run was started in that directory."""
-    return any((directory / name).exists() for name in ("config.yaml", "metrics.jsonl"))

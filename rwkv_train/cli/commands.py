@@ -1,15 +1,17 @@
 """The commands of `rwkv-train`: one table of name, help, arguments and what runs. Imports are made when it runs.
 
-To add a command: a function that adds its arguments, one that runs it, and a row in COMMANDS.
+To add a command: a function that runs it, one that adds its arguments, and a row in COMMANDS.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from rwkv_train import resources
 from rwkv_train.cli import launcher
 
 TOKENIZER = "bytes, world or a tokenizer.json (default: that of the checkpoint, or by the size of its vocabulary)"
@@ -18,22 +20,22 @@ CHECKPOINT = "a checkpoint directory, or a .pth file with the field's parameter 
 
 @dataclass(frozen=True)
 class Command:
-    """A command whose arguments are flags.
+    """A command of `rwkv-train`.
 
     Args:
         summary: its line in `rwkv-train --help`.
+        run: takes the parsed arguments, or the command line where there are no arguments; returns the exit code.
+        add_arguments: adds the arguments to a parser; None: `run` parses the command line, because it takes settings.
         description: the first sentences of its own help.
         examples: command lines, without `rwkv-train`, the first things that its help shows.
-        add_arguments: adds the arguments to a parser.
-        run: runs it and returns the exit code.
         synopsis: its positional arguments, for the usage line.
     """
 
     summary: str
-    description: str
-    examples: Sequence[str]
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
+    run: Callable[[Any], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+    description: str = ""
+    examples: Sequence[str] = ()
     synopsis: str = ""
 
     def parser(self, name: str) -> argparse.ArgumentParser:
@@ -45,24 +47,13 @@ class Command:
             description=f"{self.description}\n\nexamples:{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.add_arguments(parser)
+        if self.add_arguments is not None:
+            self.add_arguments(parser)
         return parser
 
     def __call__(self, name: str, argv: Sequence[str]) -> int:
         """Parses the arguments and runs the command."""
-        return self.run(self.parser(name).parse_args(argv))
-
-
-@dataclass(frozen=True)
-class OverridesCommand:
-    """A command that parses its command line itself, because it takes settings: `rwkv-train train model=7b`."""
-
-    summary: str
-    run: Callable[[Sequence[str]], int]
-
-    def __call__(self, name: str, argv: Sequence[str]) -> int:
-        """Runs the command."""
-        return self.run(argv)
+        return self.run(argv if self.add_arguments is None else self.parser(name).parse_args(argv))
 
 
 def _prepare(argv: Sequence[str]) -> int:
@@ -70,7 +61,7 @@ def _prepare(argv: Sequence[str]) -> int:
         return launcher.show(argv[1:])
     from rwkv_train.data.prepare.prepare_command import run
 
-    return run(argv, launcher.cores())
+    return run(argv, resources.cpu_cores())
 
 
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +104,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="penalty on tokens that were read or generated before; 1: none (default)",
     )
-    add("--stop", metavar="TEXT", action="append", default=[], help="stop at this text; may be repeated")
+    add("--stop", dest="stops", metavar="TEXT", action="append", default=[], help="stop at this text; may be repeated")
     add("--until-end", action="store_true", help="stop at an end-of-text token too")
     add("--batch", metavar="N", type=int, default=1, help="number of texts (default: 1)")
     add("--seed", metavar="N", type=int, help="random seed; the same seed gives the same text (default: a random one)")
@@ -126,22 +117,9 @@ def _generate(given: argparse.Namespace) -> int:
     from rwkv_train.inference import generate
     from rwkv_train.inference.sampling import Sampling
 
-    sampling = Sampling(given.temperature, given.top_p, given.top_k, given.repetition_penalty)
-    return generate.run(
-        generate.GenerateOptions(
-            checkpoint=given.checkpoint,
-            prompt=given.prompt,
-            tokens=given.tokens,
-            sampling=sampling,
-            seed=given.seed,
-            tokenizer=given.tokenizer,
-            stops=given.stop,
-            until_end=given.until_end,
-            batch=given.batch,
-            as_json=given.as_json,
-            device=given.device,
-        )
-    )
+    options = vars(given)
+    sampling = Sampling(**{field.name: options.pop(field.name) for field in fields(Sampling)})
+    return generate.run(generate.GenerateOptions(sampling=sampling, **options))
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +127,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", metavar="CKPT", help=CHECKPOINT)
     add("--data", action="append", default=[], metavar="[NAME=]PATH", help="a store, a text file or a directory")
     add("--context", metavar="N", type=int, help="tokens of a window (default: that of the run)")
-    add("--tokens", metavar="N", type=int, help="maximum number of tokens of each source, spread over it")
+    add("--tokens", metavar="N", type=int, help="maximum number of tokens of each source, in windows spread over it")
     add("--tokenizer", metavar="NAME", help=TOKENIZER)
     add("--tasks", action="append", default=[], metavar="NAME,…", help="tasks of lm-eval, or your own")
     add("--include", action="append", default=[], metavar="DIRECTORY", help="a directory with your own tasks")
@@ -191,14 +169,14 @@ def _report(given: argparse.Namespace) -> int:
         return push_all([Path(run) for run in given.runs], given.push)
     from rwkv_train.evaluation.report import report_command
 
-    options = {name: value for name, value in vars(given).items() if name != "push"}
-    return report_command.run(report_command.ReportOptions(**options))
+    del given.push
+    return report_command.run(report_command.ReportOptions(**vars(given)))
 
 
 def _doctor(given: argparse.Namespace) -> int:
     from rwkv_train.cli.doctor import examine
 
-    return examine(launcher.cores())
+    return examine(resources.cpu_cores())
 
 
 def _build_ops_arguments(parser: argparse.ArgumentParser) -> None:
@@ -220,67 +198,67 @@ def _build_ops(given: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Command | OverridesCommand] = {
+COMMANDS: dict[str, Command] = {
     # the functions of the launcher are looked up at the call, so that tests can replace them
-    "train": OverridesCommand("train a model, like python train.py", lambda argv: launcher.main(argv)),
-    "prepare": OverridesCommand("make a token store from documents", _prepare),
-    "plan": OverridesCommand("estimate memory, time and network traffic of a run", lambda argv: launcher.plan(argv)),
+    "train": Command("train a model, like python train.py", lambda argv: launcher.main(argv)),
+    "prepare": Command("make a token store from documents", _prepare),
+    "plan": Command("estimate memory, time and network traffic of a run", lambda argv: launcher.plan(argv)),
     "status": Command(
         "show the progress and history of runs",
+        _status,
+        _status_arguments,
         "Prints one line per run; for a single run also every attempt, and where its time went.",
         ["status runs/NAME", "status runs/*"],
-        _status_arguments,
-        _status,
         "RUN_DIR…",
     ),
     "report": Command(
         "write an HTML file with the curves of one run or several",
+        _report,
+        _report_arguments,
         "Writes one self-contained HTML file with what runs have logged, whether they are finished or not.",
         ["report runs/NAME", "report runs/NAME runs/OTHER --out compare.html", "report runs/NAME --live"],
-        _report_arguments,
-        _report,
         "RUN_DIR…",
     ),
     "generate": Command(
         "continue a text with a model",
+        _generate,
+        _generate_arguments,
         "Continues a text with a trained model; a single text is streamed to the terminal.",
         [
             "generate runs/NAME/weights.pth --prompt 'def '",
             "generate model.pth --tokenizer world --top-k 40 --stop 'User:' --batch 4 --json",
         ],
-        _generate_arguments,
-        _generate,
         "CKPT",
     ),
     "eval": Command(
         "measure perplexity on text, or run tasks of lm-eval",
-        "Measures perplexity and bits per byte of a checkpoint, by source and by position in the context, and runs\n"
-        "tasks of lm-evaluation-harness. Without --data and --tasks: on the data that the run has held out.",
-        ["eval runs/NAME/weights.pth", "eval model.pth --data books=~/books --data wiki=stores/wiki --tasks lambada"],
-        _eval_arguments,
         _eval,
+        _eval_arguments,
+        "Measures perplexity and bits per byte of a checkpoint, by source and by position in the context, and runs\n"
+        "tasks of lm-evaluation-harness. Without --data and --tasks: the validation of the run.",
+        ["eval runs/NAME/weights.pth", "eval model.pth --data books=~/books --data wiki=stores/wiki --tasks lambada"],
         "CKPT",
     ),
     "export": Command(
         "write the weights of a checkpoint as one file, or for transformers",
+        _export,
+        _export_arguments,
         "Writes the weights of a checkpoint, sharded or not; holds only one parameter in memory at a time.",
         ["export runs/NAME/checkpoints/step_000004400-0001 model.safetensors --dtype bfloat16", "export model.pth hf/"],
-        _export_arguments,
-        _export,
         "CKPT OUT",
     ),
     "doctor": Command(
         "check what works on this machine",
+        _doctor,
+        lambda parser: None,
         "Checks versions, the compiler, the operator engines and the devices. Exit code 1: a problem needs attention.",
         ["doctor"],
-        lambda parser: None,
-        _doctor,
     ),
     "build-ops": Command(
         "compile the operators ahead of their first use",
+        _build_ops,
+        _build_ops_arguments,
         "Compiles the C++ and the CUDA engine into the cache, for machines without a compiler.",
         ["build-ops", "build-ops --arch 8.0,9.0 --cache ops/"],
-        _build_ops_arguments,
-        _build_ops,
     ),
 }

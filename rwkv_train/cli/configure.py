@@ -35,14 +35,6 @@ class ConfigBuilder:
         self.conf, self.machine = conf, machine
         self.parser = OverrideParser(conf.groups)
 
-    def expand(self, texts: Sequence[str]) -> list[list[str]]:
-        """The command lines of a multirun: `a=1,2 b=3,4` is four of them.
-
-        Raises:
-            UserErrors: overrides that cannot be expanded.
-        """
-        return self.parser.expand(texts)
-
     def build(self, texts: Sequence[str]) -> Config:
         """The checked config of one command line.
 
@@ -84,9 +76,9 @@ class ConfigBuilder:
     def _with_devices_of_job(self, config: Config) -> Config:
         """The config with the nodes and devices of the job in place of auto; the run's name does not depend on them."""
         trainer, rank_info = config.trainer, self.machine.rank_info
-        if rank_info.ranks == 1 or config.dry_run:
+        if rank_info.starter == "plain" or config.dry_run:
             return config
-        nodes = rank_info.machines if trainer.num_nodes == "auto" else trainer.num_nodes
+        nodes = rank_info.nodes if trainer.num_nodes == "auto" else trainer.num_nodes
         devices = rank_info.per_node if trainer.devices == "auto" else trainer.devices
         return replace(config, trainer=replace(trainer, num_nodes=nodes, devices=devices))
 

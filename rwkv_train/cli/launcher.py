@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from rwkv_train import resources
 from rwkv_train.cluster.rank_info import RankInfo, rank_info_of
+from rwkv_train.cluster.rendezvous import follow_parent
 from rwkv_train.config import Config
+from rwkv_train.console import tolerated_output
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.exit_codes import ExitCode
-from rwkv_train.resources import resource
 
 # Iterations that a waiting OpenMP thread spins before it sleeps, about 25 µs. With free cores a step is as fast as with
 # the default of 300,000.
@@ -39,18 +41,21 @@ def main(argv: Sequence[str], submitted: bool = False) -> int:
         RWKV_EXIT names, because srun returns the highest code of all processes.
     """
     share_cores()
-    try:
-        code = _main(argv, submitted)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = ExitCode.INTERRUPTED
-    if os.environ.get("RWKV_EXIT") and rank() == 0:
+    with tolerated_output():
+        try:
+            code = _main(argv, submitted)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            code = ExitCode.INTERRUPTED
+    if os.environ.get("RWKV_EXIT") and rank_info().first:
         Path(os.environ["RWKV_EXIT"]).write_text(f"{code}\n")
     return code
 
 
 def _main(argv: Sequence[str], submitted: bool) -> int:
     here = rank_info()
+    if not here.first:
+        follow_parent(os.getppid())
     try:
         flags, overrides = _parse_flags(argv)
         folders = _conf_folders(flags)
@@ -61,7 +66,11 @@ def _main(argv: Sequence[str], submitted: bool) -> int:
     except UserError as error:
         return _report_from_rank(error, here)
     if flags.cfg:
-        _write("---\n".join(map(_as_yaml, configs)))
+        import yaml
+
+        from rwkv_train.config.schema import as_tree
+
+        _write(yaml.safe_dump_all(map(as_tree, configs), sort_keys=False, allow_unicode=True))
         return 0
     try:
         if not submitted and any(config.launcher for config in configs):
@@ -83,7 +92,7 @@ def _report_from_rank(error: UserError, here: RankInfo) -> int:
         from rwkv_train.cluster.preflight import forward_error
 
         forward_error(here, error)
-    return ExitCode.MISTAKE
+    return ExitCode.USER_ERROR
 
 
 def plan(argv: Sequence[str]) -> int:
@@ -104,7 +113,7 @@ def plan(argv: Sequence[str]) -> int:
         return show_plan(config, "--json" in argv)
     except UserError as error:
         report(error)
-        return ExitCode.MISTAKE
+        return ExitCode.USER_ERROR
 
 
 def load(overrides: Sequence[str]) -> Config:
@@ -113,7 +122,7 @@ def load(overrides: Sequence[str]) -> Config:
     Raises:
         UserErrors: everything that is wrong with it.
     """
-    _, (config,) = _build_configs(overrides, [resource("conf")], multirun=False)
+    _, (config,) = _build_configs(overrides, [resources.resource("conf")], multirun=False)
     return config
 
 
@@ -135,14 +144,9 @@ def report(error: UserError) -> None:
     print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
 
 
-def rank() -> int:
-    """The rank of this process; 0 if it is the only one."""
-    return rank_info().rank
-
-
 def rank_info() -> RankInfo:
     """Rank, node and job of this process."""
-    return rank_info_of(os.environ)
+    return rank_info_of(os.environ, os.getppid())
 
 
 def share_cores() -> None:
@@ -154,11 +158,6 @@ def share_cores() -> None:
     """
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(OPENMP_SPINS))
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -180,7 +179,7 @@ def _parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _conf_folders(flags: argparse.Namespace) -> list[Path]:
-    return [resource("conf"), *([flags.config_dir.expanduser().resolve()] if flags.config_dir else [])]
+    return [resources.resource("conf"), *([flags.config_dir.expanduser().resolve()] if flags.config_dir else [])]
 
 
 def _print_help(command: Literal["train", "plan"], folders: Sequence[Path]) -> None:
@@ -198,8 +197,8 @@ def _build_configs(
     from rwkv_train.cli.checks import Machine
     from rwkv_train.cli.configure import config_builder
 
-    with config_builder(folders, Machine(cores(), rank_info())) as builder:
-        lines = builder.expand(overrides) if multirun else [list(overrides)]
+    with config_builder(folders, Machine(resources.cpu_cores(), rank_info())) as builder:
+        lines = builder.parser.expand(overrides) if multirun else [list(overrides)]
         configs: list[Config] = []
         problems: dict[str, UserError] = {}
         for line in lines:
@@ -226,15 +225,6 @@ def _write(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _as_yaml(config: Config) -> str:
-    import yaml
-
-    from rwkv_train.config.schema import as_tree
-
-    text: str = yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
-    return text
 
 
 def _submit(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_dir: Path | None) -> int:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(argv[0], argv[1:])
     except UserError as error:
         launcher.report(error)
-        return ExitCode.MISTAKE
+        return ExitCode.USER_ERROR
     except BrokenPipeError:  # `… | head` has closed its end
         sys.stderr.close()
         return 0
@@ -57,7 +57,7 @@ def _without_command(argv: Sequence[str]) -> int:
         return 0
     what = f"{argv[0]}: there is no such command" if argv else "no command is given"
     launcher.report(UserError(what, suggestion(argv[0] if argv else "", list(COMMANDS))))
-    return ExitCode.MISTAKE
+    return ExitCode.USER_ERROR
 
 
 if __name__ == "__main__":

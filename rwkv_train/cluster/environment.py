@@ -6,11 +6,13 @@ and its own SLURMEnvironment saves and requeues inside a signal handler, which h
 
 from __future__ import annotations
 
+import os
+
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from rwkv_train.cluster.rank_info import RankInfo
+from rwkv_train.cluster.rank_info import PARENT, RankInfo
 
 
 class SrunEnvironment(ClusterEnvironment):
@@ -54,8 +56,30 @@ class SrunEnvironment(ClusterEnvironment):
         return self.rank_info.rank // self.rank_info.per_node
 
 
+class PlainEnvironment(LightningEnvironment):
+    """A run that starts its processes itself, on one node or on each of several."""
+
+    def __init__(self, rank_info: RankInfo) -> None:
+        super().__init__()
+        self.rank_info = rank_info
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return self.rank_info.parent is not None
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Lightning calls it before it starts the other processes, which inherit the variable."""
+        if not self.creates_processes_externally:
+            os.environ[PARENT] = str(os.getpid())
+
+    def teardown(self) -> None:
+        super().teardown()
+        if not self.creates_processes_externally:
+            os.environ.pop(PARENT, None)
+
+
 def environment(rank_info: RankInfo) -> ClusterEnvironment:
     """The ClusterEnvironment of a process, by who has started it."""
     if rank_info.starter == "srun":
         return SrunEnvironment(rank_info)
-    return TorchElasticEnvironment() if rank_info.starter == "torchrun" else LightningEnvironment()
+    return TorchElasticEnvironment() if rank_info.starter == "torchrun" else PlainEnvironment(rank_info)

@@ -1,6 +1,6 @@
 """Preflight: before a run on several nodes begins, checks that every rank answers and has the same software and data.
 
-Each rank reports its facts to a key-value store on the first rank's node. The first rank compares them, reports what
+Each rank reports its facts to a key-value store on rank 0's node. Rank 0 compares them, reports what
 differs and on which nodes, and releases or ends the others. Then the ranks make the process group that training uses,
 and all-reduce a tensor whose result is known. A deadline covers all of it: a rank that waits longer ends.
 """
@@ -33,7 +33,8 @@ from rwkv_train.exit_codes import ExitCode
 
 MAX_CLOCK_LAG = 2.0  # seconds that the nodes' clocks may differ
 _ELEMENTS = 2**22  # float32 elements of the all-reduce, 16 MiB
-_VISIBLE_SECONDS = 5.0  # seconds until the other nodes must see a file of the first one: network file systems are slow
+_VISIBLE_SECONDS = 5.0  # seconds until all nodes must see a file that rank 0 has written: network file systems are slow
+_FORWARD_SECONDS = 20.0  # seconds that a rank with an error waits for rank 0 to print it
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Report:
         node: its name.
         facts: name → value, which must be equal on all ranks.
         free: free bytes on the disk of the run directory.
-        sees: whether it sees a file there that the first rank has written.
-        behind: seconds by which its clock is behind the first rank's.
-        mistake: the error that keeps it from beginning; None: it can begin.
+        sees: whether it sees a file there that rank 0 has written.
+        clock_lag: seconds by which its clock is behind rank 0's.
+        error: what keeps it from beginning; None: it can begin.
     """
 
     rank: int
@@ -55,8 +56,8 @@ class Report:
     facts: Mapping[str, str] = field(default_factory=dict)
     free: int = 0
     sees: bool = True
-    behind: float = 0.0
-    mistake: str | None = None
+    clock_lag: float = 0.0
+    error: str | None = None
 
 
 def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
@@ -67,14 +68,14 @@ def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
         needed: bytes that the run will write at least.
     """
     problems = []
-    for mistake in dict.fromkeys(report.mistake for report in reports if report.mistake):
-        problems.append(UserError(f"on {_nodes(r for r in reports if r.mistake == mistake)}: {mistake}"))
-    found = [report for report in reports if report.mistake is None]
+    for error in dict.fromkeys(report.error for report in reports if report.error):
+        problems.append(UserError(f"on {_nodes(r for r in reports if r.error == error)}: {error}"))
+    found = [report for report in reports if report.error is None]
     for name in dict.fromkeys(name for report in found for name in report.facts):
         values = {report.rank: report.facts.get(name, "none") for report in found}
         if len(set(values.values())) == 1:
             continue
-        usual = Counter(values.values()).most_common(1)[0][0]  # of the first rank where it is a draw
+        usual = Counter(values.values()).most_common(1)[0][0]  # of rank 0 where it is a draw
         for value in sorted(set(values.values()) - {usual}):
             there = _nodes(report for report in found if values[report.rank] == value)
             problems.append(
@@ -82,35 +83,35 @@ def compare(reports: Sequence[Report], needed: int = 0) -> list[UserError]:
                     f"{name} differs: {value} on {there}, {usual} on the other nodes", _REMEDIES.get(name, _REMEDY)
                 )
             )
-    blind = [report for report in found if not report.sees]
-    if blind:
-        what = f"the run directory is not shared: {_nodes(blind)} does not see what the first node writes there"
+    not_shared = [report for report in found if not report.sees]
+    if not_shared:
+        what = f"the run directory is not shared: {_nodes(not_shared)} does not see what the first node writes there"
         problems.append(UserError(what, "run.root=DIR on a file system that all nodes share"))
-    short = [report for report in found if report.sees and report.free < needed]
-    if short:
-        have = min(report.free for report in short) / 1e9
+    low_on_space = [report for report in found if report.sees and report.free < needed]
+    if low_on_space:
+        have = min(report.free for report in low_on_space) / 1e9
         problems.append(
             UserError(
-                f"the disk of the run directory has {have:.1f} GB free on {_nodes(short)}, two checkpoints take "
-                f"{needed / 1e9:.1f}",
+                f"the disk of the run directory has {have:.1f} GB free on {_nodes(low_on_space)}, two checkpoints "
+                f"take {needed / 1e9:.1f}",
                 "make room, or run.root=DIR on another disk",
             )
         )
     for report in found:
-        if abs(report.behind) > MAX_CLOCK_LAG and not any(
+        if abs(report.clock_lag) > MAX_CLOCK_LAG and not any(
             r.node == report.node and r.rank < report.rank for r in found
         ):
-            way = "behind" if report.behind > 0 else "ahead of"
+            way = "behind" if report.clock_lag > 0 else "ahead of"
             problems.append(
                 UserError(
-                    f"the clock of {report.node} is {abs(report.behind):.0f} s {way} the first node's",
+                    f"the clock of {report.node} is {abs(report.clock_lag):.0f} s {way} the first node's",
                     "set it by NTP: times in the records would contradict each other",
                 )
             )
     return problems
 
 
-_NOTE = ".preflight"  # in the run directory
+_PROBE_FILE = ".preflight"  # in the run directory: rank 0 writes it, the others look for it
 _REMEDY = "install the same on all nodes, or take the one out: sbatch --exclude=NODE"
 _REMEDIES = {
     "data": "the same files on all nodes: data.path=… on a file system that all nodes share",
@@ -122,7 +123,7 @@ def _nodes(reports: Iterator[Report] | Sequence[Report]) -> str:
     return ", ".join(dict.fromkeys(f"node {report.node}" for report in reports))
 
 
-def meet(
+def run_preflight(
     rank_info: RankInfo,
     gpu: bool,
     facts: Mapping[str, str],
@@ -139,27 +140,27 @@ def meet(
         rank_info: of this rank.
         gpu: whether the run's devices are GPUs.
         facts: that must be equal on all ranks, beside package versions and GPUs.
-        directory: of the run; the first rank has made it.
+        directory: of the run; rank 0 has made it.
         needed: bytes that the run will write there at least.
         seconds: the deadline for all of it.
-        console: prints on the first rank.
+        console: prints on rank 0.
 
     Raises:
-        UserErrors: what `compare` finds, on the first rank; the others raise SystemExit with the same exit code.
+        UserErrors: what `compare` finds, on rank 0; the others raise SystemExit with the same exit code.
     """
     began = time.monotonic()
     with _deadline(rank_info, seconds) as phase:
         store = _store(rank_info, seconds)
-        sees = _sees(store, rank_info, directory)  # by then the first rank has made it
+        sees = _sees(store, rank_info, directory)  # by then rank 0 has made it
         free = shutil.disk_usage(directory).free if sees else 0
         own = Report(rank_info.rank, rank_info.node, {**facts, **_machine(gpu)}, free, sees)
         if rank_info.first:
             reports = _gather(store, rank_info, own, began + seconds)
-            (directory / _NOTE).unlink(missing_ok=True)
+            (directory / _PROBE_FILE).unlink(missing_ok=True)
             problems = compare(reports, needed)
-            store.set("verdict", "mistakes" if problems else "go")
+            store.set("verdict", "errors" if problems else "go")
             if problems:
-                _await_departure(store, rank_info)
+                _await_readers(store, rank_info)
                 raise UserErrors(problems)
         else:
             store.set(f"report/{rank_info.rank}", json.dumps(asdict(own)))
@@ -167,32 +168,32 @@ def meet(
             store.set(f"clock/{rank_info.rank}", str(time.time()))
             verdict = store.get("verdict")
             if verdict != b"go":
-                store.set(f"parted/{rank_info.rank}", "")
-                raise SystemExit(ExitCode.MISTAKE)
+                store.set(f"verdict_read/{rank_info.rank}", "")
+                raise SystemExit(ExitCode.USER_ERROR)
         phase.append("the processes do not reach each other (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names a network)")
         rate, took = _all_reduce(store, rank_info, gpu)
     console.print(
-        f"nodes   {rank_info.machines} nodes, {rank_info.ranks} processes agree; "
+        f"nodes   {rank_info.nodes} nodes, {rank_info.ranks} processes agree; "
         f"all-reduce of {_ELEMENTS * 4 >> 20} MiB in {took * 1e3:.0f} ms, {rate / 1e9:.2f} GB/s; "
         f"{time.monotonic() - began:.1f} s"
     )
 
 
-def forward_error(rank_info: RankInfo, error: UserError, seconds: float = 20.0) -> None:
-    """Forwards an error of this rank to the first one, which prints the errors of all ranks.
+def forward_error(rank_info: RankInfo, error: UserError) -> None:
+    """Forwards an error of this rank to rank 0, which prints the errors of all ranks.
 
-    It keeps this process alive until the first rank has had time to report: srun ends all processes when one has ended.
+    It keeps this process alive until rank 0 has had time to report: srun ends all processes when one has ended.
     """
     if rank_info.first or rank_info.ranks == 1:
         return
-    end = time.monotonic() + seconds
-    with suppress(Exception), _deadline(rank_info, seconds):  # the first rank has ended, with the same error
-        store = _store(rank_info, seconds)
+    end = time.monotonic() + _FORWARD_SECONDS
+    with suppress(Exception), _deadline(rank_info, _FORWARD_SECONDS):  # rank 0 has ended, with the same error
+        store = _store(rank_info, _FORWARD_SECONDS)
         store.set(
-            f"report/{rank_info.rank}", json.dumps(asdict(Report(rank_info.rank, rank_info.node, mistake=str(error))))
+            f"report/{rank_info.rank}", json.dumps(asdict(Report(rank_info.rank, rank_info.node, error=str(error))))
         )
         store.wait(["verdict"], timedelta(seconds=max(1.0, end - time.monotonic())))
-        store.set(f"parted/{rank_info.rank}", "")
+        store.set(f"verdict_read/{rank_info.rank}", "")
 
 
 def _store(rank_info: RankInfo, seconds: float) -> PrefixStore:
@@ -222,30 +223,30 @@ def _gather(store: PrefixStore, rank_info: RankInfo, own: Report, end: float) ->
     now = time.time()
     reports = [own, *(Report(**json.loads(store.get(key))) for key in keys)]
     store.set("clock", "")
-    able = [report for report in reports[1:] if report.mistake is None]
+    able = [report for report in reports[1:] if report.error is None]
     clocks = {report.rank: now - float(store.get(f"clock/{report.rank}")) for report in able}
-    return [Report(**{**asdict(report), "behind": clocks.get(report.rank, 0.0)}) for report in reports]
+    return [Report(**{**asdict(report), "clock_lag": clocks.get(report.rank, 0.0)}) for report in reports]
 
 
-def _await_departure(store: PrefixStore, rank_info: RankInfo) -> None:
+def _await_readers(store: PrefixStore, rank_info: RankInfo) -> None:
     """Waits until the other ranks have read the verdict: the store ends with this process."""
     with suppress(Exception):
-        store.wait([f"parted/{rank}" for rank in range(1, rank_info.ranks)], timedelta(seconds=5))
+        store.wait([f"verdict_read/{rank}" for rank in range(1, rank_info.ranks)], timedelta(seconds=5))
 
 
 def _sees(store: PrefixStore, rank_info: RankInfo, directory: Path) -> bool:
-    """Whether this rank sees a file that the first rank has just written into the run directory."""
-    note = directory / _NOTE
+    """Whether this rank sees a file that rank 0 has just written into the run directory."""
+    probe = directory / _PROBE_FILE
     if rank_info.first:
         content = f"{os.getpid()} {time.time_ns()}"
-        note.write_text(content, encoding="utf-8")
-        store.set("note", content)
+        probe.write_text(content, encoding="utf-8")
+        store.set("probe", content)
         return True
-    content = store.get("note").decode()
+    content = store.get("probe").decode()
     end = time.monotonic() + _VISIBLE_SECONDS
     while time.monotonic() < end:
         with suppress(OSError):
-            if note.read_text(encoding="utf-8") == content:
+            if probe.read_text(encoding="utf-8") == content:
                 return True
         time.sleep(0.1)
     return False
@@ -298,7 +299,7 @@ def _deadline(rank_info: RankInfo, seconds: float) -> Iterator[list[str]]:
         what the process waits for; the last entry is printed at the deadline.
     """
     phase = [f"rank 0 on {rank_info.node_of(0)} ({rank_info.address}:{rank_info.port}) does not answer"]
-    prints = rank_info.rank <= 1  # where the first rank does not answer, rank 1 reports it
+    prints = rank_info.rank <= 1  # where rank 0 does not answer, rank 1 reports it
 
     def give_up() -> None:
         if prints:

@@ -1,4 +1,4 @@
-"""Requests to SLURM's controller: the time that a job has left, and to put it back into the queue."""
+"""Requests to SLURM's controller: the time that a job has left, and to requeue it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Job:
 
     Args:
         number: SLURM's job ID: 17, or 17_3 for a task of an array.
-        command: the shell command that puts it back into the queue, to which the ID is appended; None: never.
+        command: the shell command that requeues it, to which the ID is appended; None: never.
     """
 
     number: str
@@ -31,7 +31,7 @@ class Job:
             return None
 
     def why_not(self) -> str | None:
-        """Why the job must not be put back; None: it may. A job that its user has cancelled stays cancelled."""
+        """Why the job must not be requeued; None: it may be. A job that its user has cancelled stays cancelled."""
         if self.command is None:
             return "cluster.requeue=null"
         facts = self._controller_facts()
@@ -41,7 +41,7 @@ class Job:
         return None if state in ("RUNNING", "SIGNALING") else f"job {self.number} is {state}"
 
     def requeue(self) -> str | None:
-        """Puts the job back into the queue, upon which SLURM ends its processes, this one among them.
+        """Requeues the job, upon which SLURM ends its processes, this one among them.
 
         Returns:
             why it failed; None: it succeeded.

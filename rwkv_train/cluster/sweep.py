@@ -6,12 +6,12 @@ lines with the same settings, and returns.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rwkv_train.config import Config
+from rwkv_train.config.suggestions import suggestion
 from rwkv_train.errors import UserError
 
 JOB_FOLDER = ".submitit"  # below run.root: submitit's files of each job, among them its output
@@ -65,15 +65,13 @@ def _parameters(config: Config) -> dict[str, Any]:
 
     given = {key: value for key, value in config.launcher.items() if value is not None}
     devices = config.trainer.devices
-    given.setdefault("nodes", config.trainer.machines)
+    given.setdefault("nodes", config.trainer.node_count)
     given.setdefault("tasks_per_node", given.get("gpus_per_node", 1) if devices == "auto" else devices)
     schema = OmegaConf.structured(SlurmQueueConf)
     valid = [key for key in schema if key not in ("_target_", "submitit_folder", "max_num_timeout")]
     for key in given:
         if key not in valid:
-            near = difflib.get_close_matches(key, valid, 1, 0.6)
-            hint = f"nearest: {near[0]}; " if near else ""
-            raise UserError(f"launcher.{key}: there is no such setting", f"{hint}valid: {', '.join(sorted(valid))}")
+            raise UserError(f"launcher.{key}: there is no such setting", suggestion(key, sorted(valid)))
     try:
         settled: Mapping[str, Any] = OmegaConf.merge(schema, given)  # type: ignore[assignment]
         merged = {key: settled[key] for key in valid if key in given}

@@ -163,7 +163,7 @@ class TrainerSettings:
     precision: str  # auto, 32-true or bf16-mixed
 
     @property
-    def machines(self) -> int:
+    def node_count(self) -> int:
         """Number of nodes. In a job, auto is resolved before this is read; elsewhere it means one node."""
         return 1 if self.num_nodes == "auto" else self.num_nodes
 
@@ -187,7 +187,7 @@ class CheckpointSettings:
     every: PositiveDuration  # interval between two checkpoints
     keep: Positive  # number of newest checkpoints that are kept
     permanent: PositiveDuration | None  # checkpoints at multiples of this are never deleted
-    best: bool  # whether the checkpoint with the lowest validation loss is kept as well
+    best: bool  # whether each validation is followed by a checkpoint, and the one with the lowest loss is kept as well
     background: bool  # whether it is written while training continues, from a copy of the state in host memory
 
 
@@ -209,7 +209,7 @@ class WatchdogSettings:
 @dataclass(frozen=True)
 class ValidationSettings:
     every: PositiveDuration  # interval between two validations
-    batches: Positive | None  # micro-batches of each validation; None: all held-out data
+    batches: Positive | None  # global batches of held-out text, over all devices and sources; None: all of it
     context: Positive | None  # tokens of one window of held-out text; None: batch.context
 
 

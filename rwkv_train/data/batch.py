@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rwkv_train.data.arrays import Ints
+from rwkv_train.data.rows import BatchArrays
 
 
 class Batch(NamedTuple):
@@ -30,13 +32,18 @@ class Batch(NamedTuple):
     starts: Tensor | None = None
     predictions: Tensor | None = None
 
+    @classmethod
+    def of(cls, block: BatchArrays, samples: Ints, sources: Ints, predictions: float | None = None) -> Batch:
+        """The batch of these arrays, which it shares."""
+        return cls(
+            torch.from_numpy(block.tokens),
+            torch.from_numpy(block.targets),
+            samples,
+            sources,
+            None if block.starts is None else torch.from_numpy(block.starts),
+            None if predictions is None else torch.tensor(predictions),
+        )
+
     def pin(self) -> Batch:
         """The same in pinned memory, from which a GPU can copy while it computes."""
-        return Batch(
-            self.tokens.pin_memory(),
-            self.targets.pin_memory(),
-            self.samples,
-            self.sources,
-            None if self.starts is None else self.starts.pin_memory(),
-            None if self.predictions is None else self.predictions.pin_memory(),
-        )
+        return Batch._make(part.pin_memory() if isinstance(part, Tensor) else part for part in self)

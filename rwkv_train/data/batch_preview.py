@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rwkv_train.config import Config
+from rwkv_train.console import make_console
 from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.rows import IGNORED_TARGET
@@ -22,8 +23,8 @@ def preview(config: Config) -> None:
         UserError: the data cannot be read.
     """
     data = Batches(config.data, config.batch, config.seed, extend=config.vocab.extend)
-    console = Console(highlight=False)
-    console.print(data.description, markup=False)
+    console = make_console()
+    console.print(data.description)
     show_batch(data.batch(0), data.tokenizer, console)
 
 
@@ -33,7 +34,7 @@ def show_batch(batch: Batch, tokenizer: Tokenizer, console: Console, rows: int =
     predicted = targets != IGNORED_TARGET
     console.print(
         f"a batch of {len(tokens)} rows of {tokens.shape[1]:,} tokens: {int(predicted.sum()):,} with a loss "
-        f"([green]green[/green]), the others without ([dim]dim[/dim]); {BORDER} start of a document"
+        f"(green), the others without (dim); {BORDER} start of a document"
         + ("" if starts is None else ", where the state is reset")
     )
     for row in range(min(rows, len(tokens))):

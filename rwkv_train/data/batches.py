@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
 from rwkv_train.config import BatchSettings, DataSettings
 from rwkv_train.config.mesh import ONE_RANK, Mesh
 from rwkv_train.data.ahead import Ahead
 from rwkv_train.data.arrays import Ints
 from rwkv_train.data.batch import Batch
+from rwkv_train.data.bits_per_byte import token_bytes
 from rwkv_train.data.course import Course
-from rwkv_train.data.iteration import TrainBatches, ValidationBatches
+from rwkv_train.data.iteration import TrainBatches
 from rwkv_train.data.mixture import Mixture, SourceShare
 from rwkv_train.data.order import ReferenceOrder, ShuffledOrder, split_batch
-from rwkv_train.data.packing import pack
-from rwkv_train.data.rows import IGNORED_TARGET, BatchArrays, PackedRows, Rows, SequentialWindows, Windows
-from rwkv_train.data.sources import DataSource, check_token_in_vocabulary, open_sources
-from rwkv_train.data.store import MemoryStore, Store
+from rwkv_train.data.rows import IGNORED_TARGET, BatchArrays, PackedRows, Rows, Windows, read_rows
+from rwkv_train.data.sources import DataSource, check_rows_in_vocabulary, digest_of, open_sources
+from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.stream import StreamRows, open_stream
+from rwkv_train.data.validation import Validation, ValidationBatches
 from rwkv_train.errors import UserError
 
 
@@ -39,8 +38,8 @@ class Batches:
         batch: global batch, context and micro-batch.
         seed: of the order.
         mesh: all ranks; DataModule checks that the trainer has as many.
-        validation_batches: at most so many batches per device in a validation, spread evenly over the held-out text;
-            None: all of it.
+        validation_batches: at most so many batches of batch.tokens in a validation, over all ranks and sources, spread
+            evenly over the held-out text; None: all of it.
         validation_context: tokens of one window of held-out text; None: batch.context.
         extend: texts that become a token each, after those of the tokenizer.
         vocabulary: tokens that the model knows; a larger one that is read is refused. None: the tokenizer's.
@@ -49,6 +48,7 @@ class Batches:
         tokenizer: between bytes and tokens; vocab_size is its.
         sources: what is read, one or several.
         mixture: which source each sample is of.
+        held_out_rows: the rows of every validation.
         description: one line for people and source: what it holds, its hash, what is held out, what was skipped.
         digest: hash of the data and its split, 16 hexadecimal digits.
         micro, accumulation: samples of a micro-batch; micro-batches of a step on one device.
@@ -75,8 +75,6 @@ class Batches:
     ) -> None:
         self.split = split_batch(batch.tokens, batch.context, batch.micro, mesh)
         self.context = batch.context
-        self.validation_batches = validation_batches
-        self.validation_context = validation_context or batch.context
         self.start_step = 0
         self.end_step: int | None = None
         self.course = Course(0, 0, self.split.samples)
@@ -92,8 +90,16 @@ class Batches:
             self.tokenizer, self.sources = open_sources(data, extend)
         self.vocabulary = vocabulary or self.tokenizer.vocab_size
         self._rows = [self._training_rows(data, source, seed, number) for number, source in enumerate(self.sources)]
-        self._held_out = [self._held_out_rows(source) for source in self.sources]
         self._settings, self._stage_step = data, batch.tokens
+        self.held_out_rows = Validation(
+            data,
+            self.sources,
+            self.tokenizer.end_of_text,
+            validation_context or batch.context,
+            batch.tokens,
+            validation_batches,
+            self.vocabulary,
+        )
         self.mixture = self._mix(data, batch.tokens)
 
     def _training_rows(self, data: DataSettings, source: DataSource, seed: int, number: int) -> Rows:
@@ -101,24 +107,17 @@ class Batches:
             self.stream.keep = 8 * self.split.samples  # loaders are some passes ahead of the step that is saved
             return self.stream
         if self.packed:
-            return self._pack(source.train, self.context, seed + (number << 32))
+            rows = PackedRows.of(
+                source.train, self.context, seed + (number << 32), self.tokenizer.end_of_text, self.reset
+            )
+            if not rows.per_epoch:
+                raise UserError("the training data has no document with a token in it", "give more text: data.path=…")
+            return rows
         if data.order == "reference":
             return Windows(source.train, ReferenceOrder(len(source.train), self.context), self.context)
         return Windows(
             source.train, ShuffledOrder(seed + (number << 32), len(source.train), self.context), self.context
         )
-
-    def _held_out_rows(self, source: DataSource) -> Rows:
-        if self.packed:
-            return self._pack(source.held_out, self.validation_context, None)
-        return SequentialWindows(source.held_out, self.validation_context, self.tokenizer.end_of_text)
-
-    def _pack(self, store: Store, context: int, seed: int | None) -> PackedRows:
-        starts, lengths = store.documents()
-        packing = pack(starts, lengths, context)
-        if seed is not None and not len(packing):
-            raise UserError("the training data has no document with a token in it", "give more text: data.path=…")
-        return PackedRows(store, packing, seed, self.tokenizer.end_of_text, self.reset)
 
     def _mix(self, data: DataSettings, tokens_per_step: int) -> Mixture:
         given = data.sources if data.source == "mixture" else [None] * len(self.sources)
@@ -180,15 +179,12 @@ class Batches:
 
     @property
     def digest(self) -> str:
-        digests = [source.digest for source in self.sources]
-        return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
+        return digest_of(self.sources)
 
     @cached_property
-    def bytes_per_token(self) -> float:
-        """Of the held-out text (of the training text if none is), an end-of-text counted as one byte."""
-        sizes = [max(1, len(source.held_out)) for source in self.sources]
-        parts = [source.bytes_per_token(self.tokenizer) for source in self.sources]
-        return sum(n * each for n, each in zip(sizes, parts, strict=True)) / sum(sizes)
+    def token_bytes(self) -> Ints:
+        """Bytes that each token counts as in bits per byte, (V,)."""
+        return token_bytes(self.tokenizer, self.vocabulary)
 
     @property
     def micro(self) -> int:
@@ -292,8 +288,8 @@ class Batches:
     def lone_sample(self, number: int) -> Batch:
         """The sample with a number in the order of the data; the same one on every rank and for every world size."""
         sources, offsets = self.locate(np.array([number], np.int64))
-        block = self._fill(self._rows, sources, offsets, self.context)
-        return _batch(block, np.zeros(1, np.int64), sources, _mean(block) if self.masked else None)
+        block = self._read(sources, offsets)
+        return Batch.of(block, np.zeros(1, np.int64), sources, _mean(block) if self.masked else None)
 
     def offsets(self, step: int, steps: int = 1) -> tuple[Ints, Ints]:
         """Sources and offsets of all samples of `steps` steps, in the order of their numbers."""
@@ -316,28 +312,21 @@ class Batches:
         described = {"number": number, "source": self.sources[int(sources[0])].name, "place": int(offsets[0])}
         if self.stream is not None:  # what was read cannot be read again
             return {**described, "text": ""}
-        block = self._fill(self._rows, sources, offsets, self.context)
+        block = self._read(sources, offsets)
         return {**described, "text": bytes(self.tokenizer.decode(block.tokens[0].tolist())).decode("utf-8", "replace")}
 
     def assemble(self, sources: Ints, offsets: Ints, index: int) -> Batch:
         """This rank's micro-batch of the step with these samples."""
         share = self.split.share(0, index, self.rank)
-        block = self._fill(self._rows, sources[share], offsets[share], self.context)
+        block = self._read(sources[share], offsets[share])
         if not self.masked:
-            return _batch(block, share, sources[share])
+            return Batch.of(block, share, sources[share])
         predicted = sum(int(rows.count_predictions(offsets[sources == n]).sum()) for n, rows in enumerate(self._rows))
-        return _batch(block, share, sources[share], max(1, predicted) / (self.split.mesh.data * self.accumulation))
+        return Batch.of(block, share, sources[share], max(1, predicted) / (self.split.mesh.data * self.accumulation))
 
-    def _fill(self, rows: Sequence[Rows], sources: Ints, offsets: Ints, context: int) -> BatchArrays:
-        block = BatchArrays.empty(len(offsets), context, self.reset)
-        for number, (source, offset) in enumerate(zip(sources.tolist(), offsets.tolist(), strict=True)):
-            rows[source].fill(offset, block.row(number))
-        limit = self.vocabulary
-        unsure = any(source.bound >= limit for source in self.sources)
-        if unsure and (largest := int(block.tokens.max())) >= limit:
-            row = int(block.tokens.max(axis=1).argmax())
-            where = f"{self.sources[int(sources[row])].name}, sample at token {int(offsets[row]):,},"
-            check_token_in_vocabulary(largest, limit, where)
+    def _read(self, sources: Ints, offsets: Ints) -> BatchArrays:
+        block = read_rows(self._rows, sources, offsets, self.context, self.reset)
+        check_rows_in_vocabulary(block, self.sources, sources, offsets, self.vocabulary)
         return block
 
     def training(self) -> TrainBatches | Ahead:
@@ -345,44 +334,19 @@ class Batches:
         return Ahead(TrainBatches(self)) if self.pinned else TrainBatches(self)
 
     def validation(self, source: int = 0) -> ValidationBatches | tuple[()]:
-        """The held-out text of a source, in order; over all batches and ranks every token of it is predicted once.
+        """This rank's batches of a validation of a source; over all batches and ranks each chosen row is read once.
 
-        Only the end-of-text that it begins with is no target. The last window is padded with ignored targets,
-        and so are windows that make the number of batches the same on every rank: a batch may have no target at all.
+        Only the end-of-text that the held-out text begins with is no target. A batch has no more tokens than in
+        training, unless a single row has.
         """
-        length, ranks, windows = self.validation_context, self.split.mesh.data, self._held_out[source].per_epoch
-        if windows == 0:
-            return ()  # no validation, for Lightning
-        micro = min(
-            max(1, self.micro * self.context // length), -(-windows // ranks)
-        )  # no more tokens than in training
-        batches = -(-windows // (micro * ranks))
-        chosen = np.arange(batches * ranks * micro).reshape(batches, ranks, micro)
-        if self.validation_batches is not None and self.validation_batches < batches:
-            chosen = chosen[np.arange(self.validation_batches) * batches // self.validation_batches]
-        return ValidationBatches(self, source, chosen[:, self.rank])
+        held_out, mesh = self.held_out_rows, self.split.mesh
+        micro = max(1, self.micro * self.context // held_out.context)
+        return held_out.batches(source, mesh.data, self.rank, micro)
 
     @property
     def validated(self) -> list[int]:
         """The numbers of the sources that have held-out text."""
-        return [number for number, rows in enumerate(self._held_out) if rows.per_epoch]
-
-    def validation_batch(self, source: int, numbers: Ints) -> Batch:
-        """The held-out rows of a source with these numbers (B,); targets after the end of the text are ignored."""
-        sources = np.full_like(numbers, source)
-        block = self._fill(self._held_out, sources, numbers, self.validation_context)
-        return _batch(block, numbers, sources, None if block.starts is None else _mean(block))
-
-
-def _batch(block: BatchArrays, samples: Ints, sources: Ints, predictions: float | None = None) -> Batch:
-    return Batch(
-        torch.from_numpy(block.tokens),
-        torch.from_numpy(block.targets),
-        samples,
-        sources,
-        None if block.starts is None else torch.from_numpy(block.starts),
-        None if predictions is None else torch.tensor(predictions),
-    )
+        return self.held_out_rows.validated
 
 
 def _mean(block: BatchArrays) -> float:

@@ -1,11 +1,10 @@
-"""Iterations over the batches: one of the training, one for each validation."""
+"""The order of the micro-batches of training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rwkv_train.data.arrays import Ints
 from rwkv_train.data.batch import Batch
 
 if TYPE_CHECKING:
@@ -32,18 +31,3 @@ class TrainBatches:
                 for index in range(data.accumulation):
                     yield data.assemble(sources[number], offsets[number], index)
             step += steps
-
-
-class ValidationBatches:
-    """One validation: the held-out rows of a source with the numbers in `chosen` (batches, B), a batch at a time."""
-
-    def __init__(self, data: Batches, source: int, chosen: Ints) -> None:
-        self.data = data
-        self.source = source
-        self.chosen = chosen
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self.data.validation_batch(self.source, numbers) for numbers in self.chosen)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from rwkv_train.data.arrays import Bools, Ints
 from rwkv_train.data.order import StreamOrder, shuffled
-from rwkv_train.data.packing import Packing
+from rwkv_train.data.packing import Packing, pack
 from rwkv_train.data.store import MemoryStore, Store
 
 IGNORED_TARGET = -100  # target without a loss: the default ignore_index of torch's cross entropy
@@ -59,6 +60,22 @@ class Rows(Protocol):
 
     def count_predictions(self, offsets: Ints) -> Ints:
         """Number of targets with a loss in each row, same shape."""
+
+
+def read_rows(rows: Sequence[Rows], sources: Ints, offsets: Ints, context: int, with_starts: bool) -> BatchArrays:
+    """Reads rows into new arrays.
+
+    Args:
+        rows: of each source.
+        sources: (B,), which source each row is from.
+        offsets: (B,), of each row in its source.
+        context: T, tokens of a row.
+        with_starts: whether documents do not share their state.
+    """
+    block = BatchArrays.empty(len(offsets), context, with_starts)
+    for number, (source, offset) in enumerate(zip(sources.tolist(), offsets.tolist(), strict=True)):
+        rows[source].fill(offset, block.row(number))
+    return block
 
 
 class Windows:
@@ -134,6 +151,12 @@ class PackedRows:
         self.store, self.packing, self.seed, self.end_of_text, self.reset = store, packing, seed, end_of_text, reset
         self.mask = store.predicted if isinstance(store, MemoryStore) else None
         self._predictions_before = self._accumulate_predictions()
+
+    @classmethod
+    def of(cls, store: Store, context: int, seed: int | None, end_of_text: int, reset: bool) -> PackedRows:
+        """The documents of a store, packed into rows of `context` tokens."""
+        starts, lengths = store.documents()
+        return cls(store, pack(starts, lengths, context), seed, end_of_text, reset)
 
     def _accumulate_predictions(self) -> Ints:
         """Number of predictions in the rows before each row, (R + 1,)."""

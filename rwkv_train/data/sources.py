@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_train.config import DataSettings
+from rwkv_train.data.arrays import Ints
 from rwkv_train.data.chat import read_chat
 from rwkv_train.data.corpus import join, read_corpus
 from rwkv_train.data.indexed import IndexedStore, stem_of, store_file
 from rwkv_train.data.manifest import Manifest, read_manifest
+from rwkv_train.data.rows import BatchArrays
 from rwkv_train.data.store import JoinedStore, MemoryStore, Store, StoreSlice
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_train.errors import UserError
-
-_MEASURED_TOKENS = 2**18  # held-out tokens that are decoded to measure the bytes per token
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,6 @@ class DataSource:
     digest: str
     largest_token: int
     bound: int
-
-    def bytes_per_token(self, tokenizer: Tokenizer) -> float:
-        """Mean bytes per held-out token (per training token if none is held out); an end-of-text counts as one byte."""
-        store = self.held_out if len(self.held_out) else self.train
-        tokens = np.empty(min(len(store), _MEASURED_TOKENS), np.int64)
-        store.read(0, tokens)
-        text = tokens[tokens != tokenizer.end_of_text]
-        return (len(tokenizer.decode(text)) + len(tokens) - len(text)) / max(1, len(tokens))
 
 
 def open_sources(data: DataSettings, extend: Sequence[str] = ()) -> tuple[Tokenizer, list[DataSource]]:
@@ -206,6 +198,34 @@ def _cut(stores: Sequence[IndexedStore], share: float) -> int:
         begin += len(store)
     last = int(stores[-1].pointers[stores[-1].boundaries[-2]]) // stores[-1].dtype.itemsize
     return total - len(stores[-1]) + last or total  # the target is in the last document: hold out all of it
+
+
+def digest_of(sources: Sequence[DataSource]) -> str:
+    """Hash of the content and the split of all sources, 16 hexadecimal digits."""
+    digests = [source.digest for source in sources]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
+
+
+def check_rows_in_vocabulary(
+    block: BatchArrays, sources: Sequence[DataSource], numbers: Ints, offsets: Ints, vocab_size: int
+) -> None:
+    """Refuses rows with a token outside the vocabulary.
+
+    Args:
+        block: the rows.
+        sources: of the run.
+        numbers, offsets: (B,), source and offset of each row, for the message.
+        vocab_size: size of the vocabulary.
+
+    Raises:
+        UserError: a token ≥ vocab_size.
+    """
+    if all(source.bound < vocab_size for source in sources):
+        return
+    if (largest := int(block.tokens.max())) >= vocab_size:
+        row = int(block.tokens.max(axis=1).argmax())
+        where = f"{sources[int(numbers[row])].name}, sample at token {int(offsets[row]):,},"
+        check_token_in_vocabulary(largest, vocab_size, where)
 
 
 def check_token_in_vocabulary(token: int, vocab_size: int, where: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from rwkv_train.data.arrays import Ints
 from rwkv_train.errors import UserError
 
 Tokens = npt.NDArray[Any]  # one-dimensional, of an integer type
@@ -50,6 +51,9 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int] | Tokens) -> bytes:
         """The bytes of tokens; `decode(encode(text)) == text` for UTF-8."""
 
+    def byte_counts(self) -> Ints:
+        """Bytes of text that each token stands for, int64 (vocab_size,); 0 for a number that is no token."""
+
 
 class ByteTokenizer:
     """Every byte is a token; byte 0, which text files do not contain, is the end of text."""
@@ -63,6 +67,9 @@ class ByteTokenizer:
 
     def decode(self, tokens: Sequence[int] | Tokens) -> bytes:
         return np.asarray(tokens, dtype=np.uint8).tobytes()
+
+    def byte_counts(self) -> Ints:
+        return np.ones(self.vocab_size, np.int64)
 
 
 class WorldTokenizer:
@@ -94,6 +101,9 @@ class WorldTokenizer:
     def decode(self, tokens: Sequence[int] | Tokens) -> bytes:
         pieces = self._pieces
         return b"".join(pieces.get(int(token), b"") for token in tokens)
+
+    def byte_counts(self) -> Ints:
+        return _lengths(self._pieces, self.vocab_size)
 
     @cached_property
     def _vocabulary(self) -> Path:
@@ -181,6 +191,19 @@ class JsonTokenizer:
             return str(self._tokenizer.decode(numbers, skip_special_tokens=False)).encode()
         return b"".join(self._byte_level.get(number, b"") for number in numbers)
 
+    def byte_counts(self) -> Ints:
+        """As in the middle of a text: where the tokenizer puts a blank before each text, that blank counts as well."""
+        if self._byte_level is not None:
+            return _lengths(self._byte_level, self.vocab_size)
+        before = self.encode(b"a")[:1].tolist()
+        known, counts = len(self.decode(before)), np.zeros(self.vocab_size, np.int64)
+        for piece, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if _SINGLE_BYTE.fullmatch(piece):
+                counts[number] = 1  # alone it is rarely a character, and would be decoded as U+FFFD
+            else:
+                counts[number] = len(self.decode([*before, number])) - known
+        return counts
+
     @cached_property
     def _byte_level(self) -> dict[int, bytes] | None:
         """Token → bytes if every character of a token represents one byte (byte-level BPE, as in GPT-2), else None."""
@@ -193,6 +216,14 @@ class JsonTokenizer:
             plain = number in added or any(character not in byte_of for character in piece)
             pieces[number] = piece.encode() if plain else bytes(byte_of[character] for character in piece)
         return pieces
+
+
+_SINGLE_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of the decoder ByteFallback
+
+
+def _lengths(pieces: Mapping[int, bytes], vocab_size: int) -> Ints:
+    """Bytes of the piece of each token, int64 (vocab_size,)."""
+    return np.fromiter((len(pieces.get(token, b"")) for token in range(vocab_size)), np.int64, vocab_size)
 
 
 def byte_characters() -> dict[str, int]:
@@ -240,6 +271,9 @@ class ExtendedTokenizer:
         return b"".join(
             self.extra[token - first] if token >= first else self.base.decode([token]) for token in map(int, tokens)
         )
+
+    def byte_counts(self) -> Ints:
+        return np.concatenate((self.base.byte_counts(), np.fromiter(map(len, self.extra), np.int64)))
 
 
 def token_dtype(vocab_size: int) -> Any:

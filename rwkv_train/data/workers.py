@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 
 PRELOAD = ["rwkv_train.data.prepare.shards"]  # imported once, not once for each process
-FOR_THE_RUN = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}  # SLURM sends them to all processes of a job
+RUN_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}  # sent to all processes of a job or shell
 
 _tokenizer: Tokenizer  # of this process
 
@@ -37,10 +37,10 @@ class _Pool(ProcessPoolExecutor):
     def __init__(self, workers: int, name: str, extend: Sequence[str]) -> None:
         context = _WorkerContext()
         context.set_forkserver_preload(PRELOAD)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RUN)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
         try:
             resource_tracker.ensure_running()  # ignores SIGTERM by itself, and lets this process have it again
-            signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RUN)
+            signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
             forkserver.ensure_running()  # it and its children have those signals blocked
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -68,7 +68,7 @@ def tokenizer() -> Tokenizer:
 
 def _begin(name: str, extend: Sequence[str], lifeline: Connection) -> None:
     os.nice(1)  # a machine that prepares can still be worked on
-    signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RUN)  # the fork server may have been started by other code
+    signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)  # the fork server may have been started by other code
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     set_up(name, extend)
 

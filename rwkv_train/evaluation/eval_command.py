@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
@@ -17,12 +20,16 @@ from rich.table import Column, Table
 from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.config import DataSettings, SourceSettings
 from rwkv_train.config.schema import from_tree
+from rwkv_train.console import make_console
+from rwkv_train.data.arrays import Ints
+from rwkv_train.data.bits_per_byte import token_bytes
 from rwkv_train.data.manifest import read_manifest
-from rwkv_train.data.sources import open_sources, stores_of
+from rwkv_train.data.sources import digest_of, open_sources, stores_of
 from rwkv_train.data.store import Store
 from rwkv_train.data.tokenizers import Tokenizer
+from rwkv_train.data.validation import Validation
 from rwkv_train.errors import UserError
-from rwkv_train.evaluation.perplexity import combine, measure
+from rwkv_train.evaluation.perplexity import PerplexityResult, combine, cut, measure, measure_batches, within
 from rwkv_train.inference.loading import description_of, load_model, tokenizer_of
 from rwkv_train.models import LanguageModel
 
@@ -39,7 +46,7 @@ class EvalOptions:
             of the checkpoint's run is evaluated.
         tokenizer: bytes, world or a tokenizer.json; None: the checkpoint's own.
         context: tokens of a window; None: the run's.
-        tokens: maximum number of tokens of each source; None: all.
+        tokens: maximum number of tokens of each source; None: all, or those of the run's validation.
         batch: windows or requests at once.
         tasks: names of lm-eval tasks, each item one or several separated by commas.
         include: directories with your own tasks.
@@ -113,10 +120,11 @@ def run(options: EvalOptions) -> int:
         "model": {"arch": shape.arch, "n_layer": shape.n_layer, "n_embd": shape.n_embd, "vocab_size": shape.vocab_size},
         "tokenizer": tokenizer.identity,
     }
-    sources = [] if names and not options.data else _sources(options, meta, tokenizer)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    context = _context(options, meta)
+    sources = [] if names and not options.data else _sources(options, meta, model, tokenizer, context)
+    with Progress(console=make_console(stderr=True), transient=True) as progress:
         if sources:
-            results |= _perplexities(model, tokenizer, sources, options, meta, progress)
+            results |= _perplexities(sources, context, progress)
         if task_manager is not None:
             lm = lm_eval_adapter.LmEvalAdapter(
                 model, tokenizer, options.batch, options.max_length, options.seed, progress
@@ -131,10 +139,39 @@ def run(options: EvalOptions) -> int:
     return 0
 
 
-def _sources(options: EvalOptions, meta: CheckpointMeta | None, tokenizer: Tokenizer) -> list[tuple[str, Store]]:
-    """The tokens to evaluate on, by name: the data of the options, or the held-out data of the run."""
+def _context(options: EvalOptions, meta: CheckpointMeta | None) -> int:
+    """Tokens of a window: that of the options, or of the run."""
+    config = {} if meta is None else meta.config
+    run_context = (config.get("validation") or {}).get("context") or (config.get("batch") or {}).get("context")
+    return int(options.context or run_context or _DEFAULT_CONTEXT)
+
+
+class _Source(NamedTuple):
+    """What is evaluated: its name, the number of tokens to score, and what scores them and reports its progress."""
+
+    name: str
+    tokens: int
+    measure: Callable[[Callable[[int], None]], PerplexityResult]
+
+
+def _sources(
+    options: EvalOptions, meta: CheckpointMeta | None, model: LanguageModel, tokenizer: Tokenizer, context: int
+) -> list[_Source]:
+    """The data of the options, or the validation of the run."""
     if not options.data:
-        return _held_out(options.checkpoint, meta)
+        return _validation(options, meta, model, tokenizer, context)
+    return [
+        _Source(
+            name,
+            min(len(store) - 1, options.tokens or len(store)),
+            partial(measure, model, tokenizer, name, store, context, options.batch, options.tokens),
+        )
+        for name, store in _stores(options, meta, tokenizer)
+    ]
+
+
+def _stores(options: EvalOptions, meta: CheckpointMeta | None, tokenizer: Tokenizer) -> list[tuple[str, Store]]:
+    """The tokens of `--data`, by name."""
     parts: list[SourceSettings] = []
     for item in options.data:
         name, separator, path = item.partition("=")
@@ -166,49 +203,61 @@ def _sources(options: EvalOptions, meta: CheckpointMeta | None, tokenizer: Token
     return [(source.name, source.train) for source in opened]
 
 
-def _held_out(checkpoint: str, meta: CheckpointMeta | None) -> list[tuple[str, Store]]:
+def _validation(
+    options: EvalOptions, meta: CheckpointMeta | None, model: LanguageModel, tokenizer: Tokenizer, context: int
+) -> list[_Source]:
+    """The rows that the run's validation scores, or with --tokens others of its held-out text."""
+    validation = _find_validation(options, meta, model.config.vocab_size)
+    table = token_bytes(tokenizer, model.config.vocab_size)
+    sources = [_held_out(options, validation, number, model, table, context) for number in validation.validated]
+    found = [source for source in sources if source.tokens]
+    if not found:
+        raise UserError(
+            f"the run of {options.checkpoint} held out no data", "give the data to evaluate on: --data PATH"
+        )
+    return found
+
+
+def _held_out(
+    options: EvalOptions, validation: Validation, number: int, model: LanguageModel, table: Ints, context: int
+) -> _Source:
+    """The held-out text of one source."""
+    rows, name = validation.rows[number], validation.sources[number].name
+    every = np.arange(rows.per_epoch)
+    chosen, positions = validation.chosen[number], context
+    if options.tokens is not None:
+        chosen, positions = within(every, context, options.tokens)
+    parts = (chosen[first : first + options.batch] for first in range(0, len(chosen), options.batch))
+    batches = (cut(validation.batch(number, part), positions) for part in parts)
+    available = int(rows.count_predictions(every).sum())
+    tokens = min(int(rows.count_predictions(chosen).sum()), options.tokens or sys.maxsize)
+    return _Source(name, tokens, partial(measure_batches, model, table, name, batches, context, available))
+
+
+def _find_validation(options: EvalOptions, meta: CheckpointMeta | None, vocabulary: int) -> Validation:
+    """Raises a UserError where the run's data is not found, or is not what the run was validated on."""
+    remedy = "give the data to evaluate on, --data PATH (a store, a text file or a directory), or --tasks"
     try:
         if meta is None:
             raise UserError("the checkpoint belongs to no run")
-        config = from_tree(meta.config)
-        _, opened = open_sources(config.data, config.vocab.extend)
-        held = [(source.name, source.held_out) for source in opened if len(source.held_out) > 1]
+        validation = Validation.of_run(from_tree(meta.config), vocabulary, options.context)
     except UserError as error:
-        raise UserError(
-            f"the held-out data of the run of {checkpoint} is not found ({error.what})",
-            "give the data to evaluate on, --data PATH (a store, a text file or a directory), or --tasks",
-        ) from None
-    if not held:
-        raise UserError(f"the run of {checkpoint} held out no data", "give the data to evaluate on: --data PATH")
-    return held
+        what = f"the held-out data of the run of {options.checkpoint} is not found ({error.what})"
+        raise UserError(what, remedy) from None
+    digest = digest_of(validation.sources)
+    if digest != meta.data:
+        what = f"the data of the run of {options.checkpoint} has changed: content hash {meta.data} → {digest}"
+        raise UserError(what, f"restore the data; or {remedy}")
+    return validation
 
 
-def _perplexities(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    sources: Sequence[tuple[str, Store]],
-    options: EvalOptions,
-    meta: CheckpointMeta | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    config = {} if meta is None else meta.config
-    run_context = (config.get("validation") or {}).get("context") or (config.get("batch") or {}).get("context")
-    context, results = options.context or run_context or _DEFAULT_CONTEXT, []
-    for name, store in sources:
-        total = min(len(store) - 1, options.tokens or len(store))
-        bar = progress.add_task(name, total=total)
-        results.append(
-            measure(
-                model,
-                tokenizer,
-                name,
-                store,
-                context,
-                options.batch,
-                options.tokens,
-                lambda count, bar=bar: progress.advance(bar, count),  # type: ignore[misc]
-            )
-        )
+def _perplexities(sources: Sequence[_Source], context: int, progress: Progress) -> dict[str, Any]:
+    results = []
+    for source in sources:
+        bar = progress.add_task(source.name, total=source.tokens)
+        results.append(source.measure(partial(progress.advance, bar)))
+        if not results[-1].tokens:
+            raise UserError(f"no token of {source.name} has a loss among those of --tokens", "give a larger --tokens")
     sources_json = [result.as_json() for result in results]
     return {"context": context, "sources": sources_json, "all": combine(results).as_json()}
 
@@ -223,7 +272,7 @@ def _write(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def _print_tables(results: Mapping[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = make_console()
     step = f", step {results['step']:,}" if results["step"] is not None else ""
     shape = results["model"]
     console.print(

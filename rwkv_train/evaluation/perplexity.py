@@ -1,20 +1,23 @@
 """Perplexity and bits per byte of a model on token stores: by source, combined, and by position in the context.
 
-A source is cut into consecutive windows of the context length, each read as a new text; every token but the first is
-predicted once. The loss by position shows how much context the model uses: it falls as long as more context helps.
+A store is cut into consecutive windows of the context length, each read as a new text; every token but the first is
+predicted once. The held-out data of a run is read in the rows of its validation. The loss by position shows how much
+context the model uses: it falls as long as more context helps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from rwkv_train.data.rows import IGNORED_TARGET
+from rwkv_train.data.arrays import Ints
+from rwkv_train.data.batch import Batch
+from rwkv_train.data.bits_per_byte import bits_per_byte, token_bytes
+from rwkv_train.data.rows import IGNORED_TARGET, SequentialWindows, read_rows
 from rwkv_train.data.store import Store
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.evaluation.scoring import score
@@ -29,7 +32,7 @@ class PerplexityResult:
         name: name of the source.
         available: number of tokens that could be predicted.
         tokens: number of tokens that were predicted.
-        bytes: bytes of the predicted tokens; an end-of-text counts as one.
+        bytes: bytes of the predicted tokens' text, as `token_bytes` counts them.
         nats: sum of the losses of the predicted tokens.
         positions: sum of the losses at each position of the window, in nats, float64 (T,).
         counts: number of predicted tokens at each position of the window, int64 (T,).
@@ -52,7 +55,7 @@ class PerplexityResult:
             "bytes": self.bytes,
             "nats_per_token": self.nats / self.tokens,
             "perplexity": math.exp(min(700.0, self.nats / self.tokens)),
-            "bits_per_byte": self.nats / math.log(2) / self.bytes,
+            "bits_per_byte": bits_per_byte(self.nats, self.bytes),
             "by_position": list(by_position(self.positions, self.counts)),
         }
 
@@ -99,7 +102,7 @@ def measure(
     limit: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> PerplexityResult:
-    """Scores the tokens of a store.
+    """Scores the tokens of a store, in consecutive windows.
 
     Args:
         model: in evaluation mode, on any device.
@@ -108,32 +111,84 @@ def measure(
         store: tokens, at least two.
         context: tokens of a window.
         batch: windows read at once.
-        limit: maximum number of tokens, in complete windows spread evenly over the store; None: all.
+        limit: maximum number of tokens; None: all. See `within`.
         on_progress: called with the number of tokens scored since its last call.
     """
-    available = len(store) - 1
-    windows = -(-available // context)
-    chosen = windows if limit is None else min(windows, max(1, limit // context))
-    numbers = np.arange(chosen) * windows // chosen  # evenly spread over the store
-    nats, counts = np.zeros(context), np.zeros(context, np.int64)
-    bytes_ = 0
-    for first in range(0, chosen, batch):
-        rows = numbers[first : first + batch]
-        tokens = np.zeros((len(rows), context), np.int64)
-        targets = np.full((len(rows), context), IGNORED_TARGET, np.int64)
-        for row, number in enumerate(rows):
-            begin = int(number) * context
-            window = np.empty(min(context, available - begin) + 1, np.int64)
-            store.read(begin, window)
-            tokens[row, : len(window) - 1], targets[row, : len(window) - 1] = window[:-1], window[1:]
-        device = model.emb.weight.device
-        scores, _ = score(model, torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device))
+    windows = SequentialWindows(store, context, tokenizer.end_of_text)
+    numbers, positions = within(np.arange(windows.per_epoch), context, limit)
+    zeros = np.zeros_like(numbers)
+
+    def read(part: Ints) -> Batch:
+        return Batch.of(read_rows([windows], zeros[: len(part)], part, context, False), part, zeros[: len(part)])
+
+    table = token_bytes(tokenizer, model.config.vocab_size)
+    batches = (cut(read(numbers[first : first + batch]), positions) for first in range(0, len(numbers), batch))
+    return measure_batches(model, table, name, batches, context, len(store) - 1, on_progress)
+
+
+def within(numbers: Ints, context: int, limit: int | None) -> tuple[Ints, int]:
+    """The rows to score where at most `limit` tokens may be scored.
+
+    Args:
+        numbers: (N,) of all rows.
+        context: tokens of a row.
+        limit: maximum number of tokens; None: all.
+
+    Returns:
+        Complete rows, spread evenly over `numbers`, and the number of their positions that are scored: all of them, or
+        `limit` in a single row where a complete one has more.
+    """
+    if limit is None:
+        return numbers, context
+    chosen = min(len(numbers), max(1, limit // context))
+    return numbers[np.arange(chosen) * len(numbers) // max(1, chosen)], min(context, limit)
+
+
+def cut(batch: Batch, positions: int) -> Batch:
+    """A batch whose targets after the first `positions` of each row are ignored."""
+    batch.targets[:, positions:] = IGNORED_TARGET
+    return batch
+
+
+def measure_batches(
+    model: LanguageModel,
+    table: Ints,
+    name: str,
+    batches: Iterable[Batch],
+    context: int,
+    available: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> PerplexityResult:
+    """Scores the targets of batches.
+
+    Args:
+        model: in evaluation mode, on any device.
+        table: bytes that each token counts as, (V,).
+        name: name of the source.
+        batches: on the host.
+        context: tokens of a row.
+        available: number of tokens of the source that could be predicted.
+        on_progress: called with the number of tokens scored since its last call.
+    """
+    nats, counts, text_bytes = np.zeros(context), np.zeros(context, np.int64), 0
+    device = model.emb.weight.device
+    for batch in batches:
+        starts = None if batch.starts is None else batch.starts.to(device)
+        scores, _ = score(model, batch.tokens.to(device), batch.targets.to(device), starts=starts)
+        targets = batch.targets.numpy()
         predicted = targets != IGNORED_TARGET
-        nats += scores.nats.double().sum(0).cpu().numpy()
-        counts += predicted.sum(0)
-        text = targets[predicted]
-        ends = text == tokenizer.end_of_text
-        bytes_ += len(tokenizer.decode(text[~ends])) + int(ends.sum())
+        where = _positions(batch)[predicted]
+        nats += np.bincount(where, scores.nats.double().cpu().numpy()[predicted], context)
+        counts += np.bincount(where, minlength=context)
+        text_bytes += int(table[targets[predicted]].sum())
         if on_progress is not None:
             on_progress(int(predicted.sum()))
-    return PerplexityResult(name, available, int(counts.sum()), max(1, bytes_), float(nats.sum()), nats, counts)
+    return PerplexityResult(name, available, int(counts.sum()), text_bytes, float(nats.sum()), nats, counts)
+
+
+def _positions(batch: Batch) -> Ints:
+    """How many tokens a prediction sees beside the last one, (B, T): those since the document's start, or the row's."""
+    index = np.broadcast_to(np.arange(batch.tokens.shape[1]), batch.tokens.shape)
+    if batch.starts is None:
+        return index
+    return index - np.maximum.accumulate(np.where(batch.starts.numpy(), index, 0), axis=1)

@@ -130,6 +130,6 @@ class Architecture(ABC):
         """The state of a model that has read nothing."""
         return State(tuple(self.empty_state(config, batch, device, dtype) for _ in range(config.n_layer)))
 
-    def state_bytes(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes of the state of one sequence."""
-        return self.blank(config, 1, torch.device("meta"), dtype).row_bytes()
+    def state_bytes(self, config: ModelConfig) -> int:
+        """Bytes of the state of one sequence, where activations are float32."""
+        return self.blank(config, 1, torch.device("meta"), torch.float32).row_bytes()

@@ -54,6 +54,7 @@ class LanguageModel(nn.Module):
 
     Attributes:
         products: names of the parameters that take part in matrix products with every token.
+        matmul_parameters: number of these parameters' elements.
         activation_checkpointing: every n-th block is recomputed in the backward pass; 0: none.
     """
 
@@ -69,7 +70,7 @@ class LanguageModel(nn.Module):
         rows = claim((name for name, _ in self.named_parameters()), brought.recipe)
         self.products = frozenset(name for name, row in rows.items() if row.product)
         # counted now: a strategy may cut the parameters later
-        self._matmul_parameters = sum(p.numel() for name, p in self.named_parameters() if name in self.products)
+        self.matmul_parameters = sum(p.numel() for name, p in self.named_parameters() if name in self.products)
 
     def checkpoint_activations(self, every: int) -> None:
         """Recomputes every n-th block in the backward pass; 0: none."""
@@ -108,13 +109,9 @@ class LanguageModel(nn.Module):
     def architecture(self) -> Architecture:
         return architecture(self.config.arch)
 
-    def matmul_parameters(self) -> int:
-        """Number of parameters that every token is multiplied with."""
-        return self._matmul_parameters
-
     def flops_per_token(self, context: int) -> int:
         """FLOPs of the forward and backward pass for one token of a context of that length."""
-        return self.architecture.flops_per_token(self.config, self._matmul_parameters, context)
+        return self.architecture.flops_per_token(self.config, self.matmul_parameters, context)
 
     def empty_state(self, batch: int) -> State:
         """The state of `batch` texts of which nothing has been read, on the model's device."""

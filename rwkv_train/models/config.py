@@ -2,30 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-
-class Widths(Mapping[str, int]):
-    """Widths by name, such as those of RWKV-7's low-rank matrices; immutable and hashable."""
-
-    def __init__(self, values: Mapping[str, int] | None = None) -> None:
-        self._items = tuple(sorted((values or {}).items()))
-
-    def __getitem__(self, name: str) -> int:
-        return dict(self._items)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, _ in self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        return hash(self._items)
-
-    def __repr__(self) -> str:
-        return repr(dict(self._items))
 
 
 @dataclass(frozen=True)
@@ -48,7 +26,7 @@ class ModelConfig:
     vocab_size: int
     dim_ffn: int | None = None
     head_size: int | None = None
-    extra: Mapping[str, int] = field(default_factory=Widths)
+    extra: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "extra", Widths(self.extra))
+        object.__setattr__(self, "extra", dict(sorted(self.extra.items())))

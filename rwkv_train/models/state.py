@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ class State(NamedTuple):
     def rows(self, rows: Sequence[int]) -> State:
         """The states of these rows of the batch, in this order; a row may be given several times."""
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.layers[0][0].device)
-        return self._map(lambda part: part.index_select(0, index))
+        return State(tuple(type(layer)(*(part.index_select(0, index) for part in layer)) for layer in self.layers))
 
     @staticmethod
     def join(states: Sequence[State]) -> State:
@@ -39,9 +39,6 @@ class State(NamedTuple):
         return type(layer)(
             *(part if part.untyped_storage().nbytes() == part.nbytes else part.clone() for part in layer)
         )
-
-    def detach(self) -> State:
-        return self._map(Tensor.detach)
 
     def row_bytes(self) -> int:
         """Bytes of one row of the batch."""
@@ -60,9 +57,6 @@ class State(NamedTuple):
             groups = (torch.stack(parts[first : first + size]) for first in range(0, len(parts), size))
             found.append(torch.cat([group.flatten(2).sum(-1).isfinite() for group in groups]))
         return torch.stack(found)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> State:
-        return State(tuple(type(layer)(*map(change, layer)) for layer in self.layers))
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor, layer by layer."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rwkv_train.models.backbone import LanguageModel
 
-_TOKENS = 2  # of the forward pass that is looked at: T > 1, as in training
+PROBE_TOKENS = 2  # of the forward pass that is examined: T > 1, as in training
 
 
 def freeze_unused(model: LanguageModel) -> list[str]:
@@ -27,7 +27,7 @@ def freeze_unused(model: LanguageModel) -> list[str]:
     Returns:
         the names of the parameters that were frozen.
     """
-    tokens = torch.zeros(1, _TOKENS, dtype=torch.int64, device=model.emb.weight.device)
+    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=model.emb.weight.device)
     with torch.enable_grad():
         logits, _ = model(tokens)
     used = _leaves(logits)

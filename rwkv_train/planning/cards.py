@@ -102,17 +102,10 @@ def card_of(config: Config) -> tuple[Card, str]:
     return CARDS[DEFAULT_CARD], f"{DEFAULT_CARD} (no GPU is present; device= chooses another: {', '.join(CARDS)})"
 
 
-def with_precision(config: Config, bfloat16: bool) -> Config:
-    """The config with trainer.precision=auto settled for devices that have bfloat16 products, or have none."""
-    if config.trainer.precision != "auto":
-        return config
-    return replace(config, trainer=replace(config.trainer, precision="bf16-mixed" if bfloat16 else "32-true"))
-
-
 def ranks_of(config: Config, card: Card) -> int:
-    """Devices of all machines; `auto` means the present ones, or one if there are none."""
+    """Devices of all nodes; `auto` means the present ones, or one if there are none."""
     import torch
 
     devices = config.trainer.devices
     here = torch.cuda.device_count() if card.name != "cpu" and torch.cuda.is_available() else 1
-    return (here if devices == "auto" else int(devices)) * config.trainer.machines
+    return (here if devices == "auto" else int(devices)) * config.trainer.node_count

@@ -27,7 +27,8 @@ FAILURE_RATES = {
 DEFAULT_CLUSTER = "RSC-1"
 RESTART_SECONDS = 600.0  # seconds from a failure to the first step again: noticing, queue, start, load; an assumption
 COPY_RATE = 20e9  # bytes a second from a card to the host's memory; an assumption: PCIe 4 and a copy of each tensor
-DISK, SYSTEM = 2e9, 100e9  # bytes a second that a node, and all of them together, write to a file system; assumptions
+NODE_WRITE_RATE = 2e9  # bytes a second that a node writes to a file system; an assumption
+SYSTEM_WRITE_RATE = 100e9  # bytes a second that all nodes together write to it; an assumption
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def saving(needs: Memory, layout: Layout, per_machine: int, step: float) -> Savi
     writers = 1 if layout.strategy in ("single", "ddp") else layout.mesh.ranks
     nodes = -(-writers // per_machine)
     pause = needs.checkpoint / writers / COPY_RATE + step / (3 * layout.micro * layout.accumulation)
-    return Saving(pause, pause + needs.checkpoint / min(nodes * DISK, SYSTEM))
+    return Saving(pause, pause + needs.checkpoint / min(nodes * NODE_WRITE_RATE, SYSTEM_WRITE_RATE))
 
 
 def between_failures(nodes: int, rate: float = FAILURE_RATES[DEFAULT_CLUSTER]) -> float:
@@ -71,7 +72,7 @@ def interval(cost: Saving, failures: float) -> float:
     return max(math.sqrt(2 * cost.pause * failures), cost.write)
 
 
-def goodput(every: float, cost: Saving, failures: float, restart: float = RESTART_SECONDS) -> float:
+def goodput(every: float, cost: Saving, failures: float) -> float:
     """The share of a run's time that goes into steps which count.
 
     A span of `every` seconds and its pause must pass without a failure, and is begun again after each; a restart comes
@@ -82,7 +83,6 @@ def goodput(every: float, cost: Saving, failures: float, restart: float = RESTAR
         every: seconds of training between two checkpoints.
         cost: of a checkpoint.
         failures: mean seconds between two of them.
-        restart: seconds from a failure to the first step again.
     """
-    spans = failures * math.exp((restart + cost.write) / failures) * math.expm1((every + cost.pause) / failures)
+    spans = failures * math.exp((RESTART_SECONDS + cost.write) / failures) * math.expm1((every + cost.pause) / failures)
     return every / spans

@@ -49,6 +49,11 @@ class Layout:
         return self.strategy.endswith("_offload")
 
     @property
+    def gathered_bytes(self) -> int:
+        """Of an element of a parameter that is gathered: FSDP2 gathers in the products' dtype, ZeRO-3 in float32."""
+        return 2 if self.mixed and self.strategy == "fsdp" else FLOAT_BYTES
+
+    @property
     def tokens(self) -> int:
         """Of one pass on one device."""
         return self.micro * self.context
@@ -130,7 +135,7 @@ def memory(counts: Counts, layout: Layout, gpu: bool = True, background: bool = 
 
 def activations(counts: Counts, layout: Layout) -> float:
     """What the forward pass keeps for the backward pass, and what that needs besides at its height."""
-    every, blocks = layout.checkpointing, counts.n_layer
+    every, blocks = layout.checkpointing, counts.shape.n_layer
     recomputed = -(-blocks // every) if every else 0
     kept = (blocks - recomputed) * counts.block_saved + recomputed * counts.stream
     if recomputed:
@@ -141,15 +146,15 @@ def activations(counts: Counts, layout: Layout) -> float:
 
 def logits(counts: Counts, layout: Layout) -> float:
     """Of the head: logits, their float32 copy and gradient, at most LOGITS_AT_ONCE of them at a time."""
-    at_once = min(layout.tokens * counts.vocab_size, LOGITS_AT_ONCE)
-    hidden = layout.tokens * counts.n_embd * FLOAT_BYTES
+    at_once = min(layout.tokens * counts.shape.vocab_size, LOGITS_AT_ONCE)
+    hidden = layout.tokens * counts.shape.n_embd * FLOAT_BYTES
     return at_once * (counts.logit + 2 * FLOAT_BYTES) + 2 * hidden
 
 
 def statistics(counts: Counts, layout: Layout) -> float:
     """Of the copies of the recurrent state that are examined after each pass: EVIDENCE_BYTES, or one layer's state."""
     states = layout.micro * counts.state_bytes
-    return max(min(states, EVIDENCE_BYTES), states / counts.n_layer)
+    return max(min(states, EVIDENCE_BYTES), states / counts.shape.n_layer)
 
 
 def _buffers(counts: Counts, layout: Layout) -> float:
@@ -158,14 +163,14 @@ def _buffers(counts: Counts, layout: Layout) -> float:
         return 0.0
     if layout.stage == 0:
         return DDP_BUCKET
-    size = 2 if layout.mixed else FLOAT_BYTES
     if layout.strategy == "fsdp":
         gathered = 2 * max(counts.block, counts.largest)
-        return gathered * size + max(counts.block, counts.largest) * FLOAT_BYTES
+        return gathered * layout.gathered_bytes + max(counts.block, counts.largest) * FLOAT_BYTES
     bucket = min(counts.block, BUCKET_ELEMENTS) * FLOAT_BYTES
     if layout.stage < 3:
         return 2 * bucket + counts.largest * FLOAT_BYTES
-    return 2 * bucket + (2 * counts.block + counts.largest) * size + counts.largest * FLOAT_BYTES
+    gathered = 2 * counts.block + counts.largest
+    return 2 * bucket + gathered * layout.gathered_bytes + counts.largest * FLOAT_BYTES
 
 
 def _not_at_once(counts: Counts, layout: Layout, gradients: float, kept: float, buffers: float) -> float:

@@ -23,12 +23,9 @@ class Counts:
         trainable: those of them that are trained; only these have gradients and moments.
         matmul: parameters that each token is multiplied with.
         block, block_matmul: the same of one block.
-        vectors: parameters that are no matrices.
         largest: parameters of the largest single tensor.
         shape: the model's, complete.
-        n_layer, n_embd, vocab_size: of the shape.
         state_bytes: of the state of one sequence.
-        tensors: number of parameters' tensors.
         block_saved: bytes that one block keeps of a token for its backward pass.
         block_casts: bytes of weights in the products' dtype that autocast keeps for one block.
         block_extra: bytes that a block's backward pass needs at its height besides, of a token.
@@ -42,14 +39,9 @@ class Counts:
     matmul: int
     block: int
     block_matmul: int
-    vectors: int
     largest: int
     shape: ModelConfig
-    n_layer: int
-    n_embd: int
-    vocab_size: int
     state_bytes: int
-    tensors: int
     block_saved: float
     block_casts: int
     block_extra: float
@@ -118,17 +110,12 @@ def count(shape: ModelConfig, precision: str) -> Counts:
     return Counts(
         parameters=sum(sizes.values()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        matmul=model.matmul_parameters(),
+        matmul=model.matmul_parameters,
         block=sum(in_block.values()),
         block_matmul=sum(size for name, size in in_block.items() if name in matrices),
-        vectors=sum(size for name, size in sizes.items() if name not in matrices),
         largest=max(sizes.values()),
         shape=shape,
-        n_layer=shape.n_layer,
-        n_embd=shape.n_embd,
-        vocab_size=shape.vocab_size,
         state_bytes=model.architecture.state_bytes(shape),
-        tensors=len(sizes),
         block_saved=block_saved,
         block_casts=round((two_short - one_short) - block_saved * short),
         block_extra=2 * widest * (2 if mixed else 4),

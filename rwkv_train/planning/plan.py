@@ -14,7 +14,7 @@ from rwkv_train.planning.memory import Layout, Memory, memory
 from rwkv_train.planning.model import Counts, count, model_config
 from rwkv_train.planning.speed import Speed, speed
 
-HEADROOM = 0.95  # share of a device's memory that a plan may fill
+MAX_MEMORY_SHARE = 0.95  # of a device's memory, that a plan may use
 # as strategy=auto tries them after the given one, each with more sharding
 SHARDED_STRATEGIES = ("deepspeed_1", "deepspeed_2", "deepspeed_3", "deepspeed_2_offload", "deepspeed_3_offload")
 MAX_DEVICES = 4096
@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.held <= HEADROOM * self.card.memory and (not self.gpu or self.memory.host <= self.card.host)
+        return self.held <= MAX_MEMORY_SHARE * self.card.memory and (not self.gpu or self.memory.host <= self.card.host)
 
 
 def make_plan(config: Config, card: Card, mesh: Mesh, vocab_size: int, gpu: bool = True) -> Plan:

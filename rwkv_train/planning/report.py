@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rwkv_train.config import Config
+from rwkv_train.console import ERROR_STYLE
 from rwkv_train.planning.goodput import DEFAULT_CLUSTER, between_failures, goodput, interval, saving
 from rwkv_train.planning.plan import Plan
 
@@ -31,10 +32,10 @@ _LABELS = {
 def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: Console) -> None:
     """Prints the table, whether it fits, and what would."""
     layout, needs, pace, card = plan.layout, plan.memory, plan.speed, plan.card
-    shape = plan.counts
+    counts, shape = plan.counts, plan.counts.shape
     console.print(
         f"model   {config.arch} {config.model.size}: L{shape.n_layer} C{shape.n_embd} V{shape.vocab_size}, "
-        f"{shape.parameters:,} parameters, {shape.flops_per_token(layout.context):,} FLOPs a token"
+        f"{counts.parameters:,} parameters, {counts.flops_per_token(layout.context):,} FLOPs a token"
     )
     if (
         config.model.vocab_size is None
@@ -52,7 +53,7 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
     table = Table("of one device", "GB")
     for name, label in _LABELS.items():
         table.add_row(label, f"{getattr(needs, name) / 1e9:.2f}")
-    table.add_row("[bold]together[/bold]", f"[bold]{needs.device / 1e9:.2f}[/bold]")
+    table.add_row("together", f"{needs.device / 1e9:.2f}", style="bold")
     table.add_row("host memory", f"{needs.host / 1e9:.2f}")
     console.print(table)
     console.print(f"checkpoint  {needs.checkpoint / 1e9:,.1f} GB on the disk, {config.checkpoint.keep} are kept")
@@ -79,7 +80,7 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
     if plan.fits:
         console.print(f"fits        {memory}")
     else:
-        console.print(f"[bold red]does not fit[/bold red]: {memory}")
+        console.print(f"does not fit: {memory}", style=ERROR_STYLE)
         if not plan.gpu or plan.held <= card.memory:
             console.print(f"  host memory {needs.host / 1e9:.1f} GB a device, there are {card.host / 1e9:.1f}")
         console.print(f"  {advice(change)}")

@@ -6,7 +6,6 @@ setup.py calls both, and everything after it reads the ResolvedConfig alone.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
@@ -14,10 +13,11 @@ from typing import Literal
 import torch
 from rich.console import Console
 
+from rwkv_train import resources
 from rwkv_train.config import Config
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.errors import UserError
-from rwkv_train.planning.cards import Card, card_of, cpu_card, present_card, ranks_of, with_precision
+from rwkv_train.planning.cards import Card, card_of, cpu_card, present_card, ranks_of
 from rwkv_train.planning.model import model_config, parameters
 from rwkv_train.planning.plan import Plan, make_plan, smallest_change, why
 from rwkv_train.planning.report import advice
@@ -51,6 +51,10 @@ class Devices:
     source: str
 
     @property
+    def gpu(self) -> bool:
+        return self.accelerator == "gpu"
+
+    @property
     def mesh(self) -> Mesh:
         """All ranks are data-parallel."""
         return Mesh(self.per_node * self.nodes)
@@ -65,42 +69,23 @@ class Devices:
 
 
 @dataclass(frozen=True)
-class ResolvedConfig:
+class ResolvedConfig(Devices):
     """What runs. Nothing in it is open: no `auto`, no None.
 
     Attributes:
-        devices: accelerator, ranks of a node, nodes, precision, threads.
         strategy: "single", or a name of conf/strategy other than "auto".
         micro: samples of a micro-batch, which one rank computes in one pass.
         accumulation: micro-batches of a step on each rank.
     """
 
-    devices: Devices
     strategy: str
     micro: int
     accumulation: int
 
     @property
-    def mesh(self) -> Mesh:
-        return self.devices.mesh
-
-    @property
-    def accelerator(self) -> Accelerator:
-        return self.devices.accelerator
-
-    @property
-    def precision(self) -> str:
-        """Lightning's name of it: "bf16-mixed" or "32-true"."""
-        return self.devices.precision
-
-    @property
-    def threads(self) -> int:
-        """CPU threads of each rank."""
-        return self.devices.threads
-
-    @property
-    def gpu(self) -> bool:
-        return self.accelerator == "gpu"
+    def devices(self) -> Devices:
+        """The same, for callers that read only this part."""
+        return self
 
     def plan(self, config: Config, vocab_size: int) -> Plan:
         """The plan of what runs: memory, FLOPs and network of a step.
@@ -109,11 +94,11 @@ class ResolvedConfig:
             UserError: a layout that no plan covers.
         """
         settled = replace(
-            self.devices.recorded(config),
+            self.recorded(config),
             strategy=self.strategy,  # type: ignore[arg-type]  # also "single"
             batch=replace(config.batch, micro=self.micro),
         )
-        return make_plan(settled, self.devices.card, self.mesh, vocab_size, self.gpu)
+        return make_plan(settled, self.card, self.mesh, vocab_size, self.gpu)
 
 
 def find_devices(config: Config) -> Devices:
@@ -128,18 +113,21 @@ def find_devices(config: Config) -> Devices:
     if config.dry_run:
         card, source = card_of(config)
         accelerator: Accelerator = "cpu" if card.name == "cpu" else "gpu"
-        per_node, bfloat16 = ranks_of(config, card) // config.trainer.machines, accelerator == "gpu"
+        per_node, bfloat16 = ranks_of(config, card) // config.trainer.node_count, accelerator == "gpu"
     else:
         accelerator, per_node = _present_devices(config)
         gpu = accelerator == "gpu"
         card, source = (present_card() if gpu else None) or cpu_card(per_node), "the one present"
         bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = config.trainer.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if bfloat16 else "32-true"
     return Devices(
         accelerator=accelerator,
         per_node=per_node,
-        nodes=config.trainer.machines,
-        precision=with_precision(config, bfloat16).trainer.precision,
-        threads=config.threads or max(1, cores() // (per_node if accelerator == "cpu" else 1)),
+        nodes=config.trainer.node_count,
+        precision=precision,
+        threads=config.threads or max(1, resources.cpu_cores() // (per_node if accelerator == "cpu" else 1)),
         card=card,
         source=source,
     )
@@ -162,12 +150,13 @@ def resolve(config: Config, devices: Devices, vocab_size: int, samples: int, con
     strategy, micro = _choose(config, devices, vocab_size, samples // mesh.data, console)
     if strategy.startswith("deepspeed") and find_spec("deepspeed") is None:
         raise UserError(f"strategy={strategy} needs deepspeed, which is not installed", "pip install deepspeed")
-    return ResolvedConfig(devices, strategy, micro, samples // (mesh.data * micro))
+    accumulation = samples // (mesh.data * micro)
+    return ResolvedConfig(**vars(devices), strategy=strategy, micro=micro, accumulation=accumulation)
 
 
 def _choose(config: Config, devices: Devices, vocab_size: int, share: int, console: Console) -> tuple[str, int]:
     """The strategy's name and the samples of a micro-batch; `share` are a rank's samples of a step."""
-    card, mesh, gpu = devices.card, devices.mesh, devices.accelerator == "gpu"
+    card, mesh, gpu = devices.card, devices.mesh, devices.gpu
     state = STATE_BYTES * parameters(model_config(config, vocab_size))
     if config.strategy == "auto" and state < SMALL_STATE * card.memory:
         return "single" if mesh.ranks == 1 else "ddp", config.batch.micro or share
@@ -184,21 +173,16 @@ def _choose(config: Config, devices: Devices, vocab_size: int, share: int, conso
     return plan.layout.strategy, plan.layout.micro
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _present_devices(config: Config) -> tuple[Accelerator, int]:
     """The accelerator and the ranks of this node, of the devices that are present."""
     wanted, devices = config.trainer.accelerator, config.trainer.devices
     present = torch.cuda.device_count()
     if wanted == "cpu" or (wanted == "auto" and not present):
         processes = 1 if devices == "auto" else int(devices)
-        if processes > cores():
+        if processes > (cores := resources.cpu_cores()):
             raise UserError(
-                f"trainer.devices={processes}: this machine has {cores()} CPU cores and no GPU that torch can use",
-                f"trainer.devices={cores()}",
+                f"trainer.devices={processes}: this machine has {cores} CPU cores and no GPU that torch can use",
+                f"trainer.devices={cores}",
             )
         return "cpu", processes
     processes = present if devices == "auto" else int(devices)

@@ -56,8 +56,8 @@ def speed(counts: Counts, layout: Layout, card: Card, precision: str, mfu: float
     else:
         computing = tokens * seconds_per_token(
             counts.flops_per_token(layout.context),
-            counts.n_layer,
-            counts.n_embd,
+            counts.shape.n_layer,
+            counts.shape.n_embd,
             recomputed_share(counts, layout),
             card,
             precision,
@@ -86,7 +86,7 @@ def recomputed_share(counts: Counts, layout: Layout) -> float:
     """Of the forward pass's products, those that activation checkpointing computes twice."""
     if not layout.checkpointing:
         return 0.0
-    blocks = -(-counts.n_layer // layout.checkpointing)
+    blocks = -(-counts.shape.n_layer // layout.checkpointing)
     return blocks * counts.block_matmul / counts.matmul
 
 
@@ -98,7 +98,7 @@ def traffic(counts: Counts, layout: Layout) -> float:
     """
     ring = (layout.mesh.ranks - 1) / layout.mesh.ranks
     volume, passes = FLOAT_BYTES * counts.trainable * ring, layout.accumulation
-    gathered = (2 if layout.mixed else FLOAT_BYTES) * counts.parameters * ring
+    gathered = layout.gathered_bytes * counts.parameters * ring
     if layout.stage == 0:
         return 2 * volume
     if layout.stage == 3:

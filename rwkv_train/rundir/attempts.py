@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_train.errors import UserError
+from rwkv_train.rundir.durable import sync_directory, write_durably
 
 EVENT_FILES = ("events.jsonl", "watchdog.jsonl")  # of one attempt: the run's own, the watchdog's
 _NOTE = "start.json"
@@ -54,8 +55,17 @@ class AttemptStart:
         return {"attempt": self.number, "step": self.step, "parent": self.parent, "seen": dict(self.seen)}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> AttemptStart:
-        return cls(found["attempt"], found["step"], found["parent"], found["seen"])
+    def from_json(cls, found: Any) -> AttemptStart:
+        """The content of a start note.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not that of a start note.
+        """
+        note = cls(found["attempt"], found["step"], found["parent"], dict(found["seen"]))
+        numbers = [note.number, note.step, *([] if note.parent is None else [note.parent]), *note.seen.values()]
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError("a value is not a whole number")
+        return note
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,7 @@ class Attempts:
 
     def __init__(self, run: Path) -> None:
         self.run, self.path = run, run / "attempts"
+        self._read: dict[int, AttemptStart] = {}  # notes do not change once they are written
 
     def directory(self, number: int) -> Path:
         return self.path / f"{number:04d}"
@@ -130,7 +141,7 @@ class Attempts:
             UserError: the disk refuses a directory, or the directory holds a run whose attempts/ was removed.
         """
         try:
-            self._refuse_orphans()
+            self.refuse_orphans()
             self.path.mkdir(parents=True, exist_ok=True)
             while True:
                 number = max(self.numbers(), default=0) + 1
@@ -140,11 +151,15 @@ class Attempts:
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}", "run.root=DIR elsewhere") from None
 
-    def _refuse_orphans(self) -> None:
-        """Checkpoints and rows without the notes that say whose they are would be passed over and overwritten."""
+    def refuse_orphans(self) -> None:
+        """Checkpoints and rows without the notes that say whose they are would be passed over and overwritten.
+
+        Raises:
+            UserError: the directory holds a run, but no attempts.
+        """
         if self.numbers():
             return
-        saved = sorted(self.run.glob("checkpoints/step_*"))
+        saved = self._saved()
         if not saved and not (self.run / "metrics.jsonl").exists():
             return
         if self.numbers():  # another process has claimed meanwhile, and what was found is its own
@@ -155,6 +170,9 @@ class Attempts:
             f"put attempts/ back, or start a new run: run.name=NEW{source}",
         )
 
+    def _saved(self) -> list[Path]:
+        return sorted(self.run.glob("checkpoints/step_*"))
+
     def begin(self, number: int, step: int, parent: int | None) -> None:
         """Writes the start note of an attempt; must precede everything else that it writes.
 
@@ -162,26 +180,59 @@ class Attempts:
             number: of the attempt.
             step: step of the checkpoint that it continues from; 0: none.
             parent: the attempt that wrote that checkpoint; None: it is not one of this run.
+
+        Raises:
+            UserError: the disk refuses it.
         """
         files = (f"{earlier:04d}/{file}" for earlier in self.numbers() if earlier < number for file in EVENT_FILES)
         seen = {name: len(_lines(self.path / name)) for name in files}
         note = AttemptStart(number, step, parent, seen).as_json()
-        temporary = self.directory(number) / f".{_NOTE}"
-        temporary.write_text(json.dumps({**note, "time": time.time(), "host": platform.node(), "pid": os.getpid()}))
-        temporary.replace(self.directory(number) / _NOTE)
+        path = self.directory(number) / _NOTE
+        try:
+            text = json.dumps({**note, "time": time.time(), "host": platform.node(), "pid": os.getpid()})
+            write_durably(path, text)
+            for directory in (self.path, self.run):  # a checkpoint that outlives the note would not count
+                sync_directory(directory)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written: {error.strerror}", "make room, or run.root=DIR elsewhere"
+            ) from None
 
-    def starts(self) -> list[AttemptStart]:
-        """Start notes of all attempts; one that was claimed but has no note has written nothing that counts."""
-        found = []
-        for number in self.numbers():
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                found.append(AttemptStart.from_json(json.loads((self.directory(number) / _NOTE).read_text())))
-        return found
+    def starts(self, head: int | None = None) -> list[AttemptStart]:
+        """Start notes of the attempts up to `head`, None: of all.
+
+        An attempt that was claimed but has no note has written nothing that counts.
+
+        Raises:
+            UserError: a note is there and cannot be read; without it a part of the run would not count.
+        """
+        numbers = [number for number in self.numbers() if head is None or number <= head]
+        return [start for number in numbers if (start := self._start(number)) is not None]
+
+    def _start(self, number: int) -> AttemptStart | None:
+        path = self.directory(number) / _NOTE
+        if number not in self._read:
+            try:
+                start = AttemptStart.from_json(json.loads(path.read_text(encoding="utf-8")))
+                if start.number != number:
+                    raise ValueError(f"it is that of attempt {start.number}")
+            except FileNotFoundError:
+                return None
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                saved = self._saved()
+                source = f" resume={saved[-1]}" if saved else ""
+                reason = (error.strerror if isinstance(error, OSError) else None) or repr(error)
+                raise UserError(
+                    f"{path} cannot be read ({reason:.200}): it says which rows and checkpoints of attempt {number} "
+                    "count",
+                    f"restore the file from a copy, or start a new run: run.name=NEW{source}",
+                ) from None
+            self._read[number] = start
+        return self._read[number]
 
     def lineage(self, head: int | None = None) -> Lineage:
         """The chain to attempt `head`, as it was when that began; None: to the newest attempt."""
-        starts = self.starts()
-        return Lineage([start for start in starts if head is None or start.number <= head], head)
+        return Lineage(self.starts(head), head)
 
     def superseded(self, number: int) -> bool:
         """Whether a newer attempt than this one has been claimed."""

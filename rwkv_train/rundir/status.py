@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from rwkv_train.console import make_console
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.rundir.history import AttemptRecord, History
@@ -27,7 +28,7 @@ def status(paths: Sequence[Path]) -> int:
     Raises:
         UserError: there is no run at a path.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     if not console.is_terminal:
         console.width = _WIDTH
     found = {path: _find(path.expanduser()) for path in paths}
@@ -97,7 +98,7 @@ def _print_attempts(history: History, console: Console) -> None:
             line += f"; {lost['steps_lost']} steps repeated, {_span(float(lost['seconds_lost']))}"
         if "seconds_down" in first:
             line += f"; restarted after {_span(float(first['seconds_down']))}"
-        console.print(line, markup=False)
+        console.print(line)
     account = history.account()
     console.print(
         f"\ngoodput {account.goodput:.1%}: {_span(account.productive)} in steps of the run, of {_span(account.wall)}"

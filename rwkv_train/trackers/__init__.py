@@ -8,6 +8,7 @@ by the training process; an error of it costs a warning.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,6 +113,14 @@ def flat(row: MetricsRow) -> Iterator[tuple[str, float]]:
                     yield f"{key}/{layer:02}", one
         elif value is not None:
             yield key, value
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Writes a tracker's state; a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(state))
+    temporary.replace(path)
 
 
 def text_of(event: EventRow) -> str:

@@ -16,8 +16,7 @@ from typing import Any
 
 from rwkv_train.errors import UserError
 from rwkv_train.instantiate import Makers, prepare
-from rwkv_train.rundir.jsonl import MetricsRow
-from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker
+from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker, write_state
 
 POLL_INTERVAL = 1.0  # seconds between two reads of the files
 RETRY_DELAYS = (5, 30, 120, 600)  # seconds before a tracker that has failed is tried again
@@ -95,7 +94,8 @@ class Follower:
         count = 0
         for row in self._rows.rows():
             if row["step"] > self._last:
-                self._take(row)
+                self.tracker.row(row)
+                self._last = row["step"]
                 count += 1
                 if count % ROWS_PER_FLUSH == 0:
                     self._flush()
@@ -112,25 +112,15 @@ class Follower:
         self._last = step
         if "sent" in self.tracker.state:  # repeated steps count, and are stored only after they were sent again
             self.tracker.state["sent"] = min(self.tracker.state["sent"], step)
-        self._note()
+        write_state(self.notes, self.tracker.state)
 
     def _flush(self) -> None:
         self.tracker.flush()
-        self._note()
-
-    def _take(self, row: MetricsRow) -> None:
-        self.tracker.row(row)
-        self._last = row["step"]
-
-    def _note(self) -> None:
-        self.notes.parent.mkdir(exist_ok=True)
-        aside = self.notes.with_name(f".{self.notes.name}")
-        aside.write_text(json.dumps(self.tracker.state))
-        aside.replace(self.notes)
+        write_state(self.notes, self.tracker.state)
 
     def end(self) -> None:
         self.tracker.end()
-        self._note()
+        write_state(self.notes, self.tracker.state)
 
 
 def follow(follower: Follower, over: Callable[[float], bool], report: Callable[[str], None]) -> None:

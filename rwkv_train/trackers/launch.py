@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,14 +18,57 @@ from rwkv_train.instantiate import prepare
 from rwkv_train.resources import resource
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.rundir.jsonl import EventRow, JsonLines, MetricsRow
-from rwkv_train.trackers import LocalTracker, TrackedRun
+from rwkv_train.trackers import LocalTracker, TrackedRun, write_state
 from rwkv_train.trackers.follow import Follower, make
-from rwkv_train.trackers.local import LocalTrackers
 
 TRACKER_SECONDS = 30.0  # seconds that tracker processes have for the remaining rows when the run has ended
 
 
-class Trackers:
+class LocalTrackers:
+    """Local trackers in this process: an error of one costs a warning and that tracker, not the run.
+
+    Args:
+        trackers: entry of `logger` → tracker.
+        run: the run.
+        step: the step that it continues from; 0 for a new run.
+        metrics: path of metrics.jsonl.
+    """
+
+    def __init__(self, trackers: Mapping[str, LocalTracker], run: TrackedRun, step: int, metrics: Path) -> None:
+        self._trackers, self._run, self._metrics = dict(trackers), run, metrics
+        self._call(lambda tracker: tracker.open(run, step, self._rows))
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return JsonLines(self._metrics).rows()
+
+    def row(self, row: MetricsRow) -> None:
+        """Takes a row of metrics.jsonl."""
+        self._call(lambda tracker: tracker.row(row))
+
+    def event(self, event: EventRow) -> None:
+        """Takes a row of events.jsonl."""
+        self._call(lambda tracker: tracker.event(event))
+
+    def close_local(self) -> None:
+        self._call(lambda tracker: tracker.close(self._rows))
+        self._trackers.clear()
+
+    def _call(self, method: Callable[[LocalTracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                method(tracker)
+            except Exception as error:  # code of other packages: whatever it raises, training continues
+                del self._trackers[name]
+                message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                print(
+                    f"\nlogger={name}: {message}; training continues without it\n"
+                    f"  later: rwkv-train report {self._run.path} --push {name}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
+class Trackers(LocalTrackers):
     """The trackers of a run, in this process and in processes of their own.
 
     Args:
@@ -57,15 +100,7 @@ class Trackers:
             else:
                 _lower_sent(run.path / "trackers" / f"{name}.json", step)
                 self._processes[name] = _start({**settings, "name": name, "tree": tree})
-        self._local = LocalTrackers(local, run, step, directory.metrics)
-
-    def row(self, row: MetricsRow) -> None:
-        """Takes a row of metrics.jsonl, for local trackers."""
-        self._local.row(row)
-
-    def event(self, event: EventRow) -> None:
-        """Takes a row of events.jsonl, for local trackers."""
-        self._local.event(event)
+        super().__init__(local, run, step, directory.metrics)
 
     def close(self, seconds: float = TRACKER_SECONDS) -> list[str]:
         """Closes all trackers; the processes have so many seconds for the remaining rows.
@@ -77,7 +112,7 @@ class Trackers:
             assert process.stdin is not None
             with contextlib.suppress(OSError):
                 process.stdin.close()
-        self._local.close()
+        self.close_local()
         late, end = [], time.monotonic() + seconds
         for name, process in self._processes.items():
             try:
@@ -116,19 +151,16 @@ def _lower_sent(notes: Path, step: int) -> None:
     """Notes that later steps will be repeated; done here because the tracker's process may be killed before it does."""
     with contextlib.suppress(OSError, ValueError):  # none yet
         state = json.loads(notes.read_text())
-        aside = notes.with_name(f".{notes.name}")
-        aside.write_text(json.dumps({**state, "sent": min(state.get("sent", 0), step)}))
-        aside.replace(notes)
+        write_state(notes, {**state, "sent": min(state.get("sent", 0), step)})
 
 
-def push(path: Path, name: str, tree: Mapping[str, Any], packages: Sequence[str] = ()) -> dict[str, Any]:
+def push(path: Path, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
     """Makes a tracker's copy of a run again, from metrics.jsonl and events.jsonl.
 
     Args:
         path: the run directory.
         name: name of the tracker.
         tree: `{"_target_": "rwkv_train.trackers.wandb.Wandb", …}`.
-        packages: packages whose classes the tree may name.
 
     Returns:
         the tracker's state: `sent`, the last step, and for W&B `id`.
@@ -141,7 +173,7 @@ def push(path: Path, name: str, tree: Mapping[str, Any], packages: Sequence[str]
     rows = JsonLines(directory.metrics).rows()
     if not rows:
         raise UserError(f"{path} has no metrics.jsonl with a row", "name the directory of a run, such as runs/NAME")
-    tracker, run = make(name, tree, packages), TrackedRun(path, path.name, {"config": _config(directory)})
+    tracker, run = make(name, tree, ()), TrackedRun(path, path.name, {"config": _config(directory)})
     if isinstance(tracker, LocalTracker):
         tracker.open(run, 0, lambda: [])
         for event in JsonLines(directory.events).rows():

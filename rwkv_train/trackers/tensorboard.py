@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_train.rundir.jsonl import EventRow, MetricsRow
-from rwkv_train.trackers import REPORTED_EVENTS, LocalTracker, TrackedRun, flat, text_of
+from rwkv_train.trackers import REPORTED_EVENTS, LocalTracker, TrackedRun, flat, text_of, write_state
 
 FLUSH_INTERVAL = 30.0  # seconds
 MAX_QUEUED_EVENTS = 10_000  # for the writer's thread; beyond that training would wait for a disk that does not respond
@@ -46,7 +46,7 @@ class TensorBoard(LocalTracker):
 
         sent = json.loads(self._note.read_text())["sent"] if self._note.exists() else 0
         self._last = min(step, sent)
-        self._write_note()
+        write_state(self._note, {"sent": self._last})
         self._writer = SummaryWriter(str(self._directory), purge_step=self._last + 1, max_queue=MAX_QUEUED_EVENTS)
         self._flushed_at = time.monotonic()
 
@@ -70,14 +70,8 @@ class TensorBoard(LocalTracker):
 
     def _flush(self) -> None:
         self._writer.flush()
-        self._write_note()
+        write_state(self._note, {"sent": self._last})
         self._flushed_at = time.monotonic()
-
-    def _write_note(self) -> None:
-        self._note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._note.with_name(f".{self._note.name}")
-        temporary.write_text(json.dumps({"sent": self._last}))
-        temporary.replace(self._note)
 
     def close(self, rows: Callable[[], Sequence[MetricsRow]]) -> None:
         self._flush()

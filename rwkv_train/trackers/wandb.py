@@ -19,10 +19,12 @@ INIT_TIMEOUT = 60  # seconds that wandb.init may take before the run is written 
 class Wandb(Tracker):
     """One run directory is one run of W&B, however often it is resumed: its id is kept in the run directory.
 
+    The file is trackers/NAME.json, where NAME is the entry of `logger`: trackers/wandb.json.
+
     `step` is logged as a value of ours; wandb's own step cannot decrease, and restarts at 0 offline. Rows sent before a
     kill may be lost, so the next process sends again what is not certainly stored, and the last value of a step counts.
-    Online, the server reports what it has. A run that diverges from its former course (rewound, or resumed with other
-    settings) becomes a new run of W&B with all its rows; the old one keeps the abandoned rows and is tagged.
+    Online, the server reports what it has. A run that is rewound, or resumed with other settings, becomes a new branch:
+    another run of W&B with all its rows; the old one keeps the abandoned rows and is tagged.
 
     Args:
         project, group, tags, notes, entity: arguments of wandb.init.
@@ -53,7 +55,7 @@ class Wandb(Tracker):
         self.state.setdefault("id", token_hex(4))
         diverged = self.state.get("reached", 0) > step and run.changed
         if diverged:
-            self._diverge()
+            self._begin_branch()
         self._open()
         if diverged:
             return 0
@@ -64,27 +66,31 @@ class Wandb(Tracker):
         with contextlib.suppress(Exception):  # the abandoned run
             self._run.tags = (*self._run.tags, f"left at step {step}")
             self._run.finish()
-        self._diverge()
+        self._begin_branch()
         self._open()
         return 0
 
-    def _diverge(self) -> None:
+    @property
+    def _branch(self) -> int:
+        """1, and one more each time that the run has diverged: the number behind the id's dash."""
+        return int(self.state["id"].partition("-")[2] or 1)
+
+    def _begin_branch(self) -> None:
         """Takes the id of a new run of W&B."""
-        self.state["ways"] = self.state.get("ways", 1) + 1
-        self.state["id"] = f"{self.state['id'].split('-')[0]}-{self.state['ways']}"
+        self.state["id"] = f"{self.state['id'].partition('-')[0]}-{self._branch + 1}"
         self.state["sent"] = self.state["reached"] = 0
 
     def _open(self) -> None:
         import wandb
 
-        course = self.state.get("ways", 1)  # 1, and one more each time that the run has diverged
+        branch = self._branch
         arguments: dict[str, Any] = {
             "project": self.project,
             "entity": self.entity,
-            "group": self.group or (self._source.name if course > 1 else None),
+            "group": self.group or (self._source.name if branch > 1 else None),
             "tags": self.tags,
             "notes": self.notes,
-            "name": (self.name or self._source.name) + (f"-{course}" if course > 1 else ""),
+            "name": (self.name or self._source.name) + (f"-{branch}" if branch > 1 else ""),
             "id": self.state["id"],
             "resume": "allow",
             "dir": str(self._source.path),

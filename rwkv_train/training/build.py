@@ -8,16 +8,19 @@ import warnings
 from dataclasses import dataclass
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from rwkv_train.cluster.environment import environment
+from rwkv_train.config.clock import TokenClock
 from rwkv_train.instantiate import Makers
 from rwkv_train.rundir.jsonl import WriteErrors
-from rwkv_train.training.callbacks.stop import StopOnSignal, follow_parent
+from rwkv_train.training.attempt import RunAttempt
+from rwkv_train.training.callbacks.stop import StopOnSignal
 from rwkv_train.training.finish import write_sample
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.observers import Observers, RunTrackers, make_observers
-from rwkv_train.training.setup import RunAttempt, RunSetup
+from rwkv_train.training.setup import RunSetup
 from rwkv_train.training.statistics import Statistics
 from rwkv_train.training.strategy import ShardedStrategy, build_strategy
 
@@ -64,22 +67,22 @@ def build(
     strategy = _build_strategy(setup, attempt)
     sample = None
     if attempt.checkpoint is None and setup.first and not strategy.sharded:
-        sample = LambdaCallback(on_train_start=lambda *_: write_sample(setup, 0, write_errors))
+        sample = LambdaCallback(on_train_start=lambda *_: write_sample(setup, setup.model, 0, write_errors))
     observers = make_observers(setup, attempt, write_errors, signals, trackers, sample)
-    if not setup.first:
-        follow_parent()
+    in_order = [*observers.in_order(), *(make() for make in callbacks)]
     return Training(
         setup=setup,
         attempt=attempt,
         write_errors=write_errors,
-        module=_build_module(setup, attempt),
+        module=build_module(setup, attempt.total_steps, attempt.clock),
         strategy=strategy,
         observers=observers,
-        trainer=_build_trainer(setup, attempt, strategy, [*observers.in_order(), *(make() for make in callbacks)]),
+        trainer=build_trainer(setup, attempt.total_steps, strategy, in_order),
     )
 
 
-def _build_module(setup: RunSetup, attempt: RunAttempt) -> RWKVModule:
+def build_module(setup: RunSetup, total_steps: int | None, clock: TokenClock) -> RWKVModule:
+    """The LightningModule of a run, of so many steps (None: no limit)."""
     config, data = setup.config, setup.data
     every = config.statistics.every.in_steps(config.batch.tokens)
     statistics = Statistics(setup.model, every, [source.name for source in data.sources], hooks=not config.compile)
@@ -88,11 +91,12 @@ def _build_module(setup: RunSetup, attempt: RunAttempt) -> RWKVModule:
         setup.model,
         setup.recipe,
         config.optim,
-        attempt.total_steps,
-        attempt.clock,
+        total_steps,
+        clock,
         config.compile,
         validated,
         statistics,
+        token_bytes=torch.from_numpy(data.token_bytes),
     )
 
 
@@ -110,9 +114,10 @@ def _build_strategy(setup: RunSetup, attempt: RunAttempt) -> ShardedStrategy:
     return strategy
 
 
-def _build_trainer(
-    setup: RunSetup, attempt: RunAttempt, strategy: ShardedStrategy, callbacks: list[Callback]
+def build_trainer(
+    setup: RunSetup, total_steps: int | None, strategy: ShardedStrategy, callbacks: list[Callback]
 ) -> L.Trainer:
+    """Lightning's loop over the steps of a run."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches are cut from memory
     warnings.filterwarnings("ignore", ".*`srun` command is available.*")  # cluster/rank_info.py knows who started what
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning's own use of torch
@@ -129,7 +134,7 @@ def _build_trainer(
         plugins=environment(setup.rank_info),
         precision=None if strategy.brings_precision else resolved.precision,  # type: ignore[arg-type]
         strategy=strategy,
-        max_steps=attempt.total_steps or -1,
+        max_steps=total_steps or -1,
         max_epochs=-1,
         accumulate_grad_batches=resolved.accumulation,
         val_check_interval=config.validation.every.in_steps(config.batch.tokens) * resolved.accumulation,

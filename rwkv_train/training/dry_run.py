@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from rich.console import Console
-
-from rwkv_train.checkpoint.directory import newest
 from rwkv_train.config import Config
+from rwkv_train.console import make_console
 from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.errors import UserError
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.planning.plan import make_plan, smallest_change, why
 from rwkv_train.planning.report import advice, as_json, show
 from rwkv_train.planning.resolved import find_devices
+from rwkv_train.training.attempt import checkpoint_to_resume
 from rwkv_train.training.optim import describe_groups, parameter_groups
-from rwkv_train.training.setup import assemble, check_checkpoint
+from rwkv_train.training.setup import assemble
 
 
 def plan(config: Config, as_object: bool = False) -> int:
@@ -32,12 +29,12 @@ def plan(config: Config, as_object: bool = False) -> int:
     settled = devices.recorded(config)
     vocabulary = find_tokenizer(config.data, config.vocab.extend, stores_of(config.data)).vocab_size
     vocab_size = config.model.vocab_size or vocabulary
-    found = make_plan(settled, devices.card, devices.mesh, vocab_size, devices.accelerator == "gpu")
+    found = make_plan(settled, devices.card, devices.mesh, vocab_size, devices.gpu)
     change = None if found.fits else smallest_change(settled, found, vocab_size)
     if as_object:
         print(as_json(found, settled, change))
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = make_console()
         console.print(f"device  {devices.source}")
         if config.strategy == "auto" and found.fits:
             console.print(why(found))
@@ -52,11 +49,11 @@ def dry_run(config: Config) -> int:
         UserError: what would keep the run from starting.
     """
     setup = assemble(config)
-    say, data, devices = setup.console.print, setup.data, setup.resolved.devices
-    settled = devices.recorded(config)
-    found = setup.resolved.plan(config, data.vocabulary)
+    say, data, resolved = setup.console.print, setup.data, setup.resolved
+    settled = resolved.recorded(config)
+    found = resolved.plan(config, data.vocabulary)
     change = None if found.fits else smallest_change(settled, found, data.vocabulary)
-    say(f"device  {devices.source}")
+    say(f"device  {resolved.source}")
     say(f"data    {data.description}")
     groups = parameter_groups(setup.model, setup.recipe, config.optim.weight_decay, config.optim.rules)
     for line in describe_groups(groups):
@@ -65,14 +62,7 @@ def dry_run(config: Config) -> int:
     setup.directory.refuse_unusable()
     if not found.fits:
         raise UserError(f"model={config.model.size} does not fit", advice(change))
-    checkpoint = None
-    if config.resume == "auto":
-        checkpoint, _ = newest(setup.directory.checkpoints, content=False)
-        if checkpoint is not None:
-            check_checkpoint(checkpoint, setup)
-    elif config.resume != "never":
-        checkpoint = Path(config.resume)
-    where = "at step 0" if checkpoint is None else f"from {checkpoint}"
-    resolved = setup.resolved
+    checkpoint, changed = checkpoint_to_resume(setup)
+    where = "at step 0" if checkpoint is None else f"from {checkpoint}" + "".join(f", {change}" for change in changed)
     say(f"would start {where} in {setup.directory.path}, {resolved.mesh.ranks} processes, strategy={resolved.strategy}")
     return ExitCode.FINISHED

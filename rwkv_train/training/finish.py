@@ -22,13 +22,15 @@ from rwkv_train.evaluation.report.figures import draw_loss_curve
 from rwkv_train.exit_codes import Ending, ExitCode
 from rwkv_train.inference.export import consolidate
 from rwkv_train.inference.generate import generate
+from rwkv_train.inference.loading import load_model
+from rwkv_train.models import LanguageModel
 from rwkv_train.rundir.directory import RunDirectory
+from rwkv_train.rundir.history import History
 from rwkv_train.rundir.jsonl import WriteErrors
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 from rwkv_train.training.observers import RunTrackers
 from rwkv_train.training.requeue import Requeue
 from rwkv_train.training.setup import RunSetup
-from rwkv_train.training.strategy import ShardedStrategy
 
 if TYPE_CHECKING:
     from rwkv_train.training.build import Training
@@ -62,7 +64,15 @@ def _complete(training: Training, step: int, resumable: str) -> Ending:
     total, write_errors = attempt.total_steps, training.write_errors
     attempt.events.add("finished" if step == total else "stopped", step)
     if setup.first:
-        write_outputs(setup, training.strategy, step, attempt.metrics.rows(), write_errors)
+        strategy, last = training.strategy, setup.directory.checkpoints / str(CheckpointName(step, attempt.number))
+        write_outputs(
+            setup,
+            step,
+            attempt.metrics.rows(),
+            write_errors,
+            weights=(last if last.exists() else None) if strategy.divided else setup.model,
+            model=None if strategy.sharded else setup.model,
+        )
     messages = []
     if step != total:
         out_of_time = f"budget.hours={setup.config.budget.hours:g} is over" if observers.budget.out_of_time else None
@@ -70,9 +80,9 @@ def _complete(training: Training, step: int, resumable: str) -> Ending:
         messages.append(f"\n{why}: step {step}" + (f" of {total}" if total else "") + f"; {resumable}")
     refused = write_errors.count + observers.checkpoint.failures + attempt.metrics.lost + attempt.events.lost
     if refused:
-        kept = newest(setup.directory.checkpoints)[0] or "none"
+        kept = newest(setup.directory.checkpoints, content=False)[0] or "none"
         warning = f"the disk refused {refused} writes; the last complete checkpoint is {kept}"
-        messages.append(f"[bold red]WARNING[/bold red]: {warning}")
+        messages.append(f"WARNING: {warning}")
     return Ending(ExitCode.WRITES_REFUSED if refused else ExitCode.FINISHED, "\n".join(messages))
 
 
@@ -83,9 +93,37 @@ def next_start(saving: CheckpointCallback) -> str:
     return f"the same command resumes from the checkpoint of step {saving.last}"
 
 
-def write_sample(setup: RunSetup, step: int, write_errors: WriteErrors) -> None:
+def finish_again(setup: RunSetup, write_errors: WriteErrors) -> None:
+    """Makes what a finished run lacks, from its last checkpoint: its process may have ended before that was written.
+
+    Args:
+        setup: of the run, whose newest checkpoint is that of its last step; this is rank 0.
+        write_errors: counts what the disk refuses.
+    """
+    run, history = setup.directory, History.read(setup.directory)
+    checkpoint, _ = newest(run.checkpoints, setup.storage)
+    recorded = bool(history.attempts) and history.attempts[-1].ended == "finished"
+    if checkpoint is None or (recorded and _whole(run, setup)):
+        return
+    name = CheckpointName.of(checkpoint)
+    number = run.claim_attempt()
+    run.attempts.begin(number, name.step, name.attempt)
+    with run.records(number, enabled=True) as (events, metrics):
+        events.add("resumed", name.step, **history.next_start(name.step))
+        sharded = setup.resolved.strategy == "fsdp" or setup.resolved.strategy.startswith("deepspeed_3")
+        model = None if sharded else load_model(checkpoint)
+        write_outputs(setup, name.step, metrics.rows(), write_errors, weights=checkpoint, model=model)
+        events.add("finished", name.step)
+
+
+def _whole(run: RunDirectory, setup: RunSetup) -> bool:
+    """Whether a finished run has everything that `write_outputs` writes."""
+    return run.weights.exists() and run.curve.exists() and (run.samples.exists() or setup.config.samples.tokens == 0)
+
+
+def write_sample(setup: RunSetup, model: LanguageModel, step: int, write_errors: WriteErrors) -> None:
     """Appends what the model generates now to samples.txt (temperature 0.8, top-p 0.9; the same draws each time)."""
-    settings, run, model, tokenizer = setup.config.samples, setup.directory, setup.model, setup.data.tokenizer
+    settings, run, tokenizer = setup.config.samples, setup.directory, setup.data.tokenizer
     if settings.tokens == 0:
         return
     with write_errors.tolerate(run.samples):
@@ -101,28 +139,33 @@ def write_sample(setup: RunSetup, step: int, write_errors: WriteErrors) -> None:
 
 
 def write_outputs(
-    setup: RunSetup, strategy: ShardedStrategy, step: int, rows: Sequence[Mapping[str, Any]], write_errors: WriteErrors
+    setup: RunSetup,
+    step: int,
+    rows: Sequence[Mapping[str, Any]],
+    write_errors: WriteErrors,
+    weights: LanguageModel | Path | None,
+    model: LanguageModel | None,
 ) -> None:
-    """After the last step, on the first rank: final weights, a sample, the loss curve, and a summary on the console.
+    """After the last step, on rank 0: final weights, a sample, the loss curve, and a summary on the console.
 
     Args:
         setup: of the run.
-        strategy: that has trained the model.
         step: the last one.
         rows: of metrics.jsonl, at least one.
         write_errors: counts what the disk refuses.
+        weights: the model, or the checkpoint, that holds the final weights; None: they are nowhere.
+        model: that writes the sample; None: no rank holds a complete one.
     """
     run, data = setup.directory, setup.data
-    last = run.checkpoints / str(CheckpointName(step, strategy.attempt))
-    if not strategy.divided or last.exists():
+    if weights is not None:
         with write_errors.tolerate(run.weights), run.atomic_write(run.weights) as path:
-            if strategy.divided:
-                consolidate(last, path)
+            if isinstance(weights, Path):
+                consolidate(weights, path)
             else:
                 with LocalStorage().write(path) as file:
-                    dump(setup.model.state_dict(), file)
-    if not strategy.sharded:
-        write_sample(setup, step, write_errors)
+                    dump(weights.state_dict(), file)
+    if model is not None:
+        write_sample(setup, model, step, write_errors)
     known = baselines(*data.plain) if data.plain else {}
     title = f"{run.path.name}: {setup.parameters:,} parameters"
     with write_errors.tolerate(run.curve), run.atomic_write(run.curve) as path:
@@ -144,7 +187,7 @@ def summarise(
         table.add_row(name, f"{loss:.3f}", f"{loss / math.log(2):.3f}")
     if validated:
         bits = validated[-1]["val/bits_per_byte"]
-        table.add_row("[bold]this run[/bold]", f"[bold]{bits * math.log(2):.3f}[/bold]", f"[bold]{bits:.3f}[/bold]")
+        table.add_row("this run", f"{bits * math.log(2):.3f}", f"{bits:.3f}", style="bold")
         console.print(table)
         loss, perplexity = validated[-1]["val/loss"], validated[-1]["val/perplexity"]
         console.print(f"validation: {loss:.4f} nats/token, {bits:.4f} bits/byte, perplexity {perplexity:.3f}")
@@ -168,9 +211,8 @@ def summarise(
         if path.exists():
             console.print(f"  {path}  ({what})", highlight=False, soft_wrap=True)
     console.print("\nWhat to type next:", style="bold")
-    console.print(f"  {_typed('rwkv-train')} generate {run.weights} --prompt 'def '", highlight=False, soft_wrap=True)
-    console.print(f"  {_typed('rwkv-train')} report {run.path}", highlight=False, soft_wrap=True)
-    console.print(f"  {_typed('rwkv-train')} train --help", highlight=False, soft_wrap=True)
+    for command in (f"generate {run.weights} --prompt 'def '", f"report {run.path}", "train --help"):
+        console.print(f"  {_typed('rwkv-train')} {command}", highlight=False, soft_wrap=True)
 
 
 def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -185,7 +227,7 @@ def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         "goodput": f"{last['goodput']:.1%}",
         "memory": f"{max(row['memory'] for row in known) / 1e9:.2f} GB",
     }
-    return figures | ({"updates left out": str(last["skipped"])} if last["skipped"] else {})
+    return figures | ({"skipped updates": str(last["skipped"])} if last["skipped"] else {})
 
 
 def _typed(tool: str) -> str:

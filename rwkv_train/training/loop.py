@@ -9,19 +9,21 @@ from contextlib import ExitStack
 import yaml
 from lightning.pytorch.callbacks import Callback
 
-from rwkv_train.cluster.preflight import meet
+from rwkv_train.cluster.preflight import run_preflight
+from rwkv_train.console import ERROR_STYLE
 from rwkv_train.data.batch_preview import show_batch
 from rwkv_train.data.datamodule import DataModule
 from rwkv_train.exit_codes import Ending, ExitCode
 from rwkv_train.instantiate import prepare
 from rwkv_train.rundir.jsonl import WriteErrors
 from rwkv_train.rundir.rank_logs import keep_log
+from rwkv_train.training.attempt import RunAttempt, open_attempt
 from rwkv_train.training.build import Training, build
 from rwkv_train.training.callbacks.checkpoint import Superseded
-from rwkv_train.training.finish import finish, next_start
+from rwkv_train.training.finish import finish, finish_again, next_start
 from rwkv_train.training.observers import RunTrackers
 from rwkv_train.training.requeue import Requeue
-from rwkv_train.training.setup import RunAttempt, RunSetup, describe, open_attempt, versions
+from rwkv_train.training.setup import RunSetup, describe, versions
 
 
 def fit(setup: RunSetup) -> ExitCode:
@@ -45,14 +47,17 @@ def fit(setup: RunSetup) -> ExitCode:
         _meet_ranks(setup)
         attempt = open_attempt(setup, write_errors, stack)
         if attempt is None:
-            return ExitCode.FINISHED
+            if setup.first:
+                finish_again(setup, write_errors)
+            return ExitCode.WRITES_REFUSED if write_errors.count else ExitCode.FINISHED
         ending = requeue.give_up_at_start(attempt)
         if ending is None:
             _announce(attempt, setup, trackers)
             training = build(setup, attempt, write_errors, requeue.signals, trackers, callbacks)
             ending = _train(training, requeue) or finish(training, trackers, requeue)
         if ending.message:
-            console.print(ending.message)
+            failed = ending.code in (ExitCode.WRITES_REFUSED, ExitCode.GIVEN_UP)
+            console.print(ending.message, style=ERROR_STYLE if failed else None)
     requeue.requeue()
     return ending.code if setup.first else ExitCode.FINISHED
 
@@ -63,7 +68,7 @@ def _meet_ranks(setup: RunSetup) -> None:
         tree = hashlib.sha256(yaml.safe_dump(setup.tree).encode()).hexdigest()[:16]
         facts = {"code": versions()["code"], "config": tree, "data": setup.data.digest}
         seconds, needed = setup.config.cluster.preflight, 2 * 12 * setup.parameters
-        meet(setup.rank_info, setup.resolved.gpu, facts, setup.directory.path, needed, seconds, setup.console)
+        run_preflight(setup.rank_info, setup.resolved.gpu, facts, setup.directory.path, needed, seconds, setup.console)
     if setup.resolved.mesh.ranks > 1:
         keep_log(setup.directory.logs, setup.rank_info)
 

@@ -139,6 +139,18 @@ def summed_nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return nats.double().sum(), (targets != IGNORED_TARGET).sum()
 
 
+def predicted_text(targets: Tensor, token_bytes: Tensor) -> Tensor:
+    """Number of predicted tokens of a batch and bytes of their text, float64 (2,).
+
+    Args:
+        targets: (B, T) int64; -100 is not predicted.
+        token_bytes: (V,) int64, bytes of each token (`rwkv_train.data.bits_per_byte.token_bytes`), on the same device.
+    """
+    predicted = targets != IGNORED_TARGET
+    text_bytes = token_bytes[targets.clamp(min=0)] * predicted
+    return torch.stack([predicted.sum(), text_bytes.sum()]).double()
+
+
 def head_nats(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The sum of nats of `summed_nats`, from hidden states (B, T, C) and the head's weight (V, C), in chunks."""
     chunks = _chunks(hidden.flatten(0, 1), targets.flatten(), weight.shape[0])

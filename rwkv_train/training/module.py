@@ -14,13 +14,20 @@ from torch import Tensor
 from rwkv_train.config import OptimSettings
 from rwkv_train.config.clock import TokenClock
 from rwkv_train.data.batch import Batch
-from rwkv_train.data.rows import IGNORED_TARGET
 from rwkv_train.models import LanguageModel, RecipeRow, State
-from rwkv_train.training.loss import head_loss, head_nats, language_model_loss, summed_nats, too_many_logits
+from rwkv_train.training.loss import (
+    head_loss,
+    head_nats,
+    language_model_loss,
+    predicted_text,
+    summed_nats,
+    too_many_logits,
+)
 from rwkv_train.training.optim import build_optimizer, learning_rate, parameter_groups
 from rwkv_train.training.statistics import Statistics
 from rwkv_train.training.step_verdict import StepVerdict
 from rwkv_train.training.strategy import ShardedStrategy
+from rwkv_train.training.validation_sums import ValidationResult, ValidationSums
 
 
 def _recorded(record: Callable[..., None], readout: Callable[..., Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
@@ -42,11 +49,13 @@ class RWKVModule(L.LightningModule):
         sources: names of the validated sources, in the order of the validation loaders.
         statistics: measures the layers; None: every 100 steps.
         verdict: decides which steps are bad; None: those that are not finite.
+        token_bytes: (V,) int64, bytes that each token counts as in bits per byte; None: one each.
 
     Attributes:
         grad_norm: () float32, of the last optimiser step, before clipping.
         lr: base learning rate of the last optimiser step.
         rewound: whether the next batch is of another step than the run; see `read_again`.
+        validated: the last validation of this process; None: there was none, or the run was rewound since.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class RWKVModule(L.LightningModule):
         sources: Sequence[str] = ("",),
         statistics: Statistics | None = None,
         verdict: StepVerdict | None = None,
+        token_bytes: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -73,8 +83,10 @@ class RWKVModule(L.LightningModule):
         self.lr = math.nan
         self.rewound = False
         self._forward = [torch.compile(model, fullgraph=True) if compile else model]  # a list: not a second submodule
-        self._sources = sources
-        self._validation: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sources]
+        ones = torch.ones(model.config.vocab_size, dtype=torch.int64)
+        self._token_bytes = ones if token_bytes is None else token_bytes  # no buffer: DDP would send it at every step
+        self.validation_sums = ValidationSums(sources)
+        self.validated: ValidationResult | None = None
 
     def configure_model(self) -> None:
         """Called when the process group exists: the strategy gives the parameters memory where they have none."""
@@ -101,7 +113,7 @@ class RWKVModule(L.LightningModule):
 
     def read_again(self) -> None:
         """Makes the next batch be read again: the run was rewound to another step than that of the batch in hand."""
-        self.rewound = True
+        self.rewound, self.validated = True, None
 
     @property
     def _microbatches_done(self) -> int:
@@ -110,9 +122,13 @@ class RWKVModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, state = self._loss(self._forward[0], batch, self.optim.l2wrap, self.statistics)
-        self.verdict.record_microbatch(loss, state)
+        self.verdict.record_microbatch(loss, state, self._predicted_text(batch.targets))
         self.statistics.record_microbatch(state)
         return loss
+
+    def _predicted_text(self, targets: Tensor) -> Tensor:
+        self._token_bytes = self._token_bytes.to(targets.device)  # copied once
+        return predicted_text(targets, self._token_bytes)
 
     def _loss(
         self, model: Callable[..., Any], batch: Batch, l2wrap: float, statistics: Statistics | None = None
@@ -135,25 +151,19 @@ class RWKVModule(L.LightningModule):
         tokens, targets, starts = batch.tokens, batch.targets, batch.starts
         if too_many_logits(targets, self.model.config.vocab_size):
             nats, _ = self.model(tokens, starts=starts, readout=partial(head_nats, targets=targets))
-            self._validation[dataloader_idx].append((nats, (targets != IGNORED_TARGET).sum()))
-            return
-        logits, _ = self.model(tokens, starts=starts)
-        self._validation[dataloader_idx].append(summed_nats(logits, targets))
+        else:
+            logits, _ = self.model(tokens, starts=starts)
+            nats, _ = summed_nats(logits, targets)
+        self.validation_sums.add(dataloader_idx, nats, self._predicted_text(targets))
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val/loss` (nats per token), exact over all predicted tokens of all ranks, and each source's own."""
-        rows = []
-        for results in self._validation:
-            nats = torch.stack([sums for sums, _ in results]).sum()
-            rows.append(torch.stack([nats, torch.stack([counts for _, counts in results]).sum().to(nats)]))
-            results.clear()
-        sums = self.trainer.strategy.reduce(torch.stack(rows), reduce_op="sum")  # (sources, 2)
+        reduce = partial(self.trainer.strategy.reduce, reduce_op="sum")
+        self.validated = found = self.validation_sums.result(reduce, self.trainer.global_step)
         many = torch.distributed.is_initialized()  # also with one rank, where Lightning warns otherwise
-        nats, count = sums.sum(0)
-        self.log("val/loss", nats / count, sync_dist=many, add_dataloader_idx=False)
-        if len(self._sources) > 1:
-            for source, (nats, count) in zip(self._sources, sums, strict=True):
-                self.log(f"val/loss/{source}", nats / count, sync_dist=many, add_dataloader_idx=False)
+        self.log("val/loss", found.loss, sync_dist=many, add_dataloader_idx=False)
+        for source, loss in found.by_source.items():
+            self.log(f"val/loss/{source}", loss, sync_dist=many, add_dataloader_idx=False)
 
     def probe(self, batch: Batch) -> Tensor:
         """The loss () of a batch without L2Wrap and without gradient: equal weights and data give the same one."""

@@ -7,7 +7,6 @@ import platform
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from rwkv_train.planning.report import as_json
 from rwkv_train.rundir.jsonl import Events, WriteErrors
 from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker
 from rwkv_train.trackers.launch import TRACKER_SECONDS, Trackers
+from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.bad_steps import BadSteps
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 from rwkv_train.training.callbacks.metrics import Metrics, Spent
@@ -29,8 +29,8 @@ from rwkv_train.training.callbacks.profiling import Profiling
 from rwkv_train.training.callbacks.progress import ProgressBar
 from rwkv_train.training.callbacks.stop import StopAtBudget, StopOnSignal
 from rwkv_train.training.callbacks.watchdog import Watchdog
-from rwkv_train.training.replay import Replay, read_replay
-from rwkv_train.training.setup import RunAttempt, RunSetup, versions
+from rwkv_train.training.replay import Replay
+from rwkv_train.training.setup import RunSetup, versions
 
 TRACKER_SECONDS_AFTER_SIGNAL = 5.0  # seconds that trackers have where a signal has ended the run
 
@@ -55,7 +55,7 @@ class Observers:
         budget: stops at the last step or when the time is up.
         signals: stops after a signal.
         watchdog: reports the phase that the rank is in.
-        first_sample: generates text before the first step, where the first rank holds all weights.
+        first_sample: generates text before the first step, where rank 0 holds all weights.
     """
 
     metrics: Metrics
@@ -94,9 +94,9 @@ def make_observers(
     """
     config, run, data, console = setup.config, setup.directory, setup.data, setup.console
     events, lines = attempt.events, attempt.metrics
-    last_words = partial(events.refresh, force=True)
+    before_exit = partial(events.refresh, force=True)
     alone = setup.resolved.mesh.ranks == 1
-    watchdog = Watchdog(config.watchdog, run.attempts, setup.first, alone, setup.rank_info.node, last_words)
+    watchdog = Watchdog(config.watchdog, run.attempts, setup.first, alone, setup.rank_info.node, before_exit)
     meta = {
         "config": setup.tree,
         "data": data.digest,
@@ -111,7 +111,7 @@ def make_observers(
         meta,
         events,
         setup.storage,
-        watchdog.restoring,
+        watchdog.waiting_for_disk,
         attempt.same_data,
     )
     signals.connect(saving)
@@ -122,13 +122,16 @@ def make_observers(
         config.health, metrics, saving, data, run, setup.tree, events, write_errors, console, attempt.rewinds
     )
     hours = config.budget.hours
+    validation = config.validation.every.in_steps(config.batch.tokens) if data.validated else None
     return Observers(
         metrics=metrics,
         bad_steps=bad_steps,
         checkpoint=saving,
-        progress=ProgressBar(metrics, saving, attempt.total_steps, console),
+        progress=ProgressBar(
+            metrics, saving, attempt.total_steps, console, validation if config.checkpoint.best else None
+        ),
         profiling=Profiling(run.path, console) if config.profile else None,
-        replay=None if config.replay is None else Replay(read_replay(Path(config.replay)), console),
+        replay=None if config.replay is None else Replay(json.loads(Path(config.replay).read_bytes()), console),
         budget=StopAtBudget(attempt.total_steps, None if hours is None else hours * 3600),
         signals=signals,
         watchdog=watchdog,
@@ -137,7 +140,7 @@ def make_observers(
 
 
 class RunTrackers:
-    """The trackers of `logger=`, on the first rank; leaving the block ends them.
+    """The trackers of `logger=`, on rank 0; leaving the block ends them.
 
     Args:
         setup: of the run.
@@ -157,7 +160,7 @@ class RunTrackers:
         return self
 
     def start(self, step: int, meta: CheckpointMeta | None) -> None:
-        """Starts them, on the first rank.
+        """Starts them, on rank 0.
 
         Args:
             step: that the run resumes from; 0 for a new run.
@@ -182,9 +185,7 @@ class RunTrackers:
         """A signal ends the run: they have little time for the last rows."""
         self._patience = TRACKER_SECONDS_AFTER_SIGNAL
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._trackers is None:
             return
         for name in self._trackers.close(self._patience):

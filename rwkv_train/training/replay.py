@@ -19,19 +19,12 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.markup import escape
 from torch import Tensor, nn
 
 from rwkv_train.config import BudgetSettings, Config, RunSettings
 from rwkv_train.config.schema import from_tree
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.module import RWKVModule
-
-
-def read_replay(path: Path) -> dict[str, Any]:
-    """The record of a bad step that BadSteps has written; cli/checks.py has validated it."""
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
 
 
 @contextmanager
@@ -43,7 +36,7 @@ def replayed(config: Config, first: bool) -> Iterator[Config]:
         first: whether this process removes the directory.
     """
     file = Path(str(config.replay)).expanduser()
-    record = read_replay(file)
+    record = json.loads(file.read_text(encoding="utf-8"))  # written by BadSteps, validated by cli/checks.py
     own = from_tree({**record["config"], "logger": {}, "callbacks": {}})
     root = file.parent / f".again_{file.stem}"
     if first:
@@ -155,7 +148,7 @@ class Replay(Callback):
         trainer.should_stop = True
 
     def _say(self, text: str) -> None:
-        self.console.print(f"replay  {escape(text)}", soft_wrap=True)
+        self.console.print(f"replay  {text}")
 
 
 def _short(name: str) -> str:

@@ -8,12 +8,14 @@ from typing import Any
 
 from rwkv_train.cluster.rank_info import another_has_ended
 from rwkv_train.cluster.slurm import Job
+from rwkv_train.console import ERROR_STYLE
 from rwkv_train.errors import UserError
 from rwkv_train.exit_codes import Ending, ExitCode
 from rwkv_train.rundir.history import MAX_FAILURES, History
 from rwkv_train.rundir.jsonl import Events
+from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.stop import StopOnSignal
-from rwkv_train.training.setup import RunAttempt, RunSetup
+from rwkv_train.training.setup import RunSetup
 from rwkv_train.training.strategy import ShardedStrategy
 
 REASON_TIMEOUT = 0.5  # seconds that a rank waits for the reason of another one's failure
@@ -44,7 +46,7 @@ class Requeue:
     def give_up_at_start(self, attempt: RunAttempt) -> Ending | None:
         """The ending of an attempt that does not begin, as those before it have failed too often at one step.
 
-        That ending is recorded, so that the next start tries again. On the first rank only; None elsewhere.
+        That ending is recorded, so that the next start tries again. On rank 0 only; None elsewhere.
         """
         history = attempt.history
         if not self.setup.first or history.failures() < MAX_FAILURES:
@@ -52,7 +54,7 @@ class Requeue:
         return self._given_up(attempt.events, history.reached, history.last_failure())
 
     def after_signal(self, events: Events, step: int, name: str, too_late: str | None, resumable: str) -> Ending:
-        """Records which signal has stopped the run, and decides whether `requeue` will put its job back.
+        """Records which signal has stopped the run, and decides whether `requeue` will requeue its job.
 
         Args:
             events: of the attempt.
@@ -67,15 +69,15 @@ class Requeue:
         messages.append(f"\n{name} at step {step}; {resumable}")
         if self.job is not None and self.setup.first and name != "SIGINT":
             if (reason := self.job.why_not()) is not None:
-                messages.append(f"not put back into the queue by the run: {reason}")
+                messages.append(f"not requeued by the run: {reason}")
             else:
-                messages.append(f"job {self.job.number} goes back into the queue")
+                messages.append(f"job {self.job.number} is requeued")
                 events.add("requeued", step, job=self.job.number)
                 self._leaving = events, step
         return Ending(ExitCode.STOPPED, "\n".join(messages))
 
     def requeue(self) -> None:
-        """Puts the job back, where a signal has stopped the run; the first rank alone does, and once.
+        """Requeues the job, where a signal has stopped the run; only rank 0 does, and once.
 
         Must come last: SLURM ends the job's processes as soon as it is asked.
         """
@@ -83,7 +85,7 @@ class Requeue:
             return
         (events, step), self._leaving = self._leaving, None
         if (failure := self.job.requeue()) is not None:
-            self.setup.console.print(f"[bold red]not put back into the queue[/bold red]: {failure}")
+            self.setup.console.print(f"not requeued: {failure}", style=ERROR_STYLE)
             events.add("requeue_failed", step, reason=failure)
             events.close()
 
@@ -105,12 +107,12 @@ class Requeue:
         return self._given_up(events, reached, reason) if given_up else None
 
     def _first_reason(self, error: BaseException, strategy: ShardedStrategy) -> str:
-        """Why the run fails; the first rank waits a moment for another rank's reason, which may be the cause."""
+        """Why the run fails; rank 0 waits a moment for another rank's reason, which may be the cause."""
         rank_info, text = self.setup.rank_info, " ".join(str(error).split())
         what = "another rank has ended" if another_has_ended(error) else f"{type(error).__name__}: {text[:200]}"
         reason = f"rank {rank_info.rank} on {rank_info.node}: {what}"
         board: Any = getattr(getattr(strategy, "writer", None), "store", None)
-        with suppress(Exception):  # the first rank may be the one that has ended, and its store with it
+        with suppress(Exception):  # rank 0 may be the one that has ended, and its store with it
             if not rank_info.first:
                 board.set("failed", reason)
             elif strategy.world_size > 1 and isinstance(error, RuntimeError):
@@ -125,6 +127,6 @@ class Requeue:
         run = self.setup.directory
         return Ending(
             ExitCode.GIVEN_UP,
-            f"[bold red]{run.path} has failed {MAX_FAILURES} times at step {step}[/bold red]: {reason}\n"
+            f"{run.path} has failed {MAX_FAILURES} times at step {step}: {reason}\n"
             f"  the same command tries again once the cause is removed; the logs of all ranks: {run.logs}",
         )

@@ -8,8 +8,8 @@ import sys
 from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.cluster.rank_info import RankInfo, another_has_ended
 from rwkv_train.config import Config
-from rwkv_train.errors import UserError
 from rwkv_train.exit_codes import ExitCode
+from rwkv_train.training.attempt import checkpoint_to_resume
 from rwkv_train.training.setup import assemble
 
 
@@ -19,7 +19,7 @@ def train(config: Config, storage: Storage | None = None, rank_info: RankInfo | 
     Args:
         config: settled and checked.
         storage: of the checkpoints; None: the local file system.
-        rank_info: of this process, None: the only one; only the first rank prints and writes.
+        rank_info: of this process, None: the only one; only rank 0 prints and writes.
 
     Returns:
         the exit code: see exit_codes.py.
@@ -41,6 +41,7 @@ def train(config: Config, storage: Storage | None = None, rank_info: RankInfo | 
 
 def _train(config: Config, storage: Storage | None, rank_info: RankInfo | None) -> int:
     setup = assemble(config, storage, rank_info)
+    checkpoint_to_resume(setup)
     from rwkv_train.training.loop import fit  # Lightning takes seconds to import: user errors come first
 
     try:
@@ -48,10 +49,12 @@ def _train(config: Config, storage: Storage | None, rank_info: RankInfo | None) 
     except RuntimeError as error:
         message = str(error)
         if re.search("EADDRINUSE|address already in use", message, re.IGNORECASE):
-            raise UserError(
-                f"the port over which the processes find each other is in use: {message.splitlines()[0][:200]}",
-                "MASTER_PORT=NUMBER before the command chooses another one",
-            ) from None
+            print(  # processes of the last start may still end: starting again may help
+                f"error: the port over which the ranks find each other is in use: {message.splitlines()[0][:200]}\n"
+                "  the same command again, or MASTER_PORT=NUMBER before it for another port",
+                file=sys.stderr,
+            )
+            return ExitCode.FAILED
         if setup.resolved.mesh.ranks > 1 and another_has_ended(error):
             print(
                 f"rank {setup.rank_info.rank} on {setup.rank_info.node} ends: another rank of the run has ended",

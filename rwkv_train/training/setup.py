@@ -1,4 +1,4 @@
-"""RunSetup: data, model and settled settings of a run, from a checked config; RunAttempt: one start of that run.
+"""RunSetup: data, model and settled settings of a run, from a checked config.
 
 Making a RunSetup finds every error that needs the data, the weights or the devices, and writes nothing.
 No Lightning here: it takes seconds to import.
@@ -8,40 +8,35 @@ from __future__ import annotations
 
 import hashlib
 import math
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from rich.console import Console
 
 import rwkv_train
-from rwkv_train.checkpoint.directory import list_checkpoints, newest, read_meta, refuse_damage, remove_unfinished
-from rwkv_train.checkpoint.meta import CheckpointMeta
-from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
 from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Config
 from rwkv_train.config.clock import TokenClock
 from rwkv_train.config.mesh import Mesh
-from rwkv_train.config.schema import PLACEMENT, as_tree, differences
+from rwkv_train.config.schema import as_tree
+from rwkv_train.console import make_console
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.sources import check_token_in_vocabulary
-from rwkv_train.errors import UserError
 from rwkv_train.models import LanguageModel, RecipeRow, build_model, recipe_of
 from rwkv_train.models.weights import refuse_mismatches, shapes_of
 from rwkv_train.planning.model import model_config
 from rwkv_train.planning.resolved import ResolvedConfig, find_devices, resolve
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.rundir.history import History
-from rwkv_train.rundir.jsonl import Events, JsonLines, WriteErrors
 from rwkv_train.training.initial_weights import Recipe
 from rwkv_train.training.optim import describe_frozen, describe_groups, parameter_groups
-from rwkv_train.training.resume import clock_of, continue_data, is_same_data, skipped_samples
+
+if TYPE_CHECKING:
+    from rwkv_train.training.attempt import RunAttempt
 
 
 @dataclass(frozen=True)
@@ -96,14 +91,14 @@ def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo
         UserError: what shows only with the data, the weights or the devices at hand.
     """
     rank_info = rank_info or RankInfo()
-    console = Console(quiet=not rank_info.first, highlight=False, soft_wrap=True)
+    console = make_console(quiet=not rank_info.first)
     devices = find_devices(config)
     torch.set_num_threads(devices.threads)
     data = _read_data(config, devices.mesh)
     resolved = resolve(config, devices, data.vocabulary, data.split.samples, console)
     data.share_out(resolved.micro)
     model, source = _build(config, data.vocabulary, resolved.strategy == "single" and not config.dry_run)
-    setup = RunSetup(
+    return RunSetup(
         config=config,
         resolved=resolved,
         tree=as_tree(devices.recorded(config)),
@@ -117,14 +112,10 @@ def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo
         directory=RunDirectory(config.run.root, config.run.name),
         storage=storage,
     )
-    if config.resume not in ("auto", "never"):
-        path = Path(config.resume).expanduser()
-        refuse_damage(path, content=rank_info.first)
-        check_checkpoint(path, setup)
-    return setup
 
 
-def _total_steps(config: Config, clock: TokenClock) -> int | None:
+def total_steps(config: Config, clock: TokenClock) -> int | None:
+    """Optimiser steps of the budget; None: no limit."""
     budget = config.budget.total
     return None if budget is None else clock.steps(budget)
 
@@ -142,7 +133,7 @@ def _read_data(config: Config, mesh: Mesh) -> Batches:
         config.model.vocab_size,
     )
     if not config.run.allow_changes:  # else the checkpoint decides how far the data is read: open_attempt
-        data.refuse_budget(_total_steps(config, clock_of(None, config.batch.tokens)))
+        data.refuse_budget(total_steps(config, TokenClock.resumed((), 0, config.batch.tokens)))
     check_token_in_vocabulary(data.largest_token, data.vocabulary, f"data.path={config.data.path}")
     return data
 
@@ -165,37 +156,6 @@ def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel
             source.fill(StateShard(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in model.named_parameters())
     model.checkpoint_activations(int(config.activation_checkpointing))
     return model, None if valued else source
-
-
-def check_checkpoint(path: Path, setup: RunSetup) -> None:
-    """Refuses to resume from a checkpoint of another model, other data or another config.
-
-    Raises:
-        UserError: it lists what differs, unless run.allow_changes=true allows it.
-    """
-    meta = read_meta(path)
-    refuse_mismatches(f"the checkpoint {path}", meta.shapes, setup.model)
-    changes = _changes(meta, setup)
-    placed = [change for change in changes if change.split(":")[0] in PLACEMENT]
-    changed = [change for change in changes if change not in placed]
-    if changed and not setup.config.run.allow_changes:
-        raise UserError(
-            f"the checkpoint {path} was made with another config: {'; '.join(changed)}",
-            "to resume all the same: run.allow_changes=true; for a new run: run.name=NEW",
-        )
-    if placed or changed:
-        setup.console.print(f"resumed with {'; '.join([*placed, *changed])}")
-
-
-def _changes(meta: CheckpointMeta, setup: RunSetup) -> list[str]:
-    """What differs from the run that a checkpoint was made by, each as "what: before → now"."""
-    changes = differences(meta.config, setup.tree)
-    if meta.data != setup.data.digest:
-        changes.append(f"the data itself: content hash {meta.data} → {setup.data.digest}")
-    tokenizer = setup.data.tokenizer.identity
-    if meta.tokenizer != tokenizer:
-        changes.append(f"the tokenizer: {meta.tokenizer} → {tokenizer}")
-    return changes
 
 
 def versions() -> dict[str, str]:
@@ -225,112 +185,3 @@ def describe(setup: RunSetup, attempt: RunAttempt) -> None:
     budget = "no end" if total is None else f"{total:,} steps = {attempt.clock.tokens(total):,} tokens"
     say(f"budget  {budget}" + ("" if hours is None else f", at most {hours:g} h"))
     say(f"run     {setup.directory.path}" + ("" if checkpoint is None else f", resumed from {checkpoint}"))
-
-
-@dataclass(frozen=True)
-class RunAttempt:
-    """One start of a run, from its claim of a number on.
-
-    Attributes:
-        number: of the attempt, from 1; 0 on ranks but the first, whose number they take over when they know each other.
-        checkpoint: to resume from; None: the run begins at step 0.
-        meta: of the checkpoint; None: there is none.
-        history: of the attempts before.
-        events, metrics: the records that this attempt writes.
-        rewinds: how often the run was rewound so far.
-        clock: tokens trained on after each step.
-        total_steps: optimiser steps of the budget; None: no limit.
-        same_data: whether the checkpoint was made with the same data in the same order.
-    """
-
-    number: int
-    checkpoint: Path | None
-    meta: CheckpointMeta | None
-    history: History
-    events: Events
-    metrics: JsonLines
-    rewinds: int
-    clock: TokenClock
-    total_steps: int | None
-    same_data: bool
-
-    @property
-    def step(self) -> int:
-        """The step that the attempt begins after."""
-        return 0 if self.meta is None else self.meta.step
-
-
-def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -> RunAttempt | None:
-    """Claims the next attempt of a run whose directory this process holds, opens its records, and sets the data.
-
-    Args:
-        setup: of the run.
-        write_errors: counts what the disk refuses.
-        stack: closes the records.
-
-    Returns:
-        None where the run is finished already, which is printed.
-
-    Raises:
-        UserError: the checkpoint does not fit the config, the data ends before the budget, or no attempt can be
-            claimed.
-    """
-    run, batch = setup.directory, setup.config.batch.tokens
-    present = list_checkpoints(run.checkpoints, setup.storage)
-    checkpoint, meta = _find_checkpoint(setup)
-    step, total = 0 if meta is None else meta.step, _total_steps(setup.config, clock_of(meta, batch))
-    if total is not None and step >= total:
-        setup.console.print(
-            f"{run.path} is finished: {step} of {total} steps.\n"
-            "  budget.steps=MORE run.allow_changes=true continues it; run.name=NEW starts another run"
-        )
-        return None
-    passed_over = run.read_passed_over()
-    skips = skipped_samples(passed_over["skipped"], setup.data.context)
-    continue_data(setup.data, meta, skips)
-    setup.data.refuse_budget(total)
-    history = History.read(run)
-    number = run.claim_attempt() if setup.first else 0
-    if list_checkpoints(run.checkpoints, setup.storage) != present:  # an older attempt has saved one
-        checkpoint, meta = _find_checkpoint(setup)
-        continue_data(setup.data, meta, skips)
-    setup.data.end_before(total)
-    if setup.first:
-        _note_start(setup, number, checkpoint, meta, write_errors)
-    clock, same_data = clock_of(meta, batch), meta is None or is_same_data(_changes(meta, setup))
-    events, metrics = stack.enter_context(run.records(number, setup.first, clock.tokens))
-    rewinds = passed_over["rewinds"]
-    return RunAttempt(number, checkpoint, meta, history, events, metrics, rewinds, clock, total, same_data)
-
-
-def _note_start(
-    setup: RunSetup, number: int, checkpoint: Path | None, meta: CheckpointMeta | None, write_errors: WriteErrors
-) -> None:
-    """Writes what the attempt resumes from, before everything else of it, and config.yaml."""
-    run = setup.directory
-    own = checkpoint is not None and checkpoint.absolute().parent == run.checkpoints.absolute()
-    name = CheckpointName.parse(checkpoint.name) if checkpoint is not None and own else None
-    run.attempts.begin(number, 0 if meta is None else meta.step, None if name is None else name.attempt)
-    remove_unfinished(run.checkpoints, number, setup.storage)
-    with write_errors.tolerate(run.config), run.atomic_write(run.config) as path:
-        path.write_text(yaml.safe_dump(setup.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def _find_checkpoint(setup: RunSetup) -> tuple[Path | None, CheckpointMeta | None]:
-    """The checkpoint to resume from and its meta; prints the damaged ones that it passes over."""
-    config = setup.config
-    if config.resume == "never":
-        return None, None
-    if config.resume != "auto":
-        path = Path(config.resume).expanduser()
-        return path, read_meta(path)
-    directory = setup.directory.checkpoints
-    found, damaged = newest(directory, setup.storage, content=setup.first)
-    for damage in damaged:
-        setup.console.print(f"[bold red]damaged checkpoint passed over[/bold red]: {damage.path}: {damage.reason}")
-    if found is not None:
-        check_checkpoint(found, setup)
-        return found, read_meta(found)
-    if config.resume_typed:
-        setup.console.print(f"resume=auto: nothing to resume in {directory}; the run starts at step 0")
-    return None, None

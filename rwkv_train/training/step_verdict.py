@@ -25,6 +25,8 @@ class StepVerdict:
         finite: (P, L, B) bool of each micro-batch: whether the P parts of each layer's state are finite at the end of
             each sample.
         loss: (), mean of the step over micro-batches and ranks; None before `judge`.
+        text: (2,), predicted tokens of the step over micro-batches and ranks, and the bytes of their text; None before
+            `judge`, or where no text was recorded.
         bad: () bool, whether the step's update is left out; None before `judge`.
         skipped: () float32, updates that were left out so far; None before the first step.
     """
@@ -33,10 +35,12 @@ class StepVerdict:
         self.losses: list[Tensor] = []
         self.finite: list[Tensor] = []
         self.loss: Tensor | None = None
+        self.text: Tensor | None = None
         self.bad: Tensor | None = None
         self.skipped: Tensor | None = None
         self._limit = math.inf
         self._skipped_before = 0
+        self._texts: list[Tensor] = []  # of the step's micro-batches on this rank so far
         self._finite_gradient: Tensor | None = None  # () bool, on all ranks; None: only known after the step
 
     def set_limit(self, loss: float) -> None:
@@ -51,15 +55,23 @@ class StepVerdict:
 
     def begin_step(self, device: torch.device) -> None:
         """Before the first micro-batch of a step."""
-        self.bad = self.loss = None
-        self.losses, self.finite = [], []
+        self.bad = self.loss = self.text = None
+        self.losses, self.finite, self._texts = [], [], []
         if self.skipped is None:
             self.skipped = torch.full((), float(self._skipped_before), device=device)
 
-    def record_microbatch(self, loss: Tensor, state: State) -> None:
-        """After the forward pass of a micro-batch, with its loss () and the state at the end of its samples."""
+    def record_microbatch(self, loss: Tensor, state: State, text: Tensor | None = None) -> None:
+        """After the forward pass of a micro-batch.
+
+        Args:
+            loss: ().
+            state: at the end of its samples.
+            text: (2,), its predicted tokens and the bytes of their text.
+        """
         self.losses.append(loss.detach())
         self.finite.append(state.finite(EVIDENCE_BYTES))
+        if text is not None:
+            self._texts.append(text)
 
     def judge(self, norm: Tensor | None) -> Tensor:
         """Whether the step is bad, () bool, the same on all ranks; called before the optimiser's step.
@@ -69,12 +81,14 @@ class StepVerdict:
                 out an update whose gradient is not finite.
         """
         loss = self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).mean()
+        text = torch.stack(self._texts).sum(0).to(loss) if self._texts else loss.new_zeros(0)
         finite = None if norm is None else norm <= LARGEST_FINITE
         if dist.is_initialized():
-            sums = torch.stack([loss, torch.ones_like(loss) if finite is None else finite.to(loss)])
+            sums = torch.stack([loss, torch.ones_like(loss) if finite is None else finite.to(loss), *text])
             dist.all_reduce(sums)
-            loss, share = (sums / dist.get_world_size()).unbind()
+            (loss, share), text = (sums[:2] / dist.get_world_size()).unbind(), sums[2:]
             finite = None if finite is None else share == 1
+        self.text = text if self._texts else None
         self.loss, self._finite_gradient = loss, finite
         below = loss <= min(self._limit, LARGEST_FINITE)  # false of NaN
         self.bad = ~below if finite is None else ~(below & finite)

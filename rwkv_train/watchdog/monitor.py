@@ -22,21 +22,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.watchdog.heartbeat import HeartbeatReader
-from rwkv_train.watchdog.verdict import (
-    Coordinator,
-    Limits,
-    Member,
-    Phase,
-    RankReport,
-    Stragglers,
-    Verdict,
-    phase_limit,
-)
+from rwkv_train.watchdog.verdict import Coordinator, Limits, Member, Phase, RankReport, Stragglers, Verdict, phase_limit
 
 POLL_SECONDS = 1.0  # seconds between two observations of the rank
 SINGLE_RANK_FACTOR = 10  # by which all limits are larger where there is one rank only
@@ -195,7 +187,7 @@ class Monitor:
                 return
             if self.rank.ended is not None:
                 if self.coordinator is None or self.coordinator.over or self.rank.ended == "":
-                    self._say_goodbye()
+                    self._release_members()
                     return
                 with suppress(KeyError):  # rank 0 has failed: the other ranks are judged before this monitor ends
                     selector.unregister(self.channel.channel)
@@ -258,7 +250,7 @@ class Monitor:
                 if message.pop("token", None) == self.token:
                     coordinator.receive(RankReport(**message), now)
                     verdict = coordinator.verdict
-                    member.write({} if verdict is None else verdict.as_json())
+                    member.write({} if verdict is None else asdict(verdict))
         self.members = [member for member in self.members if member.open]
 
     def _exchange(self, member: Member, report: RankReport, now: float) -> None:
@@ -267,7 +259,7 @@ class Monitor:
             with suppress(OSError):
                 self.to_coordinator = JsonSocket(socket.create_connection(self.address, timeout=POLL_SECONDS))
         if self.to_coordinator is not None:
-            self.to_coordinator.write({**report.as_json(), "token": self.token})
+            self.to_coordinator.write({**asdict(report), "token": self.token})
             for answer in self.to_coordinator.read():
                 member.receive(answer, now)
 
@@ -303,7 +295,7 @@ class Monitor:
     def _end_run(self, verdict: Verdict) -> None:
         """Sends the verdict to all monitors, writes the stacks, and ends the rank."""
         for member in self.members:
-            member.write(verdict.as_json())
+            member.write(asdict(verdict))
         incomplete = self._dump_stacks(verdict) if self.rank.ended is None else None
         if self.rank.number in (0, *verdict.ranks[:1]) or self.member is None:
             where = "" if self.directory is None else f"\n  stacks: {self.directory}/stacks_rank_*.txt"
@@ -342,7 +334,7 @@ class Monitor:
                         if message.get("token") == self.token and "done" in message:
                             done.add(member)
                         else:
-                            member.write(verdict.as_json())
+                            member.write(asdict(verdict))
                 self.members = [member for member in self.members if member.open]
                 ready = all(member in done for member in self.members)
             elif self.to_coordinator is not None:
@@ -381,12 +373,12 @@ class Monitor:
             file.write(f"py-spy: {why}\n")
         return path
 
-    def _say_goodbye(self) -> None:
-        """The rank has ended normally or reported its failure: tells the other monitors not to wait for answers."""
+    def _release_members(self) -> None:
+        """The rank has ended normally or reported its failure: the other monitors need no answers any more."""
         if self.to_coordinator is not None and self.member is not None:
             self._exchange(self.member, self.rank.report(time.monotonic()), time.monotonic())
         for member in self.members:
-            member.write({"bye": True})
+            member.write({"release": True})
 
 
 def main() -> None:

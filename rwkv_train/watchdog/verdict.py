@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -106,9 +106,6 @@ class RankReport:
         """How far the rank has come."""
         return self.step, self.phase_number, self.index
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -123,9 +120,6 @@ class Verdict:
     ranks: Sequence[int]
     step: int
     reason: str
-
-    def as_json(self) -> dict[str, Any]:
-        return {"ranks": list(self.ranks), "step": self.step, "reason": self.reason}
 
 
 def phase_limit(limits: Limits, phase: int, steps: int, step_time: float) -> float:
@@ -288,9 +282,9 @@ class Member:
         self._answered = now
 
     def receive(self, answer: Mapping[str, Any], now: float) -> None:
-        """Takes an answer of the coordinator: {} if nothing is wrong, a verdict, or {"bye"} when rank 0 has ended."""
+        """Takes an answer of the coordinator: {} if nothing is wrong, a verdict, or {"release"}: rank 0 has ended."""
         self._answered = now
-        if "bye" in answer:
+        if "release" in answer:
             self.released = True
         if "reason" in answer and self.verdict is None:
             self.verdict = Verdict(answer["ranks"], answer["step"], answer["reason"])

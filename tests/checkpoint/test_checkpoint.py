@@ -18,8 +18,9 @@ from rwkv_train.checkpoint.directory import list_checkpoints, newest, read_meta,
 from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.cli import launcher
 from rwkv_train.errors import UserError
+from rwkv_train.exit_codes import ExitCode
 from rwkv_train.training.run import train
-from tests.runs import losses, overrides_for, rows, same_weights
+from tests.runs import losses, overrides_for, rows, same_weights, start_ranks, train_ranks
 
 NINE_STEPS = ("budget.steps=9", "checkpoint.every.steps=3", "validation.every.steps=100")
 
@@ -134,10 +135,54 @@ def test_resume_passes_over_the_damaged_one_and_says_so(
         file.truncate(1000)
     assert resume(copy) == 0
     printed = capfd.readouterr().out
-    assert "damaged checkpoint passed over: " in printed
+    assert "damaged checkpoint skipped: " in printed
     assert "step_000000006-0001: weights.pth has 1000 bytes" in printed
     assert losses(run) == losses(whole / "runs" / "run")
     assert same_weights(run, whole / "runs" / "run")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The exit code is one that nobody restarts, and nothing of the run changes; a dry run says the same."""
+    run = copy / "runs" / "run"
+    for path in (run / "checkpoints").glob("step_*/weights.pth"):
+        content = bytearray(path.read_bytes())
+        content[-100] ^= 1
+        path.write_bytes(content)
+    overrides = overrides_for(copy, "run", *NINE_STEPS, f"data.path={copy / 'text.txt'}", "run.allow_changes=true")
+    before = sorted(path for path in run.rglob("*") if path.name != ".lock")
+    assert launcher.main(overrides) == ExitCode.USER_ERROR
+    printed = capfd.readouterr().err
+    assert "are damaged: step_000000006-0001: weights.pth has other content than was written; step_000000003" in printed
+    assert sorted(path for path in run.rglob("*") if path.name != ".lock") == before
+    for path in (run / "checkpoints").glob("step_*/weights.pth"):
+        path.unlink()
+    assert launcher.main([*overrides, "dry_run=true"]) == ExitCode.USER_ERROR
+
+
+def test_ranks_agree_about_damage_that_only_rank_0_sees(copy: Path, whole: Path) -> None:
+    """It hashes the content, the others do not: for them the run would be finished, or resumable."""
+    run = copy / "runs" / "run"
+    overrides = overrides_for(copy, "run", *NINE_STEPS, f"data.path={copy / 'text.txt'}", "strategy=ddp")
+    overrides = [*overrides, "run.allow_changes=true", "budget.steps=6"]
+
+    def damage(step: int) -> None:
+        for path in (run / "checkpoints").glob(f"step_{step:09d}-*/weights.pth"):
+            content = bytearray(path.read_bytes())
+            content[-100] ^= 1
+            path.write_bytes(content)
+
+    damage(6)
+    train_ranks(overrides, 2)
+    assert rows(run, "events.jsonl")[-1]["event"] == "finished"
+    assert losses(run)[:6] == pytest.approx(losses(whole / "runs" / "run")[:6], rel=1e-6)
+    for step in (3, 6):
+        damage(step)
+    processes = start_ranks(overrides, 2)
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [2, 2]
+    assert rows(run, "events.jsonl")[-1]["event"] == "finished"
 
 
 def test_a_finished_run_says_so(whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +191,24 @@ def test_a_finished_run_says_so(whole: Path, capfd: pytest.CaptureFixture[str]) 
     assert "is finished: 9 of 9 steps" in capfd.readouterr().out
     after = sorted((path, path.stat().st_mtime_ns) for path in (whole / "runs").rglob("*") if path.is_file())
     assert [entry for entry in after if entry[0].name != ".lock"] == [e for e in before if e[0].name != ".lock"]
+
+
+def test_what_a_finished_run_lacks_is_made_by_the_next_call(whole: Path, tmp_path: Path) -> None:
+    """Its process may have ended between the last checkpoint and the last file, or a file was lost since."""
+    shutil.copytree(whole, tmp_path / "copy")
+    run = tmp_path / "copy" / "runs" / "run"
+    for name in ("weights.pth", "loss.png"):
+        (run / name).unlink()
+    again = overrides_for(tmp_path / "copy", "run", *NINE_STEPS, "samples.tokens=8", "run.allow_changes=true")
+    assert train(launcher.load(again)) == 0
+    assert same_weights(run, whole / "runs" / "run")
+    assert (run / "loss.png").stat().st_size > 1000
+    assert (run / "samples.txt").read_text().startswith("===== after 9 steps =====\n")
+    assert [row["event"] for row in rows(run, "events.jsonl")][-2:] == ["resumed", "finished"]
+    assert losses(run) == losses(whole / "runs" / "run")
+    before = (run / "events.jsonl").read_bytes()
+    assert train(launcher.load(again)) == 0
+    assert (run / "events.jsonl").read_bytes() == before
 
 
 def test_the_probe_refuses_other_weights(copy: Path) -> None:
@@ -162,13 +225,15 @@ def test_the_probe_refuses_other_weights(copy: Path) -> None:
         resume(copy)
 
 
-def test_from_an_older_checkpoint_on_the_newer_ones_do_not_count(whole: Path, copy: Path) -> None:
+def test_from_an_older_checkpoint_on_the_newer_ones_do_not_count(
+    whole: Path, copy: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The start names them, and the first save deletes them."""
     run = copy / "runs" / "run"
     assert resume(copy, f"resume={run / 'checkpoints' / 'step_000000003-0001'}") == 0
     assert losses(run) == losses(whole / "runs" / "run")
-    assert (
-        run / "checkpoints" / "step_000000006-0001"
-    ).is_dir()  # it is kept, but belongs to an attempt that was superseded
+    assert "no longer count, deleted after the next save: step_000000006-0001\n" in capfd.readouterr().out
+    assert not (run / "checkpoints" / "step_000000006-0001").exists()
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == [
         "step_000000003-0001",
         "step_000000006-0002",

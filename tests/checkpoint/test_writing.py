@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from rwkv_train.checkpoint import commit, writer
+from rwkv_train.checkpoint import commit, directory, writer
+from rwkv_train.checkpoint.retention import Retention
+from rwkv_train.checkpoint.storage import MANIFEST, LocalStorage
 from rwkv_train.rundir.attempts import Attempts, Lineage
 from rwkv_train.rundir.jsonl import MergedView
 from tests.checkpoint.writing import play
@@ -65,6 +68,15 @@ def without_a_number(path: Path) -> Path:
     return path.with_name(".writing-" + path.name.partition("-")[0])
 
 
+def deleted_under_its_name(self: LocalStorage, path: Path) -> None:
+    """First the manifest, then the rest: a kill in between leaves a damaged checkpoint that counts."""
+    if path.is_dir():
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 BROKEN_RULES: list[tuple[Any, str, Callable[..., Any]]] = [
     (Lineage, "includes", everything_counts),
     (commit.Commit, "manifest", the_manifest_is_not_waited_for),
@@ -73,6 +85,10 @@ BROKEN_RULES: list[tuple[Any, str, Callable[..., Any]]] = [
     (Attempts, "lineage", lambda self, head=None: Lineage([])),
     (MergedView, "append", the_merge_is_followed_by_its_name),
     (writer, "temporary_path", without_a_number),
+    (LocalStorage, "delete", deleted_under_its_name),
+    (Retention, "_outdated", lambda self, attempt, lineage: []),
+    (directory, "is_doomed", lambda name: False),
+    (directory, "attempt_of_temporary", lambda name: None),
 ]
 
 

@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rwkv_train.checkpoint.directory import list_checkpoints, newest, remove_unfinished, verify
+from rwkv_train.checkpoint.directory import list_checkpoints, newest, newest_to_resume, remove_unfinished, verify
 from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.checkpoint.writer import Writer
 from rwkv_train.config import CheckpointSettings, Duration
+from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 from tests.checkpoint.metas import meta_of
@@ -96,6 +97,9 @@ class Store:
     def get(self, key: str) -> bytes:
         return self.values[key]
 
+    def delete_key(self, key: str) -> bool:
+        return self.values.pop(key, None) is not None
+
     def wait(self, keys: list[str], timeout: timedelta) -> None:
         for _ in range(300):
             if all(key in self.values for key in keys):
@@ -131,6 +135,7 @@ class World:
         self.folder, self.draw, self.ranks, self.left = folder, random.Random(seed), ranks, attempts
         self.run = RunDirectory(str(folder), "run")
         self.run.checkpoints.mkdir(parents=True)
+        self.keep = 1 + seed % 2
         self.back = threading.Semaphore(0)
         self.processes: list[Process] = []
         self.problems: list[str] = []
@@ -179,20 +184,29 @@ class World:
 
     def save(self, number: int, step: int, rank: int, store: Store) -> str | None:
         """A rank's part of a save by the real writer, followed by the real deletion; returns why it failed."""
-        settings = CheckpointSettings(Duration(steps=EVERY), 1, None, False, True)
+        settings = CheckpointSettings(Duration(steps=EVERY), self.keep, None, False, True)
         policy = CheckpointCallback(self.run.checkpoints, settings, 1, None, {}, None, Disk())  # type: ignore[arg-type]
         policy._attempt = number
         writer = Writer(Disk(), rank, self.ranks, store, policy._retain)
         part = {f"part_{rank}.json": [number, step, rank]}
         final = self.run.checkpoints / str(CheckpointName(step, number))
         writer._save(final, part, meta_of(step=step), str(step))
-        return writer.finished()[0].error
+        (outcome,) = writer.finished()
+        if outcome.trouble is not None:
+            self.problems.append(f"{final.name}: {outcome.trouble}")
+        return outcome.error
 
     def first(self, shared: dict[str, int], store: Store) -> None:
         """Rank 0, in the order of training/loop.py."""
         run = self.run
         number = run.attempts.claim()
-        base, _ = newest(run.checkpoints)
+        try:
+            base, _ = newest_to_resume(run.checkpoints)
+        except UserError:  # there are checkpoints and none counts: only a user may start at step 0
+            return
+        complete = [path for path in list_checkpoints(run.checkpoints) if verify(path) is None]
+        if complete and self.draw.random() < 0.3 and self.alone():
+            base = self.draw.choice(complete)  # resume=PATH: those behind it no longer count
         begin = self.begin(number, base)
         remove_unfinished(run.checkpoints, number, Disk())
         with run.records(number, True) as (events, lines):
@@ -205,6 +219,11 @@ class World:
                         return
                     error = self.save(number, step, 0, store)
                     events.add("checkpoint" if error is None else "checkpoint_failed", step)
+
+    def alone(self) -> bool:
+        """Whether no earlier attempt is alive, which could delete what the user of this one has chosen."""
+        own = threading.current_thread().name.split(".")[0]
+        return all(process.done or process.name.split(".")[0] == own for process in self.processes)
 
     def begin(self, number: int, base: Path | None) -> int:
         """Notes the start of an attempt from a checkpoint; returns its step."""
@@ -231,8 +250,7 @@ class World:
         for file, who in self.writers.items():
             if len(who) > 1:
                 return f"{file} was written by {sorted(who)}"
-        committed = [path for path in list_checkpoints(run.checkpoints) if (path / "manifest.json").exists()]
-        for path in committed:  # one without a manifest was being deleted
+        for path in list_checkpoints(run.checkpoints):
             if (damage := verify(path)) is not None:
                 return f"{path.name} counts and is damaged: {damage.reason}"
             for rank in range(self.ranks):
@@ -257,7 +275,21 @@ class World:
             return f"the rows before step {step} are {[row['step'] for row in rows]}"
         with run.records(number, True):
             shown = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-        return None if shown == rows else "metrics.jsonl is not the merge"
+        if shown != rows:
+            return "metrics.jsonl is not the merge"
+        return self.leftovers(number, step)
+
+    def leftovers(self, number: int, step: int) -> str | None:
+        """What a start and one save of an undisturbed attempt leave beside the checkpoints that are to be kept."""
+        remove_unfinished(self.run.checkpoints, number, Disk())
+        counted = [path.name for path in list_checkpoints(self.run.checkpoints)]
+        store, last = Store(), step + EVERY
+        for rank in reversed(range(self.ranks)):  # rank 0 comes last: it reads the others' messages
+            if (error := self.save(number, last, rank, store)) is not None:
+                return f"the save of step {last} failed: {error}"
+        wanted = {"latest", *[*counted, str(CheckpointName(last, number))][-self.keep :]}
+        found = {path.name for path in self.run.checkpoints.iterdir()}
+        return None if found == wanted else f"checkpoints/ holds {sorted(found)}, not {sorted(wanted)}"
 
 
 def play(folder: Path, seed: int) -> str | None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_train import __version__, ops
+from rwkv_train import __version__, ops, resources
 from rwkv_train.cli import doctor, launcher
 from rwkv_train.cli import main as cli
-from rwkv_train.cli.commands import COMMANDS, Command
+from rwkv_train.cli.commands import COMMANDS
 from rwkv_train.errors import UserError
 from rwkv_train.inference import generate
 from rwkv_train.inference.generate import GenerateOptions
@@ -83,15 +83,13 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"rwkv-train {__version__}\n"
 
 
-EXAMPLES = [example for command in COMMANDS.values() if isinstance(command, Command) for example in command.examples]
+EXAMPLES = [example for command in COMMANDS.values() for example in command.examples]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_examples_of_a_command_are_valid_and_in_its_help(example: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, *argv = shlex.split(example)
-    command = COMMANDS[name]
-    assert isinstance(command, Command)
-    command.parser(name).parse_args(argv)
+    COMMANDS[name].parser(name).parse_args(argv)
     with pytest.raises(SystemExit) as end:
         cli.main([name, "--help"])
     assert end.value.code == 0
@@ -138,7 +136,7 @@ def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     shown = capsys.readouterr().out
     assert "No problems found." in shown
     assert "C++ compiler /usr/bin/g++" in shown
-    assert f"{launcher.cores()} cores for this process" in shown
+    assert f"{resources.cpu_cores()} cores for this process" in shown
 
 
 def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +156,7 @@ def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_the_doctor_of_this_machine() -> None:
     assert [finding.verdict for finding in doctor.engines()] == ["ok"] * (1 + len(FAMILIES))
-    assert {finding.verdict for finding in doctor.devices(launcher.cores())} <= {"ok", "note"}
+    assert {finding.verdict for finding in doctor.devices(resources.cpu_cores())} <= {"ok", "note"}
 
 
 def test_an_interrupted_command(monkeypatch: pytest.MonkeyPatch) -> None:

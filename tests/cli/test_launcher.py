@@ -17,7 +17,7 @@ import yaml
 from rwkv_train.cli import launcher
 from rwkv_train.cli.conf_folders import ConfFolders
 from rwkv_train.cli.help import PLAN, TRAIN, help_text
-from rwkv_train.cluster.rank_info import RankInfo
+from rwkv_train.cluster.rank_info import PARENT, RankInfo
 from rwkv_train.config import Config
 from rwkv_train.config.schema import as_tree, schema
 from rwkv_train.errors import UserError
@@ -96,7 +96,8 @@ def test_all_errors_in_one_block(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_only_rank_0_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert launcher.rank() == 1
+    monkeypatch.setenv(PARENT, str(os.getppid()))
+    assert launcher.rank_info().rank == 1
     assert launcher.main(["seed=x"]) == 2
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("LOCAL_RANK", "0")

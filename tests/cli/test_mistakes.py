@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,15 +20,18 @@ import pytest
 import torch
 
 from rwkv_train.cli import launcher
+from rwkv_train.cli.main import main
 from rwkv_train.errors import UserError
 from rwkv_train.planning import resolved
+from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.run import train
 from rwkv_train.training.setup import assemble
+from tests import PRELOAD
 from tests.runs import ROOT, losses, overrides_for, rows, start
 
-pytestmark = pytest.mark.alone
-
 CONFIG, TORCH, LIGHTNING = 1.5, 4.0, 10.0  # CPU seconds within which an error is reported, by what is needed to find it
+# What an error of that kind is found without: the module that needs torch, or Lightning.
+NOT_IMPORTED = {CONFIG: "rwkv_train.training.run", TORCH: "rwkv_train.training.loop", LIGHTNING: None}
 
 
 @dataclass
@@ -152,10 +156,15 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
         CONFIG,
         ["compile=true does not support strategy=fsdp, which shards the parameters"],
     ),
+    "nodes that nothing starts": (
+        ["trainer.num_nodes=2", "batch.tokens=128"],
+        CONFIG,
+        ["trainer.num_nodes=2, but this process was started alone: nothing starts the other nodes"],
+    ),
     "device": (["device=h999"], CONFIG, ["device=h999: there is no such card\n  valid: a100-40g"]),
     "another batch": (
         ["budget.steps=4", "checkpoint.every.steps=2", "batch.tokens=256"],
-        LIGHTNING,
+        TORCH,
         ["batch.tokens: 128 → 256\n  to resume all the same: run.allow_changes=true"],
     ),
     "resume a missing shard": (
@@ -175,7 +184,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     ),
     "another config": (
         ["optim.clip=0.5"],
-        LIGHTNING,
+        TORCH,
         ["budget.steps: 4 → 50; optim.clip: 1.0 → 0.5"],
     ),
     "an unknown metric": (
@@ -188,7 +197,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     ),
     "a health policy": (["health.nonfinite=ignore"], CONFIG, ["health.nonfinite=ignore is not valid"]),
     "a logger's argument": (
-        ["logger=wandb", "+logger.wandb.projekt=x"],
+        ["logger=wandb", "+logger.wandb.projekt=x", "run.name=new"],
         LIGHTNING,
         ["logger.wandb: rwkv_train.trackers.wandb.Wandb got an unexpected keyword argument 'projekt'"],
     ),
@@ -232,27 +241,73 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake(mistake: str, template: Path, tmp_path: Path) -> None:
-    arguments, seconds, expected = MISTAKES[mistake]
-    folder = tmp_path / "here"
+IN_TIME = ["three at once", "data short", "another config", "a model that does not fit", "generate from torn weights"]
+IN_TIME += ["a logger's argument"]
+
+
+def command(mistake: str, template: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """A copy of the template, and the command line to run in it."""
+    arguments, folder = MISTAKES[mistake][0], tmp_path / "here"
     shutil.copytree(template, folder)
-    if arguments[0] != "-m":
-        tiny = overrides_for(folder, "run", "data.path=text.txt", "run.root=runs", *arguments)
-        if "data=text" in tiny and any(argument.startswith("init.weights") for argument in arguments):
-            tiny = [argument for argument in tiny if argument in arguments or not argument.startswith("model.")]
-        arguments = [str(ROOT / "train.py"), *tiny]
-    before = snapshot(folder)
-    result = run_python(arguments, folder)
-    assert snapshot(folder) == before
+    if arguments[0] == "-m":
+        return folder, arguments
+    tiny = overrides_for(folder, "run", "data.path=text.txt", "run.root=runs", *arguments)
+    if "data=text" in tiny and any(argument.startswith("init.weights") for argument in arguments):
+        tiny = [argument for argument in tiny if argument in arguments or not argument.startswith("model.")]
+    return folder, [str(ROOT / "train.py"), *tiny]
+
+
+def check_report(result: Result, expected: Sequence[str]) -> None:
     assert (result.code, result.out) == (2, "")
     for part in expected:
         assert part in result.err
     assert result.err.count("error: ") == len(expected)
     assert len(result.err.splitlines()) <= 2 * len(expected)
     assert "Traceback" not in result.err
+
+
+def run_forked(argv: Sequence[str], folder: Path, without: str | None) -> Result:
+    """As `run_python`, without the seconds that imports take: in a process that is forked from one that has them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=_forked, args=(list(argv), folder, without))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    result = Result(process.exitcode, (folder / "out").read_text(), (folder / "err").read_text(), 0.0)
+    for name in ("out", "err"):
+        (folder / name).unlink()
+    return result
+
+
+def _forked(argv: list[str], folder: Path, without: str | None) -> None:
+    os.chdir(folder)
+    for name, number in (("out", 1), ("err", 2)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    if without is not None:
+        sys.modules[without] = None  # type: ignore[assignment]  # whoever imports it gets an ImportError
+    sys.exit(main(argv[2:]) if argv[0] == "-m" else launcher.main(argv[1:]))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake(mistake: str, template: Path, tmp_path: Path) -> None:
+    _, needs, expected = MISTAKES[mistake]
+    folder, argv = command(mistake, template, tmp_path)
+    before = snapshot(folder)
+    check_report(run_forked(argv, folder, NOT_IMPORTED[needs]), expected)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("mistake", IN_TIME)
+def test_a_mistake_is_reported_in_time(mistake: str, template: Path, tmp_path: Path) -> None:
+    """As a real command, at least one for each kind of what is needed to find it."""
+    _, seconds, expected = MISTAKES[mistake]
+    folder, argv = command(mistake, template, tmp_path)
+    result = run_python(argv, folder)
+    check_report(result, expected)
     if result.cpu > seconds:  # cold caches of a busy machine; twice in a row, it is the program
-        result = run_python(arguments, folder)
+        result = run_python(argv, folder)
     assert result.cpu <= seconds
 
 
@@ -291,27 +346,32 @@ def running(overrides: Sequence[str], begun: Callable[[], bool]) -> Iterator[sub
             process.kill()
 
 
-def test_in_use_then_interrupted_then_resumed(tmp_path: Path) -> None:
-    """A running run keeps its directory locked; Ctrl-C ends it with one line; the same command resumes it."""
+@pytest.mark.alone
+def test_a_directory_in_use(tmp_path: Path) -> None:
+    overrides = overrides_for(tmp_path, "run")
+    run = tmp_path / "runs" / "run"
+    with RunDirectory(str(tmp_path / "runs"), "run").claimed(first=True):
+        before = snapshot(tmp_path)
+        result = run_python([str(ROOT / "train.py"), *overrides], tmp_path)
+        assert snapshot(tmp_path) == before
+    assert (result.code, result.out) == (2, "")
+    assert re.fullmatch(
+        rf"error: the run directory {run} is in use by another process \(pid {os.getpid()} on .+\)\n"
+        r"  wait for it, stop it, or give this run another name: run\.name=NAME\n",
+        result.err,
+    )
+    assert result.cpu <= LIGHTNING
+
+
+def test_interrupted_then_resumed(tmp_path: Path) -> None:
+    """Ctrl-C ends a run with one line; the same command resumes it."""
     overrides = overrides_for(
         tmp_path, "run", "budget.steps=1000000", "checkpoint.every.steps=20", "validation.every.steps=5000"
     )
     run = tmp_path / "runs" / "run"
     with running(overrides, lambda: any(run.glob("checkpoints/step_*"))) as process:
-        process.send_signal(signal.SIGSTOP)  # it holds the lock, and only other processes write now
-        before = snapshot(tmp_path)
-        result = run_python([str(ROOT / "train.py"), *overrides], tmp_path)
-        assert snapshot(tmp_path) == before
-        process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGINT)
         printed = process.communicate(timeout=60)[0]
-    assert (result.code, result.out) == (2, "")
-    assert re.fullmatch(
-        rf"error: the run directory {run} is in use by another process \(pid {process.pid} on .+\)\n"
-        r"  wait for it, stop it, or give this run another name: run\.name=NAME\n",
-        result.err,
-    )
-    assert result.cpu <= LIGHTNING
     assert process.returncode == 75
     assert "Traceback" not in printed
     step = len(losses(run))

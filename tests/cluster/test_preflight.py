@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 from rich.console import Console
 
-from rwkv_train.cluster.preflight import Report, compare, forward_error, meet
+from rwkv_train.cluster.preflight import Report, compare, forward_error, run_preflight
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.errors import UserError
 from rwkv_train.exit_codes import ExitCode
@@ -24,8 +24,8 @@ from tests import PRELOAD
 FACTS = {"code": "c1", "torch": "2.13.0", "data": "d1"}
 
 
-def report(rank: int, node: str, free: int = 10**12, behind: float = 0.0, **facts: str) -> Report:
-    return Report(rank, node, {**FACTS, **facts}, free, True, behind)
+def report(rank: int, node: str, free: int = 10**12, clock_lag: float = 0.0, **facts: str) -> Report:
+    return Report(rank, node, {**FACTS, **facts}, free, True, clock_lag)
 
 
 def problems(*reports: Report, needed: int = 0) -> list[str]:
@@ -67,8 +67,8 @@ def test_disk_and_clocks() -> None:
     reports = [
         report(0, "n1"),
         report(1, "n2", free=3 * 10**9),
-        report(2, "n3", behind=7.0),
-        report(3, "n4", behind=-9.2),
+        report(2, "n3", clock_lag=7.0),
+        report(3, "n4", clock_lag=-9.2),
     ]
     assert problems(*reports, needed=4 * 10**9) == [
         "the disk of the run directory has 3.0 GB free on node n2, two checkpoints take 4.0",
@@ -77,10 +77,10 @@ def test_disk_and_clocks() -> None:
     ]
 
 
-def test_a_mistake_that_only_some_have() -> None:
-    mistake = "data.path=x: there is no such file or directory"
-    reports = [report(0, "n1"), *(Report(rank, "n2", mistake=mistake) for rank in (1, 2))]
-    assert problems(*reports) == [f"on node n2: {mistake}"]
+def test_an_error_that_only_some_have() -> None:
+    error = "data.path=x: there is no such file or directory"
+    reports = [report(0, "n1"), *(Report(rank, "n2", error=error) for rank in (1, 2))]
+    assert problems(*reports) == [f"on node n2: {error}"]
 
 
 def free_port() -> int:
@@ -90,22 +90,24 @@ def free_port() -> int:
 
 
 def one_rank(
-    rank_info: RankInfo, directory: Path, facts: dict[str, str], seconds: float, out: Path, mistake: str
+    rank_info: RankInfo, directory: Path, facts: dict[str, str], seconds: float, out: Path, error: str
 ) -> None:
     """Ends with the exit code of a process of a run."""
     sys.stdout = sys.stderr = open(out, "w", buffering=1)  # noqa: SIM115
     try:
-        if mistake:
-            forward_error(rank_info, UserError(mistake), seconds)
+        if error:
+            forward_error(rank_info, UserError(error))
             sys.exit(2)
         if rank_info.first:
             time.sleep(0.5)  # the other ranks wait before it makes the directory
             directory.mkdir(exist_ok=True)
-        meet(rank_info, False, facts, directory, 1000, seconds, Console(quiet=not rank_info.first, soft_wrap=True))
+        run_preflight(
+            rank_info, False, facts, directory, 1000, seconds, Console(quiet=not rank_info.first, soft_wrap=True)
+        )
         dist.barrier()
         dist.destroy_process_group()
-    except UserError as error:
-        print(error)
+    except UserError as refusal:
+        print(refusal)
         sys.exit(2)
 
 
@@ -116,13 +118,13 @@ def ranks(tmp_path: Path) -> Callable[..., tuple[list[int | None], str]]:
     def run(*changes: dict[str, Any], seconds: float = 60) -> tuple[list[int | None], str]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        rank_info = RankInfo(starter="srun", ranks=len(changes), nodes=("n1", "n2"), machines=2, port=free_port())
+        rank_info = RankInfo(starter="srun", ranks=len(changes), node_names=("n1", "n2"), nodes=2, port=free_port())
         started = []
         for rank, change in enumerate(changes):
             here = replace(rank_info, rank=rank, node=f"n{rank + 1}", **change.get("rank_info", {}))
             directory = change.get("directory", tmp_path / "run")
             facts = {**FACTS, **change.get("facts", {})}
-            arguments = (here, directory, facts, seconds, tmp_path / f"{rank}.out", change.get("mistake", ""))
+            arguments = (here, directory, facts, seconds, tmp_path / f"{rank}.out", change.get("error", ""))
             if not change.get("absent"):
                 started.append(context.Process(target=one_rank, args=arguments))
                 started[-1].start()
@@ -156,7 +158,7 @@ def test_two_that_do_not(ranks: Callable[..., Any], tmp_path: Path) -> None:
 
 
 def test_the_first_one_speaks_for_all(ranks: Callable[..., Any]) -> None:
-    codes, printed = ranks({}, {"mistake": "data.path=x: there is no such file"})
+    codes, printed = ranks({}, {"error": "data.path=x: there is no such file"})
     assert codes == [2, 2], printed
     assert printed.count("on node n2: data.path=x: there is no such file") == 1
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rwkv_train.config import DataSettings
-from rwkv_train.data import ByteTokenizer, Corpus, load_tokenizer, read_corpus
-from rwkv_train.data.corpus import join
+from rwkv_train.data.corpus import Corpus, join, read_corpus
+from rwkv_train.data.tokenizers import ByteTokenizer, load_tokenizer
 from rwkv_train.errors import UserError
 
 

@@ -13,7 +13,7 @@ from rwkv_train.config import BatchSettings, DataSettings, SourceSettings, Stage
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.course import Course
 from rwkv_train.errors import UserError
-from rwkv_train.training.resume import continue_data, is_same_data, skipped_samples
+from rwkv_train.training.attempt import continue_data, is_same_data, skipped_samples
 from tests.checkpoint.metas import meta_of
 
 bounds = st.lists(st.integers(0, 60), max_size=6, unique=True).map(sorted)

@@ -170,7 +170,7 @@ def test_what_a_vocabulary_must_hold(corpus: Path) -> None:
 
 def test_what_a_run_says_of_its_data(corpus: Path) -> None:
     data = module(corpus)
-    assert data.bytes_per_token == 1.0
+    assert data.token_bytes.tolist() == [1] * 256
     assert f"{corpus}: 30 files, 3,000 bytes, hash {data.digest}; held out: " in data.description
 
 

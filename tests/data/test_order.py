@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_train.config.mesh import Mesh
-from rwkv_train.data import ShuffledOrder
-from rwkv_train.data.order import ReferenceOrder, permute, shuffled, split_batch
+from rwkv_train.data.order import ReferenceOrder, ShuffledOrder, permute, shuffled, split_batch
 from rwkv_train.errors import UserError
 
 

@@ -13,7 +13,7 @@ from rwkv_train.config import BatchSettings, DataSettings
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
-from rwkv_train.training.resume import continue_data
+from rwkv_train.training.attempt import continue_data
 from tests.checkpoint.metas import meta_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

@@ -88,8 +88,8 @@ def test_the_held_out_text_is_not_learned_from() -> None:
 @pytest.mark.slow
 def test_on_the_library_they_are_what_a_study_found() -> None:
     from rwkv_train.config import DataSettings
-    from rwkv_train.data import ByteTokenizer, read_corpus
-    from rwkv_train.data.corpus import join
+    from rwkv_train.data.corpus import join, read_corpus
+    from rwkv_train.data.tokenizers import ByteTokenizer
 
     corpus = read_corpus(DataSettings(source="stdlib", path=None, tokenizer="bytes", hold_out=0.05))
     train, held_out = (join(part, ByteTokenizer()).tokens for part in (corpus.train, corpus.held_out))

@@ -57,11 +57,11 @@ def test_resumed_is_bit_equal(folder: Path, strategy: str) -> None:
 
 @pytest.mark.timeout(400)  # six minutes beside twenty other processes
 def test_one_process_two_and_four(folder: Path) -> None:
-    """Ten steps each, by another strategy each; four ranks share two cores."""
+    """Ten steps each, by another strategy each, in one pass, two and one; four ranks share two cores."""
     two = stopped_at(folder / "runs" / "single", 10, "two")
-    train_ranks(overrides_for(folder, two.name, *THIRTY_STEPS, "strategy=deepspeed_1"), 2)
+    train_ranks(overrides_for(folder, two.name, *THIRTY_STEPS, "strategy=deepspeed_1", "batch.micro=1"), 2)
     four = stopped_at(two, 20, "four")
-    train_ranks(overrides_for(folder, four.name, *THIRTY_STEPS, "strategy=deepspeed_3"), 4)
+    train_ranks(overrides_for(folder, four.name, *THIRTY_STEPS, "strategy=deepspeed_3", "batch.micro=1"), 4)
     assert [row["step"] for row in rows(four, "events.jsonl") if row["event"] == "resumed"] == [10, 20]
     assert_close(four, folder / "runs" / "single")
 
@@ -87,9 +87,12 @@ MORE_MOVES = [  # from each strategy and to each, to more processes and to fewer
 def test_another_strategy_and_number_of_processes_resume(
     folder: Path, before: str, from_ranks: int, after: str, ranks: int
 ) -> None:
+    """As many passes a step as there are samples for a rank, after one pass a step."""
     name = f"{before}_{from_ranks}_{after}_{ranks}"
     moved = stopped_at(run_of(folder, before, from_ranks), 10, name)
-    overrides = overrides_for(folder, name, *THIRTY_STEPS, "strategy=" + after.replace("single", "auto"))
+    overrides = overrides_for(
+        folder, name, *THIRTY_STEPS, "strategy=" + after.replace("single", "auto"), "batch.micro=1"
+    )
     if after == "single":
         assert train(launcher.load(overrides)) == 0
     else:

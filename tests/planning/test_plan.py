@@ -120,6 +120,8 @@ def test_what_goes_over_the_network() -> None:
     assert sent == {"ddp": 2, "deepspeed_2": 2, "fsdp": 3}
     assert traffic(counts, replace(layout, strategy="deepspeed_3", accumulation=2)) / whole == 6
     assert traffic(counts, replace(layout, strategy="ddp", accumulation=2)) / whole == 2
+    mixed = {n: traffic(counts, replace(layout, strategy=n, mixed=True)) / whole for n in ("fsdp", "deepspeed_3")}
+    assert mixed == {"fsdp": 2, "deepspeed_3": 3}  # FSDP2 gathers in bfloat16; all sums of gradients are in float32
 
 
 @pytest.mark.parametrize("overrides", [(), ("batch.micro=16",), ("strategy=ddp",), ("strategy=fsdp", "batch.micro=16")])
@@ -181,7 +183,7 @@ def test_the_papers_model_has_the_papers_parameters(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("text")
     config = launcher.load(["experiment=paper_169m", f"data.path={tmp_path}", "dry_run=true", "device=h100-80g"])
     found = make_plan(config, CARDS["h100-80g"], Mesh(8), 256)
-    assert (found.counts.vocab_size, found.counts.parameters) == (50277, 169_342_464)
+    assert (found.counts.shape.vocab_size, found.counts.parameters) == (50277, 169_342_464)
 
 
 def test_a_stated_mfu_is_the_plans() -> None:

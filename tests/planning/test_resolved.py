@@ -10,6 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from rwkv_train import resources
 from rwkv_train.cli import launcher
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.errors import UserError
@@ -26,7 +27,7 @@ def values(found: Any) -> dict[str, Any]:
 
 
 def test_nothing_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolved, "cores", lambda: 8)
+    monkeypatch.setattr(resources, "cpu_cores", lambda: 8)
     more = ("trainer.accelerator=auto", "trainer.devices=auto", "batch.micro=2")
     setup = assemble(
         launcher.load([override for override in overrides_for(tmp_path, "run", *more) if override != "threads=1"])
@@ -51,7 +52,7 @@ def test_the_precision_is_recorded(tmp_path: Path) -> None:
 
 
 def test_several_ranks_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolved, "cores", lambda: 4)
+    monkeypatch.setattr(resources, "cpu_cores", lambda: 4)
     config = launcher.load([override for override in overrides_for(tmp_path, "run") if override != "threads=1"])
     found = resolved.find_devices(replace(config, trainer=replace(config.trainer, devices=2)))
     assert (found.mesh, found.per_node, found.nodes, found.threads) == (Mesh(2), 2, 1, 2)
@@ -68,6 +69,6 @@ def test_a_chosen_strategy_whose_package_is_missing_is_refused(tmp_path: Path, m
 def test_no_strategy_splits_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = launcher.load(overrides_for(tmp_path, "run"))
     monkeypatch.setattr(Devices, "mesh", property(lambda self: Mesh(1, context=2)))
-    found = ResolvedConfig(resolved.find_devices(config), "ddp", 4, 1)
+    found = ResolvedConfig(**vars(resolved.find_devices(config)), strategy="ddp", micro=4, accumulation=1)
     with pytest.raises(ValueError, match="strategy=ddp cannot split samples over 2 context ranks"):
         build_strategy(config, found, block=1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_train.checkpoint.directory import list_checkpoints, newest, remove_unfinished
+from rwkv_train.checkpoint.directory import list_checkpoints, newest, newest_to_resume, remove_unfinished
+from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.cli import launcher
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.attempts import Attempts
@@ -97,6 +101,120 @@ def test_an_attempt_without_a_start_note_does_not_count(run: RunDirectory) -> No
     third = begun(run, 3, first)
     (run.checkpoints / f"step_{9:09d}-{third:04d}").mkdir()
     assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_000000003-0001", "step_000000009-0003"]
+
+
+def saved(run: RunDirectory, step: int, number: int) -> Path:
+    """A complete checkpoint without files."""
+    path = run.checkpoints / str(CheckpointName(step, number))
+    path.mkdir()
+    (path / "manifest.json").write_text(json.dumps({"attempt": number, "step": step, "files": {}}))
+    return path
+
+
+NOTE: dict[str, object] = {"attempt": 1, "step": 0, "parent": None, "seen": {}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "null", "[]", "[" * 100_000, "{}", "\0" * 40]
+    + [json.dumps({**NOTE, **changes}) for changes in ({"step": "0"}, {"attempt": 2}, {"seen": [1]}, {"parent": -1})],
+)
+def test_an_unreadable_start_note_is_not_an_absent_one(run: RunDirectory, content: str) -> None:
+    """Its checkpoints would not count, and the run would begin again at step 0 beside them."""
+    begun(run)
+    checkpoint = saved(run, 3, 1)
+    note = run.attempts.directory(1) / "start.json"
+    assert newest_to_resume(run.checkpoints) == (checkpoint, [])
+    note.write_text(content)
+    for read in (Attempts(run.path).lineage, lambda: newest_to_resume(run.checkpoints)):
+        with pytest.raises(UserError, match=rf"{note} cannot be read \(.*checkpoints of attempt 1 count\n") as caught:
+            read()
+        assert caught.value.remedy.endswith(f"or start a new run: run.name=NEW resume={checkpoint}")
+
+
+def test_a_start_note_that_may_not_be_read_is_not_an_absent_one(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(run)
+
+    def refused(self: Path, **how: str) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(UserError, match=r"start\.json cannot be read \(Permission denied\)"):
+        Attempts(run.path).lineage()
+
+
+def test_a_note_that_was_read_is_not_needed_again(run: RunDirectory) -> None:
+    """A run that is training merges its records whatever happens to the notes."""
+    begun(run)
+    assert run.attempts.lineage().includes(1, 5)
+    (run.attempts.directory(1) / "start.json").write_text("")
+    assert run.attempts.lineage().includes(1, 5)
+
+
+def test_a_start_note_is_on_the_disk_before_it_has_its_name(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its directories are synced afterwards: a checkpoint must not outlive the note that makes it count."""
+    order: list[tuple[str, str]] = []
+    sync, replace = os.fsync, Path.replace
+
+    def syncing(fd: int) -> None:
+        order.append(("fsync", Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+        sync(fd)
+
+    def replacing(self: Path, target: Path) -> Path:
+        order.append(("rename", target.name))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(Path, "replace", replacing)
+    begun(run)
+    assert order == [
+        ("fsync", ".start.json"),
+        ("rename", "start.json"),
+        *(("fsync", name) for name in ("0001", "attempts", "run")),
+    ]
+
+
+def test_a_disk_that_refuses_the_start_note_is_named(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    number = run.attempts.claim()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"0001/start\.json cannot be written: No space left on device\n  make room"):
+        run.attempts.begin(number, 0, None)
+    assert run.attempts.starts() == []
+
+
+def test_no_start_at_step_0_beside_checkpoints_that_are_all_damaged(run: RunDirectory) -> None:
+    begun(run)
+    for step in (3, 6):
+        (saved(run, step, 1) / "manifest.json").unlink()
+    reason = r"manifest\.json cannot be read \(FileNotFoundError\)"
+    what = rf"all checkpoints .* are damaged: step_000000006-0001: {reason}; step_000000003-0001: {reason}"
+    with pytest.raises(UserError, match=rf"{what}\n  restore one, or run\.name=NEW starts a new run"):
+        newest_to_resume(run.checkpoints)
+
+
+def test_no_start_at_step_0_beside_checkpoints_that_do_not_count(run: RunDirectory) -> None:
+    """The note of the attempt that wrote them is gone."""
+    begun(run)
+    checkpoint = saved(run, 30, 1)
+    begun(run, 30, 1)
+    shutil.rmtree(run.attempts.directory(1))
+    with pytest.raises(UserError, match=r"step_000000030-0001, but by .*none of them belongs to the run") as caught:
+        newest_to_resume(run.checkpoints)
+    assert caught.value.remedy.endswith(f"resume={checkpoint} continues from that checkpoint")
+    saved(run, 33, 2)
+    assert newest_to_resume(run.checkpoints)[0] == run.checkpoints / "step_000000033-0002"
+
+
+def test_a_run_without_checkpoints_starts_at_step_0(run: RunDirectory) -> None:
+    assert newest_to_resume(run.checkpoints) == (None, [])
+    begun(run)
+    (run.checkpoints / ".writing-step_000000003-0001").mkdir()
+    assert newest_to_resume(run.checkpoints) == (None, [])
 
 
 def test_what_a_newer_one_is_writing_is_not_removed(run: RunDirectory) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_train import resources
 from rwkv_train.checkpoint.directory import newest
 from rwkv_train.cli import launcher
-from rwkv_train.training import setup
 from tests import PRELOAD
 from tests.runs import losses, overrides_for, rows, same_weights
 
@@ -39,8 +39,7 @@ def one_rank(overrides: list[str], path: str, rank: int, ranks: int, port: int) 
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         os.environ.update({name: str(value) for name, value in numbers.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
-        for room in (launcher, setup):
-            room.__dict__["cores" if room is launcher else "_cores"] = lambda: ranks
+        resources.__dict__["cpu_cores"] = lambda: ranks
     sys.exit(launcher.main([*overrides, f"trainer.devices={ranks}"]))
 
 

@@ -17,8 +17,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.rundir.jsonl import MetricsRow
 from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker, flat
 from rwkv_train.trackers.follow import Follower, Tail, follow
-from rwkv_train.trackers.launch import push
-from rwkv_train.trackers.local import LocalTrackers
+from rwkv_train.trackers.launch import LocalTrackers, push
 from rwkv_train.trackers.tensorboard import TensorBoard
 from rwkv_train.training import observers
 from rwkv_train.training.run import train
@@ -270,7 +269,7 @@ def test_a_local_tracker_that_raises_costs_a_warning(tmp_path: Path, capsys: pyt
     trackers = LocalTrackers({"a": Raising(), "b": board}, TrackedRun(tmp_path, "run"), 0, tmp_path / "metrics.jsonl")
     for step in (1, 2):
         trackers.row(row(step, 1.0))
-    trackers.close()
+    trackers.close_local()
     assert tensorboard_rows(tmp_path).keys() == {1, 2}
     printed = capsys.readouterr().err
     assert printed.count("logger=a: OSError: [Errno 28] No space left on device; training continues without it") == 1

@@ -24,7 +24,7 @@ from tests.runs import overrides_for
 def progress(folder: Path, terminal: bool, quiet: bool = False) -> tuple[ProgressBar, Metrics, io.StringIO]:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=150, quiet=quiet)
-    data: Any = SimpleNamespace(bytes_per_token=1.0)
+    data: Any = SimpleNamespace()
     saving: Any = SimpleNamespace(every=100)
     metrics = Metrics(JsonLines(folder / "m.jsonl"), data)
     return ProgressBar(metrics, saving, 1000, console), metrics, out
@@ -110,5 +110,5 @@ def test_the_figures_at_the_end() -> None:
     rows = [row(step, memory=step * 10**9, goodput=0.9, skipped=0) for step in (1, 2, 3)]
     expected = {"tokens/s": "2,000", "MFU": "40.0%", "goodput": "90.0%", "memory": "3.00 GB"}
     assert figures_of(rows) == expected
-    assert figures_of([*rows, {**rows[-1], "skipped": 2}]) == {**expected, "updates left out": "2"}
+    assert figures_of([*rows, {**rows[-1], "skipped": 2}]) == {**expected, "skipped updates": "2"}
     assert figures_of([{"step": 1}]) == {}

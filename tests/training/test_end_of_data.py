@@ -9,9 +9,11 @@ import pytest
 
 from rwkv_train.cli import launcher
 from rwkv_train.data import ahead
+from rwkv_train.data.arrays import Ints
 from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.iteration import TrainBatches
+from rwkv_train.data.rows import BatchArrays
 from rwkv_train.errors import UserError
 from rwkv_train.training.run import train
 from tests.runs import losses, overrides_for, rows, train_ranks, write_text
@@ -93,13 +95,13 @@ def test_no_batch_behind_the_end_of_the_run_is_made(tmp_path: Path, monkeypatch:
     """A token that the vocabulary lacks, in the first step that is not trained, does not concern the run."""
     config = launcher.load(overrides_for(tmp_path, "run", "data.hold_out=0", "budget.steps=3", *SHORT))
     after = Batches(config.data, config.batch, config.seed).offsets(3)[1].tolist()
-    fill = Batches._fill
+    read = Batches._read
 
-    def strict(data: Batches, rows: object, sources: object, offsets: object, context: int) -> object:
-        if len(offsets) > 1 and set(offsets.tolist()) & set(after):  # type: ignore[arg-type, attr-defined]
+    def strict(data: Batches, sources: Ints, offsets: Ints) -> BatchArrays:
+        if len(offsets) > 1 and set(offsets.tolist()) & set(after):
             raise UserError("a token outside the vocabulary")
-        return fill(data, rows, sources, offsets, context)  # type: ignore[arg-type]
+        return read(data, sources, offsets)
 
-    monkeypatch.setattr(Batches, "_fill", strict)
+    monkeypatch.setattr(Batches, "_read", strict)
     assert train(launcher.load(overrides_for(tmp_path, "run", "data.hold_out=0", "budget.steps=3", *SHORT))) == 0
     assert ended(tmp_path / "runs" / "run") == ["finished"]

@@ -137,14 +137,18 @@ def test_against_plain_arithmetic(tmp_path: Path) -> None:
 )
 def test_two_ranks_say_what_one_says(tmp_path: Path, strategy: str) -> None:
     """The same batch in two passes, or on two ranks in one each; whatever a rank holds of the model."""
-    steps = ["budget.steps=5", STATISTICS_EVERY, "validation.every.steps=5"]
+    steps = ["budget.steps=5", STATISTICS_EVERY, "validation.every.steps=5", "validation.batches=3"]
+    steps += ["validation.context=32"]
     assert train(launcher.load(overrides_for(tmp_path, "one", *steps, "batch.micro=2"))) == 0
     train_ranks(overrides_for(tmp_path, "two", *steps, "batch.micro=2", f"strategy={strategy}"), 2)
     one, two = (rows(tmp_path / "runs" / name) for name in ("one", "two"))
     zero = strategy.startswith("deepspeed")
     check_table(tmp_path / "runs" / "two", [""], ("layers/grad_norm",) if zero else ())
+    assert "val/loss" in one[-1]
     for before, after in zip(one, two, strict=True):
         for key in before:
+            if key.endswith("bits_per_byte") or key == "val/loss":
+                assert close(after[key], before[key], 1e-5), (key, before[key], after[key])
             if key in ("train/loss", "grad_norm", "max_logit", "update_ratio") or key.startswith(("layers/", "decay/")):
                 if key == "layers/grad_norm" and zero:
                     continue

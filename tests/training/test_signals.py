@@ -15,6 +15,7 @@ import pytest
 from rwkv_train.checkpoint.directory import newest
 from rwkv_train.cli import launcher
 from rwkv_train.exit_codes import ExitCode
+from rwkv_train.training.callbacks.stop import StopOnSignal
 from rwkv_train.training.run import train
 from tests.runs import losses, overrides_for, rows, same_weights, start, start_ranks
 
@@ -40,8 +41,9 @@ def wait_for(run: Path, lines: int, seconds: float = 120) -> None:
     raise AssertionError("the run does not get on")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_2"])
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("SIGTERM", "ddp"), ("SIGTERM", "deepspeed_2"), ("SIGUSR1", "ddp"), ("SIGHUP", "ddp")]
+)
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, name: str, strategy: str) -> None:
     overrides, run = overrides_for(tmp_path, "run", *LONG_RUN, f"strategy={strategy}"), tmp_path / "runs" / "run"
     processes = start_ranks(overrides, 2)
@@ -57,6 +59,19 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path, name: 
     assert not damaged
     assert found.name == f"step_{step:09d}-0001"
     assert rows(run, "events.jsonl")[-1]["event"] == "preempted"
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_closes_under_nohup(ignored: bool) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        signals = StopOnSignal()
+        with signals.heard():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == (None if ignored else signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
@@ -114,7 +129,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
                 printed = process.communicate(timeout=170)[0]  # its end is the end of all that hold the pipe
             finally:
                 process.kill()
-    assert process.returncode == 2
-    assert "error: the port over which the processes find each other is in use: " in printed
-    assert "\n  MASTER_PORT=NUMBER before the command chooses another one\n" in printed
+    assert process.returncode == 1  # not a mistake in the settings: whatever starts the run starts it again
+    assert "error: the port over which the ranks find each other is in use: " in printed
+    assert "\n  the same command again, or MASTER_PORT=NUMBER before it for another port\n" in printed
     assert "Traceback" not in printed

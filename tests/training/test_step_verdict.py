@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -85,3 +86,22 @@ def test_a_norm_that_is_known_after_the_step() -> None:
     verdict.after_step(torch.tensor(math.inf))
     assert verdict.bad is not None
     assert bool(verdict.bad)
+
+
+def judged_text(rank: int, ranks: int) -> list[float]:
+    verdict = begun()
+    for micro in range(2):
+        text = torch.tensor([3.0 + rank, 10.0 * rank + micro], dtype=torch.float64)
+        verdict.record_microbatch(torch.tensor(1.0), state(1, 1, 1), text)
+    verdict.judge(torch.tensor(1.0))
+    assert verdict.text is not None
+    return list(verdict.text.tolist())
+
+
+def test_the_predicted_text_is_that_of_all_ranks(run_ranks: Callable[..., list[Any]]) -> None:
+    """3 + 3 tokens of the first rank and 4 + 4 of the second; 0 + 1 and 10 + 11 bytes."""
+    assert run_ranks(judged_text, 2) == [[14.0, 22.0]] * 2
+    verdict = begun()
+    verdict.record_microbatch(torch.tensor(1.0), state(1, 1, 1))
+    verdict.judge(torch.tensor(1.0))
+    assert verdict.text is None

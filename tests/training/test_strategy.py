@@ -15,7 +15,7 @@ from rwkv_train.config.mesh import Mesh
 from rwkv_train.models import ModelConfig, build_model, recipe_of
 from rwkv_train.planning import resolved
 from rwkv_train.planning.cards import cpu_card
-from rwkv_train.planning.plan import HEADROOM, make_plan
+from rwkv_train.planning.plan import MAX_MEMORY_SHARE, make_plan
 from rwkv_train.training.run import train
 from tests.runs import losses, overrides_for, train_ranks
 
@@ -136,7 +136,7 @@ def test_a_step_that_is_too_large_is_cut_into_passes(
     card = cpu_card(1)
     two = make_plan(replace(config, batch=replace(config.batch, micro=2)), card, Mesh(1), 256, gpu=False).held
     monkeypatch.setattr(resolved, "SMALL_STATE", 0.0)
-    monkeypatch.setattr(resolved, "cpu_card", lambda processes: replace(card, memory=two / HEADROOM * 1.0001))
+    monkeypatch.setattr(resolved, "cpu_card", lambda processes: replace(card, memory=two / MAX_MEMORY_SHARE * 1.0001))
     assert train(config) == 0
     printed = capsys.readouterr().out
     assert "strategy=auto: single: a whole copy fits in 2 passes a step" in printed

@@ -7,7 +7,7 @@ simulated. A turn is a second. Each rank measures time by its own clock, and clo
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from rwkv_train.watchdog.verdict import (
     ANSWER_TIMEOUT,
@@ -179,7 +179,7 @@ class Schedule:
                 self.coordinator.receive(report, now + zero.clock)
                 verdict = self.coordinator.verdict
                 if self._arrives():
-                    member.receive({} if verdict is None else verdict.as_json(), own)
+                    member.receive({} if verdict is None else asdict(verdict), own)
             self._obey(rank, member.judge(own), now)
         if not zero.gone:
             self._obey(zero, self.coordinator.judge(now + zero.clock), now)

@@ -17,7 +17,7 @@ from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_train.errors import UserError
 
 _MAX_CHARACTERS_SHOWN = 300  # of a document
-_BLOCK_SIZE = 2**22  # documents, tokens or bytes that are checked at once
+_BLOCK_SIZE = 2**22  # documents or tokens that are checked at once
 
 
 def inspect(path: Path, documents: list[int], tokenizer: str | None, console: Console) -> None:
@@ -57,12 +57,12 @@ def inspect(path: Path, documents: list[int], tokenizer: str | None, console: Co
         if not 0 <= index < count:
             raise UserError(f"{store.stem} has no document {index}", f"give a number from 0 to {count - 1}")
         tokens = store.document(index)
-        console.print(f"\n[bold]document {index:,}[/bold], {len(tokens):,} tokens")
+        console.print(f"\ndocument {index:,}, {len(tokens):,} tokens", style="bold")
         if decoder is not None:
             text = decoder.decode(tokens[:_MAX_CHARACTERS_SHOWN]).decode(errors="replace")[:_MAX_CHARACTERS_SHOWN]
-            console.print(text.rstrip("\0"), markup=False)
+            console.print(text.rstrip("\0"))
         else:
-            console.print(" ".join(map(str, tokens[:40])), markup=False)
+            console.print(" ".join(map(str, tokens[:40])))
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,6 @@ def _verify_content(store: IndexedStore, manifest: Manifest) -> Iterator[StoreFa
         if file == store.bin and broken:
             continue
         with open(file, "rb") as content:
-            digest = hashlib.sha256()
-            while block := content.read(_BLOCK_SIZE):
-                digest.update(block)
-        if digest.hexdigest() != manifest.sha256.get(file.name, digest.hexdigest()):
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if digest != manifest.sha256.get(file.name, digest):
             yield StoreFault(f"{file} differs from its SHA-256 in the manifest")

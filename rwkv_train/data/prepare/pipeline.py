@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -50,10 +50,10 @@ class PrepareOptions:
         workers: number of worker processes.
     """
 
-    sources: tuple[str, ...]
+    sources: Sequence[str]
     tokenizer: str
     out: Path
-    extend: tuple[str, ...] = ()
+    extend: Sequence[str] = ()
     field: str = "text"
     split: str = "train"
     stop_at_broken: bool = False

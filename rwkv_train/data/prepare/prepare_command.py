@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rwkv_train.console import make_console
 from rwkv_train.data.prepare.examine import inspect, verify
 from rwkv_train.data.prepare.pipeline import PrepareOptions, prepare
 from rwkv_train.errors import UserError
@@ -32,7 +33,7 @@ def run(argv: Sequence[str], cores: int) -> int:
     Raises:
         UserError: an argument is invalid, or a source or store cannot be read.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     if argv[:1] == ["inspect"]:
         arguments = _store_parser("inspect", "Prints statistics and documents of a store.").parse_args(argv[1:])
         inspect(arguments.store, arguments.document, arguments.tokenizer, console)
@@ -42,16 +43,9 @@ def run(argv: Sequence[str], cores: int) -> int:
     arguments = _parser(cores).parse_args(argv)
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers} is out of range", "give at least 1")
-    options = PrepareOptions(
-        sources=tuple(arguments.sources),
-        tokenizer=arguments.tokenizer,
-        out=arguments.out.expanduser(),
-        extend=tuple(arguments.extend),
-        field=arguments.field,
-        split=arguments.split,
-        stop_at_broken=arguments.broken == "stop",
-        workers=arguments.workers,
-    )
+    arguments.out = arguments.out.expanduser()
+    stop_at_broken = vars(arguments).pop("broken") == "stop"
+    options = PrepareOptions(stop_at_broken=stop_at_broken, **vars(arguments))
     manifest = prepare(options)
     console.print(
         f"{options.out}.bin, .idx: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
@@ -68,9 +62,9 @@ def _verify(argv: Sequence[str], console: Console) -> int:
     faults = 0
     for fault in verify(arguments.store, arguments.tokenizer):
         faults += bool(fault.remedy)
-        console.print(f"{'BAD' if fault.remedy else 'note'}   {fault.what}", markup=False)
+        console.print(f"{'BAD' if fault.remedy else 'note'}   {fault.what}")
         if fault.remedy:
-            console.print(f"      {fault.remedy}", markup=False)
+            console.print(f"      {fault.remedy}")
     console.print(f"{arguments.store}: " + (f"{faults} fault{'s' * (faults > 1)}" if faults else "no faults"))
     return 1 if faults else 0
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from rwkv_train.console import make_console
 from rwkv_train.data.prepare.shards import ShardCounts
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -25,7 +24,7 @@ class PrepareProgress:
 
     def __init__(self, total: int | None) -> None:
         self.total, self.done, self.counts = total, 0, ShardCounts()
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = make_console(stderr=True)
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
 
@@ -37,9 +36,7 @@ class PrepareProgress:
             self._bar.add_task("", total=self.total, text="")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

@@ -8,7 +8,7 @@ while torch.compile traces.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,8 @@ class SelfTestCase:
     inputs: Callable[[], dict[str, Tensor]]
     stored: tuple[str, ...]
     outputs: tuple[str, ...]
-    definition: Callable[..., tuple[Tensor, ...]]
-    operator: Callable[..., tuple[Tensor, ...]]
+    definition: Callable[..., Sequence[Tensor]]
+    operator: Callable[..., Sequence[Tensor]]
     starts: Callable[[], Tensor] | None = None
     device: str | None = None
 

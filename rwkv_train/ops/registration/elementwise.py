@@ -26,16 +26,6 @@ def _shift_mix_backward(
     return dx, dprevious, dmixes
 
 
-def _shift_mix_fake(x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor], starts: Tensor | None) -> list[Tensor]:
-    return [torch.empty_like(x) for _ in mixes]
-
-
-def _shift_mix_backward_fake(
-    x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor], starts: Tensor | None, grads: Sequence[Tensor]
-) -> ShiftMixGradients:
-    return torch.empty_like(x), torch.empty_like(x[:, 0]), [torch.empty_like(mix) for mix in mixes]
-
-
 # What the CUDA engine registers: its kernels know no starts.
 define("shift_mix_one_document(Tensor x, Tensor? previous, Tensor[] mixes) -> Tensor[]")
 define(
@@ -44,19 +34,17 @@ define(
 )
 
 
-def _shift_mix_on_cuda(
-    x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor], starts: Tensor | None
-) -> list[Tensor]:
+def _shift_mix_on_cuda(*arguments: Any) -> list[Tensor]:
+    x, previous, mixes, starts = arguments
     if starts is not None:  # the CUDA engine has no kernel that takes them
-        return reference.shift_mix(x, previous, mixes, starts)
+        return reference.shift_mix(*arguments)
     return cast(list[Tensor], torch.ops.rwkv_train.shift_mix_one_document(x, previous, mixes))
 
 
-def _shift_mix_backward_on_cuda(
-    x: Tensor, previous: Tensor | None, mixes: Sequence[Tensor], starts: Tensor | None, grads: Sequence[Tensor]
-) -> ShiftMixGradients:
+def _shift_mix_backward_on_cuda(*arguments: Any) -> ShiftMixGradients:
+    x, previous, mixes, starts, grads = arguments
     if starts is not None:
-        return _shift_mix_backward(x, previous, mixes, starts, grads)
+        return _shift_mix_backward(*arguments)
     operator = torch.ops.rwkv_train.shift_mix_one_document_backward
     return cast(ShiftMixGradients, operator(x, previous, mixes, grads))
 
@@ -79,7 +67,7 @@ declare(
     "elementwise",
     "shift_mix(Tensor x, Tensor? previous, Tensor[] mixes, Tensor? starts) -> Tensor[]",
     reference.shift_mix,
-    _shift_mix_fake,
+    lambda x, previous, mixes, starts: [torch.empty_like(x) for _ in mixes],
     _shift_mix_on_cuda,
 )
 declare(
@@ -87,7 +75,7 @@ declare(
     "shift_mix_backward(Tensor x, Tensor? previous, Tensor[] mixes, Tensor? starts, Tensor[] grads) "
     "-> (Tensor, Tensor, Tensor[])",
     _shift_mix_backward,
-    _shift_mix_backward_fake,
+    lambda x, previous, mixes, *_: (torch.empty_like(x), torch.empty_like(x[:, 0]), [*map(torch.empty_like, mixes)]),
     _shift_mix_backward_on_cuda,
 )
 differentiate("shift_mix", _shift_mix_setup, _shift_mix_gradient)
@@ -126,15 +114,6 @@ def _sigmoid_gate_backward(r: Tensor, y: Tensor, grad: Tensor) -> tuple[Tensor, 
     return grad * y * (s * torch.sigmoid(-r)), grad * s
 
 
-def _sigmoid_gate_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _sigmoid_gate_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    dr, dy = torch.ops.rwkv_train.sigmoid_gate_backward(*ctx.saved_tensors, grad.contiguous())
-    return dr, dy
-
-
 declare(
     "elementwise",
     "sigmoid_gate(Tensor r, Tensor y) -> Tensor",
@@ -147,7 +126,11 @@ declare(
     _sigmoid_gate_backward,
     lambda r, y, grad: (torch.empty_like(r), torch.empty_like(y)),
 )
-differentiate("sigmoid_gate", _sigmoid_gate_setup, _sigmoid_gate_gradient)
+differentiate(
+    "sigmoid_gate",
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lambda ctx, grad: torch.ops.rwkv_train.sigmoid_gate_backward(*ctx.saved_tensors, grad.contiguous()),
+)
 
 
 # The self-test: two blocks of 64 rows, channels that are no multiple of a vector, documents that begin at block ends.
@@ -167,46 +150,32 @@ def _starts() -> Tensor:
     return starts
 
 
-def _mix_by_definition(starts: Tensor | None, x: Tensor, previous: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
-    return tuple(reference.shift_mix(x, previous, mixes, starts))
-
-
-def _mix_by_operator(starts: Tensor | None, x: Tensor, previous: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.ops.rwkv_train.shift_mix(x, previous, list(mixes), starts))
-
-
-def _squared_by_definition(starts: None, k: Tensor) -> tuple[Tensor]:
-    return (reference.relu_squared(k),)
-
-
-def _squared_by_operator(starts: None, k: Tensor) -> tuple[Tensor]:
-    return (torch.ops.rwkv_train.relu_squared(k),)
-
-
-def _gate_by_definition(starts: None, r: Tensor, y: Tensor) -> tuple[Tensor]:
-    return (reference.sigmoid_gate(r, y),)
-
-
-def _gate_by_operator(starts: None, r: Tensor, y: Tensor) -> tuple[Tensor]:
-    return (torch.ops.rwkv_train.sigmoid_gate(r, y),)
-
-
 _mix_names = [f"mix {i}" for i in range(_MIXES)]
 _mix_case = partial(
     SelfTestCase,
     inputs=partial(_inputs, "x", "previous", *_mix_names),
     stored=("x", "previous"),
     outputs=tuple(f"output {i}" for i in range(_MIXES)),
-    definition=_mix_by_definition,
-    operator=_mix_by_operator,
+    definition=lambda starts, x, previous, *mixes: reference.shift_mix(x, previous, mixes, starts),
+    operator=lambda starts, x, previous, *mixes: torch.ops.rwkv_train.shift_mix(x, previous, list(mixes), starts),
 )
 SELF_TEST_CASES = (
     _mix_case("shift_mix"),
     _mix_case("shift_mix with starts", starts=_starts),
     SelfTestCase(
-        "relu_squared", partial(_inputs, "k"), ("k",), ("output",), _squared_by_definition, _squared_by_operator
+        "relu_squared",
+        inputs=partial(_inputs, "k"),
+        stored=("k",),
+        outputs=("output",),
+        definition=lambda starts, k: [reference.relu_squared(k)],
+        operator=lambda starts, k: [torch.ops.rwkv_train.relu_squared(k)],
     ),
     SelfTestCase(
-        "sigmoid_gate", partial(_inputs, "r", "y"), ("r", "y"), ("output",), _gate_by_definition, _gate_by_operator
+        "sigmoid_gate",
+        inputs=partial(_inputs, "r", "y"),
+        stored=("r", "y"),
+        outputs=("output",),
+        definition=lambda starts, r, y: [reference.sigmoid_gate(r, y)],
+        operator=lambda starts, r, y: [torch.ops.rwkv_train.sigmoid_gate(r, y)],
     ),
 )

@@ -15,23 +15,25 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from torch import Tensor
 
 from rwkv_train.checkpoint.directory import newest, read_meta
 from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.shards import Reader
 from rwkv_train.config import HealthSettings
+from rwkv_train.console import ERROR_STYLE
 from rwkv_train.data.arrays import Ints
 from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
+from rwkv_train.rundir.durable import write_durably
 from rwkv_train.rundir.jsonl import Events, MetricsRow, WriteErrors
+from rwkv_train.training.attempt import continue_data
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
 from rwkv_train.training.callbacks.metrics import Metrics
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.resume import continue_data
 from rwkv_train.training.step_verdict import Window
 from rwkv_train.training.strategy.shared import GradientNorms
 
@@ -263,7 +265,7 @@ class BadSteps(Callback):
         )
 
     def _print(self, step: int, text: str) -> None:
-        self.console.print(f"[bold red]ALERT[/bold red] step {step}: ", escape(text), sep="")
+        self.console.print(Text.assemble(("ALERT", ERROR_STYLE), f" step {step}: {text}"))
 
     def _rewind(self, trainer: L.Trainer, module: RWKVModule) -> str | None:
         """Rewinds to the checkpoint before the first bad step and skips the data read since; else returns why not."""
@@ -291,7 +293,7 @@ class BadSteps(Callback):
         module.read_again()
         if self.events.enabled:
             with self.write_errors.tolerate(self.run.passed_over):
-                self.run.passed_over.write_text(json.dumps({"rewinds": self.rewinds, "skipped": self.data.skipped}))
+                write_durably(self.run.passed_over, json.dumps({"rewinds": self.rewinds, "skipped": self.data.skipped}))
             self.events.add("rewound", step, reached=reached, passed_over=passed_over)
             self._print(
                 reached,

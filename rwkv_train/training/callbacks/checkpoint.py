@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -13,18 +11,18 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from rwkv_train.checkpoint.commit import checkpoints_to_keep
-from rwkv_train.checkpoint.directory import list_checkpoints, newest, read_meta
+from rwkv_train.checkpoint.directory import newest, remove_unfinished
 from rwkv_train.checkpoint.meta import CheckpointMeta
-from rwkv_train.checkpoint.name import CheckpointName, temporary_path
+from rwkv_train.checkpoint.name import CheckpointName
+from rwkv_train.checkpoint.retention import Retention
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.config import CheckpointSettings
 from rwkv_train.data.batches import Batches
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import Events
+from rwkv_train.training.attempt import continue_data
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.probe import Probe
-from rwkv_train.training.resume import continue_data
 from rwkv_train.training.strategy import ShardedStrategy
 
 
@@ -35,6 +33,8 @@ class Superseded(Exception):
 class CheckpointCallback(Callback):
     """Saves between two steps: when one is due, after the validation of the last step and before the next one.
 
+    Where the best checkpoint is kept, one is due after each validation.
+
     Args:
         directory: checkpoints/ of the run.
         settings: how often to save, and which checkpoints to keep.
@@ -43,7 +43,7 @@ class CheckpointCallback(Callback):
         meta: the fields of CheckpointMeta that are known before training: config, data, tokenizer, versions.
         events: gets an event for each checkpoint.
         storage: the file system.
-        restoring: called with the step reached, before training waits for a restore.
+        waiting: called with the step reached, before training waits for a save or a restore.
         same_data: whether a resume must find the probe's sample in the data again.
 
     Attributes:
@@ -63,21 +63,20 @@ class CheckpointCallback(Callback):
         meta: dict[str, Any],
         events: Events,
         storage: Storage | None = None,
-        restoring: Callable[[int], None] = lambda step: None,
+        waiting: Callable[[int], None] = lambda step: None,
         same_data: bool = True,
     ) -> None:
         self.directory, self.data, self.meta, self.events = directory, data, meta, events
-        self.keep, self.best = settings.keep, settings.best
         self.every = settings.every.in_steps(tokens_per_step)
-        self.permanent = None if settings.permanent is None else settings.permanent.in_steps(tokens_per_step)
         self.storage: Storage = storage or LocalStorage()
         self.attempts = Attempts(directory.parent)
+        self.retention = Retention.of(directory, self.attempts, settings, tokens_per_step, self.storage)
         self.failures = 0
         self.last: int | None = None
         self.takes: float | None = None
         self.at_end = True
         self.paused = 0.0
-        self.restoring, self.same_data = restoring, same_data
+        self.waiting, self.same_data = waiting, same_data
         self._attempt = 0  # number of this attempt
         self._begun: int | None = None  # step of the newest save, which may not have ended yet
         self._probe: Probe | None = None
@@ -105,12 +104,15 @@ class CheckpointCallback(Callback):
         if batch_idx % trainer.accumulate_grad_batches:
             return
         self._report(cast(ShardedStrategy, trainer.strategy))
-        if step and step % self.every == 0:
+        assert isinstance(pl_module, RWKVModule)
+        validated = pl_module.validated is not None and pl_module.validated.step == step
+        if step and (step % self.every == 0 or (self.retention.best and validated)):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.at_end:
             self.save(trainer)
+        self.waiting(trainer.global_step)
         strategy = cast(ShardedStrategy, trainer.strategy)
         strategy.settle()
         self._report(strategy)
@@ -149,7 +151,7 @@ class CheckpointCallback(Callback):
         Returns:
             the checkpoint's directory; None: there is none.
         """
-        self.restoring(trainer.global_step)
+        self.waiting(trainer.global_step)
         strategy = cast(ShardedStrategy, trainer.strategy)
         strategy.settle()
         self._report(strategy)
@@ -182,14 +184,16 @@ class CheckpointCallback(Callback):
             self.last, self.takes = CheckpointName.of(outcome.path).step, self._pause + outcome.seconds
             seconds = {"seconds": round(outcome.seconds, 3), "pause": round(self._pause, 3)}
             self.events.add("checkpoint", self.last, **seconds)
+            if outcome.trouble is not None and self.events.enabled:
+                print(
+                    f"\nWARNING: {outcome.path} is complete, but then: {outcome.trouble}", file=sys.stderr, flush=True
+                )
 
     def _report_failure(self, path: Path, error: str) -> None:
         self.failures += 1
         if not self.events.enabled:
             return
-        kept, _ = newest(self.directory, self.storage)
-        with contextlib.suppress(OSError):  # then the next attempt removes it
-            self.storage.delete(temporary_path(path))
+        kept, _ = newest(self.directory, self.storage, content=False)  # other ranks wait while this one would hash
         print(
             f"\nWARNING: the checkpoint {path} could not be written: {error}\n"
             f"  training continues; the last complete checkpoint is {kept or 'none'}",
@@ -206,21 +210,19 @@ class CheckpointCallback(Callback):
         """
         if self.attempts.superseded(self._attempt):
             return
-        found = list_checkpoints(self.directory, self.storage, self._attempt)
-        paths = {CheckpointName.of(path).step: path for path in found}
-        losses = {step: read_meta(path).val_loss if self.best else None for step, path in paths.items()}
-        for step in paths.keys() - checkpoints_to_keep(losses, self.keep, self.permanent, self.best):
+        for path in self.retention.superfluous(self._attempt):
             try:
-                self.storage.delete(paths[step])
+                self.storage.delete(path)
             except FileNotFoundError:  # an older attempt has deleted the same one
                 pass
             except OSError as error:
-                print(f"WARNING: {paths[step]} cannot be deleted: {error.strerror}", file=sys.stderr)
+                print(f"\nWARNING: {path} cannot be deleted: {error.strerror or error}", file=sys.stderr)
+        remove_unfinished(self.directory, self._attempt, self.storage)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, RWKVModule)
         assert self._probe is not None
-        strategy, step, loss = pl_module.strategy, trainer.global_step, trainer.callback_metrics.get("val/loss")
+        strategy, step, validated = pl_module.strategy, trainer.global_step, pl_module.validated
         checkpoint["loops"] = between_steps(checkpoint["loops"], step, trainer.accumulate_grad_batches)
         checkpoint["meta"] = CheckpointMeta(
             step=step,
@@ -232,7 +234,7 @@ class CheckpointCallback(Callback):
             data_tokens=self.data.course.end(step) * self.data.context,
             tokens_by_source=self.data.tokens_by_source(step),
             position=self.data.position(step),
-            val_loss=float(loss) if loss is not None and math.isfinite(loss) else None,
+            val_loss=None if validated is None else validated.loss_of(step),
             shapes=strategy.shapes,
             writers=strategy.writer.writers,
             **self.meta,

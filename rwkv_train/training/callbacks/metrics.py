@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from rwkv_train.data.batches import Batches
+from rwkv_train.data.bits_per_byte import bits_per_byte
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import JsonLines, MetricsRow
 from rwkv_train.training.module import RWKVModule
@@ -22,6 +23,7 @@ from rwkv_train.training.throughput import AsyncHostCopy, Stopwatch, matmul_rate
 
 PARTS = ("data", "forward", "backward", "optimizer")
 MAX_REWIND_STEPS = 10_000  # whose hours are known when a rewind takes them back
+_TEXT = ("predicted tokens", "bytes of their text")  # of a step, for `train/bits_per_byte`
 CLIP_WINDOW = 100  # steps over which `clip_share` is taken
 
 
@@ -85,7 +87,6 @@ class Metrics(Callback):
         spent: Spent | None = None,
     ) -> None:
         self.lines, self.data, self.clip, self.paused = lines, data, clip, paused
-        self.bytes_per_token = data.bytes_per_token  # of the held-out text
         spent = spent or Spent()
         self._hours, self._productive = spent.hours, spent.productive
         self.latest: MetricsRow = {}
@@ -129,8 +130,10 @@ class Metrics(Callback):
             return
         assert verdict.loss is not None
         assert verdict.skipped is not None
+        assert verdict.text is not None
         strategy = pl_module.strategy
         values = {"train/loss": verdict.loss, "grad_norm": pl_module.grad_norm, "skipped": verdict.skipped}
+        values |= dict(zip(_TEXT, verdict.text, strict=True))
         values = {key: value.to(strategy.root_device) for key, value in values.items()}
         if statistics.due:
             values |= statistics.layer_values(strategy)
@@ -152,15 +155,15 @@ class Metrics(Callback):
         self._began = now
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._pending or "val/loss" not in trainer.callback_metrics:
+        assert isinstance(pl_module, RWKVModule)
+        found = pl_module.validated
+        if not self._pending or found is None:
             return
         row = self._pending[-1].row
-        loss = trainer.callback_metrics["val/loss"].item()
-        row["val/loss"] = loss
-        row["val/bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
-        row["val/perplexity"] = math.exp(min(loss, 700.0))
-        named = {key: value for key, value in trainer.callback_metrics.items() if key.startswith("val/loss/")}
-        row.update({key: value.item() for key, value in named.items()})
+        row["val/loss"] = found.loss
+        row["val/bits_per_byte"] = found.bits_per_byte
+        row["val/perplexity"] = math.exp(min(found.loss, 700.0))
+        row.update({f"val/loss/{source}": loss for source, loss in found.by_source.items()})
         self._watch.mark("")
         self._began = time.perf_counter()  # the next step's time does not count the validation
 
@@ -190,6 +193,7 @@ class Metrics(Callback):
     def _complete(self, pending: _Pending) -> MetricsRow:
         values = pending.flight.values()
         spent, loss, norm = self._watch.seconds(pending.marks), values["train/loss"], values["grad_norm"]
+        tokens, text_bytes = (values.pop(key) for key in _TEXT)
         spent["forward"] = max(0.0, spent.get("forward", 0.0) - pending.paused)  # a checkpoint pauses at its start
         self._clipped.append(self.clip is not None and norm > self.clip)
         self._spent.append((pending.row["step"], pending.row["seconds"] / 3600))
@@ -199,7 +203,7 @@ class Metrics(Callback):
             "step": pending.row["step"],
             "tokens": pending.row["tokens"],
             "train/loss": loss,
-            "train/bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+            "train/bits_per_byte": bits_per_byte(loss * tokens, text_bytes),
             **pending.row,
             "grad_norm": norm,
             "grad_norm_clipped": norm * min(1.0, (self.clip or math.inf) / (norm + 1e-6)),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, schedule
 
-WAIT_STEPS, WARMUP_STEPS, STEPS = 5, 2, 10  # not profiled; profiled but discarded; recorded
+WAIT_STEPS, WARMUP_STEPS, RECORDED_STEPS = 5, 2, 10  # not profiled; profiled but discarded; recorded
 TABLE_ROWS = 10
 
 
@@ -34,7 +34,7 @@ class Profiling(Callback):
         cuda = pl_module.device.type == "cuda"
         self._profiler = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])],
-            schedule=schedule(wait=WAIT_STEPS, warmup=WARMUP_STEPS, active=STEPS, repeat=1),
+            schedule=schedule(wait=WAIT_STEPS, warmup=WARMUP_STEPS, active=RECORDED_STEPS, repeat=1),
             on_trace_ready=self._report,
             record_shapes=True,
         )
@@ -57,10 +57,17 @@ class Profiling(Callback):
         costs = costs_of(recorded.key_averages(), cuda)
         total = sum(seconds for _, seconds, _ in costs)
         table = Table(
-            "operator", "ms a step", "share", "calls a step", title=f"where {STEPS} steps went", title_justify="left"
+            "operator",
+            "ms a step",
+            "share",
+            "calls a step",
+            title=f"where {RECORDED_STEPS} steps went",
+            title_justify="left",
         )
         for name, seconds, calls in costs[:TABLE_ROWS]:
-            table.add_row(name, f"{1000 * seconds / STEPS:.2f}", f"{seconds / total:.1%}", f"{calls / STEPS:g}")
+            table.add_row(
+                name, f"{1000 * seconds / RECORDED_STEPS:.2f}", f"{seconds / total:.1%}", f"{calls / RECORDED_STEPS:g}"
+            )
         self.console.print(table)
         for advice in advice_on(costs, total):
             self.console.print(f"  {advice}")

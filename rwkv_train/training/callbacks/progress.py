@@ -25,13 +25,22 @@ class ProgressBar(Callback):
 
     Args:
         metrics: source of the rows that are shown.
-        saving: knows when the next checkpoint is due.
+        saving: knows how often a checkpoint is due.
         total: total steps of the run; None: no limit.
         console: the output; only rank 0's is not quiet.
+        validation: steps between validations, where a checkpoint follows each; None: none follows.
     """
 
-    def __init__(self, metrics: Metrics, saving: CheckpointCallback, total: int | None, console: Console) -> None:
-        self.saving, self.total, self.console = saving, total, console
+    def __init__(
+        self,
+        metrics: Metrics,
+        saving: CheckpointCallback,
+        total: int | None,
+        console: Console,
+        validation: int | None = None,
+    ) -> None:
+        self.total, self.console = total, console
+        self._intervals = [saving.every, *([] if validation is None else [validation])]  # of checkpoints, in steps
         self._bar: Progress | None = None
         self._rows: deque[MetricsRow] = deque(maxlen=_WINDOW)
         self._shown_at = time.monotonic()
@@ -94,7 +103,7 @@ class ProgressBar(Callback):
             parts += [f"{speed * row['tokens_per_second'] * row['seconds']:,.0f} tokens/s", f"MFU {share:.0%}"]
             if self.total and row["step"] < self.total:
                 parts.append(f"{span((self.total - row['step']) / speed)} left")
-                due = self.saving.every - row["step"] % self.saving.every
+                due = min(interval - row["step"] % interval for interval in self._intervals)
                 parts.append(f"checkpoint in {span(due / speed)}")
         return ", ".join([*parts, *([self._validation] if self._validation else [])])
 

@@ -19,8 +19,9 @@ from lightning.pytorch.callbacks import Callback
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 
-# signals of preemption and time limits: from scancel and Kubernetes, from SLURM's --signal, from submitit
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# signals of preemption and time limits: from scancel and Kubernetes, from SLURM's --signal, from submitit, and from a
+# terminal that closes
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class StopOnSignal(Callback):
@@ -56,7 +57,8 @@ class StopOnSignal(Callback):
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Signals during the block do not kill the process, also before the first step and after the last one."""
-        self._listen(*STOP_SIGNALS)
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._listen(*(number for number in STOP_SIGNALS if not (nohup and number == signal.SIGHUP)))
         try:
             yield
         finally:
@@ -121,18 +123,6 @@ class StopOnSignal(Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._exchange is not None and not trainer.interrupted and trainer.state.finished:
             self._exchange.wait()
-
-
-def follow_parent() -> None:
-    """Ends this process when its parent has ended: a collective would wait for it for half an hour."""
-    parent = os.getppid()
-
-    def follow() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(ExitCode.FAILED)
-
-    threading.Thread(target=follow, name="parent", daemon=True).start()
 
 
 class StopAtBudget(Callback):

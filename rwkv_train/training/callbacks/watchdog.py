@@ -48,7 +48,7 @@ class Watchdog(Callback):
         first: whether this is rank 0.
         alone: whether it is the only rank.
         node: name of this rank's node.
-        last_words: called before a verdict ends the process; must be quick.
+        before_exit: called before a verdict ends the process; must be quick.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Watchdog(Callback):
         first: bool,
         alone: bool,
         node: str,
-        last_words: Callable[[], None] = lambda: None,
+        before_exit: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings, self.attempts, self.first, self.alone = settings, attempts, first, alone
-        self.node, self.last_words = node, last_words
+        self.node, self.before_exit = node, before_exit
         self.heartbeat = Heartbeat()
         self._channel: socket.socket | None = None
         self._listener: socket.socket | None = None
@@ -158,7 +158,7 @@ class Watchdog(Callback):
             if message["stacks"] is not None:
                 with open(message["stacks"], "a", encoding="utf-8") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
-            self.last_words()
+            self.before_exit()
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(int(message["end"]))
@@ -263,8 +263,8 @@ class Watchdog(Callback):
         self.heartbeat.saving(0.0 if cast(ShardedStrategy, trainer.strategy).writer.idle else self._saving_since)
         self.heartbeat.beat(Phase.CHECKPOINT, trainer.global_step)
 
-    def restoring(self, step: int) -> None:
-        """The run is rewound to a checkpoint, for which the limit of a checkpoint holds."""
+    def waiting_for_disk(self, step: int) -> None:
+        """Training waits for a save or for a restore, for which the limit of a checkpoint holds."""
         self._pause()
         self.heartbeat.beat(Phase.CHECKPOINT, step)
 

@@ -15,9 +15,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from rwkv_train.checkpoint.shards import MOMENTS, Reader, StateShard, contents, file_names
+from rwkv_train.checkpoint.shards import MOMENTS, Reader, StateShard, contents, file_names, index_of
 from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.checkpoint.writer import InProcessStore, KeyValueStore, Writer
+from rwkv_train.cluster.rendezvous import rendezvous
 from rwkv_train.errors import UserError
 from rwkv_train.models import LanguageModel
 from rwkv_train.models.unused import freeze_unused
@@ -79,6 +80,14 @@ class ShardedStrategy(Strategy):
 
         @property
         def world_size(self) -> int: ...
+
+    def setup_environment(self) -> None:
+        """Lets the ranks find each other, within a limited time."""
+        with rendezvous(self.world_size):
+            self._find_ranks()
+
+    def _find_ranks(self) -> None:
+        super().setup_environment()
 
     def attach(
         self,
@@ -182,7 +191,7 @@ class ShardedStrategy(Strategy):
 
     def restore(self, checkpoint: Path) -> None:
         """Replaces this rank's share of the state by that of a checkpoint, between two steps."""
-        reader = Reader(checkpoint)
+        reader = Reader(checkpoint, verified=True)
         reader.fill(self.shards(moments=True))
         for state in self.states():
             step, now = state["step"], reader.meta.updates
@@ -263,7 +272,7 @@ class ShardedStrategy(Strategy):
         """Nothing to do: `setup` has filled the shards."""
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        reader = Reader(self.resume or Path(checkpoint_path))
+        reader = Reader(self.resume or Path(checkpoint_path), verified=True)
         return {**reader.state(0)["lightning"], "state_dict": {}, "meta": reader.meta}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -271,13 +280,15 @@ class ShardedStrategy(Strategy):
         self.settle()
         meta = checkpoint.pop("meta")
         files: dict[str, Any] = {}
+        index = None
         if self.global_rank < self.writer.writers:
             weights, state = contents(self._held(), self.shapes)
             state["random_state"] = torch.get_rng_state()
             if self.global_rank == 0:
                 state["lightning"] = checkpoint
             files = dict(zip(file_names(self.global_rank, self.writer.writers), (weights, state), strict=True))
-        self.writer.begin(Path(filepath), files, meta)
+            index = index_of(weights, state)
+        self.writer.begin(Path(filepath), files, meta, index)
         if not self.background:
             self.writer.wait()
 

@@ -76,8 +76,9 @@ def deepspeed_config(config: Config, resolved: ResolvedConfig, stage: int, offlo
         "zero_force_ds_cpu_optimizer": False,
     }
     if resolved.precision == "bf16-mixed":
-        # not DeepSpeed's own bf16 mode: that one casts decay, bonus, mix and norm parameters as well
-        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # Not DeepSpeed's own bf16 mode: that one casts decay, bonus, mix and norm parameters as well. The modules named
+        # are those whose gradients would be summed over the ranks in bfloat16: none.
+        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     if config.deepspeed is not None:
         derived = _merged(derived, json.loads(Path(config.deepspeed).expanduser().read_text()))
     return derived
@@ -96,6 +97,10 @@ class _Precision(DeepSpeedPrecision):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
+
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning has divided the loss by the passes of a step; left to itself, DeepSpeed would divide it again."""
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
 class Zero(ShardedStrategy, DeepSpeedStrategy):
@@ -119,7 +124,7 @@ class Zero(ShardedStrategy, DeepSpeedStrategy):
         device = super().root_device
         return torch.device("cpu", 0) if device.type == "cpu" else device
 
-    def setup_environment(self) -> None:
+    def _find_ranks(self) -> None:
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:

@@ -1,0 +1,80 @@
+"""Output: texts with square brackets are printed as they are, and a full disk or a closed pipe ends no program."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rwkv_train.cli import launcher
+from rwkv_train.console import make_console
+from tests import PRELOAD
+from tests.runs import losses, overrides_for
+
+FOREIGN = "books [old] [/b] [link=x] [/pytorch/third_party] :smile: [bold]"
+
+PRINTS = """
+import sys
+from rwkv_train.console import make_console, tolerated_output
+with tolerated_output():
+    for number in range(3000):
+        make_console().print(f"line {number}")
+        print(f"line {number}", file=sys.stderr)
+"""
+
+
+def test_foreign_text_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    make_console().print(FOREIGN)
+    assert capsys.readouterr().out == f"{FOREIGN}\n"
+    make_console(quiet=True).print(FOREIGN)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "said"),
+    [
+        (">/dev/full", "writes to standard output failed: No space left on device"),
+        ("| head -n 3 >/dev/null", "writes to standard output failed: Broken pipe"),
+        ("2>/dev/full", ""),
+        (">/dev/full 2>/dev/full", ""),
+        (">&-", ""),
+    ],
+)
+def test_output_that_fails(redirection: str, said: str) -> None:
+    shell = f'"$0" -c "$1" {redirection}; exit ${{PIPESTATUS[0]}}'
+    ended = subprocess.run(["bash", "-c", shell, sys.executable, PRINTS], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "Exception ignored" not in ended.stderr
+
+
+def test_characters_that_the_terminal_does_not_know() -> None:
+    code = "from rwkv_train.console import *\nwith tolerated_output(): make_console().print('… ×')"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (ended.returncode, ended.stdout) == (0, "? ?\n"), ended.stderr
+
+
+def test_a_run_whose_output_fails(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=_train_into_nothing, args=(overrides_for(tmp_path, "run", "budget.steps=5"),))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert len(losses(tmp_path / "runs" / "run")) == 5
+    assert (tmp_path / "runs" / "run" / "weights.pth").exists()
+
+
+def _train_into_nothing(overrides: list[str]) -> None:
+    full, (reader, closed) = os.open("/dev/full", os.O_WRONLY), os.pipe()
+    os.close(reader)
+    os.dup2(full, 2)
+    os.dup2(closed, 1)
+    sys.exit(launcher.main(overrides))
