@@ -53,7 +53,7 @@ class Batches:
         digest: hash of the data and its split, 16 hexadecimal digits.
         micro, accumulation: samples of a micro-batch; micro-batches of a step on one device.
         start_step: the step that training() begins with: `begin` sets it.
-        end_step: the step before which training() ends; None: it ends with the data.
+        end_step: the step before which training() ends: `end_before` sets it; None: it ends with the data.
         course: which samples the steps read: `begin` sets it.
         rank: data-parallel index of this process; DataModule sets it.
         pinned: whether training batches are made ahead in pinned memory; DataModule sets it.
@@ -250,6 +250,10 @@ class Batches:
         if self.stream is not None:
             start = {"offset": self.course.first * self.context, "epoch": 0, "dataset": None}
             self.stream.go_to(position or start)
+
+    def end_before(self, step: int | None) -> None:
+        """Makes training() end before a step; None: it ends with the data."""
+        self.end_step = step
 
     def round_stages(self, tokens_per_step: int) -> None:
         """Makes the stages of a curriculum begin with a step of so many tokens: that with which the run began."""

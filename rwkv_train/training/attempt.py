@@ -98,7 +98,8 @@ def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -
     number, found = decided_by_first(setup.rank_info, lambda: _claim(setup, found, write_errors))
     meta, clock = found.meta, clock_of(found.meta, batch)
     continue_data(setup.data, meta, skips)
-    setup.data.end_step = total = total_steps(setup.config, clock)
+    total = total_steps(setup.config, clock)
+    setup.data.end_before(total)
     same_data = meta is None or is_same_data(_changes(meta, setup))
     events, metrics = stack.enter_context(run.records(number, setup.first, clock.tokens))
     rewinds = passed_over["rewinds"]
