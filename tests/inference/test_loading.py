@@ -53,7 +53,7 @@ def test_generate_and_eval_read_a_sharded_checkpoint(tmp_path: Path, capsys: pyt
 def test_a_run_stands_for_its_weights_wherever_a_checkpoint_does(tmp_path: Path) -> None:
     """A run without final weights for its newest complete checkpoint; `export`, `init.weights`, `generate`, `eval`."""
     run, model = tmp_path / "run", lively(BYTES)
-    newest = checkpoint_of(model, run / "checkpoints", 2).rename(run / "checkpoints" / "step_000000009-0001")
+    newest = checkpoint_of(model, run / "checkpoints", 2)
     (run / "checkpoints" / "step_000000012-0001").mkdir()  # incomplete
     assert find_weights(run) == newest
     assert cli(["export", str(run), str(tmp_path / "out.pth")]) == 0
