@@ -35,6 +35,10 @@ EVENT_FILES = ("events.jsonl", "watchdog.jsonl")  # of one attempt: the run's ow
 _NOTE = "start.json"
 
 
+class Superseded(Exception):
+    """A newer attempt of the run has taken over."""
+
+
 @dataclass(frozen=True)
 class AttemptStart:
     """What an attempt notes when it begins.
@@ -134,15 +138,26 @@ class Attempts:
         names = os.listdir(self.path) if self.path.is_dir() else []
         return sorted(int(name) for name in names if re.fullmatch(r"\d{4,}", name))
 
-    def claim(self) -> int:
+    def claim(self, after: int | None = None) -> int:
         """Takes the next number.
 
+        Args:
+            after: number of the attempt that goes on under another one, since its run is rewound; None: a new start.
+
         Raises:
+            Superseded: a newer attempt than `after` has taken over the run. Asked in the claim itself, so that no other
+                process can claim in between.
             UserError: the disk refuses a directory, or the directory holds a run whose attempts/ was removed.
         """
         try:
             self.refuse_orphans()
             self.path.mkdir(parents=True, exist_ok=True)
+            if after is not None:
+                try:
+                    self.directory(after + 1).mkdir()
+                except FileExistsError:
+                    raise Superseded from None
+                return after + 1
             while True:
                 number = max(self.numbers(), default=0) + 1
                 with contextlib.suppress(FileExistsError):

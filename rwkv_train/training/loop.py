@@ -15,11 +15,11 @@ from rwkv_train.data.batch_preview import show_batch
 from rwkv_train.data.datamodule import DataModule
 from rwkv_train.exit_codes import Ending, ExitCode
 from rwkv_train.instantiate import prepare
+from rwkv_train.rundir.attempts import Superseded
 from rwkv_train.rundir.jsonl import WriteErrors
 from rwkv_train.rundir.rank_logs import keep_log
 from rwkv_train.training.attempt import RunAttempt, open_attempt
 from rwkv_train.training.build import Training, build
-from rwkv_train.training.callbacks.checkpoint import Superseded
 from rwkv_train.training.finish import finish, finish_again, next_start
 from rwkv_train.training.observers import RunTrackers
 from rwkv_train.training.requeue import Requeue

@@ -25,6 +25,7 @@ from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.checkpoint.writer import Writer
 from rwkv_train.config import CheckpointSettings, Duration
 from rwkv_train.errors import UserError
+from rwkv_train.rundir.attempts import Superseded
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 from tests.checkpoint.metas import meta_of
@@ -212,13 +213,33 @@ class World:
         with run.records(number, True) as (events, lines):
             events.add("resumed" if begin else "started", begin)
             shared.update(number=number, step=begin)
-            for step in range(begin + 1, STEPS + 1):
+            step = begin
+            while step < STEPS:
+                step += 1
                 lines.append({"step": step, "by": number})
                 if step % EVERY == 0:
                     if run.attempts.superseded(number):
                         return
                     error = self.save(number, step, 0, store)
                     events.add("checkpoint" if error is None else "checkpoint_failed", step)
+                elif self.ranks == 1 and self.draw.random() < 0.05:
+                    base, _ = newest(run.checkpoints, before=step)
+                    if base is not None:
+                        number, step = self.rewind(number, base)
+                        if not number:
+                            return
+                        for record in (events, lines):
+                            record.follow_attempt(run.attempts.directory(number) / record.path.name)
+
+    def rewind(self, number: int, base: Path) -> tuple[int, int]:
+        """An attempt goes back to a checkpoint, under the next number: (number, step); (0, 0): it is superseded."""
+        try:
+            claimed = self.run.attempts.claim(after=number)
+        except Superseded:
+            return 0, 0
+        if claimed != number + 1:
+            self.problems.append(f"attempt {number}, superseded by {claimed - 1}, has taken over as {claimed}")
+        return claimed, self.begin(claimed, base)
 
     def alone(self) -> bool:
         """Whether no earlier attempt is alive, which could delete what the user of this one has chosen."""
