@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rwkv_train.errors import UserError
+from rwkv_train.file_lock import lock
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import Events, JsonLines, MergedView
 
@@ -139,11 +139,9 @@ class RunDirectory:
 
 def _lock(file: TextIO, path: Path) -> None:
     """Raises a UserError if another process holds the lock."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not lock(file):
         file.seek(0)
         raise UserError(
             f"the run directory {path} is in use by another process ({file.read().strip() or 'unknown'})",
             "wait for it, stop it, or give this run another name: run.name=NAME",
-        ) from None
+        )
