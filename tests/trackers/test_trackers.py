@@ -235,7 +235,12 @@ def test_push_runs_no_code_of_a_run_directory(tmp_path: Path) -> None:
 
 def test_push_takes_plain_text_of_a_fixed_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed: list[Any] = []
-    monkeypatch.setattr(launch, "push", lambda path, name, tree: pushed.append(tree) or {"sent": 1})
+
+    def push(path: Path, name: str, tree: Any) -> dict[str, Any]:
+        pushed.append(tree)
+        return {"sent": 1}
+
+    monkeypatch.setattr(launch, "push", push)
     monkeypatch.setenv("SECRET", "s3cret")
     own = {
         "project": "mine",
