@@ -87,7 +87,7 @@ def _train(training: Training, requeue: Requeue) -> Ending | None:
     setup, trainer, strategy = training.setup, training.trainer, training.strategy
     data, checkpoint = DataModule(setup.data), training.attempt.checkpoint
     try:
-        with training.observers.watchdog.watching():
+        with training.observers.watchdog.watching(strategy):
             trainer.fit(training.module, datamodule=data, ckpt_path=checkpoint)
     except SystemExit:  # Lightning's answer to a Ctrl-C before the first step
         if not trainer.interrupted:

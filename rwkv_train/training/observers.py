@@ -94,8 +94,8 @@ def make_observers(
     config, run, data, console = setup.config, setup.directory, setup.data, setup.console
     events, lines = attempt.events, attempt.metrics
     before_exit = partial(events.refresh, force=True)
-    alone = setup.resolved.mesh.ranks == 1
-    watchdog = Watchdog(config.watchdog, run.attempts, setup.first, alone, setup.rank_info.node, before_exit)
+    alone, one_node, node = setup.resolved.mesh.ranks == 1, setup.resolved.nodes == 1, setup.rank_info.node
+    watchdog = Watchdog(config.watchdog, run.attempts, setup.first, alone, one_node, node, before_exit)
     meta = {
         "config": setup.tree,
         "data": data.digest,
