@@ -60,6 +60,7 @@ def test_a_callback() -> None:
 
 
 LIGHTNING = "lightning.pytorch.callbacks"
+UNPICKLER = {"_target_": "lightning.fabric.utilities.cloud_io._load", "weights_only": False}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ LIGHTNING = "lightning.pytorch.callbacks"
             {"_target_": "lightning.pytorch.trainer.connectors.signal_connector.subprocess.call"},
             "cannot be imported|allowed",
         ),
-        ({"_target_": "lightning.pytorch.callbacks.early_stopping.torch"}, "neither a class nor a function"),
+        ({"_target_": "lightning.pytorch.callbacks.early_stopping.torch"}, "early_stopping.torch is not a class"),
         ({"_target_": "lightning.pytorch.callbacks.early_stopping.Tensor"}, "is defined in torch"),
         ({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "x"}, "is not a Callback"),
         (
@@ -85,6 +86,8 @@ LIGHTNING = "lightning.pytorch.callbacks"
         ),
         ({"_target_": STOPPING["_target_"]}, "missing a required argument: 'monitor'"),
         ({**STOPPING, "_partial_": True}, "of Hydra's keys only _target_ is supported"),
+        ({**UNPICKLER, "path_or_url": "x"}, "_load is not a class"),
+        ({**STOPPING, "monitor": {**UNPICKLER, "path_or_url": "x"}}, "annotation of monitor in EarlyStopping names no"),
     ],
 )
 def test_a_tree_that_is_wrong(tree: dict[str, Any], message: str) -> None:
@@ -124,3 +127,28 @@ def test_nothing_is_built_before_all_is_bound(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(callback.inner, EarlyStopping)
     with pytest.raises(UserErrors, match="the package mine is not allowed"):
         prepare("callbacks", {"a": trees["a"]}, Callback)
+
+
+class Outer(Callback):
+    def __init__(self, inner: Callback | dict[str, Any] | None = None, plain: str = "", **others: Any) -> None:
+        self.inner = inner
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"inner": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "x"}}, "is not a Callback"),
+        ({"inner": {**UNPICKLER, "path_or_url": "x"}}, "_load is not a class"),
+        (
+            {"plain": STOPPING},
+            "the annotation of plain in Outer names no class\n  give callbacks.a.plain a plain value",
+        ),
+        ({"no_such": STOPPING}, "the annotation of no_such in Outer names no class"),
+    ],
+)
+def test_an_object_inside_an_object_is_of_the_kind_that_its_annotation_names(
+    arguments: dict[str, Any], message: str
+) -> None:
+    tree = {"_target_": "tests.test_instantiate.Outer", **arguments}
+    with pytest.raises(UserErrors, match=message):
+        prepare("callbacks", {"a": tree}, Callback, ["tests"])

@@ -119,7 +119,9 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """Writes a tracker's state; a kill leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(state))
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x", encoding="utf-8") as file:  # x: never through a link
+        json.dump(state, file)
     temporary.replace(path)
 
 

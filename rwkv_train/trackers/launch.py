@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import yaml
 
+from rwkv_train.config.values import convert
 from rwkv_train.errors import UserError
 from rwkv_train.instantiate import prepare
 from rwkv_train.resources import resource
@@ -21,6 +22,9 @@ from rwkv_train.rundir.jsonl import EventRow, JsonLines, MetricsRow
 from rwkv_train.trackers import LocalTracker, TrackedRun, write_state
 from rwkv_train.trackers.follow import Follower, make
 
+PUSHED_ARGUMENTS = {  # what `--push` takes from a run directory, which may be a stranger's: plain text, and no path
+    "wandb": {"project": str, "group": str, "tags": tuple[str, ...], "notes": str, "name": str}
+}
 TRACKER_SECONDS = 30.0  # seconds that tracker processes have for the remaining rows when the run has ended
 
 
@@ -196,15 +200,28 @@ def push(path: Path, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
 def push_all(runs: Sequence[Path], name: str) -> int:
     """`rwkv-train report RUN_DIR … --push TRACKER`: exit code 0.
 
-    The tracker is that of conf/logger, with the arguments that the run was started with.
+    The tracker is that of conf/logger. Of the arguments that the run was started with, it gets PUSHED_ARGUMENTS.
     """
     for path in runs:
         tree = yaml.safe_load((resource("conf") / "logger" / f"{name}.yaml").read_text(encoding="utf-8"))[name]
-        own = (_config(RunDirectory(str(path.parent), path.name)).get("logger") or {}).get(name) or {}
-        state = push(path, name, {**tree, **{key: own[key] for key in tree.keys() & own.keys() if key != "_target_"}})
+        own = _own_arguments(_config(RunDirectory(str(path.parent), path.name)), name)
+        state = push(path, name, {**tree, **own})
         where = f", run {state['id']}" if "id" in state else ""
         print(f"{path}: {state['sent']} steps in {name}{where}")
     return 0
+
+
+def _own_arguments(config: Any, name: str) -> dict[str, Any]:
+    """The PUSHED_ARGUMENTS of a tracker in a config that was read from a file; other values are ignored."""
+    for key in ("logger", name):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    own = {}
+    for argument, hint in PUSHED_ARGUMENTS.get(name, {}).items():
+        with contextlib.suppress(ValueError):  # absent, or of another type
+            value = convert(hint, config.get(argument) if isinstance(config, Mapping) else None)
+            if "${" not in str(value):  # interpolations of a file are not resolved
+                own[argument] = list(value) if isinstance(value, tuple) else value
+    return own
 
 
 def _config(run: RunDirectory) -> dict[str, Any]:

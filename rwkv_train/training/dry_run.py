@@ -48,6 +48,11 @@ def dry_run(config: Config) -> int:
     Raises:
         UserError: what would keep the run from starting.
     """
+    if config.callbacks or config.logger:  # Lightning takes seconds to import
+        from rwkv_train.training.user_classes import prepare_callbacks, prepare_loggers
+
+        prepare_callbacks(config)
+        prepare_loggers(config)
     setup = assemble(config)
     say, data, resolved = setup.console.print, setup.data, setup.resolved
     settled = resolved.recorded(config)

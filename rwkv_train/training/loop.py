@@ -7,14 +7,12 @@ import signal
 from contextlib import ExitStack
 
 import yaml
-from lightning.pytorch.callbacks import Callback
 
 from rwkv_train.cluster.preflight import run_preflight
 from rwkv_train.console import ERROR_STYLE
 from rwkv_train.data.batch_preview import show_batch
 from rwkv_train.data.datamodule import DataModule
 from rwkv_train.exit_codes import Ending, ExitCode
-from rwkv_train.instantiate import prepare
 from rwkv_train.rundir.attempts import Superseded
 from rwkv_train.rundir.jsonl import WriteErrors
 from rwkv_train.rundir.rank_logs import keep_log
@@ -24,6 +22,7 @@ from rwkv_train.training.finish import finish, finish_again, next_start
 from rwkv_train.training.observers import RunTrackers
 from rwkv_train.training.requeue import Requeue
 from rwkv_train.training.setup import RunSetup, describe, versions
+from rwkv_train.training.user_classes import prepare_callbacks
 
 
 def fit(setup: RunSetup) -> ExitCode:
@@ -36,7 +35,7 @@ def fit(setup: RunSetup) -> ExitCode:
         UserError: a logger or callback that cannot be made, a directory in use, a checkpoint that does not fit.
     """
     config, console = setup.config, setup.console
-    callbacks = prepare("callbacks", config.callbacks, Callback, config.packages)
+    callbacks = prepare_callbacks(config)
     trackers, requeue, write_errors = RunTrackers(setup), Requeue(setup), WriteErrors()
     with (
         setup.directory.claimed(setup.first, setup.rank_info.job),
@@ -88,7 +87,7 @@ def _train(training: Training, requeue: Requeue) -> Ending | None:
     setup, trainer, strategy = training.setup, training.trainer, training.strategy
     data, checkpoint = DataModule(setup.data), training.attempt.checkpoint
     try:
-        with training.observers.watchdog.watching():
+        with training.observers.watchdog.watching(strategy):
             trainer.fit(training.module, datamodule=data, ckpt_path=checkpoint)
     except SystemExit:  # Lightning's answer to a Ctrl-C before the first step
         if not trainer.interrupted:

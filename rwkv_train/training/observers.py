@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
-from lightning.pytorch.loggers import Logger
 
 from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.config.schema import differences
 from rwkv_train.errors import UserError
-from rwkv_train.instantiate import prepare
 from rwkv_train.planning.report import as_json
 from rwkv_train.rundir.jsonl import Events, WriteErrors
-from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker
+from rwkv_train.trackers import TrackedRun
 from rwkv_train.trackers.launch import TRACKER_SECONDS, Trackers
 from rwkv_train.training.attempt import RunAttempt
 from rwkv_train.training.callbacks.bad_steps import BadSteps
@@ -31,6 +29,7 @@ from rwkv_train.training.callbacks.stop import StopAtBudget, StopOnSignal
 from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.replay import Replay
 from rwkv_train.training.setup import RunSetup, versions
+from rwkv_train.training.user_classes import prepare_loggers
 
 TRACKER_SECONDS_AFTER_SIGNAL = 5.0  # seconds that trackers have where a signal has ended the run
 
@@ -95,8 +94,8 @@ def make_observers(
     config, run, data, console = setup.config, setup.directory, setup.data, setup.console
     events, lines = attempt.events, attempt.metrics
     before_exit = partial(events.refresh, force=True)
-    alone = setup.resolved.mesh.ranks == 1
-    watchdog = Watchdog(config.watchdog, run.attempts, setup.first, alone, setup.rank_info.node, before_exit)
+    alone, one_node, node = setup.resolved.mesh.ranks == 1, setup.resolved.nodes == 1, setup.rank_info.node
+    watchdog = Watchdog(config.watchdog, run.attempts, setup.first, alone, one_node, node, before_exit)
     meta = {
         "config": setup.tree,
         "data": data.digest,
@@ -153,8 +152,7 @@ class RunTrackers:
         self.setup = setup
         self._patience = TRACKER_SECONDS
         self._trackers: Trackers | None = None
-        kinds = (Tracker, LocalTracker, Logger)
-        prepare("logger", setup.config.logger, kinds, setup.config.packages)  # they are made by `start`
+        self._trees = prepare_loggers(setup.config)  # they are made by `start`
 
     def __enter__(self) -> RunTrackers:
         return self
@@ -167,13 +165,13 @@ class RunTrackers:
             meta: of the checkpoint; None: there is none.
         """
         config, run = self.setup.config, self.setup.directory
-        if not self.setup.first or not config.logger:
+        if not self.setup.first or not self._trees:
             return
         tree, code = self.setup.tree, versions()
         changed = meta is not None and bool(differences(meta.config, tree) or meta.versions != code)
         info = {"config": tree, "versions": code, **_surroundings(self.setup)}
         tracked = TrackedRun(run.path.absolute(), run.path.name, info, changed)
-        self._trackers = Trackers(config.logger, config.packages, tracked, step, run)
+        self._trackers = Trackers(self._trees, config.packages, tracked, step, run)
 
     def follow(self, metrics: Metrics, events: Events) -> None:
         """Connects those that live in this process with the run's rows and events."""

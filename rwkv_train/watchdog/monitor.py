@@ -5,9 +5,9 @@ for a device or a disk may hold the interpreter's lock. There is one for each ra
 rank it needs no other process to start or end it, and sees the rank's end at once as the end of a pipe. It is small (a
 bare interpreter, about 10 MB), wakes once a second, and imports nothing but the standard library.
 
-The monitor of rank 0 is the coordinator and listens on a socket; the others report to it once a second and get the
-verdict in the answer (verdict.py). On a verdict every monitor writes its rank's stacks, by py-spy from outside, and
-ends its rank: first by a message to a thread of it, which exits with code 76, after some seconds by SIGKILL.
+The monitor of rank 0 is the coordinator and listens on a socket (connection.py); the others report to it once a second
+and get the verdict in the answer (verdict.py). On a verdict every monitor writes its rank's stacks, by py-spy from
+outside, and ends its rank: first by a message to a thread of it, which exits with code 76, then by SIGKILL.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rwkv_train.exit_codes import ExitCode
+from rwkv_train.watchdog.connection import Entrance, JsonSocket
 from rwkv_train.watchdog.heartbeat import HeartbeatReader
 from rwkv_train.watchdog.verdict import Coordinator, Limits, Member, Phase, RankReport, Stragglers, Verdict, phase_limit
 
@@ -36,45 +36,6 @@ STOPPED_AFTER = 5.0  # seconds by which a tick is late when this process itself 
 STACK_TIMEOUT = 10.0  # seconds that py-spy, or all monitors together, may take for the stacks
 EXIT_TIMEOUT = 5.0  # seconds that a rank has to exit before SIGKILL
 CULPRIT_DELAY = 2.0  # seconds by which a culprit ends after the other ranks
-
-
-class JsonSocket:
-    """A socket that carries one JSON object per line in both directions and never blocks.
-
-    Attributes:
-        open: False once nothing more can come.
-    """
-
-    def __init__(self, channel: socket.socket) -> None:
-        channel.setblocking(False)
-        self.channel, self.open = channel, True
-        self._received, self._unsent = b"", b""
-
-    def read(self) -> Iterator[dict[str, Any]]:
-        """The messages that have come."""
-        try:
-            while data := self.channel.recv(1 << 16):
-                self._received += data
-            self.open = False
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.open = False
-        *lines, self._received = self._received.split(b"\n")
-        for line in lines:
-            with suppress(ValueError):
-                if isinstance(message := json.loads(line), dict):  # any program may connect to the port
-                    yield message
-
-    def write(self, message: dict[str, Any]) -> None:
-        """Sends what fits now; the rest is sent with the next message."""
-        self._unsent += json.dumps(message).encode() + b"\n"
-        try:
-            self._unsent = self._unsent[self.channel.send(self._unsent) :]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.open = False
 
 
 class MonitoredRank:
@@ -155,6 +116,8 @@ class Monitor:
         self.py_spy: str | None = settings["py_spy"]
         self.channel = JsonSocket(socket.socket(fileno=settings["channel"]))  # with the rank
         self.server = None if settings["listener"] is None else socket.socket(fileno=settings["listener"])
+        self.selector = selectors.DefaultSelector()
+        self.entrance: Entrance | None = None  # from when the token is known
         self.stragglers = Stragglers(*settings["stragglers"])
         self.member: Member | None = None
         self.coordinator: Coordinator | None = None
@@ -167,15 +130,12 @@ class Monitor:
 
     def run(self) -> None:
         """Monitors until the rank has ended."""
-        selector, due = selectors.DefaultSelector(), time.monotonic()
-        selector.register(self.channel.channel, selectors.EVENT_READ)
-        if self.server is not None:
-            self.server.setblocking(False)
-            selector.register(self.server, selectors.EVENT_READ)
+        due = time.monotonic()
+        self.selector.register(self.channel.channel, selectors.EVENT_READ)
         while True:
-            for key, _ in selector.select(max(0.0, due - time.monotonic())):
-                if key.fileobj is self.server:
-                    self._accept()
+            for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
+                if key.fileobj is self.server and self.entrance is not None:
+                    self.entrance.accept(time.monotonic())
             self._read_rank()
             now = time.monotonic()
             if now - due > STOPPED_AFTER:
@@ -190,12 +150,7 @@ class Monitor:
                     self._release_members()
                     return
                 with suppress(KeyError):  # rank 0 has failed: the other ranks are judged before this monitor ends
-                    selector.unregister(self.channel.channel)
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            assert self.server is not None
-            self.members.append(JsonSocket(self.server.accept()[0]))
+                    self.selector.unregister(self.channel.channel)
 
     def _read_rank(self) -> None:
         """Reads the messages of the rank, and notices its end."""
@@ -216,6 +171,9 @@ class Monitor:
         self.directory, self.address, self.token = Path(directory), (address[0], address[1]), token
         if rank == 0:
             self.coordinator = Coordinator(ranks, self.limits, now)
+            if self.server is not None:
+                self.entrance = Entrance(self.server, token)
+                self.selector.register(self.server, selectors.EVENT_READ)
         else:
             self.member = Member(rank, now)
 
@@ -245,12 +203,21 @@ class Monitor:
         return None
 
     def _read_members(self, coordinator: Coordinator, now: float) -> None:
+        if self.entrance is not None:
+            self.members += self.entrance.admitted(now)
         for member in self.members:
             for message in member.read():
-                if message.pop("token", None) == self.token:
-                    coordinator.receive(RankReport(**message), now)
+                report = RankReport.parse(message, coordinator.ranks)
+                if report is not None:  # else {"done"} of a rank that ended while this monitor was stopped
+                    coordinator.receive(report, now)
                     verdict = coordinator.verdict
                     member.write({} if verdict is None else asdict(verdict))
+        self._drop_closed()
+
+    def _drop_closed(self) -> None:
+        for member in self.members:
+            if not member.open:
+                member.channel.close()
         self.members = [member for member in self.members if member.open]
 
     def _exchange(self, member: Member, report: RankReport, now: float) -> None:
@@ -258,8 +225,9 @@ class Monitor:
         if self.to_coordinator is None or not self.to_coordinator.open:
             with suppress(OSError):
                 self.to_coordinator = JsonSocket(socket.create_connection(self.address, timeout=POLL_SECONDS))
+                self.to_coordinator.write_line(self.token)
         if self.to_coordinator is not None:
-            self.to_coordinator.write({**asdict(report), "token": self.token})
+            self.to_coordinator.write(asdict(report))
             for answer in self.to_coordinator.read():
                 member.receive(answer, now)
 
@@ -325,17 +293,18 @@ class Monitor:
         end, ready = time.monotonic() + STACK_TIMEOUT, False
         done: set[JsonSocket] = set()
         if self.to_coordinator is not None:
-            self.to_coordinator.write({"token": self.token, "done": True})
+            self.to_coordinator.write({"done": True})
         while not ready and time.monotonic() < end:
-            if self.server is not None:
-                self._accept()
+            if self.entrance is not None:
+                self.entrance.accept(time.monotonic())
+                self.members += self.entrance.admitted(time.monotonic())
                 for member in self.members:
                     for message in member.read():
-                        if message.get("token") == self.token and "done" in message:
+                        if "done" in message:
                             done.add(member)
                         else:
                             member.write(asdict(verdict))
-                self.members = [member for member in self.members if member.open]
+                self._drop_closed()
                 ready = all(member in done for member in self.members)
             elif self.to_coordinator is not None:
                 answers = self.to_coordinator.read()

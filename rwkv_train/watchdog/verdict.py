@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any
 
@@ -25,6 +25,13 @@ ANSWER_TIMEOUT = 30.0  # seconds without an answer after which a monitor decides
 FROZEN_AFTER = 5.0  # seconds without activity of any thread after which a process counts as frozen
 EXIT_GRACE = 5.0  # seconds in which the other ranks may notice by themselves that a rank has ended
 MIN_STEPS_FOR_MEAN = 5
+_TYPES: dict[str, tuple[type, ...]] = {  # of a report's fields in a message
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "str | None": (str, type(None)),
+}
+_MAX_NUMBER = 1e15  # in a message; NaN is not below it either
 
 
 class Phase(IntEnum):
@@ -101,6 +108,20 @@ class RankReport:
     work: float = 0.0
     ended: str | None = None
 
+    @classmethod
+    def parse(cls, message: Mapping[str, Any], ranks: int) -> RankReport | None:
+        """The report in a message to the coordinator of so many ranks; None: the message is no valid report."""
+        try:
+            report = cls(**message)
+        except TypeError:
+            return None
+        for own in fields(cls):
+            value = getattr(report, own.name)
+            number = isinstance(value, (int, float))
+            if not isinstance(value, _TYPES[str(own.type)]) or (number and not abs(value) < _MAX_NUMBER):
+                return None
+        return report if report.rank in range(ranks) and report.phase in list(Phase) else None
+
     @property
     def position(self) -> tuple[int, int, int]:
         """How far the rank has come."""
@@ -120,6 +141,14 @@ class Verdict:
     ranks: Sequence[int]
     step: int
     reason: str
+
+    @classmethod
+    def parse(cls, message: Mapping[str, Any]) -> Verdict | None:
+        """The verdict in an answer of the coordinator; None: it holds none."""
+        ranks, step, reason = (message.get(name) for name in ("ranks", "step", "reason"))
+        if not (isinstance(ranks, list) and isinstance(step, int) and isinstance(reason, str)):
+            return None
+        return cls(ranks, step, reason) if all(isinstance(rank, int) for rank in ranks) else None
 
 
 def phase_limit(limits: Limits, phase: int, steps: int, step_time: float) -> float:
@@ -286,8 +315,8 @@ class Member:
         self._answered = now
         if "release" in answer:
             self.released = True
-        if "reason" in answer and self.verdict is None:
-            self.verdict = Verdict(answer["ranks"], answer["step"], answer["reason"])
+        if self.verdict is None:
+            self.verdict = Verdict.parse(answer)
 
     def discount(self, seconds: float) -> None:
         """This monitor itself was stopped for so long: that time is not counted as silence of the coordinator."""

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import struct
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from rwkv_train.cli import launcher
 from rwkv_train.cli import main as cli
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.jsonl import MetricsRow
-from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker, flat
+from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker, flat, launch
+from rwkv_train.trackers.csv_table import CSV, write_csv
 from rwkv_train.trackers.follow import Follower, Tail, follow
 from rwkv_train.trackers.launch import LocalTrackers, push
 from rwkv_train.trackers.tensorboard import TensorBoard
 from rwkv_train.training import observers
 from rwkv_train.training.run import train
-from tests.runs import overrides_for, rows
+from tests.runs import ROOT, overrides_for, rows
 from tests.trackers.readers import tensorboard_rows, wandb_rows
 from tests.trackers.spies import Memory
 
@@ -190,6 +194,87 @@ def test_push(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty has no metrics\.jsonl with a row"):
         push(tmp_path / "empty", "wandb", tree)
+
+
+def stranger(folder: Path, logger: object) -> Path:
+    """A run directory as a stranger may send it, with this `logger` in its config.yaml."""
+    run = folder / "run"
+    run.mkdir()
+    add(run / "metrics.jsonl", {"step": 1, "time": 1e9, "train/loss": 2.0})
+    (run / "config.yaml").write_text(json.dumps({"logger": logger}))
+    return run
+
+
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_push_runs_no_code_of_a_run_directory(tmp_path: Path) -> None:
+    marker, pickled, mine = tmp_path / "ran", tmp_path / "evil.pt", tmp_path / ".bashrc"
+    torch.save(Evil(marker), pickled)
+    mine.write_text("mine")
+    load = {"_target_": "lightning.fabric.utilities.cloud_io._load", "path_or_url": str(pickled), "weights_only": False}
+    for number, path in enumerate([load, str(mine), None]):
+        (folder := tmp_path / str(number)).mkdir()
+        run = stranger(folder, {"csv": {"_target_": "os.system", "path": path}})
+        (run / ".metrics.csv").symlink_to(mine)
+        assert cli.main(["report", str(run), "--push", "csv"]) == 0
+        assert (run / "metrics.csv").read_text().splitlines()[0] == "step,time,train/loss"
+    assert not marker.exists()
+    assert mine.read_text() == "mine"
+    (folder := tmp_path / "board").mkdir()
+    run = stranger(folder, {"tensorboard": {"directory": str(tmp_path / "elsewhere")}})
+    assert cli.main(["report", str(run), "--push", "tensorboard"]) == 0
+    assert tensorboard_rows(run).keys() == {1}
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_push_takes_plain_text_of_a_fixed_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[Any] = []
+
+    def push(path: Path, name: str, tree: Any) -> dict[str, Any]:
+        pushed.append(tree)
+        return {"sent": 1}
+
+    monkeypatch.setattr(launch, "push", push)
+    monkeypatch.setenv("SECRET", "s3cret")
+    own = {
+        "project": "mine",
+        "group": {"_target_": "x"},
+        "tags": ["a", "b"],
+        "notes": "${oc.env:SECRET}",
+        "name": ["x"],
+    }
+    more = {"_target_": "os.system", "entity": "stranger", "mode": "online", "artifacts": "weights", "other": 1}
+    loggers = [{"wandb": {**own, **more}}, {"wandb": 1}, [], None, {"wandb": {"tags": "a", "project": True}}]
+    for number, logger in enumerate(loggers):
+        (folder := tmp_path / str(number)).mkdir()
+        assert cli.main(["report", str(stranger(folder, logger)), "--push", "wandb"]) == 0
+    default = yaml.safe_load((ROOT / "conf" / "logger" / "wandb.yaml").read_text())["wandb"]
+    assert pushed == [{**default, "project": "mine", "tags": ["a", "b"]}, default, default, default, default]
+
+
+@pytest.mark.parametrize("content", ["export PATH=/bin\n", "name,step\n", "stepper,time\n"])
+def test_the_table_replaces_no_other_file(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file"
+    path.write_text(content)
+    trackers = LocalTrackers({"csv": CSV(str(path))}, TrackedRun(tmp_path, "run"), 0, tmp_path / "metrics.jsonl")
+    assert f"logger=csv: UserError: {path} exists and is no table of metrics" in capsys.readouterr().err
+    trackers.close_local()
+    with pytest.raises(UserError, match="is no table of metrics"):
+        write_csv([row(1, 2.0)], path)
+    assert path.read_text() == content
+    path.unlink()
+    for steps in ([], [1], [1, 2]):  # one of its own is replaced
+        write_csv([row(step, 2.0) for step in steps], path)
+        assert len(path.read_text().splitlines()) == 1 + len(steps)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="is no table of metrics"):
+        write_csv([row(1, 2.0)], tmp_path / "link")
 
 
 def test_flat() -> None:

@@ -71,6 +71,22 @@ def test_what_would_keep_it_from_starting(tmp_path: Path) -> None:
         train(launcher.load([*big, "model=14b", "device=a100-40g", "trainer.devices=4", "strategy=ddp"]))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+logger.a._target_=os.system", "the package os is not allowed"),
+        ("+logger.a._target_=lightning.pytorch.callbacks.Callback", "is not a Logger"),
+        ("+callbacks.a._target_=lightning.fabric.utilities.cloud_io._load", "_load is not a class"),
+        ("+callbacks.a._target_=lightning.pytorch.callbacks.EarlyStopping", "missing a required argument: 'monitor'"),
+    ],
+)
+@pytest.mark.parametrize("dry", ["dry_run=true", "dry_run=false"])
+def test_loggers_and_callbacks_that_a_run_would_refuse(tmp_path: Path, override: str, message: str, dry: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train(launcher.load([*overrides_for(tmp_path), override, dry]))
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_directory(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

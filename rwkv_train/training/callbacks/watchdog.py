@@ -28,6 +28,7 @@ import rwkv_train
 from rwkv_train.config import WatchdogSettings
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.training.strategy import ShardedStrategy
+from rwkv_train.watchdog.connection import listen
 from rwkv_train.watchdog.heartbeat import Heartbeat
 from rwkv_train.watchdog.verdict import Phase
 
@@ -47,6 +48,7 @@ class Watchdog(Callback):
         attempts: attempts of the run; stacks and events are written to the current attempt's directory.
         first: whether this is rank 0.
         alone: whether it is the only rank.
+        one_node: whether all ranks are on this machine.
         node: name of this rank's node.
         before_exit: called before a verdict ends the process; must be quick.
     """
@@ -57,11 +59,12 @@ class Watchdog(Callback):
         attempts: Attempts,
         first: bool,
         alone: bool,
+        one_node: bool,
         node: str,
         before_exit: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings, self.attempts, self.first, self.alone = settings, attempts, first, alone
-        self.node, self.before_exit = node, before_exit
+        self.one_node, self.node, self.before_exit = one_node, node, before_exit
         self.heartbeat = Heartbeat()
         self._channel: socket.socket | None = None
         self._listener: socket.socket | None = None
@@ -75,13 +78,17 @@ class Watchdog(Callback):
         self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=8)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """The monitor runs during the block, and gets a message how the block ended."""
+    def watching(self, strategy: ShardedStrategy) -> Iterator[None]:
+        """The monitor runs during the block, and gets a message how the block ended.
+
+        Args:
+            strategy: knows the address of rank 0.
+        """
         if not self.settings.enabled:
             yield
             self.heartbeat.close()
             return
-        monitor = self._start()
+        monitor = self._start(strategy)
         ended = "the process has ended without a message"
         try:
             yield
@@ -104,12 +111,12 @@ class Watchdog(Callback):
             self.heartbeat.close()
             monitor.returncode = monitor.returncode or 0  # one that still judges other ranks is not waited for
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self, strategy: ShardedStrategy) -> subprocess.Popen[bytes]:
         """Starts the monitor as a child process: a bare interpreter that imports the standard library only."""
         self._channel, remote = socket.socketpair()
         fds = [self.heartbeat.fd, remote.fileno()]
         if self.first and not self.alone:
-            self._listener = socket.create_server(("", 0), backlog=4096)
+            self._listener = listen(_main_address(strategy), self.one_node)
             fds.append(self._listener.fileno())
         limits = ("factor", "floor", "startup", "first_step", "checkpoint", "validation")
         beside = Path(sys.executable).with_name("py-spy")
@@ -169,7 +176,7 @@ class Watchdog(Callback):
         host, port, token = "", 0, secrets.token_hex(16)
         if trainer.world_size > 1:
             if trainer.is_global_zero:
-                host = strategy.cluster_environment.main_address  # type: ignore[attr-defined]
+                host = _main_address(strategy)
                 port = 0 if self._listener is None else self._listener.getsockname()[1]
             host, port, token = strategy.broadcast((host, port, token))
         self._close_listener()
@@ -295,3 +302,8 @@ class Watchdog(Callback):
         if self._paused is not None:
             self._excluded += time.perf_counter() - self._paused
             self._paused = None
+
+
+def _main_address(strategy: ShardedStrategy) -> str:
+    """The host of rank 0, by the name or the address that the other ranks use."""
+    return str(strategy.cluster_environment.main_address)  # type: ignore[attr-defined]
