@@ -291,7 +291,7 @@ class World:
             return f"{max(own)} of the newest attempt does not count"
         number = run.attempts.claim()
         step = self.begin(number, found)
-        rows = [json.loads(line) for line in run.attempts.metrics()]
+        rows = [record.row for record in run.attempts.metrics()]
         if [row["step"] for row in rows] != list(range(1, step + 1)):
             return f"the rows before step {step} are {[row['step'] for row in rows]}"
         with run.records(number, True):

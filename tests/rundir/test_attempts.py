@@ -137,10 +137,10 @@ def test_a_start_note_that_may_not_be_read_is_not_an_absent_one(
 ) -> None:
     begun(run)
 
-    def refused(self: Path, **how: str) -> str:
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+    def refused(path: str, flags: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
 
-    monkeypatch.setattr(Path, "read_text", refused)
+    monkeypatch.setattr(os, "open", refused)
     with pytest.raises(UserError, match=r"start\.json cannot be read \(Permission denied\)"):
         Attempts(run.path).lineage()
 
