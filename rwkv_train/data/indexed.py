@@ -32,6 +32,8 @@ from rwkv_train.errors import UserError
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 TYPES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+STORE_SUFFIXES = (".bin", ".crc", ".json", ".idx")  # of a store made by `prepare`; the index last, it makes it valid
+PARTS_SUFFIX, PLAN_FILE = ".parts", "plan"  # folder of an unfinished `prepare`, and a file that each of them has
 _SAMPLED_PAGES = 64  # of a .bin, for its fingerprint
 _PAGE_BYTES = 4096
 
@@ -44,6 +46,16 @@ def stem_of(path: Path) -> Path:
 def store_file(stem: Path, suffix: str) -> Path:
     """One of a store's files: appends a suffix to NAME, which may contain dots."""
     return stem.with_name(stem.name + suffix)
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file is the index of a token store.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 class IndexedStore:

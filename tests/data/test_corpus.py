@@ -12,6 +12,7 @@ from rwkv_train.config import DataSettings
 from rwkv_train.data.corpus import Corpus, join, read_corpus
 from rwkv_train.data.tokenizers import ByteTokenizer, load_tokenizer
 from rwkv_train.errors import UserError
+from tests.data.test_indexed import ours
 
 
 def text(path: Path | str | None, hold_out: float = 0.05) -> DataSettings:
@@ -94,6 +95,29 @@ def test_stray_files_are_skipped_and_counted(tmp_path: Path) -> None:
         f"{tmp_path}: 2 files, 10 bytes, hash {corpus.digest}; held out: nothing, 0 bytes; "
         "skipped: 1 binary and 2 hidden files"
     )
+
+
+def test_linked_directories_are_read_once(tmp_path: Path) -> None:
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    (corpus / "real").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    write(corpus / "real", a=b"a")
+    write(elsewhere, b=b"b", c=b"c")
+    write(elsewhere / "deep", d=b"d")
+    (corpus / "link").symlink_to(elsewhere)
+    (corpus / "again").symlink_to(corpus / "real")
+    (elsewhere / "deep" / "loop").symlink_to(corpus)
+    (elsewhere / "deep" / "itself").symlink_to(elsewhere / "deep")
+    names = [document.name for document in read_corpus(text(corpus, 0.0)).train]
+    assert names == ["link/b", "link/c", "link/deep/d", "real/a"]
+
+
+def test_token_stores_are_no_text(tmp_path: Path) -> None:
+    ours(tmp_path / "s")
+    write(tmp_path, **{"s.json": b"{}", "s.crc": b"crc", "other.json": b"[]", "x.idx": b"an index of another kind"})
+    corpus = read_corpus(text(tmp_path, 0.0))
+    assert [document.name for document in corpus.train] == ["other.json", "x.idx"]
+    assert corpus.binary == 0
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.999])

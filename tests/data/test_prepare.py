@@ -351,6 +351,71 @@ def test_error_messages(tmp_path: Path) -> None:
     assert "s.bin exists already\n  give another --out" in message(path)
 
 
+@pytest.mark.parametrize("suffix", [".json", ".crc", ".bin", ".idx"])
+def test_no_file_of_a_user_is_overwritten_or_deleted(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the source, nor an unrelated file, nor one that appears while the shards are made on a full disk."""
+    path = write_jsonl(tmp_path / f"corpus{suffix}", TEXTS[:3])
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=rf"corpus\{suffix} exists already\n  give another --out: `prepare` overwrites"):
+        prepare(options(tmp_path / "corpus", path))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    source, theirs = write_jsonl(tmp_path / "a.jsonl", TEXTS[:3]), tmp_path / f"s{suffix}"
+    monkeypatch.setattr(pipeline, "write_manifest", lambda *_: theirs.write_text("theirs"))
+    with pytest.raises(UserError, match=rf"s\{suffix} exists already"):
+        prepare(options(tmp_path / "s", source))
+    assert theirs.read_text() == "theirs"
+    assert path.read_bytes() == before
+    assert {file.name for file in tmp_path.glob("s.*")} == {"s.parts", theirs.name}
+
+
+def test_a_file_that_cannot_be_renamed_leaves_no_part_of_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def refuse_the_index(source: Path, target: Path) -> None:
+        if target.suffix == ".idx":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        rename(source, target)
+
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS[:3])
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", refuse_the_index)
+        with pytest.raises(UserError, match=r"s\.idx cannot be written: No space left on device"):
+            prepare(options(tmp_path / "s", path))
+    assert {file.name for file in tmp_path.iterdir()} == {"a.jsonl", "s.parts"}
+    prepare(options(tmp_path / "s", path))
+    assert list(verify(tmp_path / "s")) == []
+
+
+def test_a_directory_with_the_name_of_the_shards_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "s.parts").mkdir()
+    (tmp_path / "s.parts" / "mine").write_text("mine")
+    with pytest.raises(UserError, match=r"s.parts has files that are not of an unfinished `prepare`.*\n  give another"):
+        prepare(options(tmp_path / "s", write_jsonl(tmp_path / "a.jsonl")))
+    assert (tmp_path / "s.parts" / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("pattern", ["", "*"])
+def test_a_store_inside_its_source_is_not_its_source(
+    tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken-off `prepare` goes on, and another one finds the same documents."""
+    source = tmp_path / "corpus"
+    source.mkdir()
+    write_jsonl(source / "a.jsonl", TEXTS[:3])
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_join", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(options(source / "store", source / pattern))
+    assert (source / "store.parts" / "000000.json").exists()
+    assert prepare(options(source / "store", source / pattern)).documents == 3
+    assert prepare(options(source / "other", source / pattern)).skipped == {}
+    assert documents(source / "other") == documents(source / "store") == TEXTS[:3]
+
+
 def test_invalid_manifests(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text("{}")
     with pytest.raises(UserError, match=r"s.json is not the manifest of a store .*\n  remove it"):

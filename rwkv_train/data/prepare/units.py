@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from rwkv_train.data.corpus import find_files
+from rwkv_train.data.corpus import find_files, without_stores
 from rwkv_train.errors import UserError
 
 UNIT_BYTES = 2**25  # of text
@@ -255,7 +255,9 @@ def find_sources(sources: Sequence[str]) -> tuple[list[tuple[str, Path]], list[s
     names: list[str] = []
     for source in sources:
         path = Path(source).expanduser()
-        matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        matches = [path]
+        if not path.exists():
+            matches = without_stores([Path(name) for name in sorted(glob.glob(str(path), recursive=True))])
         for match in matches:
             files += [
                 (str(match / name) if match.is_dir() else str(match), file) for name, file in find_files(match)[0]
