@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_train.config import DataSettings
+from rwkv_train.data.formats import format_of
 from rwkv_train.data.indexed import PARTS_SUFFIX, PLAN_FILE, STORE_SUFFIXES, is_index
 from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import Tokenizer
@@ -97,6 +98,7 @@ def read_corpus(data: DataSettings) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"] if data.path is None else data.path).expanduser()
     if not root.exists():
         raise UserError(f"data.path={root} does not exist", "give a text file or a directory of text files")
+    _refuse_rows(root)
     documents, binary = [], 0
     try:
         files, hidden = (_library_files(root), 0) if library else find_files(root)
@@ -117,6 +119,21 @@ def read_corpus(data: DataSettings) -> Corpus:
         )
     train, held_out, rule = _hold_out(documents, data.hold_out)
     return Corpus(root, train, held_out, rule, _digest(train, held_out), hidden, binary)
+
+
+def _refuse_rows(path: Path) -> None:
+    """Refuses a file of rows or a compressed one, which would be read as the text that it is not.
+
+    Raises:
+        UserError: it is one.
+    """
+    kind, compression = format_of(path)
+    if path.is_file() and (kind in ("jsonl", "parquet") or compression):
+        raise UserError(
+            f"data.path={path} is no plain text: its name says {compression or kind}",
+            f"make a store of its rows with `rwkv-train prepare {path} --tokenizer world --out STORE`, or read "
+            "conversations with data=chat",
+        )
 
 
 def find_files(root: Path, pruned: Set[str] = frozenset(), follow: bool = True) -> tuple[list[tuple[str, Path]], int]:
@@ -184,7 +201,8 @@ def _raise(error: OSError) -> None:
 
 
 def _hold_out(documents: Sequence[Document], share: float) -> tuple[tuple[Document, ...], tuple[Document, ...], str]:
-    """Splits by a hash of the name; if that leaves one side empty (a single file), holds out the end of the text.
+    """Splits by a hash of the name; holds out the end of the text if that leaves one side empty (a single file), or
+    takes most of the text where a small share is asked for (a large file among few).
 
     Returns:
         Training documents, held-out documents, and the rule that chose them.
@@ -192,11 +210,13 @@ def _hold_out(documents: Sequence[Document], share: float) -> tuple[tuple[Docume
     if share == 0:
         return tuple(documents), (), "nothing"
     chosen = [_fraction(document.name) < share for document in documents]
-    if any(chosen) and not all(chosen):
+    size = sum(len(document.text) for document in documents)
+    held_size = sum(len(document.text) for document, held in zip(documents, chosen, strict=True) if held)
+    if any(chosen) and not all(chosen) and (held_size <= size / 2 or share >= 0.5):
         train = tuple(document for document, held in zip(documents, chosen, strict=True) if not held)
         held_out = tuple(document for document, held in zip(documents, chosen, strict=True) if held)
         return train, held_out, f"{len(held_out):,} files by a hash of their names"
-    left = round(share * sum(len(document.text) for document in documents))
+    left = round(share * size)
     train_end, held_end = list(documents), []
     while left > 0:
         last = train_end.pop()

@@ -158,6 +158,34 @@ def test_training_takes_a_store_a_glob_and_a_directory(tmp_path: Path) -> None:
     assert out.tolist() == [0] + [4] * 40 + [0]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "share", "train", "inside"),
+    [
+        ([1_172, 1_228_895], 0.005, 1_223_917, True),  # the last document is nearly everything
+        ([1_228_895, 1_172], 0.005, 1_223_917, True),  # it is too small, and the first one too large
+        ([1_000_000], 0.1, 900_000, True),  # a single document
+        ([99_999, 1], 0.1, 90_000, True),  # an empty last document
+        ([90_000, 9_000, 1_000], 0.1, 90_000, False),  # exactly there
+        ([85_000, 15_000], 0.1, 85_000, False),  # near enough
+        ([50_000, 44_000, 6_000], 0.1, 94_000, False),
+    ],
+)
+def test_about_the_share_asked_for_is_held_out(
+    tmp_path: Path, lengths: list[int], share: float, train: int, inside: bool
+) -> None:
+    ours(tmp_path / "x", [[7] * (length - 1) + [0] for length in lengths])
+    data = batches(tmp_path / "x", hold_out=share)
+    held = sum(lengths) - train
+    assert (len(data.train), len(data.held_out)) == (train, held + 1)
+    assert f"held out: the last {held:,} tokens" in data.description
+    note = f"({held / sum(lengths):.2%}; they begin inside a document)"
+    assert (note in data.description) == inside
+    for part, tokens in ((data.train, train), (data.held_out, held)):
+        starts, sizes = part.documents()
+        assert int(sizes.sum()) == tokens, "packed documents are cut as well"
+        assert starts[0] == len(part) - tokens
+
+
 def test_error_messages_of_stores(tmp_path: Path) -> None:
     ours(tmp_path / "x")
     with pytest.raises(UserError, match=r"gone: there is no store gone.bin and gone.idx\n.*rwkv-train prepare"):

@@ -24,10 +24,11 @@ import numpy as np
 from rwkv_train import __version__
 from rwkv_train.data.indexed import PARTS_SUFFIX, PLAN_FILE, STORE_SUFFIXES, IndexedStore, store_file, write_index
 from rwkv_train.data.manifest import Manifest, write_manifest
+from rwkv_train.data.prepare.find import find_sources
 from rwkv_train.data.prepare.progress import PrepareProgress
 from rwkv_train.data.prepare.shards import Shard, ShardCounts, make_shard
-from rwkv_train.data.prepare.units import Unit, find_sources, units
-from rwkv_train.data.tokenizers import load_tokenizer, token_dtype
+from rwkv_train.data.prepare.units import Unit, units
+from rwkv_train.data.tokenizers import load_tokenizer, token_dtype, tokenizer_note
 from rwkv_train.data.workers import pool as pool_of
 from rwkv_train.errors import UserError
 
@@ -69,7 +70,8 @@ def prepare(options: PrepareOptions) -> Manifest:
     Raises:
         UserError: a source is missing or damaged, the store exists already, or a file cannot be written.
     """
-    identity = load_tokenizer(options.tokenizer, options.extend).identity
+    tokenizer = load_tokenizer(options.tokenizer, options.extend)
+    identity = tokenizer.identity
     _refuse_existing(options.out)
     files, names = find_sources(options.sources)
     plan = {
@@ -81,6 +83,8 @@ def prepare(options: PrepareOptions) -> Manifest:
     folder = store_file(options.out, PARTS_SUFFIX)
     total = None if names else sum(path.stat().st_size for _, path in files)
     with _claimed(folder, plan), PrepareProgress(total) as progress:
+        if note := tokenizer_note(tokenizer):
+            progress.say(note)
         try:
             shards = _make_shards(options, units(files, names, options.field, options.split), folder, progress)
             manifest = _join(options, identity, shards, progress)
