@@ -156,7 +156,7 @@ def _open_stores(name: str, stems: Sequence[Path], data: DataSettings, tokenizer
     for store, manifest in zip(opened, manifests, strict=True):
         fingerprint = store.fingerprint()
         digest.update(fingerprint.encode())
-        if manifest is not None and manifest.fingerprint != fingerprint:
+        if manifest is not None and not manifest.matches(store):
             raise UserError(
                 f"{store.bin} does not match its manifest {store.stem.name}.json: fingerprint {fingerprint}, not "
                 f"{manifest.fingerprint}",
@@ -164,7 +164,8 @@ def _open_stores(name: str, stems: Sequence[Path], data: DataSettings, tokenizer
                 "another store",
             )
         largest = max(largest, store.sampled_maximum() if manifest is None else manifest.largest_token)
-        bound = max(bound, int(np.iinfo(store.dtype).max) if manifest is None else manifest.largest_token)
+        unknown = int(np.iinfo(np.int64 if store.dtype.kind == "i" else store.dtype).max)  # or negative
+        bound = max(bound, unknown if manifest is None else manifest.largest_token)
         check_token_in_vocabulary(largest, tokenizer.vocab_size, f"{store.bin}")
     stream: Store = opened[0] if len(opened) == 1 else JoinedStore(opened)
     cut, inside = _cut(opened, data.hold_out)
@@ -183,6 +184,7 @@ def _open_stores(name: str, stems: Sequence[Path], data: DataSettings, tokenizer
         f"{data.path}: {documents:,} documents, {len(stream):,} tokens ({tokenizer.identity}){many}, hash "
         f"{digest.hexdigest()[:16]}; held out: the last {held:,} tokens{share}"
     )
+    description += "".join(f"; {store.note}" for store in opened if store.note)
     train = StoreSlice(stream, 0, cut, inside)
     return DataSource(name, train, held_out, description, digest.hexdigest()[:16], largest, bound)
 
@@ -239,14 +241,15 @@ def check_rows_in_vocabulary(
         vocab_size: size of the vocabulary.
 
     Raises:
-        UserError: a token ≥ vocab_size.
+        UserError: a token ≥ vocab_size, or a negative one.
     """
     if all(source.bound < vocab_size for source in sources):
         return
-    if (largest := int(block.tokens.max())) >= vocab_size:
-        row = int(block.tokens.max(axis=1).argmax())
+    outside = (block.tokens < 0) | (block.tokens >= vocab_size)
+    if outside.any():
+        row = int(outside.any(axis=1).argmax())
         where = f"{sources[int(numbers[row])].name}, sample at token {int(offsets[row]):,},"
-        check_token_in_vocabulary(largest, vocab_size, where)
+        check_token_in_vocabulary(int(block.tokens[row][outside[row]][0]), vocab_size, where)
 
 
 def check_token_in_vocabulary(token: int, vocab_size: int, where: str) -> None:
@@ -258,8 +261,13 @@ def check_token_in_vocabulary(token: int, vocab_size: int, where: str) -> None:
         where: file or source, for the message.
 
     Raises:
-        UserError: token ≥ vocab_size.
+        UserError: token ≥ vocab_size, or negative.
     """
+    if token < 0:
+        raise UserError(
+            f"{where} contains the token {token}",
+            "make the store again, without tokens that stand for no text (padding)",
+        )
     if token >= vocab_size:
         raise UserError(
             f"{where} contains the token {token}; the vocabulary has {vocab_size:,}",
