@@ -23,6 +23,7 @@ from rwkv_train.data.rows import IGNORED_TARGET, BatchArrays, PackedRows, Rows, 
 from rwkv_train.data.sources import DataSource, check_rows_in_vocabulary, digest_of, open_sources
 from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.stream import StreamRows, open_stream
+from rwkv_train.data.tokenizers import tokenizer_note
 from rwkv_train.data.validation import Validation, ValidationBatches
 from rwkv_train.errors import UserError
 
@@ -175,6 +176,8 @@ class Batches:
             fills = [rows.packing.fill for rows in self._rows if isinstance(rows, PackedRows)]
             state = "the state is reset at each" if self.reset else "the state continues across them"
             lines.append(f"packed documents, {min(fills):.1%} of the positions filled; {state}")
+        if note := tokenizer_note(self.tokenizer):
+            lines.append(note)
         return "\n        ".join(lines)
 
     @property
