@@ -117,8 +117,8 @@ class RankReport:
             return None
         for own in fields(cls):
             value = getattr(report, own.name)
-            number = isinstance(value, (int, float))
-            if not isinstance(value, _TYPES[str(own.type)]) or (number and not abs(value) < _MAX_NUMBER):
+            finite = not isinstance(value, (int, float)) or abs(value) < _MAX_NUMBER
+            if not finite or not isinstance(value, _TYPES[str(own.type)]):
                 return None
         return report if report.rank in range(ranks) and report.phase in list(Phase) else None
 

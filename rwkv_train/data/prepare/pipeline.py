@@ -6,7 +6,6 @@ Finished shards are kept, so that a killed `prepare` resumes when the same comma
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from rwkv_train.data.prepare.units import Unit, units
 from rwkv_train.data.tokenizers import load_tokenizer, token_dtype, tokenizer_note
 from rwkv_train.data.workers import pool as pool_of
 from rwkv_train.errors import UserError
+from rwkv_train.file_lock import lock
 
 MAX_ATTEMPTS = 3  # at a unit whose worker process is killed
 _BLOCK_BYTES = 2**22  # copied or hashed at once
@@ -130,16 +130,12 @@ def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
                 f"{folder} has files that are not of an unfinished `prepare`, which would delete them",
                 "give another --out, or move them",
             )
-        lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  closed by the `with` below
+        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  closed by the `with` below
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}", "give another --out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another `prepare` is writing to {folder}", "wait until it ends, or give another --out"
-            ) from None
+    with file:
+        if not lock(file):
+            raise UserError(f"another `prepare` is writing to {folder}", "wait until it ends, or give another --out")
         digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
         if recorded.exists() and recorded.read_text() != digest:
             raise UserError(
