@@ -336,6 +336,11 @@ class Batches:
         """The micro-batches of whole steps from `start_step` on, to `end_step` or to the end of the data."""
         return Ahead(TrainBatches(self)) if self.pinned else TrainBatches(self)
 
+    def close(self) -> None:
+        """Ends the processes of a stream. More batches may be asked for; it is read again for them."""
+        if self.stream is not None:
+            self.stream.close()
+
     def validation(self, source: int = 0) -> ValidationBatches | tuple[()]:
         """This rank's batches of a validation of a source; over all batches and ranks each chosen row is read once.
 

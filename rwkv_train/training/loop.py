@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import signal
 from contextlib import ExitStack
@@ -103,4 +104,7 @@ def _train(training: Training, requeue: Requeue) -> Ending | None:
         if given_up is None:
             raise
         return given_up
+    finally:
+        with contextlib.suppress(ValueError):  # a thread that reads ahead may be in it after an error
+            setup.data.close()
     return None

@@ -204,11 +204,38 @@ BROKEN = {
 def test_broken_documents_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, good = tmp_path / "a.jsonl", b'{"text": "good"}\n'
     path.write_bytes(good + b"".join(broken + good for broken in BROKEN.values()))
-    assert cli.main(["prepare", str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "s")]) == 0
+    command = ["prepare", str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "s")]
+    assert cli.main(command) == 2
+    message = "5 of 11 rows cannot be used, more than --max-bad-rows 0.01 allows:\n"
+    assert message in capsys.readouterr().err
+    assert cli.main([*command, "--max-bad-rows", "1"]) == 0
     assert documents(tmp_path / "s") == ["good"] * (1 + len(BROKEN))
     output = capsys.readouterr().out
     for why in BROKEN:
         assert f"left out: {2 if why == 'without the text field' else 1} documents, {why}" in output
+
+
+@pytest.mark.usefixtures("small_units")
+def test_the_first_bad_rows_are_named_by_file_and_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A few are left out, deep JSON among them; more than the share stop `prepare`, early if there are many rows."""
+    bad = ["[" * 100_000, '{"text": 7}', "nonsense", '{"text": "\\ud800"}', '{"body": 1}', "{", "[]"]
+    reasons = ["not JSON", "without the text field", "not JSON", "not UTF-8", "without the text field"]
+    lines = [json.dumps({"text": f"document {n}"}) for n in range(700)]
+    for number, line in enumerate(bad):
+        lines[50 + 100 * number] = line
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    named = "; ".join(f"{path}, line {51 + 100 * n}: {reason}" for n, reason in enumerate(reasons))
+    assert prepare(options(tmp_path / "s", path)).documents == 693
+    assert f"left out: 7 of 700 rows: {named}" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UserError) as error:
+        prepare(options(tmp_path / "t", path, max_bad_rows=0.009))
+    assert error.value.what == (
+        "7 of 700 rows cannot be used, more than --max-bad-rows 0.009 allows:\n    " + named.replace("; ", "\n    ")
+    )
+    path.write_text("".join(f"{line}\nnonsense\n" for line in lines))
+    with pytest.raises(UserError, match=r"^\d\d of \d+ rows cannot be used"):
+        prepare(options(tmp_path / "u", path))
 
 
 @pytest.mark.parametrize("why", list(BROKEN)[:4])

@@ -49,6 +49,7 @@ class PrepareOptions:
         split: split of the data sets.
         stop_at_broken: whether to fail at the first unusable document; otherwise such are left out and counted.
         workers: number of worker processes.
+        max_bad_rows: share of unusable documents that is left out without an error.
     """
 
     sources: Sequence[str]
@@ -59,6 +60,7 @@ class PrepareOptions:
     split: str = "train"
     stop_at_broken: bool = False
     workers: int = 1
+    max_bad_rows: float = 0.01
 
 
 def prepare(options: PrepareOptions) -> Manifest:
@@ -68,7 +70,8 @@ def prepare(options: PrepareOptions) -> Manifest:
         The manifest that was written.
 
     Raises:
-        UserError: a source is missing or damaged, the store exists already, or a file cannot be written.
+        UserError: a source is missing or damaged, the store exists already, too many documents are unusable, or a file
+            cannot be written.
     """
     tokenizer = load_tokenizer(options.tokenizer, options.extend)
     identity = tokenizer.identity
@@ -192,7 +195,10 @@ def _collect(
     for future in done:
         unit, shard, attempt = running.pop(future)
         try:
-            progress.add(unit.size, future.result())
+            counts = future.result()
+            progress.add(unit.size, counts)
+            if counts.named and progress.counts.documents:
+                progress.counts.bad_rows(options.max_bad_rows).check(complete=False)
         except BrokenProcessPool:
             broken.append((unit, shard, attempt))
     if not broken:
@@ -219,6 +225,10 @@ def _join(options: PrepareOptions, identity: str, shards: list[Shard], progress:
     if not counts.documents:
         left_out = ", ".join(f"{n} {reason}" for reason, n in counts.skipped.items()) or "the sources are empty"
         raise UserError(f"no usable document ({left_out})", "give the column of the text with --field")
+    bad = counts.bad_rows(options.max_bad_rows)
+    bad.check(complete=True)
+    if bad.bad:
+        progress.say(bad.description)
     joined = shards[0].folder / "joined"
     digest = hashlib.sha256()
     progress.say("joining the shards")

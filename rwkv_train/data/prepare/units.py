@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -29,6 +29,7 @@ EMPTY, NOT_UTF8, NOT_JSON, NO_TEXT, TOO_LONG, BINARY = (
     "a line of more than 16 MiB",
     "binary",
 )
+HARMLESS = {EMPTY, BINARY}  # not counted among the rows that cannot be used: they have no text
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,23 @@ class Skipped:
     Attributes:
         reason: one of the constants above.
         where: file and position, for messages.
+        byte: offset of its line in the file, where the number of the line is not known.
+        path: the file; with `byte`.
     """
 
     reason: str
     where: str
+    byte: int | None = None
+    path: str = ""
+
+    @property
+    def line(self) -> str:
+        """The file and the line, which is counted for that."""
+        if self.byte is None:
+            return self.where
+        with open(self.path, "rb") as file:
+            before = sum(file.read(min(2**20, self.byte - n)).count(b"\n") for n in range(0, self.byte, 2**20))
+        return f"{self.path}, line {before + 1}"
 
 
 Documents = Iterator[bytes | Skipped]
@@ -80,9 +94,10 @@ class JsonLinesRange:
                 line = file.readline(MAX_DOCUMENT_BYTES + 1)
                 if len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
                     _skip_line(file)
-                    yield Skipped(TOO_LONG, f"{self.path}, byte {offset}")
+                    yield Skipped(TOO_LONG, f"{self.path}, byte {offset}", offset, self.path)
                 elif line.strip():
-                    yield from _parsed(line, self.field, f"{self.path}, byte {offset}")
+                    for found in _parsed(line, self.field, f"{self.path}, byte {offset}"):
+                        yield replace(found, byte=offset, path=self.path) if isinstance(found, Skipped) else found
 
 
 @dataclass(frozen=True)
@@ -194,7 +209,7 @@ def _parsed(line: bytes, field: str, where: str) -> Documents:
         text = json.loads(line)[field]
     except UnicodeDecodeError:
         yield Skipped(NOT_UTF8, where)
-    except ValueError:
+    except (ValueError, RecursionError):
         yield Skipped(NOT_JSON, where)
     except (KeyError, TypeError, IndexError):
         yield Skipped(NO_TEXT, where)
