@@ -72,7 +72,7 @@ class Retention:
     def outdated(self, attempt: int) -> list[Path]:
         """The checkpoints of older attempts that do not count from the view of one, oldest first.
 
-        They are behind the checkpoint that a later attempt continued from: after a rewind, a resume from an older
+        They are later than the checkpoint that a later attempt continued from: after a rewind, a resume from an older
         checkpoint, or damage of the newest ones. Permanent ones, and those of newer attempts, are not among them.
         """
         return self._outdated(attempt, self.attempts.lineage(attempt))

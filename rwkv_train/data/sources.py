@@ -207,8 +207,8 @@ def _cut(stores: Sequence[IndexedStore], share: float) -> tuple[int, bool]:
 
 
 def _starts_around(stores: Sequence[IndexedStore], target: int) -> list[int]:
-    """Offsets of the first document that begins at a token or behind it, and of the last one before it, if any."""
-    behind, before, begin = [], [], 0
+    """Offsets of the first document that begins at a token or after it, and of the last one before it, if any."""
+    after, before, begin = [], [], 0
     for store in stores:
         size = store.dtype.itemsize  # documents begin where sequences do: a binary search reads little
         sequence = int(np.searchsorted(store.pointers, max(0, target - begin) * size))
@@ -216,11 +216,11 @@ def _starts_around(stores: Sequence[IndexedStore], target: int) -> list[int]:
         if number < len(store.boundaries) - 1:
             first = int(store.boundaries[number])
             if first < len(store.pointers):
-                behind.append(begin + int(store.pointers[first]) // size)
+                after.append(begin + int(store.pointers[first]) // size)
         if number:
             before.append(begin + int(store.pointers[store.boundaries[number - 1]]) // size)
         begin += len(store)
-    return behind[:1] + [start for start in before[-1:] if start < target]
+    return after[:1] + [start for start in before[-1:] if start < target]
 
 
 def digest_of(sources: Sequence[DataSource]) -> str:

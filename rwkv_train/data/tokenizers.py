@@ -288,7 +288,7 @@ class ExtendedTokenizer:
 
 
 def decode_after(tokenizer: Tokenizer, before: Sequence[int], tokens: Sequence[int]) -> bytes:
-    """The bytes of tokens behind others: with the blank that some tokenizers leave out at the start of a text."""
+    """The bytes of tokens that follow others: with the blank that some tokenizers leave out at the start of a text."""
     known = tokenizer.decode(before[-_TOKENS_BEFORE:])
     return tokenizer.decode([*before[-_TOKENS_BEFORE:], *tokens])[len(known) :]
 

@@ -130,7 +130,7 @@ def continue_texts(
     stops: Sequence[bytes] = (),
     at_end: bool = True,
     on_text: Callable[[int, bytes], None] | None = None,
-    behind: Sequence[int] = (),
+    prompt: Sequence[int] = (),
 ) -> list[Continuation]:
     """Continues texts until the maximum length, a stop string, or an end-of-text token.
 
@@ -144,13 +144,13 @@ def continue_texts(
         stops: strings that end a text; the kept text ends before the first of them.
         at_end: whether an end-of-text token ends a text.
         on_text: called with a text's number and its next bytes, once no stop string can begin in them.
-        behind: tokens of a text behind which the continuations are shown, so that they begin with the blank that some
+        prompt: tokens of a text after which the continuations are shown, so that they begin with the blank that some
             tokenizers leave out at the start of a text.
     """
     results = [Continuation() for _ in prompts]
     if not tokens or not prompts:
         return results
-    growing = [_GrowingText(tokenizer, stops, behind) for _ in prompts]
+    growing = [_GrowingText(tokenizer, stops, prompt) for _ in prompts]
     shown, ended = [0] * len(prompts), set[int]()
     for new in streams(model, prompts, sampling, seeds, ended):
         for number, token in new.items():
@@ -182,14 +182,14 @@ class _GrowingText:
     Args:
         tokenizer: decodes the tokens.
         stops: strings that end the text.
-        behind: the tokens before it.
+        prompt: the tokens before it.
 
     Attributes:
         content: the text so far, up to the first stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[bytes], behind: Sequence[int] = ()) -> None:
-        self.tokenizer, self.stops, self.content, self.behind = tokenizer, stops, bytearray(), behind
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[bytes], prompt: Sequence[int] = ()) -> None:
+        self.tokenizer, self.stops, self.content, self.prompt = tokenizer, stops, bytearray(), prompt
         self._longest = max(map(len, stops), default=1)
         self._before = 0  # the first token that is decoded again
         self._done = 0  # tokens that are in the content
@@ -202,8 +202,8 @@ class _GrowingText:
             last: whether no more will come; before that, an incomplete character waits for its other tokens.
         """
         if self._before == 0:
-            more = decode_after(self.tokenizer, self.behind, tokens)
-            known = decode_after(self.tokenizer, self.behind, tokens[: self._done])
+            more = decode_after(self.tokenizer, self.prompt, tokens)
+            known = decode_after(self.tokenizer, self.prompt, tokens[: self._done])
         else:
             known = self.tokenizer.decode(tokens[self._before : self._done])
             more = self.tokenizer.decode(tokens[self._before :])

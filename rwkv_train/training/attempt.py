@@ -238,10 +238,10 @@ def clock_of(meta: CheckpointMeta | None, tokens_per_step: int) -> TokenClock:
 
 
 def continue_data(data: Batches, meta: CheckpointMeta | None, skips: Sequence[tuple[int, int]]) -> None:
-    """Makes the data continue behind what a checkpoint has read; at the beginning where there is none.
+    """Makes the data continue after what a checkpoint has read; at the beginning where there is none.
 
     Another batch continues with the very next sample. Under another context, seed, share held out or other data, the
-    order of the samples is another one; it is entered where as many tokens of it lie behind.
+    order of the samples is another one; it continues after as many tokens of it.
 
     Args:
         data: of the run.

@@ -207,7 +207,7 @@ class World:
             return
         complete = [path for path in list_checkpoints(run.checkpoints) if verify(path) is None]
         if complete and self.draw.random() < 0.3 and self.alone():
-            base = self.draw.choice(complete)  # resume=PATH: those behind it no longer count
+            base = self.draw.choice(complete)  # resume=PATH: later ones no longer count
         begin = self.begin(number, base)
         remove_unfinished(run.checkpoints, number, Disk())
         with run.records(number, True) as (events, lines):

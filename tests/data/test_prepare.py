@@ -536,7 +536,7 @@ def test_invalid_manifests(tmp_path: Path) -> None:
 def test_behind_a_line_that_is_too_long_none_is_lost(
     tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever the blocks end in which a packed file is read, also right behind the long line."""
+    """Wherever the blocks end in which a packed file is read, also right after the long line."""
     monkeypatch.setattr(units, "UNIT_BYTES", 64)
     monkeypatch.setattr(units, "MAX_DOCUMENT_BYTES", 128)
     for more in range(9):

@@ -166,10 +166,10 @@ def test_what_is_streamed_is_the_whole_decoded(
         if tokenizer.decode(tokens[:split]).decode(errors="replace").endswith("\ufffd"):
             continue
         before = tokenizer.decode(tokens[:split])
-        behind = continuation._GrowingText(tokenizer, [], tokens[:split])
-        behind.grow(tokens[split : split + 1], last=False)
-        behind.grow(tokens[split:], last=True)
-        assert before + bytes(behind.content) == whole, "behind a prompt"
+        after = continuation._GrowingText(tokenizer, [], tokens[:split])
+        after.grow(tokens[split : split + 1], last=False)
+        after.grow(tokens[split:], last=True)
+        assert before + bytes(after.content) == whole, "after a prompt"
 
 
 def test_what_could_be_a_stop_string_is_held_back(model: LanguageModel) -> None:
