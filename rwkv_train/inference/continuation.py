@@ -130,7 +130,7 @@ def continue_texts(
     stops: Sequence[bytes] = (),
     at_end: bool = True,
     on_text: Callable[[int, bytes], None] | None = None,
-    prompt: Sequence[int] = (),
+    shown_before: Sequence[int] = (),
 ) -> list[Continuation]:
     """Continues texts until the maximum length, a stop string, or an end-of-text token.
 
@@ -144,13 +144,13 @@ def continue_texts(
         stops: strings that end a text; the kept text ends before the first of them.
         at_end: whether an end-of-text token ends a text.
         on_text: called with a text's number and its next bytes, once no stop string can begin in them.
-        prompt: tokens of a text after which the continuations are shown, so that they begin with the blank that some
-            tokenizers leave out at the start of a text.
+        shown_before: tokens of a text that the reader sees before the continuations, so that they begin with the blank
+            that some tokenizers leave out at the start of a text.
     """
     results = [Continuation() for _ in prompts]
     if not tokens or not prompts:
         return results
-    growing = [_GrowingText(tokenizer, stops, prompt) for _ in prompts]
+    growing = [_GrowingText(tokenizer, stops, shown_before) for _ in prompts]
     shown, ended = [0] * len(prompts), set[int]()
     for new in streams(model, prompts, sampling, seeds, ended):
         for number, token in new.items():

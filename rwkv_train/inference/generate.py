@@ -108,7 +108,7 @@ def run(options: GenerateOptions) -> int:
         encoded,
         options.until_end,
         show if streamed else None,
-        prompt=ids,
+        shown_before=ids,
     )
     if options.as_json:
         results = [
