@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 from hydra import compose
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_train.cli.conf_folders import ConfFolders, not_yaml
 from rwkv_train.cli.overrides import LAYERED_GROUPS, Overrides
+from rwkv_train.config.interpolation import resolve
 from rwkv_train.config.schema import OPEN_TREES, UNITS, FlatSettings, durations, flatten
 from rwkv_train.errors import UserError, UserErrors
 
@@ -24,7 +25,7 @@ class Composed:
 
     Attributes:
         settings: name → plain value, without the open trees; interpolations are resolved.
-        open_trees: logger, callbacks and launcher as they are written; they may refer to settings not known yet.
+        open_trees: logger, callbacks and launcher as they are written (interpolation.py).
         sources: what sets each setting above the published configuration of the size, weakest first: another optim
             than the default's, the groups of LAYERED_GROUPS, the command line.
     """
@@ -63,20 +64,6 @@ def compose_settings(conf: ConfFolders, overrides: Overrides) -> Composed:
         settings.update({n: value for n, value in optim.items() if not any(n in source for source in sources)})
         sources = [optim, *sources]
     return Composed(settings, open_trees, sources)
-
-
-def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """A config as plain values, with all interpolations resolved.
-
-    Raises:
-        UserErrors: an interpolation that cannot be resolved.
-    """
-    try:
-        resolved = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserErrors([UserError(str(error).splitlines()[0], "correct the ${…} that it names")]) from None
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
 
 
 def settle_durations(settings: FlatSettings, sources: Sequence[Mapping[str, Any]]) -> None:

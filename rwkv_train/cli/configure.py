@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra import initialize_config_dir
-from omegaconf import OmegaConf
 
 from rwkv_train.cli.checks import Machine, check
-from rwkv_train.cli.compose import compose_settings, resolve
+from rwkv_train.cli.compose import compose_settings
 from rwkv_train.cli.conf_folders import ConfFolders
 from rwkv_train.cli.overrides import OverrideParser
 from rwkv_train.cli.published import fill_open_settings, weights_config
 from rwkv_train.config import Config
+from rwkv_train.config.interpolation import resolved_open_tree
 from rwkv_train.config.schema import OPEN_TREES, FlatSettings, as_tree, identity, read
 from rwkv_train.errors import UserError, UserErrors
 
@@ -60,8 +60,9 @@ class ConfigBuilder:
         if composed.settings.get("run.name") is None:
             config = replace(config, run=replace(config.run, name=_default_name(config)))
         config = self._with_devices_of_job(config)
-        open_trees = _resolve_open_trees(config, composed.open_trees)
-        return replace(config, **open_trees, resume_typed="resume" in overrides.typed)
+        for name in OPEN_TREES:
+            resolved_open_tree(config, name)  # only that it can be resolved; it is where the tree is used
+        return replace(config, resume_typed="resume" in overrides.typed)
 
     def _read_and_check(
         self, settings: FlatSettings, open_trees: dict[str, Any]
@@ -94,12 +95,6 @@ def _default_name(config: Config) -> str:
     """The name of a run without run.name: arch, size and a hash of the settings that define the run."""
     digest = sha256(dumps(identity(as_tree(config)), sort_keys=True).encode()).hexdigest()[:8]
     return f"{config.arch}-{config.model.size}-{digest}"
-
-
-def _resolve_open_trees(config: Config, open_trees: dict[str, Any]) -> dict[str, Any]:
-    """The open trees with their interpolations resolved: a logger's directory may hold ${run.name}."""
-    resolved = resolve(OmegaConf.create({**as_tree(config), **open_trees}))
-    return {name: resolved[name] for name in OPEN_TREES}
 
 
 def _check_targets(open_trees: dict[str, Any]) -> Iterator[UserError]:

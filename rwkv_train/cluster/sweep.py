@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_train.config import Config
+from rwkv_train.config.interpolation import resolved_open_tree
 from rwkv_train.config.suggestions import suggestion
 from rwkv_train.errors import UserError
 
@@ -63,7 +64,7 @@ def _parameters(config: Config) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    given = {key: value for key, value in config.launcher.items() if value is not None}
+    given = {key: value for key, value in resolved_open_tree(config, "launcher").items() if value is not None}
     devices = config.trainer.devices
     given.setdefault("nodes", config.trainer.node_count)
     given.setdefault("tasks_per_node", given.get("gpus_per_node", 1) if devices == "auto" else devices)

@@ -292,6 +292,7 @@ class Config:
     )  # model FLOPs utilisation that plan and dry_run assume; None: an estimate
     threads: Positive | None = field(metadata=PLACEMENT)  # CPU threads of one process; None: its share of the cores
     packages: tuple[str, ...] = ()  # packages whose classes a _target_ may name, beside lightning and rwkv_train
+    # interpolations in these three stay as they are written, so that no record holds a secret: interpolation.py
     logger: dict[str, Any] = field(default_factory=dict, metadata=OPERATION)  # name → a tree with _target_
     callbacks: dict[str, Any] = field(default_factory=dict)  # name → a tree with _target_
     launcher: dict[str, Any] = field(default_factory=dict, metadata=OPERATION)  # settings of the SLURM job; {}: no job

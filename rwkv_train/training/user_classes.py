@@ -1,4 +1,7 @@
-"""The loggers and callbacks that a user names by `_target_`, bound to their arguments before a run begins."""
+"""The loggers and callbacks that a user names by `_target_`, bound to their arguments before a run begins.
+
+Their interpolations are resolved here, where they are about to be made; a config and its records hold them as written.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from rwkv_train.config import Config
+from rwkv_train.config.interpolation import resolved_open_tree
 from rwkv_train.instantiate import Makers, prepare
 from rwkv_train.trackers import LocalTracker, Tracker
 
@@ -18,14 +22,15 @@ def prepare_callbacks(config: Config) -> Makers[Callback]:
     Raises:
         UserErrors: callbacks that cannot be found, or whose arguments do not fit.
     """
-    return prepare("callbacks", config.callbacks, Callback, config.packages)
+    return prepare("callbacks", resolved_open_tree(config, "callbacks"), Callback, config.packages)
 
 
 def prepare_loggers(config: Config) -> dict[str, Any]:
-    """The trees of `logger`, checked.
+    """The trees of `logger`, checked, with all interpolations resolved: for the trackers only.
 
     Raises:
         UserErrors: loggers that cannot be found, or whose arguments do not fit.
     """
-    prepare("logger", config.logger, (Tracker, LocalTracker, Logger), config.packages)
-    return config.logger
+    trees = resolved_open_tree(config, "logger")
+    prepare("logger", trees, (Tracker, LocalTracker, Logger), config.packages)
+    return trees

@@ -117,8 +117,9 @@ class RankReport:
             return None
         for own in fields(cls):
             value = getattr(report, own.name)
-            finite = not isinstance(value, (int, float)) or abs(value) < _MAX_NUMBER
-            if not finite or not isinstance(value, _TYPES[str(own.type)]):
+            if not isinstance(value, _TYPES[str(own.type)]):
+                return None
+            if isinstance(value, (int, float)) and not abs(value) < _MAX_NUMBER:
                 return None
         return report if report.rank in range(ranks) and report.phase in list(Phase) else None
 

@@ -16,6 +16,7 @@ from rwkv_train.cli.conf_folders import ConfFolders
 from rwkv_train.cli.configure import ConfigBuilder, config_builder
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Duration
+from rwkv_train.config.interpolation import resolved_open_tree
 from rwkv_train.config.schema import as_tree, differences, durations, from_tree, identity
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.resources import resource
@@ -306,7 +307,8 @@ def test_the_name_of_a_run(conf: ConfigBuilder) -> None:
 
 def test_a_logger_knows_the_name_of_the_run(conf: ConfigBuilder) -> None:
     config = conf.build(["logger=csv", "run.root=r", "logger.csv.path='${run.root}/${run.name}.csv'"])
-    assert config.logger["csv"]["path"] == f"r/{config.run.name}.csv"
+    assert config.logger["csv"]["path"] == "${run.root}/${run.name}.csv"
+    assert resolved_open_tree(config, "logger")["csv"]["path"] == f"r/{config.run.name}.csv"
     assert conf.build(["logger=wandb", "logger.wandb.project=mine"]).logger["wandb"]["project"] == "mine"
     assert conf.build(["logger=csv", "~logger.csv"]).logger == {}
     assert conf.build(["+callbacks.a._target_=b.C", "+callbacks.a.x=1"]).callbacks == {"a": {"_target_": "b.C", "x": 1}}

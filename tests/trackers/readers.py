@@ -63,7 +63,8 @@ def tensorboard_rows(run: Path) -> dict[int, dict[str, float]]:
     from tensorboard.compat.proto import event_pb2
 
     found: dict[int, dict[str, float]] = {}
-    for file in sorted(run.glob("tensorboard/events.out.*")):
+    files = run.glob("tensorboard/events.out.*")  # ….SECONDS.HOST.PID.NUMBER; NUMBER counts those of a process
+    for file in sorted(files, key=lambda path: (path.name.split(".")[3], int(path.name.rpartition(".")[2]))):
         content, at = file.read_bytes(), 0
         while at + 12 <= len(content):
             (length,) = struct.unpack_from("<Q", content, at)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from rwkv_train.rundir.jsonl import EventRow, MetricsRow
-from rwkv_train.trackers import TrackedRun, Tracker
+from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker
 
 
 class Memory(Tracker):
@@ -50,3 +51,15 @@ class Hanging(Memory):
 class Failing(Memory):
     def row(self, row: MetricsRow) -> None:
         raise OSError(28, "No space left on device")
+
+
+class Keyed(LocalTracker):
+    """Notes the key that it was made with, and what it knows of the run."""
+
+    made: ClassVar[list[tuple[str, TrackedRun]]] = []
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def open(self, run: TrackedRun, step: int, rows: Callable[[], Sequence[MetricsRow]]) -> None:
+        Keyed.made.append((self.key, run))

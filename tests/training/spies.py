@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -159,3 +159,12 @@ class Rows(Callback):
     ) -> None:
         with open(self.path, "a") as file:
             file.writelines(bytes(row).hex() + "\n" for row in batch.tokens.tolist())
+
+
+class KeyedCallback(Callback):
+    """Notes the key that it was made with."""
+
+    keys: ClassVar[list[str]] = []
+
+    def __init__(self, key: str) -> None:
+        KeyedCallback.keys.append(key)
