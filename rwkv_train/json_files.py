@@ -71,7 +71,7 @@ def load_object(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
     """
     found = parse_json(read_regular(path, limit))
     if not isinstance(found, dict):
-        raise ValueError("it is not a JSON object")
+        raise ValueError("it does not hold a JSON object")
     return found
 
 

@@ -104,6 +104,53 @@ def test_the_environment_is_read_in_the_launcher_only() -> None:
     assert [name(path) for path in files(".cpp", ".cu", ".h") if "getenv(" in path.read_text()] == []
 
 
+MAY_PARSE_JSON = {
+    "json_files.py": "the reader itself",
+    "watchdog/monitor.py": "imports the standard library only",
+    "watchdog/connection.py": "imports the standard library only",
+    "training/callbacks/watchdog.py": "a message of the monitor that this process has started",
+    "data/chat.py": "lines of documents, in which half a surrogate pair is a fault",
+    "data/prepare/units.py": "lines of documents, in which half a surrogate pair is a fault",
+    "data/prepare/tables.py": "documents, in which half a surrogate pair is a fault",
+}
+
+
+def json_reads(source: str) -> list[int]:
+    """The lines that read JSON with Python's own functions, or torch's files without a check of what they are."""
+    unguarded = {"json.load", "json.loads", "json.JSONDecoder", "torch.load"}
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if (isinstance(node, ast.Attribute) and ast.unparse(node) in unguarded)
+        or (
+            isinstance(node, ast.ImportFrom)
+            and node.module in ("json", "torch")
+            and {alias.name for alias in node.names} & {"load", "loads", "JSONDecoder"}
+        )
+    ]
+
+
+def test_files_are_read_by_the_guarded_readers() -> None:
+    """Damaged and hostile files are one kind of error, which json_files.py and models/weights.py make of them."""
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).as_posix() not in (*MAY_PARSE_JSON, "models/weights.py"):
+            assert json_reads(path.read_text()) == [], f"{name(path)}: use rwkv_train.json_files or load_mapped"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import json\njson.loads(text)", [2]),
+        ("import json\nlist(map(json.loads, lines))", [2]),
+        ("from json import loads", [1]),
+        ("import torch\ntorch.load(path)", [2]),
+        ("import json\njson.dumps(value)", []),
+    ],
+)
+def test_a_planted_read_is_found(source: str, found: list[int]) -> None:
+    assert json_reads(source) == found
+
+
 def test_consoles_print_foreign_text_as_it_is() -> None:
     """Paths, messages and documents hold square brackets, which rich would take for markup."""
     for path in PACKAGE.rglob("*.py"):

@@ -6,15 +6,16 @@ Which checkpoints belong to the run is decided by the chain of its attempts, see
 from __future__ import annotations
 
 import contextlib
-import json
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_train.checkpoint.meta import CheckpointMeta
+from rwkv_train.checkpoint.meta import META, CheckpointMeta
 from rwkv_train.checkpoint.name import CheckpointName, attempt_of_temporary, complete_inside, is_doomed
 from rwkv_train.checkpoint.storage import MANIFEST, LocalStorage, Storage, sha256
 from rwkv_train.errors import UserError
+from rwkv_train.json_files import load_object
 from rwkv_train.rundir.attempts import Attempts
 
 LATEST = "latest"  # file beside the checkpoints with the name of the newest one, written after everything else
@@ -39,19 +40,25 @@ def verify(path: Path, content: bool = True) -> Damage | None:
         the first difference; None if the checkpoint is complete.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = load_object(path / MANIFEST)
         written, name = CheckpointName(manifest["step"], manifest["attempt"]), CheckpointName.parse(path.name)
         if name is not None and written != name:
             return Damage(path, f"{MANIFEST} belongs to {written}")
         files = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
+        if odd := next((name for name, _, _ in files if not _is_plain(name)), None):
+            return Damage(path, f"{MANIFEST} names {odd!r:.100}, which is not the name of a file in the directory")
+        if META not in manifest["files"]:
+            return Damage(path, f"{MANIFEST} lacks {META}")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return Damage(path, f"{MANIFEST} cannot be read ({type(error).__name__})")
 
     def difference(name: str, size: int, digest: str) -> str | None:
         try:
-            found = (path / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes, not {size}"
+            state = (path / name).stat()
+            if not stat.S_ISREG(state.st_mode):
+                return f"{name} is not a regular file"
+            if state.st_size != size:
+                return f"{name} has {state.st_size} bytes, not {size}"
             return f"{name} has other content than was written" if content and sha256(path / name) != digest else None
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
@@ -59,6 +66,11 @@ def verify(path: Path, content: bool = True) -> Damage | None:
     with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter's lock
         damaged = next(filter(None, pool.map(lambda file: difference(*file), files)), None)
     return Damage(path, damaged) if damaged else None
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name leads to a file in the directory itself, and to nothing else."""
+    return bool(name) and name not in (".", "..") and "/" not in name and "\0" not in name
 
 
 def list_checkpoints(directory: Path, storage: Storage | None = None, head: int | None = None) -> list[Path]:

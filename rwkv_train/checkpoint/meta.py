@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rwkv_train.errors import UserError
+from rwkv_train.json_files import load_object, reason_of
 
 META = "meta.json"
 _NONE = type(None)
+_MAX_COUNT = 2**63 - 1
+_MAX_WRITERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,9 @@ class CheckpointMeta:
         path = checkpoint / META
         remedy = f"use another checkpoint; init.weights={checkpoint}/weights.pth starts a new run from its weights"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = load_object(path)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})", remedy) from None
-        if not isinstance(found, dict):
-            raise UserError(f"{path} does not hold a JSON object", remedy)
+            raise UserError(f"{path} cannot be read ({type(error).__name__}: {reason_of(error)})", remedy) from None
         names = [field.name for field in fields(cls)]
         if missing := [name for name in names if name not in found]:
             raise UserError(f"{path} lacks {', '.join(missing)}", remedy)
@@ -82,12 +83,30 @@ class CheckpointMeta:
             if type(value) not in valid:
                 wanted = " or ".join("null" if kind is _NONE else kind.__name__ for kind in valid)
                 raise UserError(f"{path}: {name} is {value!r:.60}, not of type {wanted}", remedy)
+            if not _in_range(name, value):
+                raise UserError(f"{path}: {name} is {value!r:.60}, which is out of range", remedy)
         try:
-            found["batches"] = tuple((int(step), int(tokens)) for step, tokens in found["batches"])
-            found["shapes"] = {name: tuple(map(int, shape)) for name, shape in found["shapes"].items()}
+            found["batches"] = tuple((_count(step), _count(tokens)) for step, tokens in found["batches"])
+            found["shapes"] = {name: tuple(map(_count, shape)) for name, shape in found["shapes"].items()}
         except (TypeError, ValueError):
             raise UserError(f"{path}: batches or shapes are not lists of integers", remedy) from None
+        try:
+            found["tokens_by_source"] = {name: _count(tokens) for name, tokens in found["tokens_by_source"].items()}
+        except ValueError:
+            raise UserError(f"{path}: tokens_by_source does not hold counts of tokens", remedy) from None
         return cls(**{name: found[name] for name in names})
+
+
+def _in_range(name: str, value: Any) -> bool:
+    if type(value) is int:
+        return int(name == "writers") <= value <= (_MAX_WRITERS if name == "writers" else _MAX_COUNT)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= _MAX_COUNT:
+        raise ValueError
+    return value
 
 
 _TYPES: Mapping[str, tuple[type, ...]] = {

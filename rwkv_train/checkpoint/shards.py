@@ -9,7 +9,6 @@ processes or another strategy needs no special case.
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.checkpoint.name import find_weights
 from rwkv_train.checkpoint.storage import INDEX
 from rwkv_train.errors import UserError
-from rwkv_train.models.weights import load_weights
+from rwkv_train.json_files import load_object
+from rwkv_train.models.weights import load_mapped, load_weights
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 ROWS_PER_READ = 4096  # rows of an embedding that are read at a time
@@ -116,13 +116,15 @@ class Reader:
     Args:
         path: a checkpoint directory, a .pth file under the field's names, or a run directory (see `find_weights`).
         verified: whether the presence and the sizes of the checkpoint's files need no check, as rank 0 has done it.
+        finite: whether `fill` refuses weights that are not finite.
 
     Raises:
         UserError: the path does not exist, or a file of the checkpoint is missing.
     """
 
-    def __init__(self, path: Path, verified: bool = False) -> None:
-        self.path = path = find_weights(path)
+    def __init__(self, path: Path, verified: bool = False, finite: bool = False) -> None:
+        self.path, self._finite = find_weights(path), finite
+        path = self.path
         self._parts: dict[tuple[str, str], list[_Part]] = {}
         self._open: dict[str, dict[str, Any]] = {}  # files by name
         if path.is_dir():
@@ -142,10 +144,12 @@ class Reader:
         writers = range(self.meta.writers)
         if (self.path / INDEX).exists():
             try:
-                index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
+                index = load_object(self.path / INDEX)
                 for kind, names in index.items():
                     for name, parts in names.items():
                         for number, start, count in parts:
+                            if any(type(n) is not int or n < 0 for n in (number, start, count)):
+                                raise ValueError(f"a part of {name} is not three counts")
                             yield kind, name, writers[number], start, count
             except (OSError, ValueError, TypeError, AttributeError, IndexError) as error:
                 raise UserError(
@@ -160,6 +164,8 @@ class Reader:
     def _file(self, name: str) -> dict[str, Any]:
         if name not in self._open:
             self._open[name] = _mapped(self.path / name)
+            if not _is_content(self._open[name], name.startswith("state")):
+                raise UserError(f"{self.path / name} does not hold what a checkpoint does", "use another checkpoint")
         return self._open[name]
 
     def _weights(self, number: int) -> dict[str, Any]:
@@ -218,14 +224,16 @@ class Reader:
         Raises:
             UserError: some elements are in no file.
         """
-        found = 0
+        found, end, twice = 0, 0, False
         for held in sorted(self._parts.get((kind, name), ()), key=lambda part: part.start):
             first, last = max(start, held.start), min(start + count, held.start + held.count)
             if first < last:
                 values, mapped = held.load()
                 part = values[first - held.start : last - held.start]
                 yield first - start, part
-                found += last - first
+                found += max(0, last - max(first, end))  # elements that two parts hold count once
+                twice = twice or first < end
+                end = max(end, last)
                 if mapped:
                     _forget_pages(part)
         if count and kind in MOMENTS and (kind, name) not in self._parts:
@@ -239,6 +247,11 @@ class Reader:
                 "use another checkpoint",
             )
 
+        if twice:
+            raise UserError(
+                f"the checkpoint {self.path} has elements of {name} ({kind}) twice", "use another checkpoint"
+            )
+
     def dtype(self, name: str) -> torch.dtype:
         return self._parts[(WEIGHT, name)][0].load()[0].dtype
 
@@ -249,24 +262,47 @@ class Reader:
         _forget_pages(target)
 
     def fill(self, shards: Iterable[StateShard]) -> None:
-        """Stores into each shard the values of its range."""
+        """Stores into each shard the values of its range.
+
+        Raises:
+            UserError: some elements are in no file or in two, or are not finite where they must be.
+        """
         for shard in shards:
             count = shard.values.numel()
-            if shard.put is None:
-                for offset, values in self.read(shard.kind, shard.name, shard.start, count):
-                    shard.values[offset : offset + values.numel()].copy_(values)
-                continue
-            complete = torch.empty(count)
+            complete = shard.values if shard.put is None else torch.empty(count)
             for offset, values in self.read(shard.kind, shard.name, shard.start, count):
+                if self._finite and not (good := torch.isfinite(values)).all():
+                    raise UserError(
+                        f"{self.path}: {shard.name} has {int((~good).sum())} values that are not finite",
+                        "give the weights of an earlier step, or copy the file again",
+                    )
                 complete[offset : offset + values.numel()].copy_(values)
-            shard.put(complete)
+            if shard.put is not None:
+                shard.put(complete)
 
 
 def _mapped(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return load_mapped(path)
     except FileNotFoundError:
         raise UserError(f"the checkpoint {path.parent} lacks {path.name}", "use another checkpoint") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}", "use another checkpoint") from None
+
+
+def _is_content(held: Any, of_state: bool) -> bool:
+    """Whether the content of a file is that of `contents`."""
+    if not isinstance(held, dict):
+        return False
+    if not of_state:
+        return all(isinstance(value, Tensor) for value in held.values())
+    parts = [held.get(moment) for moment in MOMENTS]
+    starts = held.get("starts")
+    return (
+        all(isinstance(part, dict) and all(isinstance(t, Tensor) for t in part.values()) for part in parts)
+        and isinstance(starts, dict)
+        and all(type(start) is int and start >= 0 for start in starts.values())
+    )
 
 
 def _forget_pages(values: Tensor) -> None:

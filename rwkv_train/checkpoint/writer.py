@@ -35,6 +35,7 @@ from rwkv_train.checkpoint.meta import META, CheckpointMeta
 from rwkv_train.checkpoint.name import CheckpointName, temporary_path
 from rwkv_train.checkpoint.storage import INDEX, MANIFEST, Hashing, Storage, dump
 from rwkv_train.errors import UserError
+from rwkv_train.json_files import parse_json
 
 ACK_TIMEOUT = timedelta(minutes=60)  # how long rank 0 waits for the other ranks' files
 
@@ -215,7 +216,7 @@ class Writer:
         keys = [f"{key}/{rank}" for rank in commit.missing]
         self.store.wait(keys, ACK_TIMEOUT)
         for key in keys:
-            commit.receive(Ack(**json.loads(self.store.get(key))))
+            commit.receive(Ack(**parse_json(self.store.get(key))))
         if commit.error is not None:
             raise OSError(0, commit.error)
         index = commit.index() if self.writers > 1 else None

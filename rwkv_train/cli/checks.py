@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -18,7 +17,9 @@ from rwkv_train.config.suggestions import suggestion
 from rwkv_train.data.order import split_batch
 from rwkv_train.data.sources import find_tokenizer, stores_of
 from rwkv_train.errors import UserError
+from rwkv_train.json_files import parse_json, read_regular
 from rwkv_train.planning.cards import find_card
+from rwkv_train.rundir.replay_file import load_replay
 
 _UNSUPPORTED_PRECISIONS = {  # first two characters of a precision of Lightning's → why it is refused
     "16": "float16 overflows in the channel mix (relu²)",
@@ -193,7 +194,7 @@ def _check_deepspeed(file: str, strategy: str) -> Iterator[UserError]:
     if not strategy.startswith("deepspeed"):
         yield UserError(f"deepspeed={file} has no effect with strategy={strategy}", "e.g. strategy=deepspeed_2")
     try:
-        given = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        given = parse_json(read_regular(Path(file).expanduser()))
     except OSError as error:
         yield UserError(f"deepspeed={file} cannot be read: {error.strerror}", _relative_to())
         return
@@ -262,9 +263,8 @@ def _check_replay(config: Config) -> Iterator[UserError]:
     if config.replay is None:
         return
     try:
-        payload = json.loads(Path(config.replay).expanduser().read_text(encoding="utf-8"))
-        checkpoint = [payload[key] for key in ("step", "config", "samples", "checkpoint")][-1]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        checkpoint = load_replay(Path(config.replay).expanduser())["checkpoint"]
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not a replay file"
         yield UserError(
             f"replay={config.replay} cannot be read: {reason}", "give a file like RUN/replay/step_000001234.json"

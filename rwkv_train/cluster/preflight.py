@@ -30,6 +30,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.exit_codes import ExitCode
+from rwkv_train.json_files import parse_json
 
 MAX_CLOCK_LAG = 2.0  # seconds that the nodes' clocks may differ
 _ELEMENTS = 2**22  # float32 elements of the all-reduce, 16 MiB
@@ -221,7 +222,7 @@ def _gather(store: PrefixStore, rank_info: RankInfo, own: Report, end: float) ->
             os._exit(ExitCode.FAILED)
         time.sleep(0.05)
     now = time.time()
-    reports = [own, *(Report(**json.loads(store.get(key))) for key in keys)]
+    reports = [own, *(Report(**parse_json(store.get(key))) for key in keys)]
     store.set("clock", "")
     able = [report for report in reports[1:] if report.error is None]
     clocks = {report.rank: now - float(store.get(f"clock/{report.rank}")) for report in able}

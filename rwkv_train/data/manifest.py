@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from rwkv_train.data.indexed import IndexedStore, store_file
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_train.errors import UserError
+from rwkv_train.json_files import load_object
 
 FORMAT_VERSION = 2
 _READ_VERSIONS = (1, 2)  # 1: the fingerprint is without the offsets of the sequences
@@ -68,6 +69,18 @@ class Manifest:
         return tokenizer
 
 
+def _is_of_type(value: Any, kind: str) -> bool:
+    """Whether a value is of a type that a field of `Manifest` has; numbers are counts."""
+    if kind == "int":
+        return type(value) is int and 0 <= value < 2**63
+    if kind == "list[str]":
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    if kind.startswith("dict[str, "):
+        inner = kind.removeprefix("dict[str, ").removesuffix("]")
+        return isinstance(value, dict) and all(_is_of_type(one, inner) for one in value.values())
+    return kind == "str" and isinstance(value, str)
+
+
 def write_manifest(stem: Path, manifest: Manifest) -> None:
     store_file(stem, ".json").write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -82,14 +95,18 @@ def read_manifest(stem: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = load_object(path)
         if content["format"] not in _READ_VERSIONS:
             raise UserError(
                 f"{path} has format {content['format']}, this version reads {' and '.join(map(str, _READ_VERSIONS))}",
                 "update rwkv-train, or prepare the store again",
             )
-        return Manifest(**content)
-    except (ValueError, KeyError, TypeError) as error:
+        manifest = Manifest(**content)
+        for each in fields(Manifest):
+            if not _is_of_type(getattr(manifest, each.name), str(each.type)):
+                raise ValueError(f"its {each.name} is not of the type {each.type}")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not the manifest of a store ({type(error).__name__}: {error})",
             "remove it and set data.tokenizer=…, or prepare the store again",

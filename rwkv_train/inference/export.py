@@ -25,6 +25,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.inference.loading import tokenizer_of
 from rwkv_train.models.config import ModelConfig
 from rwkv_train.models.detect import detect
+from rwkv_train.models.weights import load_mapped
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -118,7 +119,8 @@ def consolidate(checkpoint: Path, target: Path, dtype: str | None = None) -> Pat
         OSError: the target cannot be written.
     """
     reader = Reader(checkpoint)
-    kind = dtype or str(reader.dtype(next(iter(reader.shapes)))).removeprefix("torch.")
+    stored = str(reader.dtype(next(iter(reader.shapes)))).removeprefix("torch.")
+    kind = dtype or (stored if stored in DTYPES else "float32")
     if target.suffix:
         target.parent.mkdir(parents=True, exist_ok=True)
         write = _write_pth if target.suffix == ".pth" else _write_safetensors
@@ -158,7 +160,7 @@ def _write_pth(reader: Reader, path: Path, dtype: str, named: Callable[[str], st
     before = torch.serialization.get_default_mmap_options()
     torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)
     try:
-        mapped: dict[str, Tensor] = torch.load(path, mmap=True, weights_only=True)
+        mapped: dict[str, Tensor] = load_mapped(path)
     finally:
         torch.serialization.set_default_mmap_options(before or mmap.MAP_PRIVATE)
     for name in reader.shapes:

@@ -36,11 +36,12 @@ def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
     gpu = torch.cuda.is_available()
     if device.startswith("cuda") and not gpu:
         raise UserError(f"--device {device}: torch can use no GPU here", "--device cpu")
-    reader = Reader(checkpoint)
+    reader = Reader(checkpoint, finite=True)
     model = build_model(detect(reader.shapes, str(checkpoint)), device="meta")
     refuse_mismatches(str(checkpoint), reader.shapes, model)
     model = model.to_empty(device="cpu")
-    reader.fill(StateShard(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in model.named_parameters())
+    shards = (StateShard(WEIGHT, name, 0, p.detach().view(-1), True) for name, p in model.named_parameters())
+    reader.fill(shards)
     return model.to(("cuda" if gpu else "cpu") if device == "auto" else device).eval()
 
 

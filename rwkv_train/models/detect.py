@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import io
 import pickle
+import pickletools
 import re
 import zipfile
 from collections import OrderedDict
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_train.errors import UserError
+from rwkv_train.json_files import MAX_BYTES, load_object, open_regular, reason_of
 from rwkv_train.models.config import ModelConfig
 from rwkv_train.models.registry import ARCHITECTURES, Shapes
+
+_MAX_MEMO = 2**24  # entries of a pickle's memo
 
 # Other models under the field's names, newest first: what only their files have.
 _OTHER_ARCHITECTURES = {
@@ -36,6 +40,8 @@ def detect(shapes: Shapes, what: str = "the dict of weights") -> ModelConfig:
     Raises:
         UserError: they are not those of an architecture that can be trained here.
     """
+    if (missing := _missing_layer(shapes)) is not None:
+        raise UserError(f"{what} lacks {missing}, and has later ones", "copy it again, or give another file")
     for entry in ARCHITECTURES.values():
         try:
             found = entry.recognise(shapes)
@@ -54,6 +60,12 @@ def detect(shapes: Shapes, what: str = "the dict of weights") -> ModelConfig:
         f"{what} does not hold the weights of a language model under the field's names (it holds {held})",
         f"give weights with emb.weight, blocks.0.att.key.weight, … (known: arch={known})",
     )
+
+
+def _missing_layer(shapes: Shapes) -> str | None:
+    """The first of the layers that are not there below the last one; None: all are."""
+    layers = {found[1] for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))}
+    return next((f"blocks.{n}" for n in range(len(layers)) if str(n) not in layers), None)
 
 
 def detect_file(path: Path) -> ModelConfig | None:
@@ -75,23 +87,37 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         UserError: the file is damaged.
     """
     try:
-        table = json.loads(file.read_text())["shapes"] if file.name == "meta.json" else _table(file)
+        table = load_object(file)["shapes"] if file.name == "meta.json" else _table(file)
     except zipfile.BadZipFile:
         reason = "it is cut short, or no .pth file"
-    except (OSError, ValueError, KeyError, StopIteration, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error) or "it has no table of tensors"
+    except StopIteration:
+        reason = "it has no table of tensors"
+    except Exception as error:  # a pickle of a stranger raises any type
+        reason = reason_of(error)
     else:
         if not isinstance(table, Mapping):
             table = {f"a {type(table).__name__}": ()}
-        return {str(name): tuple(s) if isinstance(s, list | tuple) else () for name, s in table.items()}
+        return {str(name): _shape(size) for name, size in table.items()}
     raise UserError(f"{file} cannot be read as weights: {reason}", "copy it again, or give another file")
 
 
+def _shape(size: Any) -> tuple[int, ...]:
+    """A shape; () where it is none."""
+    known = isinstance(size, list | tuple) and all(type(n) is int and 0 <= n < 2**48 for n in size)
+    return tuple(size) if known else ()
+
+
 def _table(file: Path) -> Any:
-    with zipfile.ZipFile(file) as archive:
+    with open_regular(file) as source, zipfile.ZipFile(source) as archive:
         name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         with archive.open(name) as stream:
-            return _Table(stream).load()
+            table = stream.read(MAX_BYTES + 1)
+    if len(table) > MAX_BYTES:
+        raise ValueError("its table of tensors is too large")
+    for opcode, argument, _ in pickletools.genops(table):  # the unpickler reserves memory up to the largest number
+        if "PUT" in opcode.name and isinstance(argument, int) and argument > _MAX_MEMO:
+            raise ValueError("its table of tensors is damaged")
+    return _Table(io.BytesIO(table)).load()
 
 
 class _Table(pickle.Unpickler):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_train.errors import UserError
+from rwkv_train.json_files import open_regular, reason_of
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -19,17 +23,48 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         UserError: there is no such file, or it does not hold a dict of tensors.
     """
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = load_mapped(path)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}", "give a .pth file or a checkpoint directory") from None
-    except Exception as error:  # torch raises many types for a file that is torn or no archive of tensors
-        reason = str(error).splitlines()[0][:200] if zipfile.is_zipfile(path) else "it is cut short, or no .pth file"
-        raise UserError(f"{path} cannot be read as weights: {reason}", "copy it again, or give another file") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as weights: {error}", "copy it again, or give another file") from None
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     ):
         raise UserError(f"{path} does not hold a dict of tensors", "export the weights under the field's names")
+    for name, value in weights.items():
+        if value.dtype not in _DTYPES or value.layout != torch.strided or not _is_complete(value):
+            kind = f"{value.dtype}".removeprefix("torch.") + ("" if _is_complete(value) else ", without its elements")
+            raise UserError(
+                f"{path}: {name} is not a tensor of weights ({kind})",
+                "give weights in float32, float16, bfloat16 or float64; quantised ones cannot be read",
+            )
     return weights
+
+
+def load_mapped(path: Path) -> Any:
+    """The content of a file that torch has saved, its tensors mapped from the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is torn, no such file, or no regular file.
+    """
+    try:
+        open_regular(path).close()
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises many types
+        torn = isinstance(error, RuntimeError) and not zipfile.is_zipfile(path)
+        reason = "it is cut short, or no .pth file" if torn else reason_of(error)
+        raise ValueError(reason) from None
+
+
+def _is_complete(value: Tensor) -> bool:
+    """Whether each element has memory of its own: an expanded tensor can have any size."""
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def mismatches(given: Mapping[str, Sequence[int]], model: nn.Module) -> list[str]:

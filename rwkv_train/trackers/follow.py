@@ -16,6 +16,7 @@ from typing import Any
 
 from rwkv_train.errors import UserError
 from rwkv_train.instantiate import Makers, prepare
+from rwkv_train.json_files import parse_json
 from rwkv_train.rundir.durable import write_state
 from rwkv_train.rundir.record_lines import event_row, metrics_row
 from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker, read_state
@@ -183,7 +184,7 @@ def make(name: str, tree: Mapping[str, Any], packages: Sequence[str]) -> Tracker
 
 def main() -> int:
     """`python -m rwkv_train.trackers.follow`."""
-    settings = json.loads(sys.stdin.buffer.readline())
+    settings = parse_json(sys.stdin.buffer.readline())
     name = settings["name"]
 
     def report(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass, fields
 from functools import partial
@@ -15,8 +14,10 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.config.schema import differences
 from rwkv_train.errors import UserError
+from rwkv_train.json_files import parse_json
 from rwkv_train.planning.report import as_json
 from rwkv_train.rundir.jsonl import Events, WriteErrors
+from rwkv_train.rundir.replay_file import load_replay
 from rwkv_train.trackers import TrackedRun
 from rwkv_train.trackers.launch import TRACKER_SECONDS, Trackers
 from rwkv_train.training.attempt import RunAttempt
@@ -130,7 +131,7 @@ def make_observers(
             metrics, saving, attempt.total_steps, console, validation if config.checkpoint.best else None
         ),
         profiling=Profiling(run.path, console) if config.profile else None,
-        replay=None if config.replay is None else Replay(json.loads(Path(config.replay).read_bytes()), console),
+        replay=None if config.replay is None else Replay(load_replay(Path(config.replay).expanduser()), console),
         budget=StopAtBudget(attempt.total_steps, None if hours is None else hours * 3600),
         signals=signals,
         watchdog=watchdog,
@@ -197,7 +198,7 @@ def _surroundings(setup: RunSetup) -> dict[str, Any]:
     """Data, hardware and plan of a run, for trackers."""
     data, resolved = setup.data, setup.resolved
     try:
-        plan = json.loads(as_json(resolved.plan(setup.config, data.vocabulary), setup.config, None))
+        plan = parse_json(as_json(resolved.plan(setup.config, data.vocabulary), setup.config, None))
     except UserError as error:
         plan = {"error": str(error)}
     return {

@@ -6,7 +6,6 @@ last bit, in a directory that is removed afterwards; nothing of the run itself i
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from rwkv_train.config import BudgetSettings, Config, RunSettings
 from rwkv_train.config.schema import from_tree
 from rwkv_train.rundir.directory import PassedOver, RunDirectory
 from rwkv_train.rundir.durable import write_state
+from rwkv_train.rundir.replay_file import load_replay
 from rwkv_train.training.module import RWKVModule
 
 
@@ -37,7 +37,7 @@ def replayed(config: Config, first: bool) -> Iterator[Config]:
         first: whether this process removes the directory.
     """
     file = Path(str(config.replay)).expanduser()
-    record = json.loads(file.read_text(encoding="utf-8"))  # written by BadSteps, validated by cli/checks.py
+    record = load_replay(file)
     own = from_tree({**record["config"], "logger": {}, "callbacks": {}})
     root = file.parent / f".again_{file.stem}"
     if first:

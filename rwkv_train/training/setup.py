@@ -148,7 +148,7 @@ def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel
             model = build_model(shape, config.seed)
         source = Recipe(recipe_of(model), shapes_of(dict(model.named_parameters())), model.config, config.seed)
     else:
-        source = Reader(Path(config.init_weights).expanduser())
+        source = Reader(Path(config.init_weights).expanduser(), finite=True)
         source.grow_vocabulary(len(config.vocab.extend))
         refuse_mismatches(f"init.weights={config.init_weights}", source.shapes, model)
         if valued:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -104,10 +105,12 @@ def test_an_attempt_without_a_start_note_does_not_count(run: RunDirectory) -> No
 
 
 def saved(run: RunDirectory, step: int, number: int) -> Path:
-    """A complete checkpoint without files."""
+    """A complete checkpoint without weights."""
     path = run.checkpoints / str(CheckpointName(step, number))
     path.mkdir()
-    (path / "manifest.json").write_text(json.dumps({"attempt": number, "step": step, "files": {}}))
+    (path / "meta.json").write_bytes(b"{}")
+    files = {"meta.json": {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}}
+    (path / "manifest.json").write_text(json.dumps({"attempt": number, "step": step, "files": files}))
     return path
 
 

@@ -19,6 +19,7 @@ from rwkv_train.data.prepare.units import HARMLESS, Skipped, Unit
 from rwkv_train.data.tokenizers import token_dtype
 from rwkv_train.data.workers import tokenizer
 from rwkv_train.errors import UserError
+from rwkv_train.json_files import load_object
 
 _BUFFERED_TOKENS = 2**20  # before they are written
 
@@ -96,7 +97,7 @@ class Shard:
     def read_counts(self) -> ShardCounts | None:
         """The counts of a complete shard; None if it is missing or incomplete."""
         try:
-            return ShardCounts(**json.loads(self.counts.read_text()))
+            return ShardCounts(**load_object(self.counts))
         except (OSError, ValueError, TypeError):
             return None
 

@@ -5,7 +5,6 @@ The only file that imports deepspeed, and only when such a strategy is asked for
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Generator, Iterator, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, StateShard
 from rwkv_train.config import Config
+from rwkv_train.json_files import load_object
 from rwkv_train.models import LanguageModel
 from rwkv_train.planning.resolved import ResolvedConfig
 from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
@@ -80,7 +80,7 @@ def deepspeed_config(config: Config, resolved: ResolvedConfig, stage: int, offlo
         # are those whose gradients would be summed over the ranks in bfloat16: none.
         derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     if config.deepspeed is not None:
-        derived = _merged(derived, json.loads(Path(config.deepspeed).expanduser().read_text()))
+        derived = _merged(derived, load_object(Path(config.deepspeed).expanduser()))
     return derived
 
 
