@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,22 +86,3 @@ class Commit:
             raise RuntimeError(self.error or f"no ack from the ranks {self.missing}")
         files = {name: entry for ack in self._acks.values() for name, entry in ack.files.items()}
         return {"attempt": self.attempt, "step": self.step, "files": {**files, **more}}
-
-
-def checkpoints_to_keep(losses: Mapping[int, float | None], keep: int, permanent: int | None, best: bool) -> set[int]:
-    """The steps whose checkpoints are kept.
-
-    Args:
-        losses: step → validation loss (None: not validated) of the run's complete checkpoints; one that is not finite
-            counts as none.
-        keep: how many of the newest are kept.
-        permanent: also keep those at multiples of this many steps; None: no further ones.
-        best: also keep the one with the lowest validation loss.
-    """
-    steps = set(sorted(losses)[-keep:])
-    if permanent is not None:
-        steps |= {step for step in losses if step % permanent == 0}
-    validated = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
-    if best and validated:
-        steps.add(min(validated)[1])
-    return steps

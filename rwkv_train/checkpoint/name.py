@@ -57,6 +57,18 @@ def complete_inside(directory: Path) -> list[Path]:
     return sorted(path for path in found if not path.name.startswith("."))
 
 
+def find_weights(path: Path) -> Path:
+    """What holds the weights of a path that a user gives: of a run its final weights, else its newest checkpoint.
+
+    Args:
+        path: a run directory, a checkpoint, or a file; anything else is returned as it is.
+    """
+    if not path.is_dir() or (path / "manifest.json").exists() or (path / "meta.json").exists():
+        return path
+    final, inside = path / "weights.pth", complete_inside(path)
+    return final if final.exists() else inside[-1] if inside else path
+
+
 def temporary_path(path: Path) -> Path:
     """Where a file or directory `NAME-ATTEMPT` is written before it is renamed into place."""
     return path.with_name(f"{_TEMPORARY}{path.name}")

@@ -5,10 +5,11 @@ Nothing is deleted through a symbolic link, and no link is removed: someone has 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_train.checkpoint.commit import checkpoints_to_keep
 from rwkv_train.checkpoint.directory import verify
 from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.checkpoint.name import CheckpointName
@@ -16,6 +17,25 @@ from rwkv_train.checkpoint.storage import Storage
 from rwkv_train.config import CheckpointSettings
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.attempts import Attempts, Lineage
+
+
+def checkpoints_to_keep(losses: Mapping[int, float | None], keep: int, permanent: int | None, best: bool) -> set[int]:
+    """The steps whose checkpoints are kept.
+
+    Args:
+        losses: step → validation loss (None: not validated) of the run's complete checkpoints; one that is not finite
+            counts as none.
+        keep: how many of the newest are kept.
+        permanent: also keep those at multiples of this many steps; None: no further ones.
+        best: also keep the one with the lowest validation loss.
+    """
+    steps = set(sorted(losses)[-keep:])
+    if permanent is not None:
+        steps |= {step for step in losses if step % permanent == 0}
+    validated = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
+    if best and validated:
+        steps.add(min(validated)[1])
+    return steps
 
 
 @dataclass(frozen=True)
@@ -52,7 +72,7 @@ class Retention:
     def outdated(self, attempt: int) -> list[Path]:
         """The checkpoints of older attempts that do not count from the view of one, oldest first.
 
-        They are behind the checkpoint that a later attempt continued from: after a rewind, a resume from an older
+        They are later than the checkpoint that a later attempt continued from: after a rewind, a resume from an older
         checkpoint, or damage of the newest ones. Permanent ones, and those of newer attempts, are not among them.
         """
         return self._outdated(attempt, self.attempts.lineage(attempt))

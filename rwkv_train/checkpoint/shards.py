@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rwkv_train.checkpoint.directory import read_meta
 from rwkv_train.checkpoint.meta import CheckpointMeta
+from rwkv_train.checkpoint.name import find_weights
 from rwkv_train.checkpoint.storage import INDEX
 from rwkv_train.errors import UserError
 from rwkv_train.models.weights import load_weights
@@ -113,7 +114,7 @@ class Reader:
     written, and each opens its own.
 
     Args:
-        path: a checkpoint directory, or a .pth file under the field's names.
+        path: a checkpoint directory, a .pth file under the field's names, or a run directory (see `find_weights`).
         verified: whether the presence and the sizes of the checkpoint's files need no check, as rank 0 has done it.
 
     Raises:
@@ -121,7 +122,7 @@ class Reader:
     """
 
     def __init__(self, path: Path, verified: bool = False) -> None:
-        self.path = path
+        self.path = path = find_weights(path)
         self._parts: dict[tuple[str, str], list[_Part]] = {}
         self._open: dict[str, dict[str, Any]] = {}  # files by name
         if path.is_dir():

@@ -294,7 +294,9 @@ def _check_run(config: Config, machine: Machine) -> Iterator[UserError]:
         yield from _check_checkpoint(resume, Path(resume).expanduser())
     weights = config.init_weights
     if weights is not None and not Path(weights).expanduser().exists():
-        yield UserError(f"init.weights={weights}: there is no such file", "give a .pth file or a checkpoint directory")
+        yield UserError(
+            f"init.weights={weights}: there is no such file", "give a .pth file, a checkpoint or a run directory"
+        )
 
 
 def _check_checkpoint(resume: str, path: Path) -> Iterator[UserError]:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from rwkv_train.checkpoint.name import find_weights
 from rwkv_train.cli.compose import Composed, settle_durations
 from rwkv_train.cli.conf_folders import ConfFolders
 from rwkv_train.config.schema import FlatSettings, schema
@@ -28,7 +29,7 @@ def weights_config(settings: FlatSettings) -> ModelConfig | None:
         UserError: the weights cannot be read, or are of an architecture that cannot be trained.
     """
     path = settings.get("init.weights")
-    return None if path is None else detect_file(Path(str(path)).expanduser())
+    return None if path is None else detect_file(find_weights(Path(str(path)).expanduser()))
 
 
 def fill_open_settings(

@@ -37,6 +37,7 @@ Positive = Annotated[int, Bound("at least 1", lambda n: n >= 1)]
 NotNegative = Annotated[int, Bound("at least 0", lambda n: n >= 0)]
 Above0 = Annotated[float, Bound("above 0", lambda x: x > 0)]
 From0 = Annotated[float, Bound("at least 0", lambda x: x >= 0)]
+Share = Annotated[float, Bound("from 0 to 1", lambda x: 0 <= x <= 1)]
 Fraction = Annotated[float, Bound("at least 0 and below 1", lambda x: 0 <= x < 1)]
 
 
@@ -106,6 +107,7 @@ class DataSettings:
     split: str = "train"  # part of a streamed data set
     held_out_documents: NotNegative = 100  # number of leading documents of a stream that are held out for validation
     workers: NotNegative = 1  # processes that tokenise a stream; 0: the training process does it
+    max_bad_rows: Share = 0.01  # of chats and streams: share of unusable rows that is left out without an error
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from rwkv_train.data.rows import IGNORED_TARGET, BatchArrays, PackedRows, Rows, 
 from rwkv_train.data.sources import DataSource, check_rows_in_vocabulary, digest_of, open_sources
 from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.stream import StreamRows, open_stream
+from rwkv_train.data.tokenizers import tokenizer_note
 from rwkv_train.data.validation import Validation, ValidationBatches
 from rwkv_train.errors import UserError
 
@@ -53,7 +54,7 @@ class Batches:
         digest: hash of the data and its split, 16 hexadecimal digits.
         micro, accumulation: samples of a micro-batch; micro-batches of a step on one device.
         start_step: the step that training() begins with: `begin` sets it.
-        end_step: the step before which training() ends; None: it ends with the data.
+        end_step: the step before which training() ends: `end_before` sets it; None: it ends with the data.
         course: which samples the steps read: `begin` sets it.
         rank: data-parallel index of this process; DataModule sets it.
         pinned: whether training batches are made ahead in pinned memory; DataModule sets it.
@@ -175,6 +176,8 @@ class Batches:
             fills = [rows.packing.fill for rows in self._rows if isinstance(rows, PackedRows)]
             state = "the state is reset at each" if self.reset else "the state continues across them"
             lines.append(f"packed documents, {min(fills):.1%} of the positions filled; {state}")
+        if note := tokenizer_note(self.tokenizer):
+            lines.append(note)
         return "\n        ".join(lines)
 
     @property
@@ -250,6 +253,10 @@ class Batches:
         if self.stream is not None:
             start = {"offset": self.course.first * self.context, "epoch": 0, "dataset": None}
             self.stream.go_to(position or start)
+
+    def end_before(self, step: int | None) -> None:
+        """Makes training() end before a step; None: it ends with the data."""
+        self.end_step = step
 
     def round_stages(self, tokens_per_step: int) -> None:
         """Makes the stages of a curriculum begin with a step of so many tokens: that with which the run began."""
@@ -328,6 +335,11 @@ class Batches:
     def training(self) -> TrainBatches | Ahead:
         """The micro-batches of whole steps from `start_step` on, to `end_step` or to the end of the data."""
         return Ahead(TrainBatches(self)) if self.pinned else TrainBatches(self)
+
+    def close(self) -> None:
+        """Ends the processes of a stream. More batches may be asked for; it is read again for them."""
+        if self.stream is not None:
+            self.stream.close()
 
     def validation(self, source: int = 0) -> ValidationBatches | tuple[()]:
         """This rank's batches of a validation of a source; over all batches and ranks each chosen row is read once.

@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from rwkv_train.config import DataSettings
+from rwkv_train.data.bad_rows import BadRows
 from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import Tokenizer, Tokens
 from rwkv_train.errors import UserError
@@ -110,13 +111,17 @@ _TEMPLATE_REMEDY = (
 )
 
 
-def conversations(path: Path) -> Iterator[tuple[int, Sequence[Mapping[str, Any]]]]:
+def conversations(path: Path, bad: BadRows) -> Iterator[tuple[int, Sequence[Mapping[str, Any]]]]:
     """Yields the line number (from 1) and the messages of every conversation of a .jsonl file.
 
+    Args:
+        path: the file.
+        bad: counts the lines that are not conversations.
+
     Raises:
-        UserError: a line is not JSON, or has no `messages`.
+        UserError: too many lines are not JSON, or have no `messages`.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -124,12 +129,10 @@ def conversations(path: Path) -> Iterator[tuple[int, Sequence[Mapping[str, Any]]
                 messages = json.loads(line)["messages"]
                 if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
                     raise TypeError("`messages` is not a list of objects")
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path}, line {number}: not a conversation ({type(error).__name__}: {error})",
-                    'write each line as {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}',
-                ) from None
-            yield number, messages
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                bad.leave_out(f"{path}, line {number}", f"not a conversation ({type(error).__name__}: {error})")
+            else:
+                yield number, messages
 
 
 def read_chat(data: DataSettings, tokenizer: Tokenizer) -> tuple[MemoryStore, MemoryStore, str, str]:
@@ -140,25 +143,28 @@ def read_chat(data: DataSettings, tokenizer: Tokenizer) -> tuple[MemoryStore, Me
         digits).
 
     Raises:
-        UserError: a line is not a conversation, has an unknown role, or no token of the training part has a loss.
+        UserError: too many lines are not conversations or have unknown roles, or no token of the training part has a
+            loss.
     """
     template, path = read_template(data.template), Path(str(data.path)).expanduser()
+    bad = BadRows(data.max_bad_rows)
     parts: tuple[list[tuple[Tokens, Tokens]], list[tuple[Tokens, Tokens]]] = ([], [])
     digest = hashlib.sha256(repr(sorted(template.affixes.items())).encode())
     try:
-        for number, messages in conversations(path):
+        for number, messages in conversations(path, bad):
             try:
                 written = template.write(messages, tokenizer)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: {error}", _TEMPLATE_REMEDY) from None
-            text = json.dumps(messages, sort_keys=True).encode()
+                text = json.dumps(messages, sort_keys=True).encode()
+            except (ValueError, RecursionError) as error:
+                bad.leave_out(f"{path}, line {number}", str(error))
+                continue
+            bad.rows += 1
             digest.update(text + b"\n")
             fraction = int.from_bytes(hashlib.blake2s(text).digest()[:7], "big") / 2**56
             parts[fraction < data.hold_out].append(written)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}", "convert it to UTF-8") from None
     except OSError as error:
         raise UserError(f"data.path={path} cannot be read: {error.strerror}", "name a .jsonl file") from None
+    bad.check(complete=True)
     train, held_out = (_stored(part, tokenizer) for part in parts)
     if not train.predicted.any():  # type: ignore[union-attr]
         raise UserError(
@@ -170,7 +176,7 @@ def read_chat(data: DataSettings, tokenizer: Tokenizer) -> tuple[MemoryStore, Me
     description = (
         f"{path}: {len(parts[0]):,} conversations, {len(train):,} tokens, {predicted:,} of them "
         f"({predicted / len(train):.0%}) the assistant's, hash {digest.hexdigest()[:16]}; held out: "
-        f"{len(parts[1]):,} conversations"
+        f"{len(parts[1]):,} conversations" + (f"; {bad.description}" if bad.bad else "")
     )
     return train, held_out, description, digest.hexdigest()[:16]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
+from collections import deque
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_train.config import DataSettings
+from rwkv_train.data.formats import format_of
+from rwkv_train.data.indexed import PARTS_SUFFIX, PLAN_FILE, STORE_SUFFIXES, is_index
 from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
@@ -95,6 +98,7 @@ def read_corpus(data: DataSettings) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"] if data.path is None else data.path).expanduser()
     if not root.exists():
         raise UserError(f"data.path={root} does not exist", "give a text file or a directory of text files")
+    _refuse_rows(root)
     documents, binary = [], 0
     try:
         files, hidden = (_library_files(root), 0) if library else find_files(root)
@@ -117,14 +121,32 @@ def read_corpus(data: DataSettings) -> Corpus:
     return Corpus(root, train, held_out, rule, _digest(train, held_out), hidden, binary)
 
 
-def find_files(root: Path, pruned: Set[str] = frozenset()) -> tuple[list[tuple[str, Path]], int]:
+def _refuse_rows(path: Path) -> None:
+    """Refuses a file of rows or a compressed one, which would be read as the text that it is not.
+
+    Raises:
+        UserError: it is one.
+    """
+    kind, compression = format_of(path)
+    if path.is_file() and (kind in ("jsonl", "parquet") or compression):
+        raise UserError(
+            f"data.path={path} is no plain text: its name says {compression or kind}",
+            f"make a store of its rows with `rwkv-train prepare {path} --tokenizer world --out STORE`, or read "
+            "conversations with data=chat",
+        )
+
+
+def find_files(root: Path, pruned: Set[str] = frozenset(), follow: bool = True) -> tuple[list[tuple[str, Path]], int]:
     """Finds all files below a directory, in the order of their names.
 
-    Hidden files, broken links and directories named in `pruned` are left out.
+    Hidden files, broken links, directories named in `pruned`, token stores and the folders of an unfinished `prepare`
+    are left out. Linked directories are searched after all others; none is searched twice, so that a link to a
+    directory above does no harm.
 
     Args:
         root: a directory, or a single file.
         pruned: names of directories that are not searched.
+        follow: whether linked directories are searched.
 
     Returns:
         (name relative to root, path) of each file, and the number of hidden files and directories.
@@ -134,19 +156,43 @@ def find_files(root: Path, pruned: Set[str] = frozenset()) -> tuple[list[tuple[s
     """
     if not root.is_dir():
         return [(root.name, root)], 0
-    found, hidden = [], 0
-    for folder, folders, files in os.walk(root, onerror=_raise):
-        shown = [name for name in folders if not name.startswith(".")]
-        paths = [Path(folder, name) for name in files if not name.startswith(".")]
-        hidden += len(folders) - len(shown) + len(files) - len(paths)
-        folders[:] = [name for name in shown if name not in pruned]
-        found += [(path.relative_to(root).as_posix(), path) for path in paths if path.is_file()]
+    found, hidden, searched = [], 0, set()
+    pending = deque([root])
+    while pending:
+        for folder, folders, files in os.walk(pending.popleft(), onerror=_raise):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in searched:
+                folders.clear()
+                continue
+            searched.add((status.st_dev, status.st_ino))
+            shown = [name for name in folders if not name.startswith(".")]
+            paths = [Path(folder, name) for name in files if not name.startswith(".")]
+            hidden += len(folders) - len(shown) + len(files) - len(paths)
+            inside = without_stores([Path(folder, name) for name in sorted(shown) if name not in pruned])
+            folders[:] = [path.name for path in inside if not path.is_symlink()]
+            pending += [path for path in inside if path.is_symlink()] if follow else []
+            found += [(path.relative_to(root).as_posix(), path) for path in without_stores(paths) if path.is_file()]
     return sorted(found), hidden
+
+
+def without_stores(paths: Sequence[Path]) -> list[Path]:
+    """Leaves out the files of token stores, and the folders of an unfinished `prepare`.
+
+    Args:
+        paths: files and directories, with all files of their directories.
+    """
+    stores = {path.with_suffix("") for path in paths if path.suffix == ".idx" and path.is_file() and is_index(path)}
+    return [
+        path
+        for path in paths
+        if not (path.suffix in STORE_SUFFIXES and path.with_suffix("") in stores)
+        and not (path.suffix == PARTS_SUFFIX and (path / PLAN_FILE).exists())
+    ]
 
 
 def _library_files(root: Path) -> list[tuple[str, Path]]:
     """The Python sources of the standard library, without SKIPPED_LIBRARY_DIRECTORIES."""
-    found, _ = find_files(root, SKIPPED_LIBRARY_DIRECTORIES)
+    found, _ = find_files(root, SKIPPED_LIBRARY_DIRECTORIES, follow=False)
     return [(name, path) for name, path in found if name.endswith(".py") and GENERATED_LIBRARY_FILE not in name]
 
 
@@ -155,7 +201,8 @@ def _raise(error: OSError) -> None:
 
 
 def _hold_out(documents: Sequence[Document], share: float) -> tuple[tuple[Document, ...], tuple[Document, ...], str]:
-    """Splits by a hash of the name; if that leaves one side empty (a single file), holds out the end of the text.
+    """Splits by a hash of the name; holds out the end of the text if that leaves one side empty (a single file), or
+    takes most of the text where a small share is asked for (a large file among few).
 
     Returns:
         Training documents, held-out documents, and the rule that chose them.
@@ -163,11 +210,13 @@ def _hold_out(documents: Sequence[Document], share: float) -> tuple[tuple[Docume
     if share == 0:
         return tuple(documents), (), "nothing"
     chosen = [_fraction(document.name) < share for document in documents]
-    if any(chosen) and not all(chosen):
+    size = sum(len(document.text) for document in documents)
+    held_size = sum(len(document.text) for document, held in zip(documents, chosen, strict=True) if held)
+    if any(chosen) and not all(chosen) and (held_size <= size / 2 or share >= 0.5):
         train = tuple(document for document, held in zip(documents, chosen, strict=True) if not held)
         held_out = tuple(document for document, held in zip(documents, chosen, strict=True) if held)
         return train, held_out, f"{len(held_out):,} files by a hash of their names"
-    left = round(share * sum(len(document.text) for document in documents))
+    left = round(share * size)
     train_end, held_end = list(documents), []
     while left > 0:
         last = train_end.pop()

@@ -39,7 +39,7 @@ class Course:
         return int(self.samples(step)[0])
 
     def end(self, step: int) -> int:
-        """The number behind the last sample that the steps before this one read."""
+        """The number after the last sample that the steps before this one read."""
         return self.first if step <= self.step else int(self.samples(step - 1)[-1]) + 1
 
     def ranges(self, step: int) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,7 @@ import hashlib
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from rwkv_train.errors import UserError
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 TYPES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+STORE_SUFFIXES = (".bin", ".crc", ".json", ".idx")  # of a store made by `prepare`; the index last, it makes it valid
+PARTS_SUFFIX, PLAN_FILE = ".parts", "plan"  # folder of an unfinished `prepare`, and a file that each of them has
 _SAMPLED_PAGES = 64  # of a .bin, for its fingerprint
 _PAGE_BYTES = 4096
 
@@ -46,11 +48,22 @@ def store_file(stem: Path, suffix: str) -> Path:
     return stem.with_name(stem.name + suffix)
 
 
+def is_index(path: Path) -> bool:
+    """Whether a file is the index of a token store.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 class IndexedStore:
     """A token store on disk, read-only and memory-mapped.
 
     Args:
         path: NAME, NAME.bin or NAME.idx.
+        check: whether to check a few pages of both files; `verify` checks all of them.
 
     Attributes:
         tokens: all tokens, (N,).
@@ -58,12 +71,16 @@ class IndexedStore:
         pointers: byte offset of each sequence in NAME.bin, int64 (S,).
         boundaries: number of the first sequence of each document, then S; int64 (D + 1,).
         dtype: type of a token.
+        note: what was missing in the index and is assumed; empty if nothing.
 
     Raises:
-        UserError: a file is missing, truncated or not an index, or the two files do not match.
+        UserError: a file is missing, truncated or not an index, the two files do not match, or what a few pages of them
+            say is not consistent.
     """
 
-    def __init__(self, path: Path) -> None:
+    note = ""
+
+    def __init__(self, path: Path, check: bool = True) -> None:
         self.stem = stem_of(path)
         self.bin, self.idx = store_file(self.stem, ".bin"), store_file(self.stem, ".idx")
         for file in (self.idx, self.bin):
@@ -102,6 +119,68 @@ class IndexedStore:
                 _COPY_AGAIN,
             )
         self.tokens = np.frombuffer(_map(self.bin) if size else b"", self.dtype)
+        if not boundaries:
+            self.boundaries = np.array([0, sequences] if sequences else [0], np.int64)
+            self.note = f"{self.idx.name} has no document boundaries: the store is taken for one document"
+        if check:
+            self._check_samples()
+
+    def _check_samples(self) -> None:
+        """Refuses an index or tokens of which a few pages are wrong.
+
+        Raises:
+            UserError: naming the first wrong one.
+        """
+        for first, last in self._samples(len(self.boundaries), self.boundaries.itemsize):
+            if fault := self.boundary_fault(first, last):
+                raise UserError(fault, BOUNDARY_REMEDY)
+        for first, last in self._samples(len(self.pointers), self.pointers.itemsize):
+            if fault := self.sequence_fault(first, last):
+                raise UserError(fault, _COPY_AGAIN)
+        for first, last in self._samples(len(self.tokens), self.dtype.itemsize) if self.dtype.kind == "i" else ():
+            if fault := self.token_fault(first, last):
+                raise UserError(fault, "make the store again, without tokens that stand for no text (padding)")
+
+    def boundary_fault(self, first: int, last: int) -> str:
+        """What is wrong with the document boundaries first … last - 1; empty if nothing."""
+        edges, sequences = self.boundaries[max(0, first - 1) : last], len(self.lengths)
+        begin, end = int(self.boundaries[0]), int(self.boundaries[-1])
+        if (begin, end) != (0, sequences):
+            return (
+                f"{self.idx}: its documents begin at sequence {begin:,} and end at {end:,}; it has the sequences 0 to "
+                f"{sequences:,}"
+            )
+        if (np.diff(edges) < 0).any() or (edges < 0).any() or (edges > sequences).any():
+            return f"{self.idx}: the document boundaries are not in ascending order"
+        return ""
+
+    def sequence_fault(self, first: int, last: int) -> str:
+        """What is wrong with the sequences first … last - 1, each of which begins where the one before ends."""
+        before = max(0, first - 1)
+        lengths, pointers = self.lengths[before:last].astype(np.int64), self.pointers[before:last]
+        expected = int(pointers[0] if first else 0) + (np.cumsum(lengths) - lengths) * self.dtype.itemsize
+        wrong = np.flatnonzero((pointers != expected) | (lengths < 0))
+        if len(wrong):
+            number = before + int(wrong[0])
+            if self.lengths[number] < 0:
+                return f"{self.idx}: sequence {number:,} has {self.lengths[number]:,} tokens"
+            return f"{self.idx}: sequence {number:,} does not begin at the end of the previous one"
+        return ""
+
+    def token_fault(self, first: int, last: int) -> str:
+        """Which of the tokens first … last - 1 is negative; empty if none."""
+        if not len(wrong := np.flatnonzero(self.tokens[first:last] < 0)):
+            return ""
+        offset = first + int(wrong[0])
+        return f"{self.bin}, document {self.document_of(offset):,}: token {offset:,} is {self.tokens[offset]}"
+
+    @staticmethod
+    def _samples(count: int, size: int) -> Iterator[tuple[int, int]]:
+        """Ranges of a few pages of an array of `count` values of `size` bytes: the first, the last, some between."""
+        page = _PAGE_BYTES // size
+        last = max(0, count - page)
+        for offset in sorted({last * number // (_SAMPLED_PAGES - 1) for number in range(_SAMPLED_PAGES)}):
+            yield offset, min(offset + page, count)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -125,13 +204,16 @@ class IndexedStore:
         sequence = int(np.searchsorted(self.pointers, token * self.dtype.itemsize, side="right")) - 1
         return int(np.searchsorted(self.boundaries, sequence, side="right")) - 1
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, with_pointers: bool = True) -> str:
         """A hash over the sizes and a few pages of both files, 16 hexadecimal digits.
 
         It notices a store with different content; a single flipped bit only `rwkv-train prepare verify` finds.
+
+        Args:
+            with_pointers: whether the offsets of the sequences are in it; not in manifests of format 1.
         """
         digest = hashlib.sha256(f"{self.dtype} {len(self.tokens)} {len(self.lengths)}".encode())
-        for array in (self.tokens, self.lengths, self.boundaries):
+        for array in (self.tokens, self.lengths, self.boundaries, *((self.pointers,) if with_pointers else ())):
             page = _PAGE_BYTES // array.itemsize
             last = max(0, len(array) - page)
             for number in range(_SAMPLED_PAGES):
@@ -141,12 +223,14 @@ class IndexedStore:
 
     def sampled_maximum(self) -> int:
         """The largest token in a few pages."""
-        page = _PAGE_BYTES // self.dtype.itemsize
-        last = max(0, len(self.tokens) - page)
-        offsets = {last * number // (_SAMPLED_PAGES - 1) for number in range(_SAMPLED_PAGES)}
-        return max(int(self.tokens[offset : offset + page].max(initial=0)) for offset in offsets)
+        pages = self._samples(len(self.tokens), self.dtype.itemsize)
+        return max((int(self.tokens[first:last].max(initial=0)) for first, last in pages), default=0)
 
 
+BOUNDARY_REMEDY = (
+    "if stores were joined without their document boundaries, give the originals to data.path (a directory or a glob "
+    "is one stream); or make the store again with `rwkv-train prepare`"
+)
 _COPY_AGAIN = "copy both files of the store again, or make it again with `rwkv-train prepare`"
 
 

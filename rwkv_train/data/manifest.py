@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rwkv_train.data.indexed import store_file
+from rwkv_train.data.indexed import IndexedStore, store_file
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_train.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, 2)  # 1: the fingerprint is without the offsets of the sequences
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Manifest:
     version: str = ""
     format: int = FORMAT_VERSION
 
+    def matches(self, store: IndexedStore) -> bool:
+        """Whether a store has the fingerprint of this manifest."""
+        return self.fingerprint == store.fingerprint(with_pointers=self.format > 1)
+
     def load_tokenizer(self) -> Tokenizer:
         """Loads the tokenizer that made the store.
 
@@ -78,9 +83,9 @@ def read_manifest(stem: Path) -> Manifest | None:
         return None
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT_VERSION:
+        if content["format"] not in _READ_VERSIONS:
             raise UserError(
-                f"{path} has format {content['format']}, this version reads {FORMAT_VERSION}",
+                f"{path} has format {content['format']}, this version reads {' and '.join(map(str, _READ_VERSIONS))}",
                 "update rwkv-train, or prepare the store again",
             )
         return Manifest(**content)

@@ -156,7 +156,7 @@ def _open_stores(name: str, stems: Sequence[Path], data: DataSettings, tokenizer
     for store, manifest in zip(opened, manifests, strict=True):
         fingerprint = store.fingerprint()
         digest.update(fingerprint.encode())
-        if manifest is not None and manifest.fingerprint != fingerprint:
+        if manifest is not None and not manifest.matches(store):
             raise UserError(
                 f"{store.bin} does not match its manifest {store.stem.name}.json: fingerprint {fingerprint}, not "
                 f"{manifest.fingerprint}",
@@ -164,40 +164,63 @@ def _open_stores(name: str, stems: Sequence[Path], data: DataSettings, tokenizer
                 "another store",
             )
         largest = max(largest, store.sampled_maximum() if manifest is None else manifest.largest_token)
-        bound = max(bound, int(np.iinfo(store.dtype).max) if manifest is None else manifest.largest_token)
+        unknown = int(np.iinfo(np.int64 if store.dtype.kind == "i" else store.dtype).max)  # or negative
+        bound = max(bound, unknown if manifest is None else manifest.largest_token)
         check_token_in_vocabulary(largest, tokenizer.vocab_size, f"{store.bin}")
     stream: Store = opened[0] if len(opened) == 1 else JoinedStore(opened)
-    cut = _cut(opened, data.hold_out)
+    cut, inside = _cut(opened, data.hold_out)
+    if inside:
+        digest.update(f"{cut}".encode())  # the share alone says where the split is in other stores
     held_out = (
-        StoreSlice(stream, cut - 1, len(stream)) if 0 < cut < len(stream) else MemoryStore(np.zeros(0, np.uint16))
+        StoreSlice(stream, cut - 1, len(stream), inside)
+        if 0 < cut < len(stream)
+        else MemoryStore(np.zeros(0, np.uint16))
     )
     documents = sum(len(store.boundaries) - 1 for store in opened)
     many = f" in {len(stems)} stores" if len(stems) > 1 else ""
+    held = max(0, len(held_out) - 1)
+    share = f" ({held / max(1, len(stream)):.2%}; they begin inside a document)" if inside else ""
     description = (
         f"{data.path}: {documents:,} documents, {len(stream):,} tokens ({tokenizer.identity}){many}, hash "
-        f"{digest.hexdigest()[:16]}; held out: the last {max(0, len(held_out) - 1):,} tokens"
+        f"{digest.hexdigest()[:16]}; held out: the last {held:,} tokens{share}"
     )
-    return DataSource(name, StoreSlice(stream, 0, cut), held_out, description, digest.hexdigest()[:16], largest, bound)
+    description += "".join(f"; {store.note}" for store in opened if store.note)
+    train = StoreSlice(stream, 0, cut, inside)
+    return DataSource(name, train, held_out, description, digest.hexdigest()[:16], largest, bound)
 
 
-def _cut(stores: Sequence[IndexedStore], share: float) -> int:
-    """Offset of the first held-out token, which begins a document; the number of tokens if none is held out."""
+def _cut(stores: Sequence[IndexedStore], share: float) -> tuple[int, bool]:
+    """Where the held-out tokens begin: with a document, if one begins about there.
+
+    Returns:
+        Offset of the first held-out token, the number of tokens if none is held out; and whether it is inside a
+        document, because no document begins where between half of the share and twice the share would be held out.
+    """
     total = sum(len(store) for store in stores)
-    if not share or not total:
-        return total
-    target = total - round(share * total)
-    begin: int = 0
+    wanted = round(share * total)
+    if not wanted:
+        return total, False
+    for begin in _starts_around(stores, total - wanted):
+        if wanted <= 2 * (total - begin) <= 4 * wanted and begin:
+            return begin, False
+    return max(1, total - wanted), True
+
+
+def _starts_around(stores: Sequence[IndexedStore], target: int) -> list[int]:
+    """Offsets of the first document that begins at a token or after it, and of the last one before it, if any."""
+    after, before, begin = [], [], 0
     for store in stores:
-        inside = max(0, target - begin)
-        if inside < len(store):
-            starts = store.pointers  # documents begin where sequences do: a binary search reads little
-            sequence = int(np.searchsorted(starts, inside * store.dtype.itemsize))
-            number = int(np.searchsorted(store.boundaries, sequence))
-            if number < len(store.boundaries) - 1:
-                return begin + int(starts[store.boundaries[number]]) // int(store.dtype.itemsize)
+        size = store.dtype.itemsize  # documents begin where sequences do: a binary search reads little
+        sequence = int(np.searchsorted(store.pointers, max(0, target - begin) * size))
+        number = int(np.searchsorted(store.boundaries[:-1], sequence))
+        if number < len(store.boundaries) - 1:
+            first = int(store.boundaries[number])
+            if first < len(store.pointers):
+                after.append(begin + int(store.pointers[first]) // size)
+        if number:
+            before.append(begin + int(store.pointers[store.boundaries[number - 1]]) // size)
         begin += len(store)
-    last = int(stores[-1].pointers[stores[-1].boundaries[-2]]) // stores[-1].dtype.itemsize
-    return total - len(stores[-1]) + last or total  # the target is in the last document: hold out all of it
+    return after[:1] + [start for start in before[-1:] if start < target]
 
 
 def digest_of(sources: Sequence[DataSource]) -> str:
@@ -218,14 +241,15 @@ def check_rows_in_vocabulary(
         vocab_size: size of the vocabulary.
 
     Raises:
-        UserError: a token ≥ vocab_size.
+        UserError: a token ≥ vocab_size, or a negative one.
     """
     if all(source.bound < vocab_size for source in sources):
         return
-    if (largest := int(block.tokens.max())) >= vocab_size:
-        row = int(block.tokens.max(axis=1).argmax())
+    outside = (block.tokens < 0) | (block.tokens >= vocab_size)
+    if outside.any():
+        row = int(outside.any(axis=1).argmax())
         where = f"{sources[int(numbers[row])].name}, sample at token {int(offsets[row]):,},"
-        check_token_in_vocabulary(largest, vocab_size, where)
+        check_token_in_vocabulary(int(block.tokens[row][outside[row]][0]), vocab_size, where)
 
 
 def check_token_in_vocabulary(token: int, vocab_size: int, where: str) -> None:
@@ -237,8 +261,13 @@ def check_token_in_vocabulary(token: int, vocab_size: int, where: str) -> None:
         where: file or source, for the message.
 
     Raises:
-        UserError: token ≥ vocab_size.
+        UserError: token ≥ vocab_size, or negative.
     """
+    if token < 0:
+        raise UserError(
+            f"{where} contains the token {token}",
+            "make the store again, without tokens that stand for no text (padding)",
+        )
     if token >= vocab_size:
         raise UserError(
             f"{where} contains the token {token}; the vocabulary has {vocab_size:,}",

@@ -75,10 +75,17 @@ class JoinedStore:
 
 
 class StoreSlice:
-    """The tokens begin … end - 1 of a store, and the documents that start among them."""
+    """The tokens begin … end - 1 of a store, and the documents that start among them.
 
-    def __init__(self, store: Store, begin: int, end: int) -> None:
-        self.store, self.begin, self.end = store, begin, end
+    Args:
+        store: the store.
+        begin, end: range of tokens.
+        cut: whether documents are cut at both ends: of a document that starts before `begin`, what follows the first
+            token is one, and the last one ends at `end`. Else it is as long as in the store.
+    """
+
+    def __init__(self, store: Store, begin: int, end: int, cut: bool = False) -> None:
+        self.store, self.begin, self.end, self.cut = store, begin, end, cut
 
     def __len__(self) -> int:
         return self.end - self.begin
@@ -89,4 +96,9 @@ class StoreSlice:
     def documents(self) -> tuple[Ints, Ints]:
         starts, lengths = self.store.documents()
         first, last = np.searchsorted(starts, (self.begin, self.end))
-        return starts[first:last] - self.begin, lengths[first:last]
+        if not self.cut:
+            return starts[first:last] - self.begin, lengths[first:last]
+        inside = starts[first:last] - self.begin
+        if self.begin and (not len(inside) or inside[0] > 1):
+            inside = np.concatenate((np.ones(1, np.int64), inside))
+        return inside, np.diff(inside, append=len(self))

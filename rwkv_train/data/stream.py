@@ -22,6 +22,7 @@ import numpy as np
 from rwkv_train.config import DataSettings
 from rwkv_train.data import workers
 from rwkv_train.data.arrays import Ints
+from rwkv_train.data.formats import KINDS, Kind, format_of
 from rwkv_train.data.rows import BatchArrays
 from rwkv_train.data.sources import DataSource
 from rwkv_train.data.store import MemoryStore
@@ -30,7 +31,12 @@ from rwkv_train.errors import UserError
 
 DOCUMENTS_PER_CHUNK = 64  # tokenised by one call
 CHUNKS_AHEAD = 4  # queued per process
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+BUILDERS: dict[Kind | None, tuple[str, dict[str, Any]]] = {
+    "jsonl": ("json", {}),
+    "json": ("json", {}),
+    "parquet": ("parquet", {}),
+    "text": ("text", {"sample_by": "document"}),
+}
 
 
 @dataclass(frozen=True)
@@ -226,14 +232,14 @@ def open_dataset(path: str, split: str) -> Any:
     files = [name for name in files if Path(name).is_file()]
     try:
         if files:
-            kinds = {BUILDERS.get(next((s for s in Path(name).suffixes if s in BUILDERS), "")) for name in files}
-            if len(kinds) > 1 or None in kinds:
+            kinds = {format_of(Path(name)).kind for name in files}
+            if len(kinds) > 1 or not kinds <= set(BUILDERS):
                 raise UserError(
                     f"data.path={path} names files of several or of unknown kinds",
-                    f"give files of one kind: {', '.join(BUILDERS)}",
+                    f"give files of one kind: {', '.join(s for s, kind in KINDS.items() if kind in BUILDERS)}",
                 )
-            options = {"sample_by": "document"} if kinds == {"text"} else {}
-            return datasets.load_dataset(kinds.pop(), data_files={split: files}, split=split, streaming=True, **options)
+            builder, more = BUILDERS[kinds.pop()]
+            return datasets.load_dataset(builder, data_files={split: files}, split=split, streaming=True, **more)
         return datasets.load_dataset(path, split=split, streaming=True)
     except UserError:
         raise

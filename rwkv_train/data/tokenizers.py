@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -149,10 +150,13 @@ class WorldTokenizer:
 class JsonTokenizer:
     """A tokenizer.json file of Hugging Face's `tokenizers`, such as GPT-NeoX-20B's, which the RWKV-4 Pile models use.
 
-    Bytes that are not UTF-8 are replaced by U+FFFD.
+    Bytes that are not UTF-8 are replaced by U+FFFD. Truncation and padding that the file asks for are switched off.
 
     Args:
         path: path of the file.
+
+    Attributes:
+        note: a sentence about what of the file is not obeyed; empty if nothing.
 
     Raises:
         UserError: the file cannot be read or is not a tokenizer, or has no end-of-text token.
@@ -171,6 +175,11 @@ class JsonTokenizer:
         except Exception as error:  # the Rust side raises bare Exceptions
             reason = str(error).splitlines()[0][:120]
             raise UserError(f"{path} is not a tokenizer.json: {reason}", _KNOWN_TOKENIZERS) from None
+        asked = {"truncation": self._tokenizer.truncation, "padding": self._tokenizer.padding}
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ignored = " and ".join(name for name, settings in asked.items() if settings)
+        self.note = f"{path} asks for {ignored} of each text, which is switched off" if ignored else ""
         self.identity = f"json:{_hash(content)}"
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         ends = [number for name in END_OF_TEXT_NAMES if (number := self._tokenizer.token_to_id(name)) is not None]
@@ -268,12 +277,29 @@ class ExtendedTokenizer:
 
     def decode(self, tokens: Sequence[int] | Tokens) -> bytes:
         first = self.base.vocab_size
+        runs = groupby(map(int, tokens), key=lambda token: token >= first)
         return b"".join(
-            self.extra[token - first] if token >= first else self.base.decode([token]) for token in map(int, tokens)
+            b"".join(self.extra[token - first] for token in run) if is_extra else self.base.decode(list(run))
+            for is_extra, run in runs
         )
 
     def byte_counts(self) -> Ints:
         return np.concatenate((self.base.byte_counts(), np.fromiter(map(len, self.extra), np.int64)))
+
+
+def decode_after(tokenizer: Tokenizer, before: Sequence[int], tokens: Sequence[int]) -> bytes:
+    """The bytes of tokens that follow others: with the blank that some tokenizers leave out at the start of a text."""
+    known = tokenizer.decode(before[-_TOKENS_BEFORE:])
+    return tokenizer.decode([*before[-_TOKENS_BEFORE:], *tokens])[len(known) :]
+
+
+def tokenizer_note(tokenizer: Tokenizer) -> str:
+    """A sentence about what of a tokenizer's file is not obeyed; empty if nothing."""
+    base = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
+    return base.note if isinstance(base, JsonTokenizer) else ""
+
+
+_TOKENS_BEFORE = 8  # that may change how the next one is decoded
 
 
 def token_dtype(vocab_size: int) -> Any:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_train.data.tokenizers import Tokenizer
+from rwkv_train.data.tokenizers import Tokenizer, decode_after
 from rwkv_train.inference.sampling import Sampling, sample
 from rwkv_train.models import LanguageModel, State
 
@@ -130,6 +130,7 @@ def continue_texts(
     stops: Sequence[bytes] = (),
     at_end: bool = True,
     on_text: Callable[[int, bytes], None] | None = None,
+    shown_before: Sequence[int] = (),
 ) -> list[Continuation]:
     """Continues texts until the maximum length, a stop string, or an end-of-text token.
 
@@ -143,11 +144,13 @@ def continue_texts(
         stops: strings that end a text; the kept text ends before the first of them.
         at_end: whether an end-of-text token ends a text.
         on_text: called with a text's number and its next bytes, once no stop string can begin in them.
+        shown_before: tokens of a text that the reader sees before the continuations, so that they begin with the blank
+            that some tokenizers leave out at the start of a text.
     """
     results = [Continuation() for _ in prompts]
     if not tokens or not prompts:
         return results
-    growing = [_GrowingText(tokenizer, stops) for _ in prompts]
+    growing = [_GrowingText(tokenizer, stops, shown_before) for _ in prompts]
     shown, ended = [0] * len(prompts), set[int]()
     for new in streams(model, prompts, sampling, seeds, ended):
         for number, token in new.items():
@@ -176,12 +179,17 @@ class _GrowingText:
     A tokenizer may decode a token differently after others (a blank before a word; a character of several tokens).
     Each time, the new tokens are decoded together with those before them, and what these give alone is left out.
 
+    Args:
+        tokenizer: decodes the tokens.
+        stops: strings that end the text.
+        prompt: the tokens before it.
+
     Attributes:
         content: the text so far, up to the first stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[bytes]) -> None:
-        self.tokenizer, self.stops, self.content = tokenizer, stops, bytearray()
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[bytes], prompt: Sequence[int] = ()) -> None:
+        self.tokenizer, self.stops, self.content, self.prompt = tokenizer, stops, bytearray(), prompt
         self._longest = max(map(len, stops), default=1)
         self._before = 0  # the first token that is decoded again
         self._done = 0  # tokens that are in the content
@@ -193,8 +201,12 @@ class _GrowingText:
             tokens: all of them so far.
             last: whether no more will come; before that, an incomplete character waits for its other tokens.
         """
-        known = self.tokenizer.decode(tokens[self._before : self._done])
-        more = self.tokenizer.decode(tokens[self._before :])
+        if self._before == 0:
+            more = decode_after(self.tokenizer, self.prompt, tokens)
+            known = decode_after(self.tokenizer, self.prompt, tokens[: self._done])
+        else:
+            known = self.tokenizer.decode(tokens[self._before : self._done])
+            more = self.tokenizer.decode(tokens[self._before :])
         if more.endswith(_INCOMPLETE) and not last and len(tokens) - self._done < MAX_CHARACTER_TOKENS:
             return False
         searched = max(0, len(self.content) - self._longest + 1)

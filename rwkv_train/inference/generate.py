@@ -86,7 +86,7 @@ def run(options: GenerateOptions) -> int:
         raise UserError(f"{what} is out of range", "tokens ≥ 0, batch ≥ 1, stop strings of at least one character")
     model = load_model(Path(options.checkpoint), options.device)
     tokenizer = tokenizer_of(Path(options.checkpoint), model.config.vocab_size, options.tokenizer)
-    ids = tokenizer.encode(prompt.encode()).tolist() or [tokenizer.end_of_text]
+    ids = tokenizer.encode(prompt.encode()).tolist()
     seeds = [None if seed is None else seed + number for number in range(batch)]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     streamed = batch == 1 and not options.as_json
@@ -101,13 +101,14 @@ def run(options: GenerateOptions) -> int:
     texts = continue_texts(
         model,
         tokenizer,
-        [(ids, None)] * batch,
+        [(ids or [tokenizer.end_of_text], None)] * batch,
         tokens,
         options.sampling,
         seeds,
         encoded,
         options.until_end,
         show if streamed else None,
+        shown_before=ids,
     )
     if options.as_json:
         results = [

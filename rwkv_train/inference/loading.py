@@ -22,7 +22,7 @@ _REMEDY = "--tokenizer names the one that it was trained with: bytes, world, or 
 
 
 def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
-    """The model of a checkpoint directory, sharded or not, or of a .pth file under the field's names.
+    """The model of a checkpoint, sharded or not, of a run directory, or of a .pth file under the field's names.
 
     The tensors' names and shapes determine its architecture and shape.
 
@@ -36,8 +36,7 @@ def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
     gpu = torch.cuda.is_available()
     if device.startswith("cuda") and not gpu:
         raise UserError(f"--device {device}: torch can use no GPU here", "--device cpu")
-    final = checkpoint / "weights.pth"  # a run directory has its final weights there, and so may other directories
-    reader = Reader(final if final.exists() and not (checkpoint / "meta.json").exists() else checkpoint)
+    reader = Reader(checkpoint)
     model = build_model(detect(reader.shapes, str(checkpoint)), device="meta")
     refuse_mismatches(str(checkpoint), reader.shapes, model)
     model = model.to_empty(device="cpu")
@@ -46,7 +45,7 @@ def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
 
 
 def description_of(checkpoint: Path) -> CheckpointMeta | None:
-    """The description of a checkpoint directory, or of the newest checkpoint of the run that a .pth file belongs to.
+    """The description of a checkpoint directory, or of the newest checkpoint of a run or of the run of a .pth file.
 
     Returns:
         the description; None: these are weights without a run.
@@ -54,9 +53,9 @@ def description_of(checkpoint: Path) -> CheckpointMeta | None:
     Raises:
         UserError: meta.json of the checkpoint directory cannot be read.
     """
-    if checkpoint.is_dir():
-        return CheckpointMeta.read(checkpoint) if (checkpoint / META).exists() else None
-    for path in reversed(checkpoints_below(checkpoint.parent)):
+    if (checkpoint / META).exists():
+        return CheckpointMeta.read(checkpoint)
+    for path in reversed(checkpoints_below(checkpoint if checkpoint.is_dir() else checkpoint.parent)):
         with suppress(UserError):  # one that is just being deleted
             return CheckpointMeta.read(path)
     return None

@@ -7,7 +7,6 @@ processes build at once, when a builder is killed and when the home directory ca
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -25,6 +24,7 @@ import ninja
 import torch
 
 from rwkv_train.errors import UserError
+from rwkv_train.file_lock import lock
 from rwkv_train.resources import resource
 
 # -fno-math-errno and -fno-trapping-math let loops with a square root or a select become vector code; none of the flags
@@ -242,8 +242,8 @@ def _build_in(directory: Path, library_name: str, ninja_file: str) -> Path:
     if library.exists():  # complete: it is renamed to this name after the build
         return library
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when a builder dies, however it dies
+    with open(directory / "lock", "w") as file:
+        lock(file, wait=True)
         if library.exists():
             return library
         for left_over in directory.glob("build-*"):  # of a builder that was killed

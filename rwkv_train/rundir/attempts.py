@@ -29,10 +29,16 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_train.errors import UserError
+from rwkv_train.json_files import load_object
 from rwkv_train.rundir.durable import sync_directory, write_durably
+from rwkv_train.rundir.record_lines import LeftOut, Record, complete_lines, event_row, metrics_row, records_in
 
 EVENT_FILES = ("events.jsonl", "watchdog.jsonl")  # of one attempt: the run's own, the watchdog's
 _NOTE = "start.json"
+
+
+class Superseded(Exception):
+    """A newer attempt of the run has taken over."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,14 @@ class Attempts:
 
     Args:
         run: the run's directory.
+
+    Attributes:
+        left_out: what of the attempts' records could not be read.
     """
 
     def __init__(self, run: Path) -> None:
         self.run, self.path = run, run / "attempts"
+        self.left_out = LeftOut()
         self._read: dict[int, AttemptStart] = {}  # notes do not change once they are written
 
     def directory(self, number: int) -> Path:
@@ -134,15 +144,26 @@ class Attempts:
         names = os.listdir(self.path) if self.path.is_dir() else []
         return sorted(int(name) for name in names if re.fullmatch(r"\d{4,}", name))
 
-    def claim(self) -> int:
+    def claim(self, after: int | None = None) -> int:
         """Takes the next number.
 
+        Args:
+            after: number of the attempt that goes on under another one, since its run is rewound; None: a new start.
+
         Raises:
+            Superseded: a newer attempt than `after` has taken over the run. Asked in the claim itself, so that no other
+                process can claim in between.
             UserError: the disk refuses a directory, or the directory holds a run whose attempts/ was removed.
         """
         try:
             self.refuse_orphans()
             self.path.mkdir(parents=True, exist_ok=True)
+            if after is not None:
+                try:
+                    self.directory(after + 1).mkdir()
+                except FileExistsError:
+                    raise Superseded from None
+                return after + 1
             while True:
                 number = max(self.numbers(), default=0) + 1
                 with contextlib.suppress(FileExistsError):
@@ -185,7 +206,8 @@ class Attempts:
             UserError: the disk refuses it.
         """
         files = (f"{earlier:04d}/{file}" for earlier in self.numbers() if earlier < number for file in EVENT_FILES)
-        seen = {name: len(_lines(self.path / name)) for name in files}
+        lines = {name: self._lines(name) for name in files}
+        seen = {name: len(found) for name, found in lines.items() if found is not None}
         note = AttemptStart(number, step, parent, seen).as_json()
         path = self.directory(number) / _NOTE
         try:
@@ -213,12 +235,12 @@ class Attempts:
         path = self.directory(number) / _NOTE
         if number not in self._read:
             try:
-                start = AttemptStart.from_json(json.loads(path.read_text(encoding="utf-8")))
+                start = AttemptStart.from_json(load_object(path))
                 if start.number != number:
                     raise ValueError(f"it is that of attempt {start.number}")
             except FileNotFoundError:
                 return None
-            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 saved = self._saved()
                 source = f" resume={saved[-1]}" if saved else ""
                 reason = (error.strerror if isinstance(error, OSError) else None) or repr(error)
@@ -238,34 +260,27 @@ class Attempts:
         """Whether a newer attempt than this one has been claimed."""
         return max(self.numbers(), default=0) > number
 
-    def metrics(self, head: int | None = None) -> Iterator[bytes]:
-        """The run's rows, as lines of JSON: each step once, from the attempt that it belongs to."""
+    def metrics(self, head: int | None = None) -> Iterator[Record]:
+        """The run's rows: each step once, from the attempt that it belongs to."""
         for span in self.lineage(head).spans:
-            for line in _lines(self.directory(span.number) / "metrics.jsonl"):
-                if span.contains(json.loads(line)["step"]):
-                    yield line
+            name = f"{span.number:04d}/metrics.jsonl"
+            for record in records_in(self._lines(name) or (), metrics_row, f"attempts/{name}", self.left_out):
+                if span.contains(record.row["step"]):
+                    yield record
 
-    def events(self, head: int | None = None) -> Iterator[bytes]:
-        """The run's events, as lines of JSON: attempt by attempt, each sorted by time."""
+    def events(self, head: int | None = None) -> Iterator[Record]:
+        """The run's events: attempt by attempt, each sorted by time."""
         lineage = self.lineage(head)
         for number in self.numbers():
             if head is not None and number > head:
                 break
-            lines: list[bytes] = []
+            records: list[Record] = []
             for file in EVENT_FILES:
                 name = f"{number:04d}/{file}"
-                lines += _lines(self.path / name)[: lineage.counted_lines(name)]
-            yield from sorted(lines, key=_time)
+                counted = (self._lines(name) or [])[: lineage.counted_lines(name)]
+                records += records_in(counted, event_row, f"attempts/{name}", self.left_out)
+            yield from sorted(records, key=lambda record: float(record.row["time"]))
 
-
-def _lines(path: Path) -> list[bytes]:
-    """The complete lines of a file; a last one that a kill has cut off is not among them."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-
-
-def _time(line: bytes) -> Any:
-    return json.loads(line).get("time", 0)
+    def _lines(self, name: str) -> list[bytes] | None:
+        """The complete lines of a file of an attempt, NUMBER/FILE; None: it cannot be read."""
+        return complete_lines(self.path / name, f"attempts/{name}", self.left_out)

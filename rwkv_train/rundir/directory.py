@@ -3,17 +3,51 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from rwkv_train.errors import UserError
+from rwkv_train.file_lock import lock
+from rwkv_train.json_files import load_object, reason_of
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import Events, JsonLines, MergedView
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """What the rewinds of a run have left out.
+
+    Attributes:
+        rewinds: their number.
+        skipped: (first token, tokens) of each range that is passed over, in the data's order.
+        note: what was wrong with the file; None: nothing.
+    """
+
+    rewinds: int = 0
+    skipped: tuple[tuple[int, int], ...] = ()
+    note: str | None = None
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> PassedOver:
+        """What passed_over.json or a "rewound" event says.
+
+        Raises:
+            ValueError: it says nothing of the kind.
+        """
+        rewinds, skipped = found.get("rewinds"), found.get("skipped")
+        if type(rewinds) is not int or rewinds < 0 or not isinstance(skipped, list):
+            raise ValueError("it lacks rewinds or skipped")
+        for span in skipped:
+            if not isinstance(span, list) or len(span) != 2 or any(type(n) is not int or n < 0 for n in span):
+                raise ValueError("a range of skipped is not two counts of tokens")
+        return cls(rewinds, tuple((first, tokens) for first, tokens in skipped))
+
+    def as_json(self) -> dict[str, Any]:
+        return {"rewinds": self.rewinds, "skipped": [list(span) for span in self.skipped]}
 
 
 class RunDirectory:
@@ -41,22 +75,31 @@ class RunDirectory:
         self.number = self.attempts.claim()
         return self.number
 
-    def read_passed_over(self) -> dict[str, Any]:
-        """How often the run was rewound, and which data it passes over, in tokens of the data's order.
+    def read_passed_over(self) -> PassedOver:
+        """How often the run was rewound, and which data it passes over.
 
-        Returns:
-            {"rewinds": n, "skipped": [[first token, tokens], …]}
+        If the file cannot be read, it is that of the run's last "rewound" event, which says the same.
 
         Raises:
             UserError: the file is of an earlier version.
         """
-        if not self.passed_over.exists():
-            return {"rewinds": 0, "skipped": []}
-        found: dict[str, Any] = json.loads(self.passed_over.read_text())
-        if "skipped" not in found:
-            what = f"{self.passed_over} is of an earlier version: it counts steps"
-            raise UserError(what, "run.name=NEW init.weights=CHECKPOINT starts a new run from the weights")
-        return found
+        try:
+            found = load_object(self.passed_over)
+            if "skips" in found:
+                what = f"{self.passed_over} is of an earlier version: it counts steps"
+                raise UserError(what, "run.name=NEW init.weights=CHECKPOINT starts a new run from the weights")
+            return PassedOver.of(found)
+        except FileNotFoundError:
+            return PassedOver()
+        except (OSError, ValueError) as error:
+            reason = reason_of(error)
+        rewound = [record.row for record in self.attempts.events() if record.row["event"] == "rewound"]
+        for row in reversed(rewound):
+            with contextlib.suppress(ValueError):
+                note = f"{self.passed_over} cannot be read ({reason}): taken from the last rewind in events.jsonl"
+                return replace(PassedOver.of(row), note=note)
+        note = f"{self.passed_over} cannot be read ({reason}), and no rewind is recorded: no data is passed over"
+        return PassedOver(note=note)
 
     @contextmanager
     def atomic_write(self, path: Path) -> Iterator[Path]:
@@ -139,11 +182,9 @@ class RunDirectory:
 
 def _lock(file: TextIO, path: Path) -> None:
     """Raises a UserError if another process holds the lock."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not lock(file):
         file.seek(0)
         raise UserError(
             f"the run directory {path} is in use by another process ({file.read().strip() or 'unknown'})",
             "wait for it, stop it, or give this run another name: run.name=NAME",
-        ) from None
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,12 +73,20 @@ class History:
         rows: rows of metrics.jsonl, each step once.
         alive: when a record was last written, in Unix seconds; used if the last attempt has recorded no end.
 
+        notes: what of the records could not be read, a sentence for each file.
+
     Attributes:
         attempts: the events of each attempt.
     """
 
-    def __init__(self, events: Sequence[EventRow], rows: Sequence[MetricsRow], alive: float = 0.0) -> None:
-        self.events, self.rows = events, rows
+    def __init__(
+        self,
+        events: Sequence[EventRow],
+        rows: Sequence[MetricsRow],
+        alive: float = 0.0,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.events, self.rows, self.notes = events, rows, notes
         firsts = [number for number, row in enumerate(events) if row["event"] in START_EVENTS]
         bounds = zip(firsts, [*firsts[1:], len(events)], strict=False)
         self.attempts = [
@@ -102,7 +109,8 @@ class History:
         files = [path for path in (run.events, run.metrics) if path.exists()]
         alive = max((path.stat().st_mtime for path in files), default=0.0)
         attempts = run.attempts
-        return cls(list(map(json.loads, attempts.events())), list(map(json.loads, attempts.metrics())), alive)
+        events, rows = ([record.row for record in records] for records in (attempts.events(), attempts.metrics()))
+        return cls(events, rows, alive, attempts.left_out.texts())
 
     @property
     def reached(self) -> int:
@@ -111,7 +119,7 @@ class History:
 
     def next_start(self, step: int) -> dict[str, Any]:
         """Details of the event of an attempt that starts at `step`: its start-up time, and what came before it."""
-        starting = round(time.time() - psutil.Process().create_time(), 3)
+        starting = round(max(0.0, time.time() - psutil.Process().create_time()), 3)  # the clock may have been set back
         if not self.attempts:
             return {"seconds_starting": starting}
         repeated = [row for row in self.rows if row["step"] > step]
@@ -119,7 +127,7 @@ class History:
             "after": self.attempts[-1].ended,
             "reached": self.reached,
             "steps_lost": len(repeated),
-            "seconds_lost": round(sum(float(row["seconds"]) for row in repeated), 3),
+            "seconds_lost": round(_sum(repeated, "seconds"), 3),
             "seconds_down": round(max(0.0, time.time() - starting - self.alive), 3),
             "seconds_starting": starting,
         }
@@ -142,17 +150,27 @@ class History:
         return reasons[-1] if reasons else "it was killed from outside, or its node was lost"
 
     def account(self) -> TimeAccount:
-        """How much of the time went into steps that are part of the run, and what the rest went into."""
+        """How much of the time went into steps that are part of the run, and what the rest went into.
+
+        The parts are measured each by itself. Where the clock was set back between two attempts, the run's first and
+        last time are too close to each other, and the parts together are the time that it took at least.
+        """
         if not self.attempts:
             return TimeAccount(0.0, 0.0)
-        wall = self.alive - float(self.events[0]["time"]) + float(self.events[0].get("seconds_starting", 0.0))
-        lost = dict.fromkeys(("down", "steps done again", "starting", "checkpoints"), 0.0)
-        for attempt in self.attempts:
-            first = attempt.events[0]
-            lost["down"] += float(first.get("seconds_down", 0.0))
-            lost["steps done again"] += float(first.get("seconds_lost", 0.0))
-            lost["starting"] += float(first.get("seconds_starting", 0.0))
-            lost["checkpoints"] += sum(float(row.get("pause", 0.0)) for row in attempt.events)
-        productive = sum(float(row["seconds"]) for row in self.rows)
-        lost["loading, validation and the rest"] = max(0.0, wall - productive - sum(lost.values()))
+        firsts = [attempt.events[0] for attempt in self.attempts]
+        lost = {
+            "down": _sum(firsts, "seconds_down"),
+            "steps done again": _sum(firsts, "seconds_lost"),
+            "starting": _sum(firsts, "seconds_starting"),
+            "checkpoints": sum(_sum(attempt.events, "pause") for attempt in self.attempts),
+        }
+        productive = _sum(self.rows, "seconds")
+        between = self.alive - float(self.events[0]["time"]) + _sum(firsts[:1], "seconds_starting")
+        wall = max(between, productive + sum(lost.values()))
+        lost["loading, validation and the rest"] = wall - productive - sum(lost.values())
         return TimeAccount(wall, productive, lost)
+
+
+def _sum(rows: Sequence[EventRow], key: str) -> float:
+    """Seconds in all rows that have them; negative ones were measured with a clock that was set back."""
+    return sum(max(0.0, float(row.get(key, 0.0))) for row in rows)

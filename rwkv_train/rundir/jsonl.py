@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rwkv_train.rundir.attempts import Attempts
+from rwkv_train.rundir.record_lines import LeftOut, Record, complete_lines, event_row, metrics_row, records_in
 
 MetricsRow = Mapping[str, Any]  # a line of metrics.jsonl
 EventRow = Mapping[str, Any]  # a line of events.jsonl
@@ -53,16 +54,16 @@ class MergedView:
         path: path of the view.
         number: of the attempt that writes it.
         attempts: of the run.
-        merged: returns the lines as seen from an attempt.
+        merged: returns the records as seen from an attempt.
     """
 
-    def __init__(self, path: Path, number: int, attempts: Attempts, merged: Callable[[int], Iterable[bytes]]) -> None:
+    def __init__(self, path: Path, number: int, attempts: Attempts, merged: Callable[[int], Iterable[Record]]) -> None:
         self.path, self.number, self._attempts = path, number, attempts
         self._merged = merged
         self._file: BinaryIO | None = None
 
-    def lines(self) -> Iterable[bytes]:
-        """The lines that the view should have."""
+    def records(self) -> Iterable[Record]:
+        """What the view should have."""
         return self._merged(self.number)
 
     def rebuild(self) -> None:
@@ -76,7 +77,7 @@ class MergedView:
         temporary = self.path.with_name(f".{self.path.name}.{self.number:04d}")
         file = open(temporary, "w+b", buffering=0)  # noqa: SIM115  kept open
         try:
-            append(file, b"".join(self.lines()))
+            append(file, b"".join(record.line for record in self.records()))
             temporary.replace(self.path)
         except BaseException:
             file.close()
@@ -116,6 +117,8 @@ class JsonLines:
         view: the merged view to be updated too; None: there is none.
     """
 
+    _parse = staticmethod(metrics_row)
+
     def __init__(self, path: Path, enabled: bool = True, view: MergedView | None = None) -> None:
         self.path, self.enabled, self.view = path, enabled, view
         self._unwritten: list[bytes] = []
@@ -135,7 +138,7 @@ class JsonLines:
         self._unwritten.append(line)
         self._unmerged.append(line)
         try:
-            with open(self.path, "ab", buffering=0) as file:
+            with open(self.path, "a+b", buffering=0) as file:
                 append(file, b"".join(self._unwritten))
             self._unwritten.clear()
             if self.view is not None:
@@ -151,12 +154,15 @@ class JsonLines:
                 )
 
     def rows(self) -> list[dict[str, Any]]:
-        """All complete rows of the run so far, unwritten ones included."""
+        """All complete rows of the run so far, unwritten ones included; lines that are no records are left out."""
         if self.view is not None:
-            lines = list(self.view.lines())
+            found = self.view.records()
         else:
-            lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
-        return [json.loads(line) for line in [*lines, *self._unwritten]]
+            left_out = LeftOut()
+            lines = complete_lines(self.path, str(self.path), left_out) or []
+            found = records_in(lines, self._parse, str(self.path), left_out)
+        unwritten = records_in(self._unwritten, self._parse, "", LeftOut())
+        return [record.row for record in (*found, *unwritten)]
 
     def follow_attempt(self, path: Path) -> None:
         """Writes to the file of another attempt from now on: that of a run which was rewound."""
@@ -194,6 +200,8 @@ class Events(JsonLines):
         listeners: called with each event.
     """
 
+    _parse = staticmethod(event_row)
+
     def __init__(
         self,
         path: Path,
@@ -220,12 +228,14 @@ class Events(JsonLines):
 
 
 def append(file: BinaryIO, data: bytes) -> None:
-    """Adds bytes to an unbuffered file, all of them or none.
+    """Adds lines to an unbuffered file that can be read, all of them or none. They begin a new line in any case.
 
     Raises:
         OSError: the disk refused, or took a part, which is removed again.
     """
     end = file.seek(0, os.SEEK_END)
+    if end and os.pread(file.fileno(), 1, end - 1) != b"\n":  # a part of a line that could not be removed
+        data = b"\n" + data
     if file.write(data) < len(data):  # a nearly full disk takes a part: no cut line stays
         os.ftruncate(file.fileno(), end)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

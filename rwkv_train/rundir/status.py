@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from rwkv_train.console import make_console
+from rwkv_train.console import ERROR_STYLE, make_console
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.rundir.history import AttemptRecord, History
@@ -35,7 +35,7 @@ def status(paths: Sequence[Path]) -> int:
     table = Table("run", "state", "step", "tokens", "loss", "attempts", "goodput")
     for path, history in found.items():
         last = history.rows[-1] if history.rows else {}
-        loss = f"{last['train/loss']:.4f}" if "train/loss" in last else ""
+        loss = f"{last['train/loss']:.4f}" if isinstance(last.get("train/loss"), float | int) else ""
         step = f"{history.reached:,}" + (f" of {total:,}" if (total := _total(path.expanduser())) else "")
         table.add_row(
             str(path),
@@ -47,6 +47,9 @@ def status(paths: Sequence[Path]) -> int:
             f"{history.account().goodput:.0%}",
         )
     console.print(table)
+    for path, history in found.items():
+        for note in history.notes:
+            console.print(f"{path}: {note}", style=ERROR_STYLE)
     if len(found) == 1:
         _print_attempts(next(iter(found.values())), console)
     return int(any(_state(history).startswith(("given up", "failed")) for history in found.values()))
@@ -69,7 +72,7 @@ def _total(path: Path) -> int | None:
         tree = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         budget, tokens = tree["budget"], tree["batch"]["tokens"]
         return budget["steps"] if budget["tokens"] is None else -(-int(budget["tokens"]) // int(tokens))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ArithmeticError, yaml.YAMLError):
         return None
 
 

@@ -8,7 +8,7 @@ by the training process; an error of it costs a warning.
 
 from __future__ import annotations
 
-import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from rwkv_train.json_files import load_object, reason_of
 from rwkv_train.models.registry import layer_charts
 from rwkv_train.rundir.jsonl import EventRow, MetricsRow
 
@@ -115,14 +116,24 @@ def flat(row: MetricsRow) -> Iterator[tuple[str, float]]:
             yield key, value
 
 
-def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes a tracker's state; a kill leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "x", encoding="utf-8") as file:  # x: never through a link
-        json.dump(state, file)
-    temporary.replace(path)
+def read_state(path: Path) -> dict[str, Any]:
+    """A tracker's state in the run directory; empty where there is none.
+
+    Raises:
+        ValueError: the file cannot be read, or its values are not those of a state.
+    """
+    try:
+        state = load_object(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {reason_of(error)}") from None
+    for key in ("sent", "reached"):
+        if key in state and (type(state[key]) is not int or state[key] < 0):
+            raise ValueError(f"{path} cannot be read: {key} is not a step")
+    if "id" in state and not (isinstance(state["id"], str) and re.fullmatch(r"[A-Za-z0-9]+(-\d{1,9})?", state["id"])):
+        raise ValueError(f"{path} cannot be read: id is not that of a run")
+    return state
 
 
 def text_of(event: EventRow) -> str:

@@ -16,7 +16,9 @@ from typing import Any
 
 from rwkv_train.errors import UserError
 from rwkv_train.instantiate import Makers, prepare
-from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker, write_state
+from rwkv_train.rundir.durable import write_state
+from rwkv_train.rundir.record_lines import event_row, metrics_row
+from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker, read_state
 
 POLL_INTERVAL = 1.0  # seconds between two reads of the files
 RETRY_DELAYS = (5, 30, 120, 600)  # seconds before a tracker that has failed is tried again
@@ -26,12 +28,15 @@ ROWS_PER_FLUSH = 2000
 class Tail:
     """Reads the lines that were added to a file since the last read; notices when the file was replaced or cut.
 
+    Lines that are no records are left out; the run's next start and `rwkv-train status` name them.
+
     Args:
         path: a file of JSON lines, which need not exist yet.
+        parse: `metrics_row` or `event_row`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, parse: Callable[[bytes], dict[str, Any] | None] = metrics_row) -> None:
+        self.path, self._parse = path, parse
         self._offset, self._last_line = 0, b""
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -50,7 +55,8 @@ class Tail:
                     return
                 self._offset += len(line)
                 self._last_line = line
-                yield json.loads(line)
+                if (row := self._parse(line)) is not None:
+                    yield row
 
 
 class Follower:
@@ -65,17 +71,21 @@ class Follower:
 
     Attributes:
         since: Unix seconds; earlier events are not handed over.
+        note: why the tracker's state could not be read; None: it could, or there is none.
     """
 
     def __init__(self, tracker: Tracker, run: TrackedRun, step: int, notes: Path, rows: Path, events: Path) -> None:
         self.tracker, self.run, self.step, self.notes = tracker, run, step, notes
-        self._rows, self._events = Tail(rows), Tail(events)
+        self._rows, self._events = Tail(rows), Tail(events, event_row)
         self._seen: set[str] = set()  # events that were handed over
         self.since = time.time()
         self._last = 0  # step of the last row that was handed over
         self._open = False
-        if notes.exists():
-            tracker.state.update(json.loads(notes.read_text()))
+        self.note: str | None = None
+        try:
+            tracker.state.update(read_state(notes))
+        except ValueError as error:
+            self.note = str(error)
 
     def catch_up(self) -> int:
         """Hands over new rows and events; returns the number of rows."""
@@ -191,9 +201,10 @@ def main() -> int:
     path = Path(settings["path"])
     run = TrackedRun(path, settings["run"], settings["info"], settings["changed"])
     notes = path / "trackers" / f"{name}.json"
-    follow(
-        Follower(tracker, run, settings["step"], notes, Path(settings["rows"]), Path(settings["events"])), over, report
-    )
+    follower = Follower(tracker, run, settings["step"], notes, Path(settings["rows"]), Path(settings["events"]))
+    if follower.note is not None:
+        report(f"{follower.note}: it begins a new copy")
+    follow(follower, over, report)
     return 0
 
 

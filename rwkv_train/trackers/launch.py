@@ -18,8 +18,9 @@ from rwkv_train.errors import UserError
 from rwkv_train.instantiate import prepare
 from rwkv_train.resources import resource
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.rundir.jsonl import EventRow, JsonLines, MetricsRow
-from rwkv_train.trackers import LocalTracker, TrackedRun, write_state
+from rwkv_train.rundir.durable import write_state
+from rwkv_train.rundir.jsonl import EventRow, Events, JsonLines, MetricsRow
+from rwkv_train.trackers import LocalTracker, TrackedRun, read_state
 from rwkv_train.trackers.follow import Follower, make
 
 PUSHED_ARGUMENTS = {  # what `--push` takes from a run directory, which may be a stranger's: plain text, and no path
@@ -153,9 +154,9 @@ def _start(settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
 
 def _lower_sent(notes: Path, step: int) -> None:
     """Notes that later steps will be repeated; done here because the tracker's process may be killed before it does."""
-    with contextlib.suppress(OSError, ValueError):  # none yet
-        state = json.loads(notes.read_text())
-        write_state(notes, {**state, "sent": min(state.get("sent", 0), step)})
+    with contextlib.suppress(OSError, ValueError):  # it cannot be read, which the tracker's process reports
+        if state := read_state(notes):
+            write_state(notes, {**state, "sent": min(state.get("sent", 0), step)})
 
 
 def push(path: Path, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def push(path: Path, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
     tracker, run = make(name, tree, ()), TrackedRun(path, path.name, {"config": _config(directory)})
     if isinstance(tracker, LocalTracker):
         tracker.open(run, 0, lambda: [])
-        for event in JsonLines(directory.events).rows():
+        for event in Events(directory.events).rows():
             if event["event"] != "rewound":
                 tracker.event(event)
         for row in rows:

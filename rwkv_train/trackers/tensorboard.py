@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rwkv_train.rundir.durable import write_state
 from rwkv_train.rundir.jsonl import EventRow, MetricsRow
-from rwkv_train.trackers import REPORTED_EVENTS, LocalTracker, TrackedRun, flat, text_of, write_state
+from rwkv_train.trackers import REPORTED_EVENTS, LocalTracker, TrackedRun, flat, read_state, text_of
 
 FLUSH_INTERVAL = 30.0  # seconds
 MAX_QUEUED_EVENTS = 10_000  # for the writer's thread; beyond that training would wait for a disk that does not respond
@@ -44,7 +45,11 @@ class TensorBoard(LocalTracker):
         """Begins a new event file after a step, or after an earlier one if later rows may be lost."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        sent = json.loads(self._note.read_text())["sent"] if self._note.exists() else 0
+        try:
+            sent = int(read_state(self._note).get("sent", 0))
+        except ValueError as error:
+            print(f"\nWARNING: {error}; all rows are written again", file=sys.stderr)
+            sent = 0
         self._last = min(step, sent)
         write_state(self._note, {"sent": self._last})
         self._writer = SummaryWriter(str(self._directory), purge_step=self._last + 1, max_queue=MAX_QUEUED_EVENTS)
@@ -70,7 +75,7 @@ class TensorBoard(LocalTracker):
 
     def _flush(self) -> None:
         self._writer.flush()
-        write_state(self._note, {"sent": self._last})
+        write_state(self._note, {"sent": self._last}, sync=False)  # training would wait for the disk
         self._flushed_at = time.monotonic()
 
     def close(self, rows: Callable[[], Sequence[MetricsRow]]) -> None:

@@ -72,7 +72,7 @@ class Wandb(Tracker):
 
     @property
     def _branch(self) -> int:
-        """1, and one more each time that the run has diverged: the number behind the id's dash."""
+        """1, and one more each time that the run has diverged: the number after the id's dash."""
         return int(self.state["id"].partition("-")[2] or 1)
 
     def _begin_branch(self) -> None:

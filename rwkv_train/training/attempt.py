@@ -91,17 +91,20 @@ def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -
         )
         return None
     passed_over = run.read_passed_over()
-    skips = skipped_samples(passed_over["skipped"], setup.data.context)
+    skips = skipped_samples(passed_over.skipped, setup.data.context)
     continue_data(setup.data, found.meta, skips)
     setup.data.refuse_budget(total)
     history = History.read(run) if setup.first else History([], [])
+    for note in (*([passed_over.note] if passed_over.note else []), *history.notes):
+        setup.console.print(f"WARNING: {note}", style=ERROR_STYLE)
     number, found = decided_by_first(setup.rank_info, lambda: _claim(setup, found, write_errors))
     meta, clock = found.meta, clock_of(found.meta, batch)
     continue_data(setup.data, meta, skips)
-    setup.data.end_step = total = total_steps(setup.config, clock)
+    total = total_steps(setup.config, clock)
+    setup.data.end_before(total)
     same_data = meta is None or is_same_data(_changes(meta, setup))
     events, metrics = stack.enter_context(run.records(number, setup.first, clock.tokens))
-    rewinds = passed_over["rewinds"]
+    rewinds = passed_over.rewinds
     return RunAttempt(number, found.checkpoint, meta, history, events, metrics, rewinds, clock, total, same_data)
 
 
@@ -235,10 +238,10 @@ def clock_of(meta: CheckpointMeta | None, tokens_per_step: int) -> TokenClock:
 
 
 def continue_data(data: Batches, meta: CheckpointMeta | None, skips: Sequence[tuple[int, int]]) -> None:
-    """Makes the data continue behind what a checkpoint has read; at the beginning where there is none.
+    """Makes the data continue after what a checkpoint has read; at the beginning where there is none.
 
     Another batch continues with the very next sample. Under another context, seed, share held out or other data, the
-    order of the samples is another one; it is entered where as many tokens of it lie behind.
+    order of the samples is another one; it continues after as many tokens of it.
 
     Args:
         data: of the run.

@@ -17,6 +17,7 @@ from rich.table import Table
 from rwkv_train.checkpoint.directory import newest
 from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.storage import LocalStorage, dump
+from rwkv_train.data.tokenizers import decode_after
 from rwkv_train.evaluation.baselines import baselines
 from rwkv_train.evaluation.report.figures import draw_loss_curve
 from rwkv_train.exit_codes import Ending, ExitCode
@@ -131,7 +132,7 @@ def write_sample(setup: RunSetup, model: LanguageModel, step: int, write_errors:
         prompt = tokenizer.encode(settings.prompt.encode()).tolist()
         seed = setup.config.seed
         tokens = generate(model.eval(), prompt, settings.tokens, temperature=0.8, top_p=0.9, seed=seed)
-        text = codecs.decode(tokenizer.decode(list(tokens)), "utf-8", "replace")
+        text = codecs.decode(decode_after(tokenizer, prompt, list(tokens)), "utf-8", "replace")
         model.train(training)
         before = run.samples.read_text(encoding="utf-8") if run.samples.exists() else ""
         with run.atomic_write(run.samples) as path:

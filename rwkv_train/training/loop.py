@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import signal
 from contextlib import ExitStack
@@ -13,11 +14,11 @@ from rwkv_train.console import ERROR_STYLE
 from rwkv_train.data.batch_preview import show_batch
 from rwkv_train.data.datamodule import DataModule
 from rwkv_train.exit_codes import Ending, ExitCode
+from rwkv_train.rundir.attempts import Superseded
 from rwkv_train.rundir.jsonl import WriteErrors
 from rwkv_train.rundir.rank_logs import keep_log
 from rwkv_train.training.attempt import RunAttempt, open_attempt
 from rwkv_train.training.build import Training, build
-from rwkv_train.training.callbacks.checkpoint import Superseded
 from rwkv_train.training.finish import finish, finish_again, next_start
 from rwkv_train.training.observers import RunTrackers
 from rwkv_train.training.requeue import Requeue
@@ -103,4 +104,7 @@ def _train(training: Training, requeue: Requeue) -> Ending | None:
         if given_up is None:
             raise
         return given_up
+    finally:
+        with contextlib.suppress(ValueError):  # a thread that reads ahead may be in it after an error
+            setup.data.close()
     return None

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from rwkv_train.config import BudgetSettings, Config, RunSettings
 from rwkv_train.config.schema import from_tree
-from rwkv_train.rundir.directory import RunDirectory
+from rwkv_train.rundir.directory import PassedOver, RunDirectory
+from rwkv_train.rundir.durable import write_state
 from rwkv_train.training.module import RWKVModule
 
 
@@ -43,7 +44,7 @@ def replayed(config: Config, first: bool) -> Iterator[Config]:
         shutil.rmtree(root, ignore_errors=True)
         run = RunDirectory(str(root), "again")
         run.path.mkdir(parents=True)
-        run.passed_over.write_text(json.dumps({"rewinds": 0, "skipped": record["skipped"]}))
+        write_state(run.passed_over, PassedOver(0, record["skipped"]).as_json())
     try:
         yield replace(
             own,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from rwkv_train.checkpoint.commit import checkpoints_to_keep
 from rwkv_train.checkpoint.directory import list_checkpoints, read_meta
+from rwkv_train.checkpoint.retention import checkpoints_to_keep
 from rwkv_train.cli import launcher
 from rwkv_train.training.run import train
 from rwkv_train.training.validation_sums import ValidationResult, ValidationSums

@@ -42,6 +42,9 @@ def test_a_thousand_schedules(folder: Path) -> None:
     assert failures(folder, range(1000, 2000)) == []
 
 
+CLAIM = Attempts.claim
+
+
 def everything_counts(self: Lineage, number: int, step: int) -> bool:
     return True
 
@@ -52,11 +55,15 @@ def the_manifest_is_not_waited_for(self: commit.Commit, more: Any) -> dict[str, 
     return {"attempt": self.attempt, "step": self.step, "files": {**files, **more}}
 
 
-def a_number_is_looked_up(self: Attempts) -> int:
+def a_number_is_looked_up(self: Attempts, after: int | None = None) -> int:
     """A check, then a write: two processes may have checked at the same time."""
     number = max(self.numbers(), default=0) + 1
     self.directory(number).mkdir(parents=True, exist_ok=True)
     return number
+
+
+def a_rewind_asks_nobody(self: Attempts, after: int | None = None) -> int:
+    return CLAIM(self)
 
 
 def the_merge_is_followed_by_its_name(self: MergedView, lines: bytes) -> None:
@@ -81,6 +88,7 @@ BROKEN_RULES: list[tuple[Any, str, Callable[..., Any]]] = [
     (Lineage, "includes", everything_counts),
     (commit.Commit, "manifest", the_manifest_is_not_waited_for),
     (Attempts, "claim", a_number_is_looked_up),
+    (Attempts, "claim", a_rewind_asks_nobody),
     (Attempts, "superseded", lambda self, number: False),
     (Attempts, "lineage", lambda self, head=None: Lineage([])),
     (MergedView, "append", the_merge_is_followed_by_its_name),

@@ -25,6 +25,7 @@ from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.checkpoint.writer import Writer
 from rwkv_train.config import CheckpointSettings, Duration
 from rwkv_train.errors import UserError
+from rwkv_train.rundir.attempts import Superseded
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 from tests.checkpoint.metas import meta_of
@@ -206,19 +207,39 @@ class World:
             return
         complete = [path for path in list_checkpoints(run.checkpoints) if verify(path) is None]
         if complete and self.draw.random() < 0.3 and self.alone():
-            base = self.draw.choice(complete)  # resume=PATH: those behind it no longer count
+            base = self.draw.choice(complete)  # resume=PATH: later ones no longer count
         begin = self.begin(number, base)
         remove_unfinished(run.checkpoints, number, Disk())
         with run.records(number, True) as (events, lines):
             events.add("resumed" if begin else "started", begin)
             shared.update(number=number, step=begin)
-            for step in range(begin + 1, STEPS + 1):
+            step = begin
+            while step < STEPS:
+                step += 1
                 lines.append({"step": step, "by": number})
                 if step % EVERY == 0:
                     if run.attempts.superseded(number):
                         return
                     error = self.save(number, step, 0, store)
                     events.add("checkpoint" if error is None else "checkpoint_failed", step)
+                elif self.ranks == 1 and self.draw.random() < 0.05:
+                    base, _ = newest(run.checkpoints, before=step)
+                    if base is not None:
+                        number, step = self.rewind(number, base)
+                        if not number:
+                            return
+                        for record in (events, lines):
+                            record.follow_attempt(run.attempts.directory(number) / record.path.name)
+
+    def rewind(self, number: int, base: Path) -> tuple[int, int]:
+        """An attempt goes back to a checkpoint, under the next number: (number, step); (0, 0): it is superseded."""
+        try:
+            claimed = self.run.attempts.claim(after=number)
+        except Superseded:
+            return 0, 0
+        if claimed != number + 1:
+            self.problems.append(f"attempt {number}, superseded by {claimed - 1}, has taken over as {claimed}")
+        return claimed, self.begin(claimed, base)
 
     def alone(self) -> bool:
         """Whether no earlier attempt is alive, which could delete what the user of this one has chosen."""
@@ -270,7 +291,7 @@ class World:
             return f"{max(own)} of the newest attempt does not count"
         number = run.attempts.claim()
         step = self.begin(number, found)
-        rows = [json.loads(line) for line in run.attempts.metrics()]
+        rows = [record.row for record in run.attempts.metrics()]
         if [row["step"] for row in rows] != list(range(1, step + 1)):
             return f"the rows before step {step} are {[row['step'] for row in rows]}"
         with run.records(number, True):

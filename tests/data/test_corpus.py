@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from rwkv_train.config import DataSettings
+from rwkv_train.data import corpus
 from rwkv_train.data.corpus import Corpus, join, read_corpus
 from rwkv_train.data.tokenizers import ByteTokenizer, load_tokenizer
 from rwkv_train.errors import UserError
+from tests.data.test_indexed import ours
 
 
 def text(path: Path | str | None, hold_out: float = 0.05) -> DataSettings:
@@ -96,6 +98,29 @@ def test_stray_files_are_skipped_and_counted(tmp_path: Path) -> None:
     )
 
 
+def test_linked_directories_are_read_once(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    (folder / "real").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    write(folder / "real", a=b"a")
+    write(elsewhere, b=b"b", c=b"c")
+    write(elsewhere / "deep", d=b"d")
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "again").symlink_to(folder / "real")
+    (elsewhere / "deep" / "loop").symlink_to(folder)
+    (elsewhere / "deep" / "itself").symlink_to(elsewhere / "deep")
+    names = [document.name for document in read_corpus(text(folder, 0.0)).train]
+    assert names == ["link/b", "link/c", "link/deep/d", "real/a"]
+
+
+def test_token_stores_are_no_text(tmp_path: Path) -> None:
+    ours(tmp_path / "s")
+    write(tmp_path, **{"s.json": b"{}", "s.crc": b"crc", "other.json": b"[]", "x.idx": b"an index of another kind"})
+    corpus = read_corpus(text(tmp_path, 0.0))
+    assert [document.name for document in corpus.train] == ["other.json", "x.idx"]
+    assert corpus.binary == 0
+
+
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.999])
 def test_the_last_lines_of_a_single_file_are_held_out(tmp_path: Path, share: float) -> None:
     lines = b"".join(b"line %d\n" % number for number in range(200))
@@ -119,6 +144,14 @@ def test_eighteen_short_files_are_split(tmp_path: Path) -> None:
     assert corpus.train
     assert corpus.held_out
     assert sum(len(document.text) for document in corpus.train + corpus.held_out) == 18 * 18
+
+
+def test_a_large_file_is_not_held_out_whole(tmp_path: Path) -> None:
+    """Its name has a hash below the share."""
+    large = next(f"{n}" for n in range(1000) if corpus._fraction(f"{n}") < 0.05)
+    small = next(f"{n}" for n in range(1000) if corpus._fraction(f"{n}") >= 0.05)
+    found = read_corpus(text(write(tmp_path, **{large: b"line\n" * 2000, small: b"line\n" * 2})))
+    assert sum(len(document.text) for document in found.held_out) == pytest.approx(0.05 * 10_010, abs=10)
 
 
 def test_documents_are_separated_by_byte_0(tmp_path: Path) -> None:
@@ -153,6 +186,10 @@ def test_errors_name_the_cause_and_the_remedy(tmp_path: Path) -> None:
         f"data.path={tmp_path}/gone does not exist\n  give a text file or a directory of text files"
     )
     assert message(text(None)) == "data.path is not set\n  give a text file or a directory of text files: data.path=…"
+    for name, kind in (("a.jsonl", "jsonl"), ("a.JSONL", "jsonl"), ("a.parquet", "parquet"), ("a.txt.gz", "gz")):
+        (tmp_path / name).write_bytes(b"{}")
+        assert f"{name} is no plain text: its name says {kind}\n  make a store" in message(text(tmp_path / name))
+        (tmp_path / name).unlink()
     write(tmp_path, picture=b"\0\1\2", **{".hidden": b"x"})
     assert message(text(tmp_path)) == (
         f"data.path={tmp_path} contains no text (skipped: 1 binary and 1 hidden files)\n"

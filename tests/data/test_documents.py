@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,25 @@ def test_error_messages_of_chats(tmp_path: Path) -> None:
         good, template=str(tmp_path / "t.yaml")
     )
     assert "t.yml cannot be read: No such file" in message(good, template=str(tmp_path / "t.yml"))
+
+
+def test_a_few_bad_lines_of_chats_are_left_out(tmp_path: Path) -> None:
+    path, good = tmp_path / "chat.jsonl", json.dumps({"messages": CHAT}).encode() + b"\n"
+    bad = {
+        7: b"nonsense",
+        20: b"[" * 100_000,
+        33: b'{"messages": [{"role": "user", "content": "\xe9"}]}',
+        60: b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        90: b'{"messages": [{"role": "robot", "content": "x"}]}',
+        95: b'{"messages": [{"role": "user", "content": null}]}',
+    }
+    path.write_bytes(b"".join(bad[n] + b"\n" if n in bad else good for n in range(1, 601)))
+    description = chat(path).description
+    assert "left out: 6 of 600 rows: " in description
+    found = [int(number) for number in re.findall(r"chat.jsonl, line (\d+): ", description)]
+    assert found == [7, 20, 33, 60, 90]
+    with pytest.raises(UserError, match=r"^6 of 600 rows cannot be used, more than data.max_bad_rows=0.009 allows"):
+        chat(path, max_bad_rows=0.009)
 
 
 def test_a_batch_is_shown_with_borders_and_mask(tmp_path: Path) -> None:

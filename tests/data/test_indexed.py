@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 
 from rwkv_train.config import BatchSettings, DataSettings
+from rwkv_train.data import indexed
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.indexed import IndexedStore, write_index
+from rwkv_train.data.manifest import Manifest
+from rwkv_train.data.prepare import examine
+from rwkv_train.data.prepare.examine import verify
 from rwkv_train.data.store import JoinedStore, MemoryStore, StoreSlice
 from rwkv_train.errors import UserError
 
@@ -119,6 +123,107 @@ def test_errors_name_the_cause_and_the_remedy(tmp_path: Path) -> None:
     assert f"there is no file {stem}.idx" in message(stem)
 
 
+def foreign(
+    stem: Path,
+    boundaries: list[int] | None = None,
+    lengths: dict[int, int] | None = None,
+    pointers: dict[int, int] | None = None,
+    tokens: dict[int, int] | None = None,
+    dtype: Any = np.int32,
+) -> Path:
+    """A store of 3,000 documents of three tokens, with changed entries; `boundaries` replaces all of them."""
+    count, size = 3000, np.dtype(dtype).itemsize
+    content = np.tile(np.array([5, 6, 0], dtype), count)
+    for number, token in (tokens or {}).items():
+        content[number] = token
+    content.tofile(f"{stem}.bin")
+    sizes, offsets = np.full(count, 3, np.int32), np.arange(count, dtype=np.int64) * 3 * size
+    for number, length in (lengths or {}).items():
+        sizes[number] = length
+    for number, offset in (pointers or {}).items():
+        offsets[number] = offset
+    edges = np.arange(count + 1, dtype=np.int64) if boundaries is None else np.array(boundaries, np.int64)
+    code = CODES[np.dtype(dtype).name]
+    with open(f"{stem}.idx", "wb") as file:
+        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, count, len(edges)))
+        file.write(sizes.tobytes() + offsets.tobytes() + edges.tobytes())
+    return stem
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "one edge": (
+        {"boundaries": [0]},
+        "its documents begin at sequence 0 and end at 0; it has the sequences 0 to 3,000",
+    ),
+    "a merge": ({"boundaries": list(range(1501))}, "end at 1,500; it has the sequences 0 to 3,000"),
+    "beyond": ({"boundaries": [*range(2000), 7000, 3000]}, "the document boundaries are not in ascending order"),
+    "unordered": ({"boundaries": [0, 20, 10, 3000]}, "the document boundaries are not in ascending order"),
+    "a negative edge": ({"boundaries": [0, -5, 3000]}, "the document boundaries are not in ascending order"),
+    "a negative length": ({"lengths": {1: -3}}, "sequence 1 has -3 tokens"),
+    "a gap": ({"pointers": {2: 12}}, "sequence 2 does not begin at the end of the previous one"),
+    "not at the start": ({"pointers": {0: 4}}, "sequence 0 does not begin at the end of the previous one"),
+    "a negative token": ({"tokens": {8: -1}}, "x.bin, document 2: token 8 is -1"),
+    "a token of int16": ({"tokens": {8: -1}, "dtype": np.int16}, "x.bin, document 2: token 8 is -1"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_inconsistent_stores_are_not_opened(tmp_path: Path, name: str) -> None:
+    changes, fault = FAULTS[name]
+    stem = foreign(tmp_path / "x", **changes)
+    with pytest.raises(UserError) as error:
+        IndexedStore(stem)
+    assert fault in str(error.value)
+    assert "again" in error.value.remedy
+    assert any(fault in found.what for found in verify(stem) if found.remedy), "verify says the same"
+
+
+def test_verify_finds_what_no_sample_showed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "_PAGE_BYTES", 8)  # 64 samples of two tokens each
+    monkeypatch.setattr(examine, "_BLOCK_SIZE", 100)
+    edges = list(range(3001))
+    edges[1001], edges[1002] = edges[1002], edges[1001]
+    for changes, fault in (
+        ({"boundaries": edges}, "boundaries are not in ascending order"),
+        ({"lengths": {1000: 4, 1001: 2}}, "sequence 1,001 does not begin"),
+        ({"tokens": {4050: -1}}, "document 1,350: token 4,050 is -1"),
+    ):
+        stem = foreign(tmp_path / "x", **changes)
+        IndexedStore(stem)
+        assert fault in "\n".join(found.what for found in verify(stem) if found.remedy)
+
+
+def test_a_negative_token_that_no_sample_showed_is_found_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexed, "_PAGE_BYTES", 8)
+    foreign(tmp_path / "x", tokens={4050: -1}, dtype=np.int16)
+    data = batches(tmp_path / "x", hold_out=0.0)
+    starts = data.order.starts(np.arange(data.order.windows, dtype=np.int64))
+    step = int(np.flatnonzero((starts <= 4050) & (starts + 8 > 4050))[0]) // 2
+    with pytest.raises(UserError, match=r"store, sample at token [\d,]+, contains the token -1"):
+        data.batch(step)
+
+
+def test_a_store_without_document_boundaries_is_one_document(tmp_path: Path) -> None:
+    stem = foreign(tmp_path / "x", boundaries=[])
+    assert IndexedStore(stem).documents()[1].tolist() == [9000]
+    assert "x.idx has no document boundaries: the store is taken for one document" in batches(stem).description
+    assert [found.remedy for found in verify(stem)] == ["", ""], "notes, no faults"
+
+
+def test_moved_sequences_change_the_fingerprint(tmp_path: Path) -> None:
+    """Also those between the pages that are checked; manifests of format 1 keep theirs."""
+    before = IndexedStore(foreign(tmp_path / "x"))
+    moved = IndexedStore(foreign(tmp_path / "y", pointers={5: 0}), check=False)
+    assert before.fingerprint() != moved.fingerprint()
+    assert before.fingerprint(with_pointers=False) == moved.fingerprint(with_pointers=False)
+    for version in (1, 2):
+        fingerprint = before.fingerprint(with_pointers=version > 1)
+        manifest = Manifest("bytes", [], "bytes", 1, 1, 1, 1, fingerprint, {}, [], format=version)
+        assert (manifest.matches(before), manifest.matches(moved)) == (True, version == 1)
+
+
 def test_slices_and_joined_stores_are_one_stream(tmp_path: Path) -> None:
     first, second = IndexedStore(ours(tmp_path / "x")), MemoryStore(np.arange(10), np.array([0, 4]))
     joined = JoinedStore([first, second, first])
@@ -156,6 +261,34 @@ def test_training_takes_a_store_a_glob_and_a_directory(tmp_path: Path) -> None:
     out = np.empty(42, np.int64)
     held.held_out.read(0, out)
     assert out.tolist() == [0] + [4] * 40 + [0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "share", "train", "inside"),
+    [
+        ([1_172, 1_228_895], 0.005, 1_223_917, True),  # the last document is nearly everything
+        ([1_228_895, 1_172], 0.005, 1_223_917, True),  # it is too small, and the first one too large
+        ([1_000_000], 0.1, 900_000, True),  # a single document
+        ([99_999, 1], 0.1, 90_000, True),  # an empty last document
+        ([90_000, 9_000, 1_000], 0.1, 90_000, False),  # exactly there
+        ([85_000, 15_000], 0.1, 85_000, False),  # near enough
+        ([50_000, 44_000, 6_000], 0.1, 94_000, False),
+    ],
+)
+def test_about_the_share_asked_for_is_held_out(
+    tmp_path: Path, lengths: list[int], share: float, train: int, inside: bool
+) -> None:
+    ours(tmp_path / "x", [[7] * (length - 1) + [0] for length in lengths])
+    data = batches(tmp_path / "x", hold_out=share)
+    held = sum(lengths) - train
+    assert (len(data.train), len(data.held_out)) == (train, held + 1)
+    assert f"held out: the last {held:,} tokens" in data.description
+    note = f"({held / sum(lengths):.2%}; they begin inside a document)"
+    assert (note in data.description) == inside
+    for part, tokens in ((data.train, train), (data.held_out, held)):
+        starts, sizes = part.documents()
+        assert int(sizes.sum()) == tokens, "packed documents are cut as well"
+        assert starts[0] == len(part) - tokens
 
 
 def test_error_messages_of_stores(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from rwkv_train.cli import main as cli
 from rwkv_train.data import workers
 from rwkv_train.data.indexed import IndexedStore
 from rwkv_train.data.manifest import Manifest, read_manifest
-from rwkv_train.data.prepare import PrepareOptions, pipeline, prepare, units
+from rwkv_train.data.prepare import PrepareOptions, pipeline, prepare, tables, units
 from rwkv_train.data.prepare.examine import verify
 from rwkv_train.data.prepare.shards import Shard, ShardCounts, make_shard
 from rwkv_train.data.prepare.units import Unit
@@ -104,6 +104,83 @@ def test_directories_parquet_and_text(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(piece.endswith("\n") for piece in pieces)
 
 
+def packed(path: Path, content: bytes) -> Path:
+    """A file, compressed as its name says."""
+    if path.suffix.lower() == ".gz":
+        content = gzip.compress(content)
+    elif path.suffix == ".zst":
+        content = zstandard.ZstdCompressor().compress(content)
+    path.write_bytes(content)
+    return path
+
+
+def rows_of(*paths: Path) -> list[Any]:
+    named = [(str(path), path) for path in paths]
+    return [document for unit in units.units(named, [], "text", "train") for document in unit.documents()]
+
+
+LINES = "".join(json.dumps({"text": text, "timestamp": "2019"}) + "\n" for text in TEXTS).encode()
+ARRAY = json.dumps([{"text": text, "n": 1} for text in TEXTS]).encode()
+TABLE = "n,text\r\n" + "".join('1,"{}"\r\n'.format(text.replace('"', '""')) for text in TEXTS)
+
+
+@pytest.mark.parametrize("block", [1500, 2**25])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c4-train.00000-of-01024.json.gz", LINES),
+        ("a.json.zst", LINES),
+        ("a.json", LINES),
+        ("a.json", b'{"text": damaged\n' + LINES),
+        ("A.JSONL", LINES),
+        ("a.jsonlines", LINES),
+        ("books.txt.jsonl", LINES),
+        ("a.Json.GZ", LINES),
+        ("a.json", ARRAY),
+        ("a.json", json.dumps([{"text": text} for text in TEXTS], indent=1, ensure_ascii=False).encode()),
+        ("a.json.gz", ARRAY),
+        ("a.csv", TABLE.encode()),
+        ("a.csv.gz", b"\xef\xbb\xbf" + TABLE.encode()),
+        ("a.tsv", TABLE.replace("1,", "1\t").replace("n,text", "n\ttext").encode()),
+    ],
+)
+def test_rows_are_documents_whatever_the_file_is_called(
+    tmp_path: Path, name: str, content: bytes, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", block)
+    monkeypatch.setattr(tables, "_READ_CHARACTERS", block)
+    found = rows_of(packed(tmp_path / name, content))
+    assert [text.decode() for text in found if isinstance(text, bytes)] == TEXTS
+    assert len(found) - len(TEXTS) == content.startswith(b'{"text": damaged')
+
+
+@pytest.mark.parametrize("content", ['{\n "name": "x"\n}\n', '{"name": "x"}', "[1, 2]\n", '["a"]', "no JSON", '"text"'])
+def test_json_without_rows_is_a_text(tmp_path: Path, content: str) -> None:
+    assert rows_of(packed(tmp_path / "a.json", content.encode())) == [content.encode()]
+    assert rows_of(packed(tmp_path / "a.json.gz", content.encode())) == [content.encode()]
+
+
+def test_unusable_rows_of_json_arrays_and_tables(tmp_path: Path) -> None:
+    array = b'[{"text": "a"}, {"body": 1}, 7, {"text": "\xff"}, {"text": "\\ud800"}, {"text": "b"}]'
+    found = rows_of(packed(tmp_path / "a.json", array))
+    assert [row if isinstance(row, bytes) else (row.reason, row.where[-9:]) for row in found] == [
+        b"a",
+        ("without the text field", "element 2"),
+        ("without the text field", "element 3"),
+        ("not UTF-8", "element 4"),
+        ("not UTF-8", "element 5"),
+        b"b",
+    ]
+    for name, content in (("t.csv", b"text,n\nx,1\n\xe9,2\n"), ("u.csv", b"n,text\n1,x\n2\n")):
+        first, second = rows_of(packed(tmp_path / name, content))
+        assert (first, second.where[-5:]) == (b"x", "row 2")
+    (other,) = rows_of(packed(tmp_path / "other.csv", b"a,b\n1,2\n"))
+    assert other.reason == "without the text field"
+    for content in (b'[{"text": "a"}, {"text": ', b'[{"text": "a"} nonsense', b"[" * 3 + b'{"text'):
+        with pytest.raises(UserError, match=r"a.json, element 2: not complete JSON"):
+            rows_of(packed(tmp_path / "a.json", content.replace(b"[[[", b'[{"text": "a"}, ')))
+
+
 def test_world_with_additional_tokens(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["hello <|user|> world", "😀"])
     manifest = prepare(options(tmp_path / "s", path, tokenizer="world", extend=("<|user|>",)))
@@ -127,11 +204,38 @@ BROKEN = {
 def test_broken_documents_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, good = tmp_path / "a.jsonl", b'{"text": "good"}\n'
     path.write_bytes(good + b"".join(broken + good for broken in BROKEN.values()))
-    assert cli.main(["prepare", str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "s")]) == 0
+    command = ["prepare", str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "s")]
+    assert cli.main(command) == 2
+    message = "5 of 11 rows cannot be used, more than --max-bad-rows 0.01 allows:\n"
+    assert message in capsys.readouterr().err
+    assert cli.main([*command, "--max-bad-rows", "1"]) == 0
     assert documents(tmp_path / "s") == ["good"] * (1 + len(BROKEN))
     output = capsys.readouterr().out
     for why in BROKEN:
         assert f"left out: {2 if why == 'without the text field' else 1} documents, {why}" in output
+
+
+@pytest.mark.usefixtures("small_units")
+def test_the_first_bad_rows_are_named_by_file_and_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A few are left out, deep JSON among them; more than the share stop `prepare`, early if there are many rows."""
+    bad = ["[" * 100_000, '{"text": 7}', "nonsense", '{"text": "\\ud800"}', '{"body": 1}', "{", "[]"]
+    reasons = ["not JSON", "without the text field", "not JSON", "not UTF-8", "without the text field"]
+    lines = [json.dumps({"text": f"document {n}"}) for n in range(700)]
+    for number, line in enumerate(bad):
+        lines[50 + 100 * number] = line
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    named = "; ".join(f"{path}, line {51 + 100 * n}: {reason}" for n, reason in enumerate(reasons))
+    assert prepare(options(tmp_path / "s", path)).documents == 693
+    assert f"left out: 7 of 700 rows: {named}" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UserError) as error:
+        prepare(options(tmp_path / "t", path, max_bad_rows=0.009))
+    assert error.value.what == (
+        "7 of 700 rows cannot be used, more than --max-bad-rows 0.009 allows:\n    " + named.replace("; ", "\n    ")
+    )
+    path.write_text("".join(f"{line}\nnonsense\n" for line in lines))
+    with pytest.raises(UserError, match=r"^\d\d of \d+ rows cannot be used"):
+        prepare(options(tmp_path / "u", path))
 
 
 @pytest.mark.parametrize("why", list(BROKEN)[:4])
@@ -351,6 +455,71 @@ def test_error_messages(tmp_path: Path) -> None:
     assert "s.bin exists already\n  give another --out" in message(path)
 
 
+@pytest.mark.parametrize("suffix", [".json", ".crc", ".bin", ".idx"])
+def test_no_file_of_a_user_is_overwritten_or_deleted(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the source, nor an unrelated file, nor one that appears while the shards are made on a full disk."""
+    path = write_jsonl(tmp_path / f"corpus{suffix}", TEXTS[:3])
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=rf"corpus\{suffix} exists already\n  give another --out: `prepare` overwrites"):
+        prepare(options(tmp_path / "corpus", path))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    source, theirs = write_jsonl(tmp_path / "a.jsonl", TEXTS[:3]), tmp_path / f"s{suffix}"
+    monkeypatch.setattr(pipeline, "write_manifest", lambda *_: theirs.write_text("theirs"))
+    with pytest.raises(UserError, match=rf"s\{suffix} exists already"):
+        prepare(options(tmp_path / "s", source))
+    assert theirs.read_text() == "theirs"
+    assert path.read_bytes() == before
+    assert {file.name for file in tmp_path.glob("s.*")} == {"s.parts", theirs.name}
+
+
+def test_a_file_that_cannot_be_renamed_leaves_no_part_of_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def refuse_the_index(source: Path, target: Path) -> None:
+        if target.suffix == ".idx":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        rename(source, target)
+
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS[:3])
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", refuse_the_index)
+        with pytest.raises(UserError, match=r"s\.idx cannot be written: No space left on device"):
+            prepare(options(tmp_path / "s", path))
+    assert {file.name for file in tmp_path.iterdir()} == {"a.jsonl", "s.parts"}
+    prepare(options(tmp_path / "s", path))
+    assert list(verify(tmp_path / "s")) == []
+
+
+def test_a_directory_with_the_name_of_the_shards_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "s.parts").mkdir()
+    (tmp_path / "s.parts" / "mine").write_text("mine")
+    with pytest.raises(UserError, match=r"s.parts has files that are not of an unfinished `prepare`.*\n  give another"):
+        prepare(options(tmp_path / "s", write_jsonl(tmp_path / "a.jsonl")))
+    assert (tmp_path / "s.parts" / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("pattern", ["", "*"])
+def test_a_store_inside_its_source_is_not_its_source(
+    tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken-off `prepare` goes on, and another one finds the same documents."""
+    source = tmp_path / "corpus"
+    source.mkdir()
+    write_jsonl(source / "a.jsonl", TEXTS[:3])
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "_join", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(options(source / "store", source / pattern))
+    assert (source / "store.parts" / "000000.json").exists()
+    assert prepare(options(source / "store", source / pattern)).documents == 3
+    assert prepare(options(source / "other", source / pattern)).skipped == {}
+    assert documents(source / "other") == documents(source / "store") == TEXTS[:3]
+
+
 def test_invalid_manifests(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text("{}")
     with pytest.raises(UserError, match=r"s.json is not the manifest of a store .*\n  remove it"):
@@ -367,7 +536,7 @@ def test_invalid_manifests(tmp_path: Path) -> None:
 def test_behind_a_line_that_is_too_long_none_is_lost(
     tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever the blocks end in which a packed file is read, also right behind the long line."""
+    """Wherever the blocks end in which a packed file is read, also right after the long line."""
     monkeypatch.setattr(units, "UNIT_BYTES", 64)
     monkeypatch.setattr(units, "MAX_DOCUMENT_BYTES", 128)
     for more in range(9):

@@ -94,6 +94,13 @@ def test_error_messages(files: str, tmp_path: Path) -> None:
         stream(str(tmp_path / "x.csv"))
 
 
+@pytest.mark.parametrize("name", ["books.txt.jsonl", "books.JSONL", "books.ndjson", "books.json"])
+def test_the_last_suffix_is_the_kind(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "one"}\n{"text": "two"}\n')
+    data = stream(str(tmp_path / name), held_out_documents=1)
+    assert data.held_out.tokens.tobytes() == b"\0one\0"
+
+
 def test_another_context_or_another_stream_continues_where_it_can(files: str, tmp_path: Path) -> None:
     """Behind the same token under another context; at the beginning of another stream."""
     before = stream(files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_train.data.tokenizers import load_tokenizer, tokenizer_files
+from rwkv_train.data.tokenizers import load_tokenizer, tokenizer_files, tokenizer_note
 from rwkv_train.errors import UserError
+from tests.data import made_tokenizers
 
 TEXTS = {
     "languages": "The quick brown fox. Съешь ещё этих булок. 我能吞下玻璃而不伤身体。 いろはに أهلا שלום नमस्ते ไทย",
@@ -97,6 +99,31 @@ def test_a_tokenizer_json(neox: Path, name: str) -> None:
     assert (ours.end_of_text, ours.vocab_size) == (0, 603)
     assert tokens.dtype == np.uint16
     assert ours.identity.startswith("json:")
+
+
+def test_truncation_and_padding_of_a_tokenizer_json_are_not_obeyed(neox: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    text = TEXTS["languages"].encode()
+    whole = load_tokenizer(str(neox)).encode(text).tolist()
+    saved = Tokenizer.from_file(str(neox))
+    saved.enable_truncation(16)
+    saved.enable_padding(length=128)
+    saved.save(str(tmp_path / "both.json"))
+    both = load_tokenizer(str(tmp_path / "both.json"), ["<new>"])
+    assert both.encode(text).tolist() == whole
+    assert both.encode(b"a").size == 1
+    assert tokenizer_note(both).endswith(
+        "both.json asks for truncation and padding of each text, which is switched off"
+    )
+    assert tokenizer_note(load_tokenizer(str(neox))) == tokenizer_note(load_tokenizer("bytes")) == ""
+
+
+@pytest.mark.parametrize("kind", [made_tokenizers.metaspace, made_tokenizers.t5, made_tokenizers.bert])
+def test_blanks_between_tokens_of_an_extended_vocabulary(tmp_path: Path, kind: Callable[[Path], Path]) -> None:
+    text = b"dog and dog<|user|>hello dog"
+    extended = load_tokenizer(str(kind(tmp_path)), ["<|user|>"])
+    assert extended.decode(extended.encode(text)) == text
 
 
 def test_error_messages_of_tokenizer_files(tmp_path: Path, neox: Path) -> None:

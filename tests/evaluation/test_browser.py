@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import threading
@@ -266,3 +267,73 @@ def test_a_live_page_shows_new_steps(browser: Browser, tmp_path: Path) -> None:
             page.close()
             server.shutdown()
             thread.join()
+
+
+NASTY = (
+    "".join(map(chr, range(1, 256)))
+    + "</script><img src=x onerror=fail()></SCRIPT <!-- --> <script> ]]> &lt; {{data}}"
+    "\u2028\u2029\ufeff\ufffe\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")
+)
+HALF = "\ud800 and \udfff"  # written as an escape; shown as two replacement characters
+SHOWN = NASTY + "� and �"
+
+
+def nasty_run(path: Path, seed: int) -> Path:
+    """A run whose every text is NASTY + HALF, with rows, events and evaluations that are none among the good ones."""
+    run = make_run(path, 20, seed)
+    (run / "samples.txt").write_bytes(b"===== after 20 steps =====\n" + NASTY.encode() + b"\0\xff\n")
+    (run / "config.yaml").write_text(json.dumps({"a": f"{seed}{NASTY}", "when": {NASTY[:20]: seed}}))
+    rows = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    rows[3] = (
+        json.dumps({"step": 4, "__proto__": 1.5, "constructor": 2.5, NASTY: 3.5, "train/loss": 2}).encode() + b"\n"
+    )
+    rows[5:6] = [b"[" * 50_000 + b"\n", b"\0" * 100 + b"\n", b'{"step": 6, "train/loss": NaN, "own": Infinity}\n']
+    (run / "metrics.jsonl").write_bytes(b"".join(rows))
+    events: list[Any] = [
+        {"time": 1.7e9, "event": NASTY + HALF, "step": 4, "reason": NASTY + HALF, NASTY: {"deep": NASTY}},
+        {"time": "yesterday", "event": "left out", "step": 5},
+        {"time": 1e200, "event": "late", "step": 6, "z": float("nan")},
+        {"time": 1.7e9, "event": "left out", "step": [5]},
+        [],
+        {"time": 1.7e9, "event": "finished", "step": 20, "rest": 10**400},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    source = {"name": NASTY + HALF, "tokens": float("nan"), "nats_per_token": 1.5, "by_position": []}
+    found = {"step": 20, "sources": [source, source], "all": source, "tasks": {NASTY: {HALF: 0.25, "text": NASTY}}}
+    (run / "eval.json").write_text(json.dumps(found))
+    (run / "eval-null.json").write_text('{"tasks": {"a": null}}')
+    (run / "eval-text.json").write_text('{"sources": [{"name": "a", "tokens": "many"}]}')
+    (run / "eval-deep.json").write_text("[" * 100_000)
+    return run
+
+
+def test_every_text_is_shown_as_it_is(browser: Browser, tmp_path: Path) -> None:
+    """Whatever a document, a setting, an event or an evaluation holds; what is damaged costs only itself."""
+    names = ("<!--<script>&amp;", "b")
+    runs = open_runs([nasty_run(tmp_path / name, seed) for seed, name in enumerate(names)])
+    (tmp_path / "report.html").write_text(render(payload(runs)), encoding="utf-8")
+    page = browser.new_page()
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.locator(".sample").evaluate("pre => pre.textContent") == NASTY + "\0�"
+    cells = page.locator("td").evaluate_all("cells => cells.map(cell => cell.textContent)")
+    for text in (f"0{NASTY}", f"1{NASTY}", SHOWN, NASTY, "� and �", "late", "finished", names[0]):
+        assert any(text in cell for cell in cells), text
+    assert "left out" not in cells
+    assert any(f"reason: {SHOWN}" in cell for cell in cells)
+    shown = page.locator("[data-chart]").evaluate_all("cards => cards.map(card => card.dataset.chart)")
+    assert {"Loss", "__proto__", "constructor", NASTY} <= set(shown)
+    assert colours(chart(page, "Loss"))
+    notes = page.locator(".note").all_inner_texts()
+    for note in (
+        "metrics.jsonl: left out 2 lines that are not rows",
+        "events.jsonl: left out 3 lines that are not events",
+        "eval-null.json cannot be read: tasks.a is not an object",
+        "eval-text.json cannot be read: tokens is not a number",
+        "eval-deep.json cannot be read: it is nested too deeply",
+    ):
+        assert any(note in found for found in notes), (note, notes)
+    assert complaints == []
+    page.close()

@@ -71,6 +71,7 @@ def kill_and_resume(tmp_path: Path, strategy: str, kills: int, seed: int) -> Non
     assert not list((run / "checkpoints").glob(".writing-*"))
 
 
+@pytest.mark.slow
 def test_two_kills(tmp_path: Path) -> None:
     kill_and_resume(tmp_path, "deepspeed_2", kills=2, seed=1)
 

@@ -56,6 +56,7 @@ def test_resumed_is_bit_equal(folder: Path, strategy: str) -> None:
 
 
 @pytest.mark.timeout(400)  # six minutes beside twenty other processes
+@pytest.mark.slow
 def test_one_process_two_and_four(folder: Path) -> None:
     """Ten steps each, by another strategy each, in one pass, two and one; four ranks share two cores."""
     two = stopped_at(folder / "runs" / "single", 10, "two")

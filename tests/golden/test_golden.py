@@ -56,6 +56,7 @@ def test_cpp_engine_and_what_must_not_change_a_bit(run: Runner, tmp_path: Path) 
     assert_golden(losses(run("accumulated", "batch.micro=1")))
 
 
+@pytest.mark.slow
 def test_compiled(run: Runner) -> None:
     assert_golden(losses(run("compiled", "compile=true")))
 

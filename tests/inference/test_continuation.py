@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rwkv_train.data.tokenizers import ByteTokenizer
+from rwkv_train.data.tokenizers import ByteTokenizer, load_tokenizer
 from rwkv_train.inference import continuation
 from rwkv_train.inference.continuation import Continuation, Prompt, continue_texts, read
 from rwkv_train.inference.sampling import Sampling
 from rwkv_train.models import LanguageModel
+from tests.data import made_tokenizers
 from tests.oracles.models import lively_model
 
 BYTES = ByteTokenizer()
@@ -127,6 +129,47 @@ def test_an_incomplete_character_waits_for_its_other_tokens() -> None:
         assert bytes(growing.content) == text[:count].decode("utf-8", "ignore").encode()
     growing.grow([*text, 0xE6], last=True)
     assert bytes(growing.content) == text + "\ufffd".encode()
+
+
+KINDS = [
+    made_tokenizers.byte_level,
+    made_tokenizers.byte_level_sequence,
+    made_tokenizers.metaspace,
+    made_tokenizers.llama,
+    made_tokenizers.t5,
+    made_tokenizers.bert,
+]
+
+
+@pytest.mark.parametrize("extend", [(), ("<|user|>",)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_streamed_is_the_whole_decoded(
+    tmp_path: Path, kind: Callable[[Path], Path], extend: tuple[str, ...]
+) -> None:
+    """At every step: all that is shown is the beginning of it, and only an incomplete character is still missing."""
+    from tokenizers import Tokenizer
+
+    path = str(kind(tmp_path))
+    tokenizer = load_tokenizer(path, extend)
+    text = "dog and  hello dogs, (a) don't, éàü 数据 😀 it's"
+    tokens = tokenizer.encode(text.encode()).tolist()
+    whole = Tokenizer.from_file(path).decode(tokens, skip_special_tokens=False).encode()
+    assert kind is made_tokenizers.bert or whole == text.encode()
+    growing = continuation._GrowingText(tokenizer, [b"never"])
+    for count in range(1, len(tokens) + 1):
+        growing.grow(tokens[:count], last=count == len(tokens))
+        so_far = tokenizer.decode(tokens[:count]).decode(errors="replace").rstrip("\ufffd").encode()
+        assert whole.startswith(bytes(growing.content))
+        assert len(growing.content) >= len(so_far) or kind is made_tokenizers.llama
+    assert bytes(growing.content) == whole
+    for split in range(1, len(tokens)):
+        if tokenizer.decode(tokens[:split]).decode(errors="replace").endswith("\ufffd"):
+            continue
+        before = tokenizer.decode(tokens[:split])
+        after = continuation._GrowingText(tokenizer, [], tokens[:split])
+        after.grow(tokens[split : split + 1], last=False)
+        after.grow(tokens[split:], last=True)
+        assert before + bytes(after.content) == whole, "after a prompt"
 
 
 def test_what_could_be_a_stop_string_is_held_back(model: LanguageModel) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv_train.checkpoint.name import find_weights
+from rwkv_train.cli import launcher
 from rwkv_train.cli.main import main as cli
 from rwkv_train.errors import UserError
-from rwkv_train.inference.loading import load_model
+from rwkv_train.inference.loading import description_of, load_model
 from rwkv_train.models import ModelConfig
 from tests.inference.test_export import checkpoint_of, lively
 
@@ -46,6 +48,24 @@ def test_generate_and_eval_read_a_sharded_checkpoint(tmp_path: Path, capsys: pyt
         assert cli(["eval", str(path), "--data", str(text), "--context", "16", "--json", "--device", "cpu"]) == 0
         results.append((generated, json.loads(capsys.readouterr().out)["all"]["nats_per_token"]))
     assert results[0] == results[1]
+
+
+def test_a_run_stands_for_its_weights_wherever_a_checkpoint_does(tmp_path: Path) -> None:
+    """A run without final weights for its newest complete checkpoint; `export`, `init.weights`, `generate`, `eval`."""
+    run, model = tmp_path / "run", lively(BYTES)
+    newest = checkpoint_of(model, run / "checkpoints", 2)
+    (run / "checkpoints" / "step_000000012-0001").mkdir()  # incomplete
+    assert find_weights(run) == newest
+    assert cli(["export", str(run), str(tmp_path / "out.pth")]) == 0
+    found = torch.load(tmp_path / "out.pth")
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    config = launcher.load([f"init.weights={run}"])
+    assert (config.arch, config.model.n_layer, config.model.n_embd) == ("rwkv4", 2, 64)
+    assert description_of(run) is not None
+    (tmp_path / "out.pth").rename(run / "weights.pth")
+    assert find_weights(run) == run / "weights.pth"
+    assert find_weights(newest) == newest
+    assert find_weights(tmp_path) == tmp_path
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

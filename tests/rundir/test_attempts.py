@@ -16,7 +16,7 @@ from rwkv_train.checkpoint.directory import list_checkpoints, newest, newest_to_
 from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.cli import launcher
 from rwkv_train.errors import UserError
-from rwkv_train.rundir.attempts import Attempts
+from rwkv_train.rundir.attempts import Attempts, Superseded
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
@@ -137,10 +137,10 @@ def test_a_start_note_that_may_not_be_read_is_not_an_absent_one(
 ) -> None:
     begun(run)
 
-    def refused(self: Path, **how: str) -> str:
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+    def refused(path: str, flags: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
 
-    monkeypatch.setattr(Path, "read_text", refused)
+    monkeypatch.setattr(os, "open", refused)
     with pytest.raises(UserError, match=r"start\.json cannot be read \(Permission denied\)"):
         Attempts(run.path).lineage()
 
@@ -280,3 +280,14 @@ def test_a_run_that_a_newer_start_has_taken_over_ends_and_deletes_nothing(
     assert not (run / "weights.pth").exists()
     assert train(launcher.load(overrides_for(tmp_path, "run", *NINE_STEPS))) == 0
     assert len(losses(run)) == 9
+
+
+def test_a_rewind_of_a_superseded_attempt_claims_nothing(tmp_path: Path) -> None:
+    """It was paused meanwhile, say; the newer attempt is healthy and must not lose the run to it."""
+    attempts = Attempts(tmp_path / "run")
+    assert [attempts.claim(), attempts.claim(after=1)] == [1, 2]
+    assert attempts.claim() == 3  # another process starts the run
+    with pytest.raises(Superseded):
+        attempts.claim(after=2)
+    assert attempts.numbers() == [1, 2, 3]
+    assert attempts.claim(after=3) == 4

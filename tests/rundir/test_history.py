@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,3 +173,31 @@ def test_status_of_no_run(tmp_path: Path) -> None:
         status([tmp_path / "runs"])
     with pytest.raises(UserError, match="there is no such directory"):
         status([tmp_path / "nothing"])
+
+
+def test_a_clock_that_went_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two days between two attempts: the parts are at most all of the time, whichever of them the clock falsified."""
+    first = events_of(("started", 0, {"seconds_starting": 5.0}), ("failed", 20, {}), begin=1e6)
+    starting = {"after": "failed", "reached": 20, "seconds_down": 2 * 86400.0, "seconds_starting": -2 * 86400.0}
+    second = events_of(("resumed", 20, starting), ("finished", 30, {}), begin=1e6 - 2 * 86400)
+    account = History([*first, *second], steps(30)).account()
+    assert account.productive == 60.0
+    assert account.lost["starting"] == 5.0
+    assert account.wall == 60.0 + 5.0 + 2 * 86400
+    assert account.productive + sum(account.lost.values()) == account.wall
+    assert min(account.lost.values()) >= 0
+    printed = shown(capsys, [write(tmp_path / "run", History([*first, *second], steps(30)))], code=1)
+    assert all(float(share) <= 100 for share in re.findall(r"([\d.]+)%", printed)), printed
+
+
+def test_status_of_a_run_whose_last_loss_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**row, "train/loss": None} for row in steps(3)]
+    assert "finished" in shown(capsys, [write(tmp_path / "run", History(goodput().events, rows))])
+
+
+def test_the_time_to_start_is_never_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 2 * 86400)
+    row = failing(7).next_start(0)
+    assert row["seconds_starting"] == 0.0
+    assert row["seconds_down"] == pytest.approx(now - 2 * 86400 - 1010.0, abs=1)

@@ -18,7 +18,7 @@ from rwkv_train.cli import launcher
 from rwkv_train.cli import main as cli
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.jsonl import MetricsRow
-from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker, flat, launch
+from rwkv_train.trackers import LocalTracker, TrackedRun, Tracker, flat, launch, read_state
 from rwkv_train.trackers.csv_table import CSV, write_csv
 from rwkv_train.trackers.follow import Follower, Tail, follow
 from rwkv_train.trackers.launch import LocalTrackers, push
@@ -359,3 +359,33 @@ def test_a_local_tracker_that_raises_costs_a_warning(tmp_path: Path, capsys: pyt
     printed = capsys.readouterr().err
     assert printed.count("logger=a: OSError: [Errno 28] No space left on device; training continues without it") == 1
     assert f"rwkv-train report {tmp_path} --push a" in printed
+
+
+BAD_STATES = ("", "{", "[]", '{"sent": "4"}', '{"sent": -1}', '{"id": 7}', '{"id": "a-b-c"}', "[" * 100_000)
+
+
+@pytest.mark.parametrize("content", BAD_STATES)
+def test_a_state_that_cannot_be_read_begins_a_new_copy(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = tmp_path / "trackers" / "tensorboard.json"
+    notes.parent.mkdir()
+    notes.write_text(content)
+    with pytest.raises(ValueError, match=r"tensorboard\.json cannot be read: "):
+        read_state(notes)
+    rows_ = [row(step, float(step)) for step in (1, 2, 3)]
+    board = TensorBoard()
+    board.open(TrackedRun(tmp_path, "run"), 3, lambda: rows_)
+    board.close(list)
+    assert tensorboard_rows(tmp_path).keys() == {1, 2, 3}
+    assert read_state(notes) == {"sent": 3}
+    assert "all rows are written again" in capsys.readouterr().err
+    notes.write_text(content)
+    metrics, events = tmp_path / "metrics.jsonl", tmp_path / "events.jsonl"
+    metrics.write_bytes(b'\0\0\n{"step": 1}\n{"st\n{"step": 2}\n')
+    events.write_bytes(b'{"time": 1}\n')
+    follower = Follower(Memory(), TrackedRun(tmp_path, "run"), 0, notes, metrics, events)
+    assert "tensorboard.json cannot be read" in str(follower.note)
+    assert follower.catch_up() == 2
+    follower.end()
+    assert read_state(notes)

@@ -109,7 +109,7 @@ def test_three_in_a_row_rewind(tmp_path: Path, kind: str, capsys: pytest.Capture
     file = run / "replay" / "step_000000015.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "skipped": [[1280, 896]]}))  # as after a rewind
     with replayed(launcher.load([f"replay={file}"]), True) as config:
-        assert RunDirectory(config.run.root, config.run.name).read_passed_over()["skipped"] == [[1280, 896]]
+        assert RunDirectory(config.run.root, config.run.name).read_passed_over().skipped == ((1280, 896),)
     # without a fault, resumed from that checkpoint: the data that is passed over is all that differs
     clean = overrides_for(tmp_path, "clean", "budget.steps=30")
     assert train(launcher.load(clean)) == 0

@@ -98,8 +98,9 @@ def test_content_is_hashed_at_a_start_and_in_a_rewind_only() -> None:
         for function, _ in hashing_calls(ast.parse(path.read_text()))
     }
     assert found == {
-        ("setup.py", "checkpoint_to_resume"),
-        ("setup.py", "_find_checkpoint"),
+        ("attempt.py", "checkpoint_to_resume"),
+        ("attempt.py", "_find_checkpoint"),
+        ("finish.py", "finish_again"),  # a start of a run that is finished
         ("checkpoint.py", "go_back"),
     }
     source = (TRAINING / "callbacks" / "checkpoint.py").read_text()

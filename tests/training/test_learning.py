@@ -63,6 +63,7 @@ SIXTY_STEPS = [
 ]
 
 
+@pytest.mark.slow
 def test_sixty_steps_of_the_default_run(tmp_path: Path) -> None:
     """Held-out loss on Python 3.11's library: 5.5 nats/byte untrained, 2.19 after 20 steps, 1.99 and 1.90 after 60."""
     assert train(launcher.load([*SIXTY_STEPS, f"run.root={tmp_path}", "run.name=run"])) == 0

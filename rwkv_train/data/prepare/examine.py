@@ -37,6 +37,8 @@ def inspect(path: Path, documents: list[int], tokenizer: str | None, console: Co
     decoder = load_tokenizer(tokenizer) if tokenizer else manifest.load_tokenizer() if manifest else None
     count = len(store.boundaries) - 1
     console.print(f"{store.stem}: {count:,} documents, {len(store):,} tokens, {store.dtype}")
+    if store.note:
+        console.print(store.note)
     if manifest is not None:
         per_token = manifest.bytes / max(1, manifest.tokens)
         console.print(f"tokenizer {manifest.identity}, {manifest.bytes:,} bytes of text ({per_token:.2f} a token)")
@@ -88,9 +90,12 @@ def verify(path: Path, tokenizer: str | None = None) -> Iterator[StoreFault]:
     Raises:
         UserError: the store cannot be opened: its files do not match, or one is truncated.
     """
-    store = IndexedStore(path)
+    store = IndexedStore(path, check=False)
     manifest = read_manifest(store.stem)
-    yield from _verify_index(store)
+    faults = list(_verify_index(store))
+    yield from faults
+    if any(fault.remedy for fault in faults):
+        return  # the documents are not where the index says
     loaded = load_tokenizer(tokenizer) if tokenizer else None if manifest is None else manifest.load_tokenizer()
     yield from _verify_tokens(store, loaded)
     if manifest is None:
@@ -100,29 +105,23 @@ def verify(path: Path, tokenizer: str | None = None) -> Iterator[StoreFault]:
 
 
 def _verify_index(store: IndexedStore) -> Iterator[StoreFault]:
-    size, before = store.dtype.itemsize, 0
-    for first in range(0, len(store.lengths), _BLOCK_SIZE):
-        lengths = store.lengths[first : first + _BLOCK_SIZE].astype(np.int64)
-        expected = before + np.cumsum(lengths) - lengths
-        wrong = np.flatnonzero((store.pointers[first : first + _BLOCK_SIZE] != expected * size) | (lengths < 0))
-        if len(wrong):
-            yield StoreFault(
-                f"{store.idx}: sequence {first + int(wrong[0]):,} does not begin at the end of the previous one"
-            )
-            return
-        before += int(lengths.sum())
-    edges = store.boundaries
-    if len(edges) and (edges[0] != 0 or edges[-1] != len(store.lengths) or (np.diff(edges) < 0).any()):
-        yield StoreFault(f"{store.idx}: the document boundaries are not in ascending order")
+    if store.note:
+        yield StoreFault(store.note, "")
+    for count, fault_of in ((len(store.lengths), store.sequence_fault), (len(store.boundaries), store.boundary_fault)):
+        blocks = range(0, count, _BLOCK_SIZE)
+        fault = next(filter(None, (fault_of(first, min(first + _BLOCK_SIZE, count)) for first in blocks)), "")
+        if fault:
+            yield StoreFault(fault)
 
 
 def _verify_tokens(store: IndexedStore, tokenizer: Tokenizer | None) -> Iterator[StoreFault]:
-    if tokenizer is None:
-        return
+    vocab_size = np.iinfo(np.int64).max if tokenizer is None else tokenizer.vocab_size
     for first in range(0, len(store), _BLOCK_SIZE):
-        tokens = store.tokens[first : first + _BLOCK_SIZE]
-        wrong = np.flatnonzero((tokens >= tokenizer.vocab_size) | (tokens < 0))
-        if len(wrong):
+        if fault := store.token_fault(first, first + _BLOCK_SIZE):
+            yield StoreFault(fault)
+            return
+        wrong = np.flatnonzero(store.tokens[first : first + _BLOCK_SIZE] >= vocab_size)
+        if len(wrong) and tokenizer is not None:
             offset = first + int(wrong[0])
             yield StoreFault(
                 f"{store.bin}, document {store.document_of(offset):,}: token {offset:,} is {store.tokens[offset]}, the "

@@ -6,7 +6,6 @@ Finished shards are kept, so that a killed `prepare` resumes when the same comma
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,14 +21,16 @@ from typing import Any
 import numpy as np
 
 from rwkv_train import __version__
-from rwkv_train.data.indexed import IndexedStore, store_file, write_index
+from rwkv_train.data.indexed import PARTS_SUFFIX, PLAN_FILE, STORE_SUFFIXES, IndexedStore, store_file, write_index
 from rwkv_train.data.manifest import Manifest, write_manifest
+from rwkv_train.data.prepare.find import find_sources
 from rwkv_train.data.prepare.progress import PrepareProgress
 from rwkv_train.data.prepare.shards import Shard, ShardCounts, make_shard
-from rwkv_train.data.prepare.units import Unit, find_sources, units
-from rwkv_train.data.tokenizers import load_tokenizer, token_dtype
+from rwkv_train.data.prepare.units import Unit, units
+from rwkv_train.data.tokenizers import load_tokenizer, token_dtype, tokenizer_note
 from rwkv_train.data.workers import pool as pool_of
 from rwkv_train.errors import UserError
+from rwkv_train.file_lock import lock
 
 MAX_ATTEMPTS = 3  # at a unit whose worker process is killed
 _BLOCK_BYTES = 2**22  # copied or hashed at once
@@ -48,6 +49,7 @@ class PrepareOptions:
         split: split of the data sets.
         stop_at_broken: whether to fail at the first unusable document; otherwise such are left out and counted.
         workers: number of worker processes.
+        max_bad_rows: share of unusable documents that is left out without an error.
     """
 
     sources: Sequence[str]
@@ -58,6 +60,7 @@ class PrepareOptions:
     split: str = "train"
     stop_at_broken: bool = False
     workers: int = 1
+    max_bad_rows: float = 0.01
 
 
 def prepare(options: PrepareOptions) -> Manifest:
@@ -67,24 +70,24 @@ def prepare(options: PrepareOptions) -> Manifest:
         The manifest that was written.
 
     Raises:
-        UserError: a source is missing or damaged, the store exists already, or a file cannot be written.
+        UserError: a source is missing or damaged, the store exists already, too many documents are unusable, or a file
+            cannot be written.
     """
-    identity = load_tokenizer(options.tokenizer, options.extend).identity
+    tokenizer = load_tokenizer(options.tokenizer, options.extend)
+    identity = tokenizer.identity
+    _refuse_existing(options.out)
     files, names = find_sources(options.sources)
-    for suffix in (".bin", ".idx"):
-        if store_file(options.out, suffix).exists():
-            raise UserError(
-                f"{store_file(options.out, suffix)} exists already", "give another --out, or remove the old store"
-            )
     plan = {
         "sources": [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files] + names,
         "tokenizer": identity,
         "field": options.field,
         "split": options.split,
     }
-    folder = store_file(options.out, ".parts")
+    folder = store_file(options.out, PARTS_SUFFIX)
     total = None if names else sum(path.stat().st_size for _, path in files)
     with _claimed(folder, plan), PrepareProgress(total) as progress:
+        if note := tokenizer_note(tokenizer):
+            progress.say(note)
         try:
             shards = _make_shards(options, units(files, names, options.field, options.split), folder, progress)
             manifest = _join(options, identity, shards, progress)
@@ -101,27 +104,42 @@ def prepare(options: PrepareOptions) -> Manifest:
     return manifest
 
 
+def _refuse_existing(out: Path) -> None:
+    """Refuses a store of which any file exists: it may be the source, or unrelated.
+
+    Raises:
+        UserError: a file that the store would overwrite exists.
+    """
+    for suffix in STORE_SUFFIXES:
+        if os.path.lexists(file := store_file(out, suffix)):
+            raise UserError(
+                f"{file} exists already", "give another --out: `prepare` overwrites no file, and would write this one"
+            )
+
+
 @contextmanager
 def _claimed(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
     """Locks the folder of shards for this process, and refuses shards of another plan.
 
     Raises:
-        UserError: the folder cannot be written, is locked, or has shards of other sources or another tokenizer.
+        UserError: the folder cannot be written, is locked, has shards of other sources or another tokenizer, or other
+            files.
     """
+    recorded = folder / PLAN_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  closed by the `with` below
+        if not recorded.exists() and any(file.name != ".lock" for file in folder.iterdir()):
+            raise UserError(
+                f"{folder} has files that are not of an unfinished `prepare`, which would delete them",
+                "give another --out, or move them",
+            )
+        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  closed by the `with` below
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}", "give another --out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another `prepare` is writing to {folder}", "wait until it ends, or give another --out"
-            ) from None
+    with file:
+        if not lock(file):
+            raise UserError(f"another `prepare` is writing to {folder}", "wait until it ends, or give another --out")
         digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-        recorded = folder / "plan"
         if recorded.exists() and recorded.read_text() != digest:
             raise UserError(
                 f"{folder} has the shards of an unfinished `prepare` of other files or with another tokenizer",
@@ -177,7 +195,10 @@ def _collect(
     for future in done:
         unit, shard, attempt = running.pop(future)
         try:
-            progress.add(unit.size, future.result())
+            counts = future.result()
+            progress.add(unit.size, counts)
+            if counts.named and progress.counts.documents:
+                progress.counts.bad_rows(options.max_bad_rows).check(complete=False)
         except BrokenProcessPool:
             broken.append((unit, shard, attempt))
     if not broken:
@@ -197,55 +218,71 @@ def _collect(
 
 
 def _join(options: PrepareOptions, identity: str, shards: list[Shard], progress: PrepareProgress) -> Manifest:
-    """Joins the shards into a store; its files are renamed at the end, the index last, as it makes the store valid."""
+    """Joins the shards into a store, beside them; its files are renamed at the end."""
     counts = ShardCounts()
     for shard in shards:
         counts.add(shard.read_counts() or ShardCounts())
     if not counts.documents:
         left_out = ", ".join(f"{n} {reason}" for reason, n in counts.skipped.items()) or "the sources are empty"
         raise UserError(f"no usable document ({left_out})", "give the column of the text with --field")
-    temporary = {suffix: store_file(options.out, f"{suffix}.writing") for suffix in (".bin", ".crc", ".idx")}
+    bad = counts.bad_rows(options.max_bad_rows)
+    bad.check(complete=True)
+    if bad.bad:
+        progress.say(bad.description)
+    joined = shards[0].folder / "joined"
     digest = hashlib.sha256()
     progress.say("joining the shards")
-    try:
-        with open(temporary[".bin"], "wb") as out, open(temporary[".crc"], "wb") as checks:
-            for shard in shards:
-                with open(shard.bin, "rb") as file:
-                    while block := file.read(_BLOCK_BYTES):
-                        digest.update(block)
-                        out.write(block)
-                checks.write(_column(shard, "checks").tobytes())
-            _sync(out)
-            _sync(checks)
-        dtype = token_dtype(load_tokenizer(options.tokenizer, options.extend).vocab_size)
-        write_index(temporary[".idx"], dtype, lambda: (_column(shard, "lengths") for shard in shards))
-        hashes = {f"{options.out.name}.bin": digest.hexdigest(), f"{options.out.name}.idx": _sha256(temporary[".idx"])}
-        for suffix in (".bin", ".crc", ".idx"):
-            os.replace(temporary[suffix], store_file(options.out, suffix))
-        manifest = Manifest(
-            tokenizer=options.tokenizer,
-            extend=list(options.extend),
-            identity=identity,
-            documents=counts.documents,
-            tokens=counts.tokens,
-            bytes=counts.bytes,
-            largest_token=counts.largest_token,
-            fingerprint=IndexedStore(options.out).fingerprint(),
-            sha256=hashes,
-            sources=list(options.sources),
-            skipped=counts.skipped,
-            version=__version__,
-        )
-        write_manifest(options.out, manifest)
-    except BaseException:
-        for path in (
-            *temporary.values(),
-            *(store_file(options.out, suffix) for suffix in (".idx", ".json", ".crc", ".bin")),
-        ):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-        raise
+    with open(store_file(joined, ".bin"), "wb") as out, open(store_file(joined, ".crc"), "wb") as checks:
+        for shard in shards:
+            with open(shard.bin, "rb") as file:
+                while block := file.read(_BLOCK_BYTES):
+                    digest.update(block)
+                    out.write(block)
+            checks.write(_column(shard, "checks").tobytes())
+        _sync(out)
+        _sync(checks)
+    dtype = token_dtype(load_tokenizer(options.tokenizer, options.extend).vocab_size)
+    write_index(store_file(joined, ".idx"), dtype, lambda: (_column(shard, "lengths") for shard in shards))
+    manifest = Manifest(
+        tokenizer=options.tokenizer,
+        extend=list(options.extend),
+        identity=identity,
+        documents=counts.documents,
+        tokens=counts.tokens,
+        bytes=counts.bytes,
+        largest_token=counts.largest_token,
+        fingerprint=IndexedStore(joined).fingerprint(),
+        sha256={
+            f"{options.out.name}.bin": digest.hexdigest(),
+            f"{options.out.name}.idx": _sha256(store_file(joined, ".idx")),
+        },
+        sources=list(options.sources),
+        skipped=counts.skipped,
+        version=__version__,
+    )
+    write_manifest(joined, manifest)
+    _publish(joined, options.out)
     return manifest
+
+
+def _publish(joined: Path, out: Path) -> None:
+    """Renames the files of a store to their final names, and removes those again if one cannot be renamed.
+
+    Raises:
+        UserError: a file of that name has appeared.
+        OSError: a file cannot be renamed.
+    """
+    _refuse_existing(out)
+    renamed: list[Path] = []
+    try:
+        for suffix in STORE_SUFFIXES:
+            os.rename(store_file(joined, suffix), store_file(out, suffix))
+            renamed.append(store_file(out, suffix))
+    except BaseException:
+        for path in renamed:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise
 
 
 def _column(shard: Shard, name: str) -> Any:

@@ -41,6 +41,8 @@ def run(argv: Sequence[str], cores: int) -> int:
     if argv[:1] == ["verify"]:
         return _verify(argv[1:], console)
     arguments = _parser(cores).parse_args(argv)
+    if not 0 <= arguments.max_bad_rows <= 1:
+        raise UserError(f"--max-bad-rows {arguments.max_bad_rows:g} is out of range", "give a share from 0 to 1")
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers} is out of range", "give at least 1")
     arguments.out = arguments.out.expanduser()
@@ -106,6 +108,13 @@ def _parser(cores: int) -> argparse.ArgumentParser:
         choices=("skip", "stop"),
         default="skip",
         help="documents that are empty, not UTF-8, not JSON or too long: skip and count (default), or stop",
+    )
+    parser.add_argument(
+        "--max-bad-rows",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of documents that may be left out, without those that are empty or binary (default: 0.01)",
     )
     parser.add_argument("--workers", type=int, default=cores, help=f"worker processes (default: {cores}, the cores)")
     return parser

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from rwkv_train.data.prepare.units import Skipped, Unit
+from rwkv_train.data.bad_rows import MAX_NAMED, BadRows
+from rwkv_train.data.prepare.units import HARMLESS, Skipped, Unit
 from rwkv_train.data.tokenizers import token_dtype
 from rwkv_train.data.workers import tokenizer
 from rwkv_train.errors import UserError
@@ -31,6 +33,7 @@ class ShardCounts:
         bytes: size of the documents' texts.
         largest_token: largest token.
         skipped: number of documents left out, by reason.
+        named: arguments of the first `Skipped`, without those that are empty or binary.
     """
 
     documents: int = 0
@@ -38,6 +41,7 @@ class ShardCounts:
     bytes: int = 0
     largest_token: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    named: list[list[Any]] = field(default_factory=list)
 
     def add(self, other: ShardCounts) -> None:
         """Adds the counts of another shard."""
@@ -46,6 +50,20 @@ class ShardCounts:
         self.bytes += other.bytes
         self.largest_token = max(self.largest_token, other.largest_token)
         self.skipped = dict(Counter(self.skipped) + Counter(other.skipped))
+        self.named = (self.named + other.named)[:MAX_NAMED]
+
+    def leave_out(self, document: Skipped) -> None:
+        """Counts a document that is left out."""
+        self.skipped[document.reason] = self.skipped.get(document.reason, 0) + 1
+        if document.reason not in HARMLESS and len(self.named) < MAX_NAMED:
+            self.named.append(list(astuple(document)))
+
+    def bad_rows(self, limit: float) -> BadRows:
+        """The documents that are left out though they should have a text."""
+        bad = sum(count for reason, count in self.skipped.items() if reason not in HARMLESS)
+        first = [Skipped(*arguments) for arguments in self.named] if bad else []
+        named = [f"{document.line}: {document.reason}" for document in first]
+        return BadRows(limit, "--max-bad-rows ", self.documents + bad, bad, named)
 
 
 @dataclass(frozen=True)
@@ -110,7 +128,7 @@ def make_shard(unit: Unit, shard: Shard, stop_at_broken: bool) -> ShardCounts:
                             f"{document.where}: unusable document ({document.reason})",
                             "fix it, or leave such documents out with --broken skip",
                         )
-                    counts.skipped[document.reason] = counts.skipped.get(document.reason, 0) + 1
+                    counts.leave_out(document)
                     continue
                 tokens = encoder.encode(document).astype(dtype, copy=False)
                 counts.largest_token = max(counts.largest_token, int(tokens.max(initial=0)))

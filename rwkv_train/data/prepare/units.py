@@ -6,18 +6,15 @@ units and their content depend on the files alone.
 
 from __future__ import annotations
 
-import glob
-import gzip
 import io
 import json
-import os
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from rwkv_train.data.corpus import find_files
+from rwkv_train.data.formats import format_of, open_decompressed
+from rwkv_train.data.prepare.tables import array_elements, csv_rows, json_layout
 from rwkv_train.errors import UserError
 
 UNIT_BYTES = 2**25  # of text
@@ -32,6 +29,7 @@ EMPTY, NOT_UTF8, NOT_JSON, NO_TEXT, TOO_LONG, BINARY = (
     "a line of more than 16 MiB",
     "binary",
 )
+HARMLESS = {EMPTY, BINARY}  # not counted among the rows that cannot be used: they have no text
 
 
 @dataclass(frozen=True)
@@ -41,10 +39,23 @@ class Skipped:
     Attributes:
         reason: one of the constants above.
         where: file and position, for messages.
+        byte: offset of its line in the file, where the number of the line is not known.
+        path: the file; with `byte`.
     """
 
     reason: str
     where: str
+    byte: int | None = None
+    path: str = ""
+
+    @property
+    def line(self) -> str:
+        """The file and the line, which is counted for that."""
+        if self.byte is None:
+            return self.where
+        with open(self.path, "rb") as file:
+            before = sum(file.read(min(2**20, self.byte - n)).count(b"\n") for n in range(0, self.byte, 2**20))
+        return f"{self.path}, line {before + 1}"
 
 
 Documents = Iterator[bytes | Skipped]
@@ -83,9 +94,10 @@ class JsonLinesRange:
                 line = file.readline(MAX_DOCUMENT_BYTES + 1)
                 if len(line) > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
                     _skip_line(file)
-                    yield Skipped(TOO_LONG, f"{self.path}, byte {offset}")
+                    yield Skipped(TOO_LONG, f"{self.path}, byte {offset}", offset, self.path)
                 elif line.strip():
-                    yield from _parsed(line, self.field, f"{self.path}, byte {offset}")
+                    for found in _parsed(line, self.field, f"{self.path}, byte {offset}"):
+                        yield replace(found, byte=offset, path=self.path) if isinstance(found, Skipped) else found
 
 
 @dataclass(frozen=True)
@@ -97,12 +109,14 @@ class JsonLinesBlock:
         first: line number of the first line in the file, from 1.
         lines: complete lines.
         field: key of the text.
+        noun: what the file calls such a line.
     """
 
     name: str
     first: int
     lines: bytes
     field: str
+    noun: str = "line"
 
     @property
     def size(self) -> int:
@@ -111,9 +125,9 @@ class JsonLinesBlock:
     def documents(self) -> Documents:
         for number, line in enumerate(io.BytesIO(self.lines), self.first):
             if len(line) > MAX_DOCUMENT_BYTES:
-                yield Skipped(TOO_LONG, f"{self.name}, line {number}")
+                yield Skipped(TOO_LONG, f"{self.name}, {self.noun} {number}")
             elif line.strip():
-                yield from _parsed(line, self.field, f"{self.name}, line {number}")
+                yield from _parsed(line, self.field, f"{self.name}, {self.noun} {number}")
 
 
 @dataclass(frozen=True)
@@ -195,7 +209,7 @@ def _parsed(line: bytes, field: str, where: str) -> Documents:
         text = json.loads(line)[field]
     except UnicodeDecodeError:
         yield Skipped(NOT_UTF8, where)
-    except ValueError:
+    except (ValueError, RecursionError):
         yield Skipped(NOT_JSON, where)
     except (KeyError, TypeError, IndexError):
         yield Skipped(NO_TEXT, where)
@@ -239,39 +253,6 @@ def _next_line(file: IO[bytes], offset: int) -> int:
     return file.tell()
 
 
-def find_sources(sources: Sequence[str]) -> tuple[list[tuple[str, Path]], list[str]]:
-    """Resolves the sources of the command line.
-
-    Args:
-        sources: files, directories, globs, or names of data sets.
-
-    Returns:
-        (name, path) of each file, and the names of data sets.
-
-    Raises:
-        UserError: a source is neither an existing file, directory or glob, nor a possible name of a data set.
-    """
-    files: list[tuple[str, Path]] = []
-    names: list[str] = []
-    for source in sources:
-        path = Path(source).expanduser()
-        matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        for match in matches:
-            files += [
-                (str(match / name) if match.is_dir() else str(match), file) for name, file in find_files(match)[0]
-            ]
-        if not matches:
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or path.suffix:
-                raise UserError(
-                    f"{source}: there is no such file or directory",
-                    f"check the path; relative paths are resolved against {os.getcwd()}",
-                )
-            names.append(source)
-        elif not any(match.is_file() or any(match.iterdir()) for match in matches):
-            raise UserError(f"{source} is an empty directory", "give a directory with text, .jsonl or .parquet files")
-    return files, names
-
-
 def units(files: Sequence[tuple[str, Path]], names: Sequence[str], field: str, split: str) -> Iterator[Unit]:
     """Yields all units of the input.
 
@@ -286,9 +267,12 @@ def units(files: Sequence[tuple[str, Path]], names: Sequence[str], field: str, s
     """
     small: list[tuple[str, int]] = []
     for _, path in files:
-        kind, compression = _format(path)
+        kind, compression = format_of(path)
         size = path.stat().st_size
-        if kind == "text" and not compression and size <= MAX_DOCUMENT_BYTES:
+        layout = json_layout(path, compression, field) if kind == "json" else ""
+        kind = "jsonl" if layout == "lines" else kind
+        rows = layout == "array" or kind in ("jsonl", "csv", "tsv", "parquet")
+        if not rows and not compression and size <= MAX_DOCUMENT_BYTES:
             small.append((str(path), size))
             if len(small) == MAX_FILES_PER_UNIT or sum(size for _, size in small) >= UNIT_BYTES:
                 yield _text_files(small)
@@ -299,29 +283,39 @@ def units(files: Sequence[tuple[str, Path]], names: Sequence[str], field: str, s
             small = []
         if kind == "parquet":
             yield from _row_groups(path, field)
+        elif layout == "array":
+            yield from _blocks(path, array_elements(path, compression), field, "element")
+        elif kind in ("csv", "tsv"):
+            yield from _blocks(path, csv_rows(path, compression, "\t" if kind == "tsv" else ",", field), field, "row")
         elif compression:
-            yield from _decompressed(path, kind, compression, field)
+            yield from _decompressed(path, "jsonl" if rows else "text", compression, field)
         else:
-            step = UNIT_BYTES if kind == "jsonl" else MAX_DOCUMENT_BYTES
+            step = UNIT_BYTES if rows else MAX_DOCUMENT_BYTES
             for begin in range(0, size, step):
                 end = min(begin + step, size)
-                yield (
-                    JsonLinesRange(str(path), begin, end, field)
-                    if kind == "jsonl"
-                    else TextRange(str(path), begin, end)
-                )
+                yield JsonLinesRange(str(path), begin, end, field) if rows else TextRange(str(path), begin, end)
     if small:
         yield _text_files(small)
     for name in names:
         yield from _streamed_units(name, field, split)
 
 
-def _format(path: Path) -> tuple[str, str]:
-    """The kind of a file (jsonl, parquet or text) and its compression (gz, zst or empty), by its suffixes."""
-    suffixes = path.suffixes
-    compression = suffixes.pop()[1:] if suffixes and suffixes[-1] in (".gz", ".zst") else ""
-    kind = suffixes[-1] if suffixes else ""
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(kind, "text"), compression
+def _blocks(path: Path, lines: Iterator[bytes], field: str, noun: str) -> Iterator[Unit]:
+    """Blocks of lines of JSON, made by the parent process from a file that cannot be read from the middle."""
+    number, block, size = 1, [], 0
+    try:
+        for line in lines:
+            block.append(line)
+            size += len(line)
+            if size >= UNIT_BYTES:
+                yield JsonLinesBlock(str(path), number, b"".join(block), field, noun)
+                number, block, size = number + len(block), [], 0
+    except UserError:
+        raise
+    except Exception as error:  # OSError, and the types of gzip, zlib and zstandard
+        raise UserError(f"{path} cannot be read: {error}", "copy it again, or leave it out") from None
+    if block:
+        yield JsonLinesBlock(str(path), number, b"".join(block), field, noun)
 
 
 def _text_files(small: Sequence[tuple[str, int]]) -> TextFiles:
@@ -345,7 +339,7 @@ def _decompressed(path: Path, kind: str, compression: str, field: str) -> Iterat
     """Decompresses a file in the parent process, as it cannot be read from the middle; workers do the rest."""
     number, rest, cut = 1, b"", False  # cut: the previous block ended within a line that is too long and was emitted
     try:
-        with _open_compressed(path, compression) as file:
+        with open_decompressed(path, compression) as file:
             while block := file.read(UNIT_BYTES if kind == "jsonl" else MAX_DOCUMENT_BYTES):
                 if cut:
                     cut = b"\n" not in block
@@ -362,15 +356,6 @@ def _decompressed(path: Path, kind: str, compression: str, field: str) -> Iterat
         raise UserError(f"{path} cannot be decompressed: {error}", "copy it again, or leave it out") from None
     if rest:
         yield _block_unit(path, kind, number, rest, field)
-
-
-def _open_compressed(path: Path, compression: str) -> Any:
-    if compression == "gz":
-        return gzip.open(path, "rb")
-    import zstandard
-
-    file = open(path, "rb")  # noqa: SIM115  closed by the reader
-    return io.BufferedReader(zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(file, closefd=True))
 
 
 def _block_unit(path: Path, kind: str, number: int, lines: bytes, field: str) -> Unit:

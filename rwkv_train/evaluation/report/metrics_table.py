@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from io import BytesIO
 from pathlib import Path
@@ -12,8 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from rwkv_train.data.arrays import Floats, Ints
+from rwkv_train.json_files import open_regular, parse_json
 
 _MAX_LAYER_ROWS = 400  # kept of values per layer, evenly spaced: unlike a loss they have no spikes that matter
+_MAX_OPENED = 2000  # brackets in a line that Arrow reads; a row of a model with 100 layers has some hundreds
+_MAX_STEP = 2**53
 _NOT_FINITE = re.compile(rb"(?<=[\s:,\[])-?(?:NaN|Infinity)(?=[\s,\]}])")
 
 
@@ -55,7 +57,7 @@ class MetricsTable:
             Whether the columns may have changed.
         """
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 status = self.path.stat()
                 replaced = status.st_size < self._bytes_read or status.st_ino != self._inode
                 if replaced:
@@ -63,7 +65,7 @@ class MetricsTable:
                 self._inode = status.st_ino
                 file.seek(self._bytes_read)
                 content = file.read()
-        except FileNotFoundError:
+        except (OSError, ValueError):
             changed = bool(self.columns)
             self._reset()
             return changed
@@ -82,9 +84,11 @@ class MetricsTable:
         if b"NaN" in lines or b"Infinity" in lines:
             lines = _NOT_FINITE.sub(b"null", lines)
         try:
+            if _is_deep(lines):
+                raise ValueError("Arrow would end the process")
             table = pyarrow.json.read_json(BytesIO(lines))
             names, columns = table.column_names, [column.combine_chunks() for column in table.columns]
-        except pa.ArrowInvalid:
+        except (pa.ArrowInvalid, ValueError):  # ValueError: deep, or not UTF-8
             rows = [row for line in lines.split(b"\n") if line.strip() and (row := self._row(line)) is not None]
             names = list({key: None for row in rows for key in row})
             columns = [_array([row.get(key) for row in rows]) for key in names]
@@ -100,10 +104,10 @@ class MetricsTable:
 
     def _row(self, line: bytes) -> dict[str, Any] | None:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] <= _MAX_STEP:
             return row
         self.unreadable += 1
         return None
@@ -115,7 +119,7 @@ def _array(values: list[Any]) -> Any:
 
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, RecursionError):
         return None
 
 
@@ -126,10 +130,10 @@ def _column(steps: npt.NDArray[Any], array: Any) -> MetricColumn | None:
     kind = array.type
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
         values = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
-        kept = np.isfinite(values) & np.isfinite(steps)
+        kept = np.isfinite(values) & _are_steps(steps)
         return _in_order(steps[kept].astype(np.int64), values[kept])
     if pa.types.is_list(kind):
-        rows = np.flatnonzero(np.asarray(array.is_valid()) & np.isfinite(steps))
+        rows = np.flatnonzero(np.asarray(array.is_valid()) & _are_steps(steps))
         if len(rows) > _MAX_LAYER_ROWS:
             rows = rows[np.unique(np.linspace(0, len(rows) - 1, _MAX_LAYER_ROWS).astype(int))]
         try:
@@ -138,6 +142,18 @@ def _column(steps: npt.NDArray[Any], array: Any) -> MetricColumn | None:
             return None
         return _in_order(steps[rows].astype(np.int64), values) if values.size else None
     return None
+
+
+def _is_deep(lines: bytes) -> bool:
+    """Whether a line may be nested so deeply that Arrow, which reads it recursively, overflows its stack."""
+    return any(
+        len(line) > _MAX_OPENED and line.count(b"[") + line.count(b"{") > _MAX_OPENED for line in lines.split(b"\n")
+    )
+
+
+def _are_steps(steps: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    with np.errstate(invalid="ignore"):
+        return np.asarray((steps >= 0) & (steps <= _MAX_STEP))  # NaN is not
 
 
 def _in_order(steps: Ints, values: Floats) -> MetricColumn:

@@ -15,6 +15,7 @@ let report;
 
 function load(data) {
   for (const run of data.runs) {
+    for (const part of [run.curves, run.layers, run.clock, run.summary]) Object.setPrototypeOf(part, null); // keys are any text
     for (const curve of Object.values(run.curves)) {
       accumulate(curve.x);
       if (curve.trend) accumulate(curve.trend.x);

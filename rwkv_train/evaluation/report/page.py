@@ -14,6 +14,7 @@ import numpy as np
 from rwkv_train.evaluation.report.charts import AXIS_KEYS, charts, layer_charts_of, spectra
 from rwkv_train.evaluation.report.metrics_table import MetricColumn, extremes, trend
 from rwkv_train.evaluation.report.recorded_run import RecordedRun
+from rwkv_train.json_files import presentable
 
 _MAX_POINTS = 200_000  # of all curves together, about 12 bytes each
 _MIN_BUCKETS, _MAX_BUCKETS = 60, 1500  # of one curve
@@ -39,13 +40,14 @@ def payload(runs: Sequence[RecordedRun]) -> dict[str, Any]:
     keys = list({key: None for columns in scalars for key in columns})
     curves = sum(key not in AXIS_KEYS for columns in scalars for key in columns)
     buckets = int(np.clip(_MAX_POINTS // max(1, 2 * curves), _MIN_BUCKETS, _MAX_BUCKETS))
-    return {
+    data = {
         "charts": [vars(chart) for chart in charts(keys)],
         "layers": [{"key": key, "title": title, "unit": unit} for key, title, unit in _layers(runs)],
         "spectra": [{"key": key, "title": band.title, "unit": band.unit} for key, band in spectra().items()],
         "runs": [_run_payload(run, columns, buckets) for run, columns in zip(runs, scalars, strict=True)],
         "differences": _differences(runs),
     }
+    return dict(presentable(data))
 
 
 def render(data: Mapping[str, Any], live: bool = False) -> str:
@@ -63,7 +65,7 @@ def render(data: Mapping[str, Any], live: bool = False) -> str:
         "style": _read("uplot/uPlot.min.css") + _read("page.css"),
         "uplot": _read("uplot/uPlot.iife.min.js"),
         "script": _read("page.js") + _read("view.js"),
-        "data": as_json(data).replace("</", "<\\/").replace("<!--", "<\\!--"),
+        "data": as_json(data),
     }
     return re.sub(
         r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read("page.html")
@@ -71,7 +73,9 @@ def render(data: Mapping[str, Any], live: bool = False) -> str:
 
 
 def as_json(data: Mapping[str, Any]) -> str:
-    return json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """The data as JSON that may be part of an HTML page: without "<", nothing in it begins a tag or a comment."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c")
 
 
 def _read(name: str) -> str:

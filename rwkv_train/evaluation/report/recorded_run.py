@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rwkv_train.config.schema import flatten
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.report.metrics_table import MetricsTable
+from rwkv_train.json_files import MAX_BYTES, parse_json, read_regular, reason_of
+from rwkv_train.rundir.record_lines import event_row
 
 _SAMPLE_HEADING = re.compile(r"^===== after (\d+) steps =====\n", re.MULTILINE)
+
+_GROWING = ("events.jsonl", "samples.txt")  # of a long run, which may have any size
+_SOURCE_FIGURES = ("tokens", "nats_per_token", "perplexity", "bits_per_byte")
 
 
 class RecordedRun:
@@ -60,16 +66,17 @@ class RecordedRun:
         for name, read in readers.items():
             try:
                 status = (self.path / name).stat()
-            except FileNotFoundError:
+            except OSError:
                 continue
             file_state = (status.st_size, status.st_mtime_ns)
             if self._file_states.get(name) != file_state:
                 self._file_states[name], changed = file_state, True
                 self._notes.pop(name, None)
                 try:
-                    read(name, (self.path / name).read_text(encoding="utf-8", errors="replace"))
-                except (OSError, ValueError) as error:
-                    self._notes[name] = f"{name} cannot be read: {str(error).splitlines()[0]}"
+                    limit = None if name in _GROWING else MAX_BYTES
+                    read(name, read_regular(self.path / name, limit).decode("utf-8", "replace"))
+                except (OSError, ValueError, RecursionError) as error:
+                    self._notes[name] = f"{name} cannot be read: {reason_of(error)}"
         return changed
 
     def _config(self, name: str, text: str) -> None:
@@ -77,18 +84,15 @@ class RecordedRun:
 
         try:
             tree = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ArithmeticError, TypeError, AttributeError) as error:  # of values such as dates, too
             raise ValueError(str(error)) from None
-        self.config = flatten(tree) if isinstance(tree, dict) else {}
+        plain = parse_json(json.dumps(flatten(tree), default=str)) if isinstance(tree, dict) else {}
+        self.config = dict(plain)
 
     def _events(self, name: str, text: str) -> None:
         rows, bad = [], 0
         for line in text.split("\n")[:-1]:  # a last line without a newline is still being written
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("event"), str):
+            if (row := event_row(line)) is not None:
                 rows.append(row)
             else:
                 bad += 1
@@ -101,10 +105,48 @@ class RecordedRun:
         self.samples = [(int(step), body.rstrip("\n")) for step, body in zip(parts[1::2], parts[2::2], strict=True)]
 
     def _evaluation(self, name: str, text: str) -> None:
-        content = json.loads(text)
+        self.evaluations.pop(name, None)
+        content = parse_json(text)
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
-        self.evaluations[name] = content
+        self.evaluations[name] = checked_evaluation(content)
+
+
+def checked_evaluation(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of an evaluation.
+
+    Raises:
+        ValueError: a value is not of the type that it should have.
+    """
+
+    def number(value: Any, key: str) -> float | None:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{key} is not a number")
+        return value if value is None or abs(value) < 1e300 else None
+
+    def each(value: Any, kind: type, key: str) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError(f"{key} is not {'an object' if kind is dict else 'a list'}")
+        return value
+
+    def source(found: Any, key: str) -> dict[str, Any]:
+        figures = {name: number(each(found, dict, key).get(name), name) for name in _SOURCE_FIGURES}
+        bins = [each(one, dict, "by_position") for one in each(found.get("by_position") or [], list, "by_position")]
+        lines = [{name: number(one.get(name), name) for name in ("to", "nats_per_token")} for one in bins]
+        return {"name": str(found.get("name")), **figures, "by_position": lines}
+
+    sources = [source(one, "sources") for one in each(content.get("sources") or [], list, "sources")]
+    tasks = {}
+    for task, metrics in each(content.get("tasks") or {}, dict, "tasks").items():
+        figures = each(metrics, dict, f"tasks.{task}").items()
+        tasks[task] = {key: one if isinstance(one, str) else number(one, key) for key, one in figures}
+    everything = content.get("all")
+    return {
+        "step": number(content.get("step"), "step"),
+        "sources": sources,
+        "all": None if everything is None else source(everything, "all"),
+        "tasks": tasks or None,
+    }
 
 
 def open_runs(paths: list[Path], wait: bool = False) -> list[RecordedRun]:

@@ -7,7 +7,8 @@ const near = new IntersectionObserver((entries) => {
     const make = entry.isIntersecting && waiting.get(entry.target);
     if (!make) continue;
     waiting.delete(entry.target);
-    drawn.add({ card: entry.target, chart: make() });
+    const card = entry.target;
+    guarded(card.dataset.chart, () => drawn.add({ card, chart: make() }), (note) => card.append(note));
   }
 }, { rootMargin: "500px" });
 const widths = new ResizeObserver(() => {
@@ -16,6 +17,15 @@ const widths = new ResizeObserver(() => {
     if (chart && card.isConnected && Math.abs(chart.width - width) > 1) chart.setSize({ width, height: chart.height });
   }
 });
+
+// Makes a part of the page; one that cannot be made is replaced by a note, and the other parts are there.
+function guarded(what, make, instead = (note) => [note]) {
+  try {
+    return make();
+  } catch (error) {
+    return instead(h("p", { class: "note bad" }, `${what} cannot be shown: ${error.message}`));
+  }
+}
 
 // A card with a chart; settings() returns the arguments of `draw`, or null if there is nothing to draw.
 function card(title, settings, { key, extra, name } = {}) {
@@ -73,7 +83,9 @@ function layerLines(run, rows, value) {
 
 function layerCards() {
   const number = state.focus, run = report.runs[number], cards = [];
-  for (const band of report.spectra) if (run.layers[band.key]) cards.push(...spectrumCards(run, run.layers[band.key], band));
+  for (const band of report.spectra) {
+    if (run.layers[band.key]) cards.push(...guarded(band.key, () => spectrumCards(run, run.layers[band.key], band)));
+  }
   for (const { key, title, unit } of report.layers) {
     const rows = run.layers[key];
     if (!rows || !rows.x.length) continue;
@@ -151,7 +163,7 @@ function table(head, rows, textual = false) {
 
 function evaluationCards() {
   const parts = [];
-  report.runs.forEach((run, number) => Object.entries(run.evaluations).forEach(([file, found]) => {
+  report.runs.forEach((run) => Object.entries(run.evaluations).forEach(([file, found]) => {
     const about = `${run.name}, ${file}${found.step == null ? "" : `, step ${exact(found.step)}`}`;
     const sources = Array.isArray(found.sources) ? found.sources : [];
     const rows = sources.length > 1 && found.all ? [...sources, found.all] : sources;
@@ -166,7 +178,7 @@ function evaluationCards() {
       }), { name: "by_position" }));
     }
     if (found.tasks) parts.push(h("div", { class: "card scroll" }, h("h3", {}, `${about}: tasks`), table(["task", "metric", "value"],
-      Object.entries(found.tasks).flatMap(([name, metrics]) => Object.entries(metrics).map(([metric, value]) => [name, metric, exact(value)])), true).firstChild));
+      Object.entries(found.tasks).flatMap(([name, metrics]) => Object.entries(metrics).map(([metric, value]) => [name, metric, typeof value === "string" ? value : exact(value)])), true).firstChild));
   }));
   return parts;
 }
@@ -187,7 +199,7 @@ function eventView() {
   const saved = run.events.length - rows.length;
   if (!run.events.length) return null;
   const rest = (event) => Object.entries(event.rest).map(([key, value]) => `${key}: ${typeof value === "string" ? value : JSON.stringify(value)}`).join(", ");
-  const when = (event) => (event.time ? new Date(event.time * 1000).toISOString().slice(0, 19).replace("T", " ") : "");
+  const when = ({ time }) => (time && Math.abs(time) < 8e12 ? new Date(time * 1000).toISOString().slice(0, 19).replace("T", " ") : "");
   const list = table(["step", "event", "time (UTC)", "details"], rows.map((event) => [
     exact(event.step), TROUBLE.test(event.event) ? h("b", { style: "color:var(--bad)" }, event.event) : event.event, when(event), rest(event)]), true);
   return h("div", {}, list, saved ? h("p", { class: "unit" }, `and ${exact(saved)} checkpoints`) : null);
@@ -211,13 +223,14 @@ function render() {
   const differences = report.differences.length ? [h("details", { open: report.differences.length <= 12 }, h("summary", {}, `${report.differences.length} settings differ`),
     table(["setting", ...report.runs.map((run) => run.name)], report.differences.map((row) => [row.setting, ...row.values]), true))] : many ? [h("p", { class: "unit" }, "The runs' settings are the same.")] : [];
   const empty = report.runs.some((run) => Object.keys(run.curves).length) ? [] : [h("p", {}, "No step has been logged yet.")];
-  const details = [sampleView(), eventView()];
+  const details = [guarded("samples", sampleView, (note) => note), guarded("events", eventView, (note) => note)];
+  const cards = (name) => guarded(name, () => metricCards(name));
   main.replaceChildren(
-    ...notes, h("h2", {}, many ? "Comparison" : "Summary"), summaryTable(), ...differences, ...empty,
-    ...names.filter((name) => name !== "Other").flatMap((name) => section(name, metricCards(name))),
-    ...section("Layers", layerCards(), true),
-    ...section("Other", metricCards("Other")),
-    ...section("Evaluation", evaluationCards()),
+    ...notes, h("h2", {}, many ? "Comparison" : "Summary"), guarded("the summary", summaryTable, (note) => note), ...differences, ...empty,
+    ...names.filter((name) => name !== "Other").flatMap((name) => section(name, cards(name))),
+    ...section("Layers", guarded("layers", layerCards), true),
+    ...section("Other", cards("Other")),
+    ...section("Evaluation", guarded("evaluations", evaluationCards)),
     ...(details[0] ? [h("h2", {}, "Samples", focusPicker()), details[0]] : []),
     ...(details[1] ? [h("h2", {}, "Events", focusPicker()), details[1]] : []));
   main.style.minHeight = "";

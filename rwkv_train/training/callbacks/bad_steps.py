@@ -28,7 +28,7 @@ from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.rundir.durable import write_durably
+from rwkv_train.rundir.durable import write_state
 from rwkv_train.rundir.jsonl import Events, MetricsRow, WriteErrors
 from rwkv_train.training.attempt import continue_data
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback, between_steps
@@ -292,9 +292,10 @@ class BadSteps(Callback):
         module.verdict.count_skipped_from(step - meta.updates)
         module.read_again()
         if self.events.enabled:
+            left_out = {"rewinds": self.rewinds, "skipped": self.data.skipped}
             with self.write_errors.tolerate(self.run.passed_over):
-                write_durably(self.run.passed_over, json.dumps({"rewinds": self.rewinds, "skipped": self.data.skipped}))
-            self.events.add("rewound", step, reached=reached, passed_over=passed_over)
+                write_state(self.run.passed_over, left_out)
+            self.events.add("rewound", step, reached=reached, passed_over=passed_over, **left_out)
             self._print(
                 reached,
                 f"rewound to {checkpoint.name}; the data of {passed_over} steps are passed over",

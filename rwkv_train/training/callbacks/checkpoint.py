@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,16 +19,12 @@ from rwkv_train.checkpoint.retention import Retention
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.config import CheckpointSettings
 from rwkv_train.data.batches import Batches
-from rwkv_train.rundir.attempts import Attempts
+from rwkv_train.rundir.attempts import Attempts, Superseded
 from rwkv_train.rundir.jsonl import Events
 from rwkv_train.training.attempt import continue_data
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.probe import Probe
 from rwkv_train.training.strategy import ShardedStrategy
-
-
-class Superseded(Exception):
-    """A newer attempt of this run has begun: what this one writes from now on would not count."""
 
 
 class CheckpointCallback(Callback):
@@ -150,6 +147,9 @@ class CheckpointCallback(Callback):
 
         Returns:
             the checkpoint's directory; None: there is none.
+
+        Raises:
+            Superseded: a newer attempt of the run has taken over.
         """
         self.waiting(trainer.global_step)
         strategy = cast(ShardedStrategy, trainer.strategy)
@@ -168,8 +168,11 @@ class CheckpointCallback(Callback):
             return None
         name, number = CheckpointName.of(path), 0
         if strategy.global_rank == 0:
-            number = self.attempts.claim()
-            self.attempts.begin(number, name.step, name.attempt)
+            with suppress(Superseded):
+                number = self.attempts.claim(after=self._attempt)
+                self.attempts.begin(number, name.step, name.attempt)
+        if strategy.broadcast(strategy.global_rank == 0 and not number):
+            raise Superseded
         self._attempt = strategy.begin_attempt(number)
         strategy.restore(path)
         self.last = self._begun = self._restored = name.step
