@@ -183,8 +183,11 @@ def test_push(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = {"_target_": "rwkv_train.trackers.wandb.Wandb", "mode": "offline"}
     state = push(run, "wandb", tree)
     assert state["sent"] == 8
-    sent = {step: row for (name, step), row in wandb_rows(run).items() if name == state["id"]}
     truth = {row["step"]: dict(flat(row)) for row in rows(run)}
+    end, sent = time.monotonic() + 30, dict[int, dict[str, Any]]()
+    while len(sent) < len(truth) and time.monotonic() < end:  # W&B's own process writes the file, a moment later
+        sent = {step: row for (name, step), row in wandb_rows(run).items() if name == state["id"]}
+        time.sleep(0.1)
     assert {s: {k: v for k, v in row.items() if not k.startswith("_")} for s, row in sent.items()} == truth
     assert cli.main(["report", str(run), "--push", "csv"]) == 0
     with open(run / "metrics.csv", newline="") as file:
