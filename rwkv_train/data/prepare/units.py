@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from rwkv_train.data.bad_rows import BadRows
 from rwkv_train.data.formats import format_of, open_decompressed
 from rwkv_train.data.prepare.tables import array_elements, csv_rows, json_layout
 from rwkv_train.errors import UserError
@@ -204,6 +205,26 @@ class ParquetRowGroup:
                     yield from _text(text.encode(), where) if isinstance(text, str) else [Skipped(NO_TEXT, where)]
 
 
+@dataclass(frozen=True)
+class RowsLeftOut:
+    """The rows of a data set that the parent process has left out.
+
+    Attributes:
+        name: of the data set.
+        count: how many.
+        first: which are the first, and why.
+    """
+
+    name: str
+    count: int
+    first: tuple[str, ...]
+    size: int = 0
+
+    def documents(self) -> Documents:
+        for number in range(self.count):
+            yield Skipped(NO_TEXT, self.first[number] if number < len(self.first) else self.name)
+
+
 def _parsed(line: bytes, field: str, where: str) -> Documents:
     try:
         text = json.loads(line)[field]
@@ -370,7 +391,8 @@ def _streamed_units(name: str, field: str, split: str) -> Iterator[Unit]:
 
     texts: list[bytes] = []
     size = 0
-    rows: Any = enumerate(texts_of(open_dataset(name, split), field))
+    bad = BadRows(1)  # the share is checked where the counts of all units come together
+    rows: Any = enumerate(texts_of(open_dataset(name, split), field, bad))
     for row, text in rows:
         texts.append(text)
         size += len(text)
@@ -381,3 +403,5 @@ def _streamed_units(name: str, field: str, split: str) -> Iterator[Unit]:
             texts, size = [], 0
     if texts:
         yield TextFiles(tuple(f"{name}, one of the last {len(texts)} rows" for _ in texts), size, tuple(texts))
+    if bad.bad:
+        yield RowsLeftOut(name, bad.bad, tuple(bad.named))
