@@ -15,49 +15,13 @@ from typing import IO, Any, Protocol
 
 from rwkv_train.data.bad_rows import BadRows
 from rwkv_train.data.formats import format_of, open_decompressed
+from rwkv_train.data.prepare.skipped import BINARY, EMPTY, NO_TEXT, NOT_JSON, NOT_UTF8, TOO_LONG, Skipped
 from rwkv_train.data.prepare.tables import array_elements, csv_rows, json_layout
 from rwkv_train.errors import UserError
 
 UNIT_BYTES = 2**25  # of text
 MAX_FILES_PER_UNIT = 2000
 MAX_DOCUMENT_BYTES = 2**24  # longer texts are cut at the end of a line, longer lines of JSON are left out
-
-EMPTY, NOT_UTF8, NOT_JSON, NO_TEXT, TOO_LONG, BINARY = (
-    "empty",
-    "not UTF-8",
-    "not JSON",
-    "without the text field",
-    "a line of more than 16 MiB",
-    "binary",
-)
-HARMLESS = {EMPTY, BINARY}  # not counted among the rows that cannot be used: they have no text
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A document that is left out.
-
-    Attributes:
-        reason: one of the constants above.
-        where: file and position, for messages.
-        byte: offset of its line in the file, where the number of the line is not known.
-        path: the file; with `byte`.
-    """
-
-    reason: str
-    where: str
-    byte: int | None = None
-    path: str = ""
-
-    @property
-    def line(self) -> str:
-        """The file and the line, which is counted for that."""
-        if self.byte is None:
-            return self.where
-        with open(self.path, "rb") as file:
-            before = sum(file.read(min(2**20, self.byte - n)).count(b"\n") for n in range(0, self.byte, 2**20))
-        return f"{self.path}, line {before + 1}"
-
 
 Documents = Iterator[bytes | Skipped]
 
