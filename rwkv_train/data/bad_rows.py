@@ -37,8 +37,8 @@ class BadRows:
         """
         self.rows += 1
         self.bad += 1
-        if len(self.named) < MAX_NAMED:
-            self.named.append(f"{where}: {reason}")
+        if len(self.named) < MAX_NAMED and (row := f"{where}: {reason}") not in self.named:  # it may be read again
+            self.named.append(row)
         self.check(complete=False)
 
     def check(self, complete: bool) -> None:

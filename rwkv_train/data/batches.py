@@ -336,6 +336,11 @@ class Batches:
         """The micro-batches of whole steps from `start_step` on, to `end_step` or to the end of the data."""
         return Ahead(TrainBatches(self)) if self.pinned else TrainBatches(self)
 
+    @property
+    def left_out(self) -> str:
+        """Which rows of a stream could not be used; empty if all could."""
+        return "" if self.stream is None else self.stream.bad.description
+
     def close(self) -> None:
         """Ends the processes of a stream. More batches may be asked for; it is read again for them."""
         if self.stream is not None:

@@ -22,7 +22,9 @@ import numpy as np
 from rwkv_train.config import DataSettings
 from rwkv_train.data import workers
 from rwkv_train.data.arrays import Ints
+from rwkv_train.data.bad_rows import BadRows
 from rwkv_train.data.formats import KINDS, Kind, format_of
+from rwkv_train.data.json_lines import JsonLines
 from rwkv_train.data.rows import BatchArrays
 from rwkv_train.data.sources import DataSource
 from rwkv_train.data.store import MemoryStore
@@ -30,6 +32,7 @@ from rwkv_train.data.tokenizers import Tokenizer, Tokens, load_tokenizer
 from rwkv_train.errors import UserError
 
 DOCUMENTS_PER_CHUNK = 64  # tokenised by one call
+_ROWS_WITHOUT_TEXT = 10  # at the beginning of a data set: the column is another one
 CHUNKS_AHEAD = 4  # queued per process
 BUILDERS: dict[Kind | None, tuple[str, dict[str, Any]]] = {
     "jsonl": ("json", {}),
@@ -65,13 +68,14 @@ class StreamRows:
 
     Attributes:
         keep: number of rows before the newest that may be requested again.
+        bad: the rows of the data set that have been left out since the start.
     """
 
     per_epoch = 2**62  # the length of an epoch is unknown; the data set is read again at its end
 
     def __init__(self, dataset: Any, settings: DataSettings, extend: Sequence[str], context: int) -> None:
         self.dataset, self.settings, self.extend, self.context = dataset, settings, tuple(extend), context
-        self.keep = 0
+        self.keep, self.bad = 0, BadRows(settings.max_bad_rows)
         self._chunks: deque[_Chunk] = deque()
         self._arriving: Generator[_Chunk, None, None] | None = None
         self._start_state = dataset.state_dict()
@@ -102,10 +106,12 @@ class StreamRows:
         self._chunks.clear()
 
     def close(self) -> None:
-        """Ends the tokenising processes."""
+        """Ends the tokenising processes. If more rows are requested, reading begins at the last known position."""
         if self._arriving is not None:
             self._arriving.close()
             self._arriving = None
+            self._position = self._chunks[0].position if self._chunks else self._position
+            self._chunks.clear()
 
     def _window(self, begin: int, length: int) -> Tokens:
         if self._arriving is None:
@@ -145,10 +151,9 @@ class StreamRows:
         """Yields chunks of documents and the position before each, epoch after epoch without end."""
         epoch, state = self._position["epoch"], self._position["dataset"]
         while True:
-            if state is not None:
-                self.dataset.load_state_dict(state)
+            self.dataset.load_state_dict(self._start_state if state is None else state)
             skip = self.settings.held_out_documents if state is None else 0
-            documents, count = texts_of(self.dataset, self.settings.field), 0
+            documents, count = texts_of(self.dataset, self.settings.field, self.bad), 0
             for _ in range(skip):
                 next(documents, None)
             while True:
@@ -164,24 +169,55 @@ class StreamRows:
                     f"{self.settings.held_out_documents} held-out ones",
                     "lower data.held_out_documents, or give a data set with more documents",
                 )
+            self.bad.check(complete=True)
             epoch, state = epoch + 1, None
-            self.dataset.load_state_dict(self._start_state)
 
 
-def texts_of(dataset: Any, field: str) -> Iterator[bytes]:
+def texts_of(dataset: Any, field: str, bad: BadRows) -> Iterator[bytes]:
     """Yields the documents of a data set: the texts of one column, as UTF-8.
 
+    Args:
+        dataset: an IterableDataset, or `JsonLines`.
+        field: the column.
+        bad: counts the rows without a text.
+
     Raises:
-        UserError: a row has no text in that column.
+        UserError: too many rows have no text in that column, or the data set cannot be read further.
     """
-    for row in dataset:
-        text = row.get(field)
-        if not isinstance(text, str):
+    number, found, columns = 0, 0, ""
+    rows = iter(dataset)
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # the library raises many types
+            reason = " ".join(str(error.__cause__ or error).split())[:200]
             raise UserError(
-                f"data.field={field}: a row has no text in this column; its columns are {', '.join(row)}",
-                "set data.field to the column of the text",
-            )
-        yield text.encode()
+                f"the data set cannot be read behind row {number:,} ({type(error).__name__}: {reason})",
+                "correct the file or leave it out; of .jsonl files such rows are left out",
+            ) from None
+        if row is None:
+            break
+        number += 1
+        where = getattr(dataset, "where", "") or f"row {number:,}"
+        text = row if isinstance(row, str) else row.get(field)
+        if isinstance(row, str) or not isinstance(text, str):
+            columns = columns or ("" if isinstance(row, str) else ", ".join(row))
+            if not found and number >= _ROWS_WITHOUT_TEXT and columns:
+                break
+            bad.leave_out(where, row if isinstance(row, str) else f"no text in {field}")
+            continue
+        try:
+            document = text.encode()
+        except UnicodeEncodeError:  # an escaped lone surrogate
+            bad.leave_out(where, "not UTF-8")
+            continue
+        found, bad.rows = found + 1, bad.rows + 1
+        yield document
+    if number and not found and columns:
+        raise UserError(
+            f"data.field={field}: a row has no text in this column; its columns are {columns}",
+            "set data.field to the column of the text",
+        )
 
 
 def _encode(texts: Sequence[bytes]) -> Tokens:
@@ -202,7 +238,7 @@ def open_stream(data: DataSettings, extend: Sequence[str], context: int) -> tupl
     """
     tokenizer = load_tokenizer(str(data.tokenizer), extend)
     dataset = open_dataset(str(data.path), data.split)
-    held = list(islice(texts_of(dataset, data.field), data.held_out_documents))
+    held = list(islice(texts_of(dataset, data.field, BadRows(data.max_bad_rows)), data.held_out_documents))
     pieces = [np.full(1, tokenizer.end_of_text, tokenizer.encode(b"").dtype)]
     for text in held:
         pieces += [tokenizer.encode(text), pieces[0]]
@@ -221,13 +257,11 @@ def open_stream(data: DataSettings, extend: Sequence[str], context: int) -> tupl
 
 
 def open_dataset(path: str, split: str) -> Any:
-    """Opens local files (one, or a glob), or a data set of the hub by name, as an IterableDataset.
+    """Opens local files (one, or a glob), or a data set of the hub by name, as an IterableDataset or `JsonLines`.
 
     Raises:
         UserError: the files are of several kinds, or nothing can be opened.
     """
-    import datasets
-
     files = sorted(glob.glob(str(Path(path).expanduser()), recursive=True))
     files = [name for name in files if Path(name).is_file()]
     try:
@@ -238,8 +272,14 @@ def open_dataset(path: str, split: str) -> Any:
                     f"data.path={path} names files of several or of unknown kinds",
                     f"give files of one kind: {', '.join(s for s, kind in KINDS.items() if kind in BUILDERS)}",
                 )
+            if kinds == {"jsonl"}:
+                return JsonLines(files)
+            import datasets
+
             builder, more = BUILDERS[kinds.pop()]
             return datasets.load_dataset(builder, data_files={split: files}, split=split, streaming=True, **more)
+        import datasets
+
         return datasets.load_dataset(path, split=split, streaming=True)
     except UserError:
         raise

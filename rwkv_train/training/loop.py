@@ -107,4 +107,6 @@ def _train(training: Training, requeue: Requeue) -> Ending | None:
     finally:
         with contextlib.suppress(ValueError):  # a thread that reads ahead may be in it after an error
             setup.data.close()
+        if setup.data.left_out:
+            setup.console.print(setup.data.left_out)
     return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import zstandard
 
 from rwkv_train.config import BatchSettings, DataSettings
 from rwkv_train.config.mesh import Mesh
@@ -92,6 +94,67 @@ def test_error_messages(files: str, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(UserError, match="names files of several or of unknown kinds"):
         stream(str(tmp_path / "x.csv"))
+
+
+BAD_ROWS = {
+    b'{"id": 1}': "no text in text",
+    b'{"text": 7}': "no text in text",
+    b'{"text": null}': "no text in text",
+    b'{"text": "caf\xe9"}': "not UTF-8",
+    b'{"text": "\\ud800"}': "not UTF-8",
+    b'{"text": "\0"}': "not JSON",
+    b"[" * 100_000: "not JSON",
+    b"[1]": "not an object",
+}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize(
+    "bad", list(BAD_ROWS), ids=lambda row: row[:20].decode("latin-1").encode("unicode_escape").decode()
+)
+def test_a_bad_row_is_left_out_and_named(tmp_path: Path, bad: bytes, suffix: str) -> None:
+    """Whether it is read in the run or passed by a resume; the run is the one without that row."""
+    lines = [b'{"text": "document %d"}' % number for number in range(500)]
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "rows" / f"a.jsonl{suffix}"
+    whole.write_bytes(b"\n".join(lines[:399] + lines[400:]) + b"\n")
+    lines[399] = bad
+    path.parent.mkdir()
+    content = b"\n".join(lines) + b"\n"
+    packed = {"": content, ".gz": gzip.compress(content), ".zst": zstandard.ZstdCompressor().compress(content)}
+    path.write_bytes(packed[suffix])
+    expected, data = stream(str(whole)), stream(str(path))
+    batches = [data.batch(step) for step in range(18)]  # more than an epoch
+    assert text_of(batches) == text_of([expected.batch(step) for step in range(18)])
+    assert data.left_out.endswith(f" rows: {path}, line 400: {BAD_ROWS[bad]}")
+    resumed = stream(str(path))
+    resumed.begin(12, json.loads(json.dumps(data.position(12))))
+    assert torch.equal(resumed.batch(12)[0], batches[12][0])
+    assert expected.left_out == ""
+
+
+def test_too_many_bad_rows_end_a_stream(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"document {n}"}) if n % 20 else "nonsense" for n in range(1, 400)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
+    data = stream(str(tmp_path / "a.jsonl"))
+    with pytest.raises(
+        UserError, match=r"(?s)rows cannot be used, more than data.max_bad_rows=0.01 allows:.*line 20: not"
+    ):
+        text_of([data.batch(step) for step in range(20)])
+    allowed = stream(str(tmp_path / "a.jsonl"), max_bad_rows=0.05)
+    assert text_of([allowed.batch(step) for step in range(9)]).startswith(b"\0document 6\0document 7")
+
+
+def test_a_closed_stream_is_read_again(files: str) -> None:
+    """And its processes end with `close`, not with the interpreter, which cannot end them without a traceback."""
+    data, again = stream(files, workers=1), stream(files)
+    first = data.batch(0)[0]
+    reading: Any = data.stream
+    assert reading._arriving is not None
+    data.close()
+    assert reading._arriving is None
+    assert torch.equal(data.batch(0)[0], first)
+    assert torch.equal(data.batch(3)[0], again.batch(3)[0])
+    data.close()
 
 
 @pytest.mark.parametrize("name", ["books.txt.jsonl", "books.JSONL", "books.ndjson", "books.json"])

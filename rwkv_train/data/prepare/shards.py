@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from rwkv_train.data.bad_rows import MAX_NAMED, BadRows
-from rwkv_train.data.prepare.units import HARMLESS, Skipped, Unit
+from rwkv_train.data.prepare.skipped import HARMLESS, Skipped
+from rwkv_train.data.prepare.units import Unit
 from rwkv_train.data.tokenizers import token_dtype
 from rwkv_train.data.workers import tokenizer
 from rwkv_train.errors import UserError

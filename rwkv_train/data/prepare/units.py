@@ -13,50 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from rwkv_train.data.bad_rows import BadRows
 from rwkv_train.data.formats import format_of, open_decompressed
+from rwkv_train.data.prepare.skipped import BINARY, EMPTY, NO_TEXT, NOT_JSON, NOT_UTF8, TOO_LONG, Skipped
 from rwkv_train.data.prepare.tables import array_elements, csv_rows, json_layout
 from rwkv_train.errors import UserError
 
 UNIT_BYTES = 2**25  # of text
 MAX_FILES_PER_UNIT = 2000
 MAX_DOCUMENT_BYTES = 2**24  # longer texts are cut at the end of a line, longer lines of JSON are left out
-
-EMPTY, NOT_UTF8, NOT_JSON, NO_TEXT, TOO_LONG, BINARY = (
-    "empty",
-    "not UTF-8",
-    "not JSON",
-    "without the text field",
-    "a line of more than 16 MiB",
-    "binary",
-)
-HARMLESS = {EMPTY, BINARY}  # not counted among the rows that cannot be used: they have no text
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A document that is left out.
-
-    Attributes:
-        reason: one of the constants above.
-        where: file and position, for messages.
-        byte: offset of its line in the file, where the number of the line is not known.
-        path: the file; with `byte`.
-    """
-
-    reason: str
-    where: str
-    byte: int | None = None
-    path: str = ""
-
-    @property
-    def line(self) -> str:
-        """The file and the line, which is counted for that."""
-        if self.byte is None:
-            return self.where
-        with open(self.path, "rb") as file:
-            before = sum(file.read(min(2**20, self.byte - n)).count(b"\n") for n in range(0, self.byte, 2**20))
-        return f"{self.path}, line {before + 1}"
-
 
 Documents = Iterator[bytes | Skipped]
 
@@ -202,6 +167,26 @@ class ParquetRowGroup:
                 for row, text in enumerate(batch.column(0).to_pylist()):
                     where = f"{self.path}, row group {self.number}, row {row}"
                     yield from _text(text.encode(), where) if isinstance(text, str) else [Skipped(NO_TEXT, where)]
+
+
+@dataclass(frozen=True)
+class RowsLeftOut:
+    """The rows of a data set that the parent process has left out.
+
+    Attributes:
+        name: of the data set.
+        count: how many.
+        first: which are the first, and why.
+    """
+
+    name: str
+    count: int
+    first: tuple[str, ...]
+    size: int = 0
+
+    def documents(self) -> Documents:
+        for number in range(self.count):
+            yield Skipped(NO_TEXT, self.first[number] if number < len(self.first) else self.name)
 
 
 def _parsed(line: bytes, field: str, where: str) -> Documents:
@@ -370,7 +355,8 @@ def _streamed_units(name: str, field: str, split: str) -> Iterator[Unit]:
 
     texts: list[bytes] = []
     size = 0
-    rows: Any = enumerate(texts_of(open_dataset(name, split), field))
+    bad = BadRows(1)  # the share is checked where the counts of all units come together
+    rows: Any = enumerate(texts_of(open_dataset(name, split), field, bad))
     for row, text in rows:
         texts.append(text)
         size += len(text)
@@ -381,3 +367,5 @@ def _streamed_units(name: str, field: str, split: str) -> Iterator[Unit]:
             texts, size = [], 0
     if texts:
         yield TextFiles(tuple(f"{name}, one of the last {len(texts)} rows" for _ in texts), size, tuple(texts))
+    if bad.bad:
+        yield RowsLeftOut(name, bad.bad, tuple(bad.named))
