@@ -51,13 +51,15 @@ def load_mapped(path: Path) -> Any:
     """
     try:
         open_regular(path).close()
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise
+    except OSError as error:
+        raise ValueError(reason_of(error)) from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many types
-        torn = isinstance(error, RuntimeError) and not zipfile.is_zipfile(path)
-        reason = "it is cut short, or no .pth file" if torn else reason_of(error)
-        raise ValueError(reason) from None
+        torn = not zipfile.is_zipfile(path)
+        raise ValueError("it is cut short, or no .pth file" if torn else reason_of(error)) from None
 
 
 def _is_complete(value: Tensor) -> bool:
