@@ -110,6 +110,7 @@ MAY_PARSE_JSON = {
     "watchdog/connection.py": "imports the standard library only",
     "training/callbacks/watchdog.py": "a message of the monitor that this process has started",
     "data/chat.py": "lines of documents, in which half a surrogate pair is a fault",
+    "data/json_lines.py": "lines of documents, in which half a surrogate pair is a fault",
     "data/prepare/units.py": "lines of documents, in which half a surrogate pair is a fault",
     "data/prepare/tables.py": "documents, in which half a surrogate pair is a fault",
 }
