@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.checkpoint import shards
-from rwkv_train.checkpoint.directory import newest, verify
+from rwkv_train.checkpoint.directory import newest, refuse_damage, verify
 from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.shards import MOMENTS, WEIGHT, Reader, StateShard, contents, file_names, index_of
 from rwkv_train.checkpoint.storage import LocalStorage
@@ -206,8 +206,9 @@ def test_a_directory_around_checkpoints_is_not_taken_for_a_damaged_one(tmp_path:
         write(tmp_path / "checkpoints" / str(CheckpointName(step, 1)), 2)
     for path in (tmp_path, tmp_path / "checkpoints"):
         with pytest.raises(UserError, match=r"is not a complete checkpoint: it has no manifest\.json") as raised:
-            Reader(path)
+            refuse_damage(path)  # to resume, a checkpoint itself must be named
         assert raised.value.remedy == f"use {tmp_path}/checkpoints/step_000000015-0001"
+        assert Reader(path).path == tmp_path / "checkpoints" / "step_000000015-0001"
 
 
 def test_a_rank_that_cannot_write_costs_the_checkpoint_and_says_so(tmp_path: Path) -> None:
