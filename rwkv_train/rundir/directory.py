@@ -134,16 +134,20 @@ class RunDirectory:
                 record.refresh()
             yield records
 
-    def refuse_unusable(self) -> None:
-        """Raises the UserErrors of `claimed` without creating or changing anything."""
+    def refuse_unusable(self, job: str | None = None) -> None:
+        """Raises the UserErrors of `claimed` without creating or changing anything.
+
+        Args:
+            job: as for `claimed`.
+        """
         nearest = next(path for path in [self.path, *self.path.absolute().parents] if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             why = "it is a file" if nearest.is_file() else f"{nearest} is read-only"
             raise UserError(f"the run directory {self.path} cannot be written: {why}", "run.root=DIR puts it elsewhere")
         lock = self.path / ".lock"
         if lock.exists():
-            with open(lock, encoding="utf-8") as file:
-                _lock(file, self.path)
+            with open(lock, "r+", encoding="utf-8") as file:
+                _lock(file, self.path, job)
 
     @contextmanager
     def claimed(self, first: bool, job: str | None = None) -> Iterator[None]:
@@ -167,24 +171,25 @@ class RunDirectory:
             what = f"the run directory {self.path} cannot be written: {error.strerror}"
             raise UserError(what, "run.root=DIR puts it elsewhere") from None
         with lock:
-            mark = f", job {job}" if job else ""
-            try:
-                _lock(lock, self.path)
-            except UserError:
-                lock.seek(0)
-                if not mark or not lock.read().strip().endswith(mark):
-                    raise
+            _lock(lock, self.path, job)
             with contextlib.suppress(OSError):  # a full disk: the lock holds, it only does not name its owner
                 os.truncate(lock.fileno(), 0)
-                os.write(lock.fileno(), f"pid {os.getpid()} on {os.uname().nodename}{mark}".encode())
+                os.write(lock.fileno(), f"pid {os.getpid()} on {os.uname().nodename}{_mark(job)}".encode())
             yield
 
 
-def _lock(file: TextIO, path: Path) -> None:
-    """Raises a UserError if another process holds the lock."""
-    if not lock(file):
-        file.seek(0)
+def _lock(file: TextIO, path: Path, job: str | None) -> None:
+    """Raises a UserError if another process holds the lock, unless that is of the same job."""
+    if lock(file):
+        return
+    file.seek(0)
+    owner = file.read().strip()
+    if not (job and owner.endswith(_mark(job))):
         raise UserError(
-            f"the run directory {path} is in use by another process ({file.read().strip() or 'unknown'})",
+            f"the run directory {path} is in use by another process ({owner or 'unknown'})",
             "wait for it, stop it, or give this run another name: run.name=NAME",
         )
+
+
+def _mark(job: str | None) -> str:
+    return f", job {job}" if job else ""

@@ -42,6 +42,8 @@ def train(config: Config, storage: Storage | None = None, rank_info: RankInfo | 
 def _train(config: Config, storage: Storage | None, rank_info: RankInfo | None) -> int:
     setup = assemble(config, storage, rank_info)
     checkpoint_to_resume(setup)
+    if setup.first:
+        setup.directory.refuse_unusable(setup.rank_info.job)
     from rwkv_train.training.loop import fit  # Lightning takes seconds to import: user errors come first
 
     try:

@@ -241,7 +241,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
 }
 
 
-IN_TIME = ["three at once", "data short", "another config", "a model that does not fit", "generate from torn weights"]
+IN_TIME = ["three at once", "data short", "a model that does not fit", "generate from torn weights"]
 IN_TIME += ["a logger's argument"]
 
 
