@@ -11,6 +11,7 @@ from rwkv_train.config import Config
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.training.attempt import checkpoint_to_resume
 from rwkv_train.training.setup import assemble
+from rwkv_train.training.user_classes import prepare_loggers
 
 
 def train(config: Config, storage: Storage | None = None, rank_info: RankInfo | None = None) -> int:
@@ -44,6 +45,7 @@ def _train(config: Config, storage: Storage | None, rank_info: RankInfo | None) 
     checkpoint_to_resume(setup)
     if setup.first:
         setup.directory.refuse_unusable(setup.rank_info.job)
+    prepare_loggers(config)
     from rwkv_train.training.loop import fit  # Lightning takes seconds to import: user errors come first
 
     try:

@@ -198,7 +198,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
     "a health policy": (["health.nonfinite=ignore"], CONFIG, ["health.nonfinite=ignore is not valid"]),
     "a logger's argument": (
         ["logger=wandb", "+logger.wandb.projekt=x", "run.name=new"],
-        LIGHTNING,
+        TORCH,
         ["logger.wandb: rwkv_train.trackers.wandb.Wandb got an unexpected keyword argument 'projekt'"],
     ),
     "replay of nothing": (["replay=no.json"], CONFIG, ["replay=no.json cannot be read: No such file or directory"]),
@@ -242,7 +242,6 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
 
 
 IN_TIME = ["three at once", "data short", "a model that does not fit", "generate from torn weights"]
-IN_TIME += ["a logger's argument"]
 
 
 def command(mistake: str, template: Path, tmp_path: Path) -> tuple[Path, list[str]]:
