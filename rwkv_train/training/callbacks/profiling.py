@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch.profiler import ProfilerActivity, profile, schedule
 
 WAIT_STEPS, WARMUP_STEPS, RECORDED_STEPS = 5, 2, 10  # not profiled; profiled but discarded; recorded
@@ -57,7 +57,7 @@ class Profiling(Callback):
         costs = costs_of(recorded.key_averages(), cuda)
         total = sum(seconds for _, seconds, _ in costs)
         table = Table(
-            "operator",
+            Column("operator", no_wrap=True, overflow="ellipsis"),
             "ms a step",
             "share",
             "calls a step",
