@@ -74,7 +74,7 @@ def test_spans(seconds: float, text: str) -> None:
 
 def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A trace that a trace viewer reads, the ten largest costs, and no advice where nothing is certain."""
-    monkeypatch.setenv("COLUMNS", "60")  # a cost has one line, whatever the operator is called
+    monkeypatch.setenv("COLUMNS", "80")  # a cost has one line, whatever the operator is called
     assert train(launcher.load(overrides_for(tmp_path, "run", "budget.steps=20", "profile=true"))) == 0
     trace = json.loads((tmp_path / "runs" / "run" / "trace.json").read_text())
     names = {event["name"] for event in trace["traceEvents"] if event.get("ph") == "X"}

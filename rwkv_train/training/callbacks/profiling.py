@@ -57,7 +57,7 @@ class Profiling(Callback):
         costs = costs_of(recorded.key_averages(), cuda)
         total = sum(seconds for _, seconds, _ in costs)
         table = Table(
-            Column("operator", no_wrap=True, overflow="ellipsis"),
+            Column("operator", no_wrap=True, overflow="ellipsis", max_width=40),
             "ms a step",
             "share",
             "calls a step",
