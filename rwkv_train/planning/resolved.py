@@ -82,11 +82,6 @@ class ResolvedConfig(Devices):
     micro: int
     accumulation: int
 
-    @property
-    def devices(self) -> Devices:
-        """The same, for callers that read only this part."""
-        return self
-
     def plan(self, config: Config, vocab_size: int) -> Plan:
         """The plan of what runs: memory, FLOPs and network of a step.
 

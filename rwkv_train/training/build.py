@@ -129,8 +129,8 @@ def build_trainer(
     config, data, resolved = setup.config, setup.data, setup.resolved
     return L.Trainer(
         accelerator=resolved.accelerator,
-        devices=resolved.devices.per_node,
-        num_nodes=resolved.devices.nodes,
+        devices=resolved.per_node,
+        num_nodes=resolved.nodes,
         plugins=environment(setup.rank_info),
         precision=None if strategy.brings_precision else resolved.precision,  # type: ignore[arg-type]
         strategy=strategy,

@@ -35,7 +35,7 @@ def test_nothing_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found = setup.resolved
     assert (found.mesh, found.strategy, found.micro, found.accumulation) == (Mesh(1), "single", 2, 2)
     assert (found.accelerator, found.precision, found.threads) == ("cpu", "32-true", 8)
-    assert not [name for name, value in {**values(found), **values(found.devices)}.items() if value in ("auto", None)]
+    assert not [name for name, value in values(found).items() if value in ("auto", None)]
     assert (setup.config.trainer.precision, setup.config.strategy, setup.config.trainer.devices) == ("auto",) * 3
     assert (setup.tree["trainer"]["precision"], setup.tree["strategy"]) == ("32-true", "auto")
     plan = found.plan(setup.config, setup.data.vocabulary)
