@@ -42,6 +42,10 @@ def signal_connector() -> bool:
     return callable(loop_state()["trainer"]._signal_connector.register_signal_handlers)
 
 
+def broadcast_of_sigterm() -> bool:
+    return takes(loop_state()["trainer"].fit_loop.epoch_loop._broadcast_sigterm_tensor)
+
+
 def steps_of_the_loop() -> bool:
     loop = loop_state()["trainer"].fit_loop.epoch_loop
     return loop._batches_that_stepped == 1 and "_batches_that_stepped" in loop_state()["loops"]["epoch_loop.state_dict"]
@@ -99,6 +103,10 @@ PRIVATE: dict[str, tuple[Callable[[], bool], str]] = {
     "_signal_connector": (
         signal_connector,
         "Lightning's SIGTERM handler broadcasts inside the handler: replaced",
+    ),
+    "_broadcast_sigterm_tensor": (
+        broadcast_of_sigterm,
+        "a collective and a wait before each pass, for a handler that is replaced: left out",
     ),
     "_batches_that_stepped": (steps_of_the_loop, "the loop's counter, set on resume and rewind"),
     "_forward_redirection": (forward_redirection, "the probe loss goes through DeepSpeed's engine"),

@@ -125,7 +125,7 @@ class BatchSettings:
 @dataclass(frozen=True)
 class BudgetSettings:
     total: PositiveDuration | None = field(metadata={"name": "budget"})  # budget.steps= or budget.tokens=
-    hours: Above0 | None  # wall-clock time after which the run stops, to be resumed
+    hours: Above0 | None  # wall-clock time of a start, after which it stops, to be resumed: docs/scaling.md
 
 
 @dataclass(frozen=True)

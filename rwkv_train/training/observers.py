@@ -114,9 +114,9 @@ def make_observers(
         watchdog.waiting_for_disk,
         attempt.same_data,
     )
-    signals.connect(saving)
-    spent = Spent.of(run.attempts, lines)
+    spent = Spent.of(run.attempts, lines) if setup.first else None  # the other ranks write no rows
     metrics = Metrics(lines, data, config.optim.clip, lambda: saving.paused, spent)
+    signals.connect(saving, metrics)
     trackers.follow(metrics, events)
     bad_steps = BadSteps(
         config.health, metrics, saving, data, run, setup.tree, events, write_errors, console, attempt.rewinds
@@ -132,7 +132,7 @@ def make_observers(
         ),
         profiling=Profiling(run.path, console) if config.profile else None,
         replay=None if config.replay is None else Replay(load_replay(Path(config.replay).expanduser()), console),
-        budget=StopAtBudget(attempt.total_steps, None if hours is None else hours * 3600),
+        budget=StopAtBudget(attempt.total_steps, None if hours is None else hours * 3600, metrics),
         signals=signals,
         watchdog=watchdog,
         first_sample=first_sample,

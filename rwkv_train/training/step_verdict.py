@@ -29,6 +29,8 @@ class StepVerdict:
             `judge`, or where no text was recorded.
         bad: () bool, whether the step's update is left out; None before `judge`.
         skipped: () float32, updates that were left out so far; None before the first step.
+        stop_asked: whether this rank asks all of them to stop; summed over the ranks from the next `judge` on.
+        stops: () float32, how many ranks have asked; None before `judge`.
     """
 
     def __init__(self) -> None:
@@ -38,6 +40,8 @@ class StepVerdict:
         self.text: Tensor | None = None
         self.bad: Tensor | None = None
         self.skipped: Tensor | None = None
+        self.stop_asked = False
+        self.stops: Tensor | None = None
         self._limit = math.inf
         self._skipped_before = 0
         self._texts: list[Tensor] = []  # of the step's micro-batches on this rank so far
@@ -83,10 +87,11 @@ class StepVerdict:
         loss = self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).mean()
         text = torch.stack(self._texts).sum(0).to(loss) if self._texts else loss.new_zeros(0)
         finite = None if norm is None else norm <= LARGEST_FINITE
+        self.stops = loss.new_full((), float(self.stop_asked))
         if dist.is_initialized():
-            sums = torch.stack([loss, torch.ones_like(loss) if finite is None else finite.to(loss), *text])
+            sums = torch.stack([loss, torch.ones_like(loss) if finite is None else finite.to(loss), *text, self.stops])
             dist.all_reduce(sums)
-            (loss, share), text = (sums[:2] / dist.get_world_size()).unbind(), sums[2:]
+            (loss, share), text, self.stops = (sums[:2] / dist.get_world_size()).unbind(), sums[2:-1], sums[-1]
             finite = None if finite is None else share == 1
         self.text = text if self._texts else None
         self.loss, self._finite_gradient = loss, finite

@@ -25,6 +25,7 @@ PARTS = ("data", "forward", "backward", "optimizer")
 MAX_REWIND_STEPS = 10_000  # whose hours are known when a rewind takes them back
 _TEXT = ("predicted tokens", "bytes of their text")  # of a step, for `train/bits_per_byte`
 CLIP_WINDOW = 100  # steps over which `clip_share` is taken
+_STOPS = "ranks that ask to stop"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Metrics(Callback):
     Attributes:
         latest: the last row that was written.
         listeners: called with each row.
+        stop_asked: whether any rank had asked all of them to stop in a step whose row is written.
         rate: measured matmul rate of this device, in FLOPs per second.
     """
 
@@ -91,6 +93,7 @@ class Metrics(Callback):
         self._hours, self._productive = spent.hours, spent.productive
         self.latest: MetricsRow = {}
         self.listeners: list[Callable[[MetricsRow], None]] = []
+        self.stop_asked = False
         self.rate = math.inf
         self._pending: deque[_Pending] = deque()
         self._clipped: deque[bool] = deque(maxlen=CLIP_WINDOW)
@@ -131,8 +134,10 @@ class Metrics(Callback):
         assert verdict.loss is not None
         assert verdict.skipped is not None
         assert verdict.text is not None
+        assert verdict.stops is not None
         strategy = pl_module.strategy
         values = {"train/loss": verdict.loss, "grad_norm": pl_module.grad_norm, "skipped": verdict.skipped}
+        values[_STOPS] = verdict.stops
         values |= dict(zip(_TEXT, verdict.text, strict=True))
         values = {key: value.to(strategy.root_device) for key, value in values.items()}
         if statistics.due:
@@ -194,6 +199,7 @@ class Metrics(Callback):
         values = pending.flight.values()
         spent, loss, norm = self._watch.seconds(pending.marks), values["train/loss"], values["grad_norm"]
         tokens, text_bytes = (values.pop(key) for key in _TEXT)
+        self.stop_asked |= values.pop(_STOPS) > 0
         spent["forward"] = max(0.0, spent.get("forward", 0.0) - pending.paused)  # a checkpoint pauses at its start
         self._clipped.append(self.clip is not None and norm > self.clip)
         self._spent.append((pending.row["step"], pending.row["seconds"] / 3600))

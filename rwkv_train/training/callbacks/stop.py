@@ -1,4 +1,4 @@
-"""Signals: the step is finished, a checkpoint written, and the run ends so that it can be resumed."""
+"""The end of a run after a step, on all ranks: a signal, with a checkpoint to resume from; the budget."""
 
 from __future__ import annotations
 
@@ -18,18 +18,46 @@ from lightning.pytorch.callbacks import Callback
 
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
+from rwkv_train.training.callbacks.metrics import Metrics
+from rwkv_train.training.module import RWKVModule
 
 # signals of preemption and time limits: from scancel and Kubernetes, from SLURM's --signal, from submitit, and from a
 # terminal that closes
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
-class StopOnSignal(Callback):
-    """Asks Lightning to stop after the step in which any rank received a signal; CheckpointCallback then saves.
+def ask_all_to_stop(pl_module: L.LightningModule) -> None:
+    """Lets the ranks stop: the request is summed over them with the loss of this step, or of the next one."""
+    assert isinstance(pl_module, RWKVModule)
+    pl_module.verdict.stop_asked = True
 
-    The handler only sets a flag. The ranks exchange their flags while the next step computes and read the result after
-    it: no rank waits for another, and all stop at the same step. A second SIGINT ends the process at once, and the last
-    checkpoint is kept.
+
+def reason_to_stop(trainer: L.Trainer, metrics: Metrics, reason: int) -> int:
+    """The largest reason that any rank has to stop after this step; 0: none has one that all know of.
+
+    Called by all ranks after each step. It costs a collective only after `ask_all_to_stop`: until the row of a step
+    in which a rank has asked is written, which is at the same step on all ranks, each rank answers by itself. With
+    several ranks a run stops at most two steps after the one in which there was a reason, on GPUs three.
+
+    Args:
+        trainer: of the run.
+        metrics: writes the rows.
+        reason: this rank's own; 0: it has none.
+    """
+    if trainer.world_size == 1:
+        return reason
+    if not metrics.stop_asked:
+        return 0
+    largest = torch.tensor(reason, device=trainer.strategy.root_device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest.item())
+
+
+class StopOnSignal(Callback):
+    """Asks Lightning to stop after a step if any rank has received a signal; CheckpointCallback then saves.
+
+    The handler only sets a flag. No rank waits for another, and all stop at the same step (`reason_to_stop`). A second
+    SIGINT ends the process at once, and the last checkpoint is kept.
 
     Args:
         seconds_left: returns the time until this process is killed, asked after a signal; None: not known.
@@ -46,13 +74,12 @@ class StopOnSignal(Callback):
         self.stopped: str | None = None
         self.too_late: str | None = None
         self._saving: CheckpointCallback | None = None
+        self._metrics: Metrics | None = None
         self._previous: dict[int, Any] = {}
-        self._flag: torch.Tensor | None = None
-        self._exchange: dist.Work | None = None
 
-    def connect(self, saving: CheckpointCallback) -> None:
-        """Sets the callback that saves when the run stops; signals are handled before it exists."""
-        self._saving = saving
+    def connect(self, saving: CheckpointCallback, metrics: Metrics) -> None:
+        """Sets what saves when the run stops, and what writes the rows; signals are handled before they exist."""
+        self._saving, self._metrics = saving, metrics
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -76,18 +103,27 @@ class StopOnSignal(Callback):
         self.received = signal.Signals(number)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Disables Lightning's SIGTERM handler, which broadcasts from inside the handler: the other ranks may not."""
+        """Disables Lightning's SIGTERM handler, which broadcasts from inside the handler: the other ranks may not.
+
+        And its broadcast before each pass of whether there was one, which makes the host wait for the device.
+        """
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen(signal.SIGINT)  # before this it ends the process: there is no step to finish
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
+        if self.received:
+            ask_all_to_stop(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        number = self._agreed(trainer)
+        assert self._metrics is not None
+        number = reason_to_stop(trainer, self._metrics, int(self.received or 0))
         if not number or self.stopped:
             return
         self.stopped = signal.Signals(number).name
@@ -95,18 +131,6 @@ class StopOnSignal(Callback):
         self._decide_last_save(trainer)
         if (batch_idx + 1) % (trainer.val_check_batch or 1):
             trainer.limit_val_batches = 0  # else Lightning validates where it stops, and time is short
-
-    def _agreed(self, trainer: L.Trainer) -> int:
-        """The signal that any rank had received when the flags were last exchanged; 0: none."""
-        if trainer.world_size == 1:
-            return int(self.received or 0)
-        agreed = 0
-        if self._exchange is not None and self._flag is not None:
-            self._exchange.wait()
-            agreed = int(self._flag.item())
-        self._flag = torch.tensor(int(self.received or 0), device=trainer.strategy.root_device)
-        self._exchange = dist.all_reduce(self._flag, dist.ReduceOp.MAX, async_op=True)
-        return agreed
 
     def _decide_last_save(self, trainer: L.Trainer) -> None:
         """Omits the last checkpoint if there is less time left than the previous one took."""
@@ -120,10 +144,6 @@ class StopOnSignal(Callback):
             if short:
                 self.too_late = f"{max(left or 0, 0):.0f} s are left and a checkpoint takes {takes:.0f} s"
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self._exchange is not None and not trainer.interrupted and trainer.state.finished:
-            self._exchange.wait()
-
 
 class StopAtBudget(Callback):
     """Asks Lightning to stop after a step; Lightning then validates, even where no validation is due.
@@ -132,16 +152,25 @@ class StopAtBudget(Callback):
 
     Args:
         total: the last step of the run; None: no limit.
-        seconds: time limit of this process, from now on; None: no limit.
+        seconds: time limit of this process, from now on; None: no limit. Rank 0's clock decides.
+        metrics: writes the rows.
 
     Attributes:
         out_of_time: whether the time limit has ended the run.
     """
 
-    def __init__(self, total: int | None, seconds: float | None) -> None:
-        self.total, self.seconds = total, seconds
+    def __init__(self, total: int | None, seconds: float | None, metrics: Metrics) -> None:
+        self.total, self.seconds, self.metrics = total, seconds, metrics
         self.out_of_time = False
         self._began = time.monotonic()
+
+    def _is_over(self, trainer: L.Trainer) -> bool:
+        late = self.seconds is not None and time.monotonic() - self._began >= self.seconds
+        return late and trainer.is_global_zero
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
+        if self._is_over(trainer):
+            ask_all_to_stop(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -150,7 +179,6 @@ class StopAtBudget(Callback):
             return
         last = trainer.global_step == self.total
         if self.seconds is not None and not last:
-            up = time.monotonic() - self._began >= self.seconds
-            self.out_of_time = trainer.strategy.broadcast(up)  # rank 0's clock decides
+            self.out_of_time = bool(reason_to_stop(trainer, self.metrics, int(self._is_over(trainer))))
         if last or self.out_of_time:
             trainer.should_stop = True
