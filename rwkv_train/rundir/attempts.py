@@ -24,14 +24,17 @@ import platform
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rwkv_train.errors import UserError
-from rwkv_train.json_files import load_object
+from rwkv_train.json_files import load_object, open_regular, reason_of
 from rwkv_train.rundir.durable import sync_directory, write_durably
 from rwkv_train.rundir.record_lines import LeftOut, Record, complete_lines, event_row, metrics_row, records_in
+from rwkv_train.rundir.row_ranges import complete_size, copy_rows, end_of_steps, last_row_before, rows_between
 
 EVENT_FILES = ("events.jsonl", "watchdog.jsonl")  # of one attempt: the run's own, the watchdog's
 _NOTE = "start.json"
@@ -267,6 +270,51 @@ class Attempts:
             for record in records_in(self._lines(name) or (), metrics_row, f"attempts/{name}", self.left_out):
                 if span.contains(record.row["step"]):
                     yield record
+
+    def metrics_after(self, step: int, lineage: Lineage) -> Iterator[Record]:
+        """The run's rows of later steps than this one, as seen from the end of a chain."""
+        for span in lineage.spans:
+            if span.upto is None or span.upto > step:
+                with self._rows_of(span) as (file, begin, end):
+                    begin = max(begin, end_of_steps(file, end, step))
+                    yield from rows_between(file, begin, end)
+
+    def last_metrics(self, lineage: Lineage) -> Record | None:
+        """The run's last row, as seen from the end of a chain; None: there is none."""
+        for span in reversed(lineage.spans):
+            with self._rows_of(span) as (file, begin, end):
+                if begin < end and (record := last_row_before(file, end)) is not None:
+                    return record
+        return None
+
+    def copy_metrics(self, target: BinaryIO, head: int | None = None) -> None:
+        """Writes the lines of `metrics` to an unbuffered file, as they are; see `copy_rows` for damaged ones.
+
+        Raises:
+            OSError: a file cannot be read, or the disk refused.
+        """
+        for span in self.lineage(head).spans:
+            name = f"attempts/{span.number:04d}/metrics.jsonl"
+            with self._rows_of(span) as (file, begin, end):
+                self.left_out.lines.pop(name, None)
+                if lines := copy_rows(file, begin, end, target):
+                    self.left_out.lines[name] = lines
+
+    @contextmanager
+    def _rows_of(self, span: Span) -> Iterator[tuple[BinaryIO, int, int]]:
+        """The metrics.jsonl of an attempt, and between which offsets the rows of a span are."""
+        path, file = self.directory(span.number) / "metrics.jsonl", f"attempts/{span.number:04d}/metrics.jsonl"
+        self.left_out.files.pop(file, None)
+        try:
+            opened: BinaryIO = open_regular(path)
+        except (OSError, ValueError) as error:
+            if not isinstance(error, FileNotFoundError):
+                self.left_out.files[file] = reason_of(error)
+            opened = BytesIO()
+        with opened:
+            size = complete_size(opened)
+            begin = end_of_steps(opened, size, span.after)
+            yield opened, begin, size if span.upto is None else end_of_steps(opened, size, span.upto)
 
     def events(self, head: int | None = None) -> Iterator[Record]:
         """The run's events: attempt by attempt, each sorted by time."""

@@ -124,7 +124,7 @@ class RunDirectory:
         """
         attempts, own = self.attempts, self.attempts.directory(number)
         events = MergedView(self.events, number, attempts, attempts.events)
-        metrics = MergedView(self.metrics, number, attempts, attempts.metrics)
+        metrics = MergedView(self.metrics, number, attempts, attempts.metrics, attempts.copy_metrics)
         records = (
             Events(own / "events.jsonl", enabled, events, tokens),
             JsonLines(own / "metrics.jsonl", enabled, metrics),

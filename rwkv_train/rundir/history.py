@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,28 +106,37 @@ class History:
 
         The attempts' own files are read: the merged view lacks what a watchdog wrote last.
         """
-        files = [path for path in (run.events, run.metrics) if path.exists()]
-        alive = max((path.stat().st_mtime for path in files), default=0.0)
         attempts = run.attempts
         events, rows = ([record.row for record in records] for records in (attempts.events(), attempts.metrics()))
-        return cls(events, rows, alive, attempts.left_out.texts())
+        return cls(events, rows, _written(run), attempts.left_out.texts())
+
+    @property
+    def last(self) -> MetricsRow | None:
+        """The last row; None: there is none."""
+        return self.rows[-1] if self.rows else None
 
     @property
     def reached(self) -> int:
         """The last step that was done, whether or not a checkpoint includes it."""
-        return int(self.rows[-1]["step"]) if self.rows else 0
+        return int(self.last["step"]) if self.last else 0
+
+    def rows_after(self, step: int) -> Iterator[MetricsRow]:
+        """The rows of later steps than this one."""
+        return (row for row in self.rows if row["step"] > step)
 
     def next_start(self, step: int) -> dict[str, Any]:
         """Details of the event of an attempt that starts at `step`: its start-up time, and what came before it."""
         starting = round(max(0.0, time.time() - psutil.Process().create_time()), 3)  # the clock may have been set back
         if not self.attempts:
             return {"seconds_starting": starting}
-        repeated = [row for row in self.rows if row["step"] > step]
+        steps, seconds = 0, 0.0
+        for row in self.rows_after(step):
+            steps, seconds = steps + 1, seconds + _sum([row], "seconds")
         return {
             "after": self.attempts[-1].ended,
             "reached": self.reached,
-            "steps_lost": len(repeated),
-            "seconds_lost": round(_sum(repeated, "seconds"), 3),
+            "steps_lost": steps,
+            "seconds_lost": round(seconds, 3),
             "seconds_down": round(max(0.0, time.time() - starting - self.alive), 3),
             "seconds_starting": starting,
         }
@@ -169,6 +178,34 @@ class History:
         wall = max(between, productive + sum(lost.values()))
         lost["loading, validation and the rest"] = wall - productive - sum(lost.values())
         return TimeAccount(wall, productive, lost)
+
+
+class StartHistory(History):
+    """What a start needs of the records: the last row, and those that are repeated. Rows are not kept.
+
+    Args:
+        run: the directory, as it is before the attempt has begun.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        attempts = self._attempts = run.attempts
+        events, self._lineage = [record.row for record in attempts.events()], attempts.lineage()
+        last = attempts.last_metrics(self._lineage)
+        self._last = None if last is None else last.row
+        super().__init__(events, [], _written(run), attempts.left_out.texts())
+
+    @property
+    def last(self) -> MetricsRow | None:
+        return self._last
+
+    def rows_after(self, step: int) -> Iterator[MetricsRow]:
+        return (record.row for record in self._attempts.metrics_after(step, self._lineage))
+
+
+def _written(run: RunDirectory) -> float:
+    """When a record was last written, in Unix seconds; 0: never."""
+    files = [path for path in (run.events, run.metrics) if path.exists()]
+    return max((path.stat().st_mtime for path in files), default=0.0)
 
 
 def _sum(rows: Sequence[EventRow], key: str) -> float:

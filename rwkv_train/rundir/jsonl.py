@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -15,9 +14,13 @@ from typing import Any, BinaryIO
 
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.record_lines import LeftOut, Record, complete_lines, event_row, metrics_row, records_in
+from rwkv_train.rundir.row_ranges import last_row_in, write_all
 
 MetricsRow = Mapping[str, Any]  # a line of metrics.jsonl
 EventRow = Mapping[str, Any]  # a line of events.jsonl
+
+
+_LINES_AT_ONCE = 256  # of those that the disk has refused so far
 
 
 class WriteErrors:
@@ -55,16 +58,32 @@ class MergedView:
         number: of the attempt that writes it.
         attempts: of the run.
         merged: returns the records as seen from an attempt.
+        copy: writes their lines to an unbuffered file; None: those of `merged`.
     """
 
-    def __init__(self, path: Path, number: int, attempts: Attempts, merged: Callable[[int], Iterable[Record]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        number: int,
+        attempts: Attempts,
+        merged: Callable[[int], Iterable[Record]],
+        copy: Callable[[BinaryIO, int], None] | None = None,
+    ) -> None:
         self.path, self.number, self._attempts = path, number, attempts
-        self._merged = merged
+        self._merged, self._copy = merged, copy or self._write
         self._file: BinaryIO | None = None
 
     def records(self) -> Iterable[Record]:
         """What the view should have."""
         return self._merged(self.number)
+
+    def last_row(self) -> MetricsRow | None:
+        """The last row of metrics.jsonl that the view should have; None: there is none."""
+        record = self._attempts.last_metrics(self._attempts.lineage(self.number))
+        return None if record is None else record.row
+
+    def _write(self, file: BinaryIO, number: int) -> None:
+        write_all(file, b"".join(record.line for record in self._merged(number)))
 
     def rebuild(self) -> None:
         """Writes the view again, unless a newer attempt has one.
@@ -77,7 +96,7 @@ class MergedView:
         temporary = self.path.with_name(f".{self.path.name}.{self.number:04d}")
         file = open(temporary, "w+b", buffering=0)  # noqa: SIM115  kept open
         try:
-            append(file, b"".join(record.line for record in self.records()))
+            self._copy(file, self.number)
             temporary.replace(self.path)
         except BaseException:
             file.close()
@@ -91,16 +110,17 @@ class MergedView:
         """Whether the file that this attempt appends to is the one at the path."""
         return self._file is not None and _same_file(self._file, self.path)
 
-    def append(self, lines: bytes) -> None:
-        """Adds lines that the attempt's own file already has.
+    def append(self, lines: list[bytes]) -> None:
+        """Adds lines that the attempt's own file already has, and removes from the list what is written.
 
         Raises:
             OSError: the disk refused.
         """
         if self._file is not None and self.current:
-            append(self._file, lines)
+            append_all(self._file, lines)
         else:  # not built yet, or another process has put its own file there
             self.rebuild()
+            lines.clear()
 
     def close(self) -> None:
         if self._file is not None:
@@ -139,10 +159,9 @@ class JsonLines:
         self._unmerged.append(line)
         try:
             with open(self.path, "a+b", buffering=0) as file:
-                append(file, b"".join(self._unwritten))
-            self._unwritten.clear()
+                append_all(file, self._unwritten)
             if self.view is not None:
-                self.view.append(b"".join(self._unmerged))
+                self.view.append(self._unmerged)
             self._unmerged.clear()
         except OSError as error:
             if not before:
@@ -163,6 +182,12 @@ class JsonLines:
             found = records_in(lines, self._parse, str(self.path), left_out)
         unwritten = records_in(self._unwritten, self._parse, "", LeftOut())
         return [record.row for record in (*found, *unwritten)]
+
+    def last_row(self) -> MetricsRow | None:
+        """The last row of `rows` of metrics.jsonl; no other is read."""
+        if self._unwritten and (row := metrics_row(self._unwritten[-1])) is not None:
+            return row
+        return last_row_in(self.path) if self.view is None else self.view.last_row()
 
     def follow_attempt(self, path: Path) -> None:
         """Writes to the file of another attempt from now on: that of a run which was rewound."""
@@ -227,6 +252,18 @@ class Events(JsonLines):
             super().close()
 
 
+def append_all(file: BinaryIO, lines: list[bytes]) -> None:
+    """Adds lines and removes from the list what is written. A disk that refuses is asked to take few of them.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    while lines:
+        part = lines[:_LINES_AT_ONCE]
+        append(file, b"".join(part))
+        del lines[: len(part)]
+
+
 def append(file: BinaryIO, data: bytes) -> None:
     """Adds lines to an unbuffered file that can be read, all of them or none. They begin a new line in any case.
 
@@ -236,9 +273,11 @@ def append(file: BinaryIO, data: bytes) -> None:
     end = file.seek(0, os.SEEK_END)
     if end and os.pread(file.fileno(), 1, end - 1) != b"\n":  # a part of a line that could not be removed
         data = b"\n" + data
-    if file.write(data) < len(data):  # a nearly full disk takes a part: no cut line stays
+    try:
+        write_all(file, data)
+    except OSError:  # a nearly full disk takes a part: no cut line stays
         os.ftruncate(file.fileno(), end)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise
 
 
 def _same_file(file: BinaryIO, path: Path) -> bool:

@@ -25,7 +25,7 @@ from rwkv_train.data.batches import Batches
 from rwkv_train.data.course import Course
 from rwkv_train.errors import UserError
 from rwkv_train.models.weights import refuse_mismatches
-from rwkv_train.rundir.history import History
+from rwkv_train.rundir.history import History, StartHistory
 from rwkv_train.rundir.jsonl import Events, JsonLines, WriteErrors
 from rwkv_train.training.setup import RunSetup, total_steps
 
@@ -94,9 +94,7 @@ def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -
     skips = skipped_samples(passed_over.skipped, setup.data.context)
     continue_data(setup.data, found.meta, skips)
     setup.data.refuse_budget(total)
-    history = History.read(run) if setup.first else History([], [])
-    for note in (*([passed_over.note] if passed_over.note else []), *history.notes):
-        setup.console.print(f"WARNING: {note}", style=ERROR_STYLE)
+    history = StartHistory(run) if setup.first else History([], [])
     number, found = decided_by_first(setup.rank_info, lambda: _claim(setup, found, write_errors))
     meta, clock = found.meta, clock_of(found.meta, batch)
     continue_data(setup.data, meta, skips)
@@ -110,6 +108,9 @@ def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -
 
 def _claim(setup: RunSetup, found: _Found, write_errors: WriteErrors) -> tuple[int, _Found]:
     """The number of this attempt and the checkpoint that it resumes from; ranks but the first claim none."""
+    if setup.first:
+        for note in (*([passed_over.note] if passed_over.note else []), *run.attempts.left_out.texts()):
+            setup.console.print(f"WARNING: {note}", style=ERROR_STYLE)
     run = setup.directory
     if not setup.first:
         return 0, found

@@ -26,7 +26,7 @@ from rwkv_train.inference.generate import generate
 from rwkv_train.inference.loading import load_model
 from rwkv_train.models import LanguageModel
 from rwkv_train.rundir.directory import RunDirectory
-from rwkv_train.rundir.history import History
+from rwkv_train.rundir.history import StartHistory
 from rwkv_train.rundir.jsonl import WriteErrors
 from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 from rwkv_train.training.observers import RunTrackers
@@ -101,7 +101,7 @@ def finish_again(setup: RunSetup, write_errors: WriteErrors) -> None:
         setup: of the run, whose newest checkpoint is that of its last step; this is rank 0.
         write_errors: counts what the disk refuses.
     """
-    run, history = setup.directory, History.read(setup.directory)
+    run, history = setup.directory, StartHistory(setup.directory)
     checkpoint, _ = newest(run.checkpoints, setup.storage)
     recorded = bool(history.attempts) and history.attempts[-1].ended == "finished"
     if checkpoint is None or (recorded and _whole(run, setup)):

@@ -100,10 +100,10 @@ class Requeue:
         reason = self._first_reason(error, strategy)
         if not self.setup.first:
             return None
-        events, rows = attempt.events, attempt.metrics.rows()
-        reached = int(rows[-1]["step"]) if rows else 0
+        events, last = attempt.events, attempt.metrics.last_row()
+        reached = int(last["step"]) if last else 0
         events.add("failed", reached, reason=reason)
-        given_up = History(events.rows(), rows).failures() >= MAX_FAILURES
+        given_up = History(events.rows(), [last] if last else []).failures() >= MAX_FAILURES
         return self._given_up(events, reached, reason) if given_up else None
 
     def _first_reason(self, error: BaseException, strategy: ShardedStrategy) -> str:

@@ -6,11 +6,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from rwkv_train.cli import launcher
 from rwkv_train.errors import UserError
+from rwkv_train.rundir import jsonl
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.directory import PassedOver, RunDirectory
 from rwkv_train.rundir.durable import write_state
@@ -186,3 +188,25 @@ def test_a_run_resumes_beside_damaged_records(tmp_path: Path, capsys: pytest.Cap
         (row["step"], row["train/loss"]) for row in whole if row["step"] != 2
     ]
     assert same_weights(run, tmp_path / "runs" / "whole")
+
+
+def test_a_disk_that_refuses_rows_is_asked_to_take_few_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many wait; all are written once there is room."""
+    asked, room, written = [], [False], jsonl.append
+
+    def append(file: BinaryIO, data: bytes) -> None:
+        asked.append(data.count(b"\n"))
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        written(file, data)
+
+    monkeypatch.setattr(jsonl, "append", append)
+    lines = JsonLines(tmp_path / "rows.jsonl")
+    for step in range(1000):
+        lines.append({"step": step})
+    assert lines.lost == 1000
+    assert max(asked) == 256
+    room[0] = True
+    lines.append({"step": 1000})
+    assert lines.lost == 0
+    assert [row["step"] for row in lines.rows()] == list(range(1001))

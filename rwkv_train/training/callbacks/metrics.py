@@ -18,14 +18,15 @@ from rwkv_train.data.batches import Batches
 from rwkv_train.data.bits_per_byte import bits_per_byte
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import JsonLines, MetricsRow
+from rwkv_train.rundir.row_ranges import last_row_in
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.throughput import AsyncHostCopy, Stopwatch, matmul_rate, utilisation
 
 PARTS = ("data", "forward", "backward", "optimizer")
 MAX_REWIND_STEPS = 10_000  # whose hours are known when a rewind takes them back
 _TEXT = ("predicted tokens", "bytes of their text")  # of a step, for `train/bits_per_byte`
-CLIP_WINDOW = 100  # steps over which `clip_share` is taken
 _STOPS = "ranks that ask to stop"
+CLIP_WINDOW = 100  # steps over which `clip_share` is taken
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,9 @@ class Spent:
     def of(cls, attempts: Attempts, lines: JsonLines) -> Spent:
         """Reads the last row of each attempt, and the last row of the run."""
         files = [attempts.directory(number) / "metrics.jsonl" for number in attempts.numbers()]
-        ends = [row for file in files for row in JsonLines(file).rows()[-1:]]
-        kept = [row for row in lines.rows()[-1:] if "hours" in row]
-        hours = max((row.get("hours", 0.0) for row in ends), default=0.0)
-        return cls(hours, sum(row["hours"] * row["goodput"] for row in kept))
+        hours = max(((last_row_in(file) or {}).get("hours", 0.0) for file in files), default=0.0)
+        kept = lines.last_row() or {}
+        return cls(hours, kept["hours"] * kept["goodput"] if "hours" in kept else 0.0)
 
 
 @dataclass
