@@ -18,6 +18,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.json_files import load_object
 from rwkv_train.rundir.attempts import Attempts
 
+WITHOUT_FINITE_LOSS = "no sample of its probe has a finite loss under its weights"
 LATEST = "latest"  # file beside the checkpoints with the name of the newest one, written after everything else
 
 
@@ -68,6 +69,20 @@ def verify(path: Path, content: bool = True) -> Damage | None:
     return Damage(path, damaged) if damaged else None
 
 
+def unusable(path: Path, content: bool = True) -> Damage | None:
+    """Why a run does not resume from a checkpoint: it is damaged, or its weights give no finite loss; else None.
+
+    Args:
+        path, content: as for `verify`.
+    """
+    damage = verify(path, content)
+    if damage is None:
+        with contextlib.suppress(UserError):  # raised where the checkpoint is used
+            if CheckpointMeta.read(path).probe is None:
+                return Damage(path, WITHOUT_FINITE_LOSS)
+    return damage
+
+
 def _is_plain(name: str) -> bool:
     """Whether a name leads to a file in the directory itself, and to nothing else."""
     return bool(name) and name not in (".", "..") and "/" not in name and "\0" not in name
@@ -89,7 +104,7 @@ def list_checkpoints(directory: Path, storage: Storage | None = None, head: int 
 def newest(
     directory: Path, storage: Storage | None = None, content: bool = True, before: int | None = None
 ) -> tuple[Path | None, list[Damage]]:
-    """The newest complete checkpoint of a run, and the damaged ones that are newer than it.
+    """The newest checkpoint of a run that can be resumed from, and the others that are newer than it.
 
     Args:
         directory: checkpoints/ of a run.
@@ -101,7 +116,7 @@ def newest(
     for path in reversed(list_checkpoints(directory, storage)):
         if before is not None and CheckpointName.of(path).step >= before:
             continue
-        damage = verify(path, content)
+        damage = unusable(path, content)
         if damage is None:
             return path, damaged
         damaged.append(damage)
@@ -126,7 +141,7 @@ def newest_to_resume(
     if found is not None:
         return found, damaged
     names = filter(None, map(CheckpointName.parse, (storage or LocalStorage()).names(directory)))
-    complete = [path for name in sorted(names) if verify(path := directory / str(name), content=False) is None]
+    complete = [path for name in sorted(names) if unusable(path := directory / str(name), content=False) is None]
     others = [path for path in complete if path not in {damage.path for damage in damaged}]
     remedy = "run.name=NEW starts a new run" + (
         f"; resume={others[-1]} continues from that checkpoint" if others else ""

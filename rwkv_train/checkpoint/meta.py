@@ -26,7 +26,8 @@ class CheckpointMeta:
         tokens: tokens trained on so far.
         batches: (step, tokens) pairs: from that step on, each step has had so many tokens.
         updates: optimiser updates applied so far; fewer than `step` where some were skipped.
-        probe: loss of one sample under the saved weights, in nats per token; None: that of no sample tried was finite.
+        probe: loss of one sample under the saved weights, in nats per token; None: that of no sample tried was
+            finite, and no run resumes from the checkpoint; such a one is no longer written.
         probe_sample: number of that sample in the order of the data; the state file of rank 0 holds its tokens.
         data_tokens: tokens before the next sample in the order of the data, those passed over included.
         tokens_by_source: tokens of each source trained on so far, by its name.

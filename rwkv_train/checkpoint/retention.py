@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_train.checkpoint.directory import verify
+from rwkv_train.checkpoint.directory import unusable
 from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.storage import Storage
@@ -80,14 +80,14 @@ class Retention:
     def superfluous(self, attempt: int) -> list[Path]:
         """What an attempt deletes after a save.
 
-        A damaged checkpoint is not one of those `keep`; it is deleted once it is older than all of them.
+        One that cannot be resumed from is not one of those `keep`; it is deleted once it is older than all of them.
         """
         lineage = self.attempts.lineage(attempt)
         names = [name for name in self._names() if lineage.includes(name.attempt, name.step)]
         counted = {name.step: self.directory / str(name) for name in names}
         newest: list[int] = []
         for step in reversed(counted):
-            if len(newest) < self.keep and verify(counted[step], content=False) is None:
+            if len(newest) < self.keep and unusable(counted[step], content=False) is None:
                 newest.append(step)
         found = self._outdated(attempt, lineage)
         if len(newest) == self.keep:

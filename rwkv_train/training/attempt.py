@@ -12,7 +12,13 @@ from pathlib import Path
 
 import yaml
 
-from rwkv_train.checkpoint.directory import list_checkpoints, newest_to_resume, refuse_damage, remove_unfinished
+from rwkv_train.checkpoint.directory import (
+    WITHOUT_FINITE_LOSS,
+    list_checkpoints,
+    newest_to_resume,
+    refuse_damage,
+    remove_unfinished,
+)
 from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.retention import Retention
@@ -204,10 +210,12 @@ def changes_since(path: Path, setup: RunSetup) -> list[str]:
     """What differs between a run and the one that has written a checkpoint, and does not keep it from resuming there.
 
     Raises:
-        UserError: a checkpoint of another model, or of another config or other data where run.allow_changes=true does
-            not allow it; it lists what differs.
+        UserError: a checkpoint whose weights give no finite loss, one of another model, or of another config or other
+            data where run.allow_changes=true does not allow it; it lists what differs.
     """
     meta = CheckpointMeta.read(path)  # its files were compared with the manifest before
+    if meta.probe is None:
+        raise UserError(f"the checkpoint {path} cannot be resumed from: {WITHOUT_FINITE_LOSS}", "use an older one")
     refuse_mismatches(f"the checkpoint {path}", meta.shapes, setup.model)
     changes = _changes(meta, setup)
     placed = [change for change in changes if change.split(":")[0] in PLACEMENT]

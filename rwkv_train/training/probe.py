@@ -29,7 +29,7 @@ class Probe:
     Attributes:
         sample: its number in the order of the data.
         batch: the sample itself, (1, T); a resume with other data measures it all the same.
-        loss: under the saved weights, in nats per token; None: that of no candidate was finite.
+        loss: under the saved weights, in nats per token; None: that of no candidate is finite, and they are not saved.
     """
 
     sample: int

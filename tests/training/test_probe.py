@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 import pytest
 import torch
 from torch import Tensor
 
+from rwkv_train.checkpoint.directory import WITHOUT_FINITE_LOSS, newest_to_resume
 from rwkv_train.checkpoint.meta import CheckpointMeta
+from rwkv_train.checkpoint.name import CheckpointName
+from rwkv_train.checkpoint.retention import Retention
+from rwkv_train.checkpoint.storage import LocalStorage
+from rwkv_train.checkpoint.writer import InProcessStore, Writer
 from rwkv_train.cli import launcher
-from rwkv_train.config import BatchSettings, DataSettings
+from rwkv_train.config import BatchSettings, CheckpointSettings, DataSettings, Duration
 from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.errors import UserError
+from rwkv_train.rundir.attempts import Attempts
+from rwkv_train.rundir.jsonl import Events
+from rwkv_train.training.callbacks.checkpoint import CheckpointCallback
 from rwkv_train.training.probe import CANDIDATES, Probe
 from rwkv_train.training.run import train
+from tests.checkpoint.metas import meta_of
 from tests.runs import losses, overrides_for, rows, stopped_at, write_text
 
 CONTEXT, SAMPLES = 32, 4
@@ -72,11 +82,47 @@ def test_a_sample_without_a_prediction_is_passed_over(data: Batches, monkeypatch
     assert Probe.measure(trainer(lambda _: 0.0), data, step=2).sample == 9
 
 
-def test_no_finite_loss_is_null_and_a_resume_goes_on(data: Batches) -> None:
-    nowhere = trainer(lambda _: math.inf)
-    probe = Probe.measure(nowhere, data, step=0)
-    assert (probe.sample, probe.loss) == (0, None)
-    probe.check(nowhere, data)
+def test_weights_without_a_finite_loss_are_not_saved(
+    data: Batches, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Probe.measure(trainer(lambda _: math.inf), data, step=0).loss is None
+    settings = CheckpointSettings(Duration(steps=4), 2, None, False, True)
+    saving = CheckpointCallback(tmp_path / "checkpoints", settings, 1, data, {}, Events(tmp_path / "events.jsonl"))
+    saved, good = [], True
+    run: Any = trainer(lambda _: 2.5 if good else math.nan)
+    run.global_step, run.is_global_zero, run.save_checkpoint = 4, True, saved.append
+    run.strategy.broadcast = bool
+    saving.save(run)
+    run.global_step, good = 8, False
+    saving.last = 4
+    for _ in range(2):
+        saving.save(run)
+    assert [path.name for path in saved] == ["step_000000004-0000"]
+    reason = "the loss of none of the next 8 samples is finite"
+    assert capsys.readouterr().err.splitlines() == [
+        "",
+        f"WARNING: no checkpoint of step 8: {reason}; the last one is of step 4",
+    ]
+    assert [(row["event"], row["error"]) for row in saving.events.rows()] == [("checkpoint_failed", reason)]
+
+
+def test_no_run_resumes_from_weights_without_a_finite_loss(tmp_path: Path) -> None:
+    """Such checkpoints were written by earlier versions: an older one is used, if there is any."""
+    attempts = Attempts(tmp_path)
+    attempts.begin(attempts.claim(), 0, None)
+    writer = Writer(LocalStorage(), 0, 1, InProcessStore())
+    paths = [tmp_path / "checkpoints" / str(CheckpointName(step, 1)) for step in (4, 8, 12)]
+    for path, probe in zip(paths, (2.5, None, None), strict=True):
+        writer.begin(path, {"part.json": 1}, meta_of(step=CheckpointName.of(path).step, probe=probe))
+        writer.wait()
+    found, passed_over = newest_to_resume(tmp_path / "checkpoints")
+    assert (found, [each.path for each in passed_over]) == (paths[0], [paths[2], paths[1]])
+    assert {each.reason for each in passed_over} == {WITHOUT_FINITE_LOSS}
+    retention = Retention(tmp_path / "checkpoints", attempts, 1, None, False, LocalStorage())
+    assert retention.superfluous(1) == [], "the only one that can be resumed from"
+    shutil.rmtree(paths[0])
+    with pytest.raises(UserError, match=f"all checkpoints of the run .* are damaged: {paths[2].name}: no sample of"):
+        newest_to_resume(tmp_path / "checkpoints")
 
 
 def test_a_changed_loss_or_a_changed_sample_is_refused(data: Batches) -> None:

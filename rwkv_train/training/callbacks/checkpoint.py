@@ -23,7 +23,7 @@ from rwkv_train.rundir.attempts import Attempts, Superseded
 from rwkv_train.rundir.jsonl import Events
 from rwkv_train.training.attempt import continue_data
 from rwkv_train.training.module import RWKVModule
-from rwkv_train.training.probe import Probe
+from rwkv_train.training.probe import CANDIDATES, Probe
 from rwkv_train.training.strategy import ShardedStrategy
 
 
@@ -128,6 +128,8 @@ class CheckpointCallback(Callback):
         if step == self._begun:
             return
         began, self._begun = time.perf_counter(), step
+        Weights under which no sample of the probe has a finite loss are not saved: nothing could resume from them.
+
         if trainer.strategy.broadcast(trainer.is_global_zero and self.attempts.superseded(self._attempt)):
             raise Superseded
         self._probe = Probe.measure(trainer, self.data, step)
@@ -138,6 +140,9 @@ class CheckpointCallback(Callback):
     def go_back(self, trainer: L.Trainer, before: int, since: int = 0) -> Path | None:
         """Restores the newest complete checkpoint before a step, and continues as a new attempt; a collective call.
 
+        if self._probe.loss is None:
+            self._report_no_finite_loss(step)
+            return
         The checkpoint that was restored last is skipped if there is an older one.
 
         Args:
@@ -199,6 +204,14 @@ class CheckpointCallback(Callback):
         kept, _ = newest(self.directory, self.storage, content=False)  # other ranks wait while this one would hash
         print(
             f"\nWARNING: the checkpoint {path} could not be written: {error}\n"
+    def _report_no_finite_loss(self, step: int) -> None:
+        if not self.events.enabled:
+            return
+        error = f"the loss of none of the next {CANDIDATES} samples is finite"
+        last = "there is none yet" if self.last is None else f"the last one is of step {self.last}"
+        print(f"\nWARNING: no checkpoint of step {step}: {error}; {last}", file=sys.stderr, flush=True)
+        self.events.add("checkpoint_failed", step, error=error)
+
             f"  training continues; the last complete checkpoint is {kept or 'none'}",
             file=sys.stderr,
             flush=True,
