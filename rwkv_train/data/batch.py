@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv_train.data.arrays import Ints
 from rwkv_train.data.rows import BatchArrays
+
+if TYPE_CHECKING:
+    from rwkv_train.data.stream import StreamPosition
 
 
 class Batch(NamedTuple):
@@ -23,6 +26,8 @@ class Batch(NamedTuple):
         starts: (B, T) bool, where a document begins that must not depend on those before it; None: nowhere.
         predictions: () float32, the predicted tokens of the complete step per rank and micro-batch: the sum of the
             losses is divided by it. None: every target is predicted, the loss is their mean.
+        after: where a stream continues after this batch, the last one of its step; None: it is not the last, or its
+            data is no stream.
     """
 
     tokens: Tensor
@@ -31,9 +36,17 @@ class Batch(NamedTuple):
     sources: Ints
     starts: Tensor | None = None
     predictions: Tensor | None = None
+    after: StreamPosition | None = None
 
     @classmethod
-    def of(cls, block: BatchArrays, samples: Ints, sources: Ints, predictions: float | None = None) -> Batch:
+    def of(
+        cls,
+        block: BatchArrays,
+        samples: Ints,
+        sources: Ints,
+        predictions: float | None = None,
+        after: StreamPosition | None = None,
+    ) -> Batch:
         """The batch of these arrays, which it shares."""
         return cls(
             torch.from_numpy(block.tokens),
@@ -42,6 +55,7 @@ class Batch(NamedTuple):
             sources,
             None if block.starts is None else torch.from_numpy(block.starts),
             None if predictions is None else torch.tensor(predictions),
+            after,
         )
 
     def pin(self) -> Batch:

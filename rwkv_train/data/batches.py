@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,7 @@ from rwkv_train.data.order import ReferenceOrder, ShuffledOrder, split_batch
 from rwkv_train.data.rows import IGNORED_TARGET, BatchArrays, PackedRows, Rows, Windows, read_rows
 from rwkv_train.data.sources import DataSource, check_rows_in_vocabulary, digest_of, open_sources
 from rwkv_train.data.store import MemoryStore
-from rwkv_train.data.stream import StreamRows, open_stream
+from rwkv_train.data.stream import StreamPosition, StreamRows, open_stream
 from rwkv_train.data.tokenizers import tokenizer_note
 from rwkv_train.data.validation import Validation, ValidationBatches
 from rwkv_train.errors import UserError
@@ -80,6 +81,9 @@ class Batches:
         self.end_step: int | None = None
         self.course = Course(0, 0, self.split.samples)
         self._tokens_before: Mapping[str, int] = {}  # of each source, before the first step of the course
+        self._ahead = Ahead(TrainBatches(self))  # its thread owns the data while training iterates over it
+        self._start: dict[str, Any] = {"offset": 0, "epoch": 0, "dataset": None}  # of a stream, before the first step
+        self._after: StreamPosition | None = None  # of the last step trained on; None: none since `begin`
         self.rank = 0
         self.pinned = False
         self.packed, self.reset = data.documents == "packed", data.documents == "packed" and data.reset
@@ -105,7 +109,7 @@ class Batches:
 
     def _training_rows(self, data: DataSettings, source: DataSource, seed: int, number: int) -> Rows:
         if self.stream is not None:
-            self.stream.keep = 8 * self.split.samples  # loaders are some passes ahead of the step that is saved
+            self.stream.keep = 8 * self.split.samples  # the probe of a resume is read before the first step
             return self.stream
         if self.packed:
             rows = PackedRows.of(
@@ -219,9 +223,15 @@ class Batches:
         """Divides a device's share of each step into micro-batches of so many samples; a step keeps its samples."""
         self.split = split_batch(self.split.samples * self.context, self.context, micro, self.split.mesh)
 
-    def position(self, step: int) -> dict[str, Any] | None:
-        """The position from which a stream is read to resume with that step; None: the step alone determines it."""
-        return None if self.stream is None else self.stream.position(self.course.number(step))
+    def position(self) -> dict[str, Any] | None:
+        """Where a stream continues after the last step trained on; None: the step alone determines it."""
+        if self.stream is None:
+            return None
+        return self._start if self._after is None else self._after.as_json()
+
+    def trained(self, batch: Batch) -> None:
+        """Notes that a step was trained on, whose last micro-batch this is."""
+        self._after = batch.after
 
     def steps_left(self, step: int, most: int) -> int:
         """How many steps from this one on are trained and have all their samples; at most `most`."""
@@ -239,20 +249,25 @@ class Batches:
         course: Course | None = None,
         tokens: Mapping[str, int] | None = None,
     ) -> None:
-        """Makes training() begin with a step.
+        """Makes training() begin with a step. A thread that reads ahead is ended first: nobody else reads meanwhile.
 
         Args:
             step: the first one.
             position: of a stream; None: its beginning is the first sample of the course.
             course: which samples the steps from that one on read; None: the present one.
             tokens: of each source, that the steps before have; None: no step was before.
+
+        Raises:
+            TimeoutError: the thread does not end.
         """
+        self._ahead.end()
         self.start_step = step
         if course is not None:
             self.course, self._tokens_before = course, tokens or {}
         if self.stream is not None:
-            start = {"offset": self.course.first * self.context, "epoch": 0, "dataset": None}
-            self.stream.go_to(position or start)
+            beginning = {"offset": self.course.first * self.context, "epoch": 0, "dataset": None}
+            self._start, self._after = position or beginning, None
+            self.stream.go_to(self._start)
 
     def end_before(self, step: int | None) -> None:
         """Makes training() end before a step; None: it ends with the data."""
@@ -279,7 +294,7 @@ class Batches:
 
     def batch(self, step: int, index: int = 0) -> Batch:
         """This rank's micro-batch `index` (0 … accumulation-1) of step `step`."""
-        return self.assemble(*self.offsets(step), index)
+        return self.assemble(step, *self.offsets(step), index)
 
     def probe_samples(self, step: int, count: int) -> range:
         """The numbers of `count` samples from the first of a step on; before the end of the data, the last ones."""
@@ -289,9 +304,15 @@ class Batches:
         return range(first, first + count)
 
     def lone_sample(self, number: int) -> Batch:
-        """The sample with a number in the order of the data; the same one on every rank and for every world size."""
+        """The sample with a number in the order of the data; the same one on every rank and for every world size.
+
+        Of a stream it is one of the PROBE_SAMPLES after the last step trained on. Before the first step, and after the
+        last one, it may be any that comes next: a thread that reads ahead is ended.
+        """
         sources, offsets = self.locate(np.array([number], np.int64))
-        block = self._read(sources, offsets)
+        if self.stream is not None and self._after is None:
+            self._ahead.end()
+        block = self._read(sources, offsets, self._rows if self._after is None else [self._after])
         return Batch.of(block, np.zeros(1, np.int64), sources, _mean(block) if self.masked else None)
 
     def offsets(self, step: int, steps: int = 1) -> tuple[Ints, Ints]:
@@ -315,26 +336,29 @@ class Batches:
         described = {"number": number, "source": self.sources[int(sources[0])].name, "place": int(offsets[0])}
         if self.stream is not None:  # what was read cannot be read again
             return {**described, "text": ""}
-        block = self._read(sources, offsets)
+        block = self._read(sources, offsets, self._rows)
         return {**described, "text": bytes(self.tokenizer.decode(block.tokens[0].tolist())).decode("utf-8", "replace")}
 
-    def assemble(self, sources: Ints, offsets: Ints, index: int) -> Batch:
-        """This rank's micro-batch of the step with these samples."""
+    def assemble(self, step: int, sources: Ints, offsets: Ints, index: int) -> Batch:
+        """This rank's micro-batch of a step, which has these samples."""
         share = self.split.share(0, index, self.rank)
-        block = self._read(sources[share], offsets[share])
+        block = self._read(sources[share], offsets[share], self._rows)
+        last = index == self.accumulation - 1
+        after = self.stream.position(self.course.number(step + 1)) if self.stream is not None and last else None
         if not self.masked:
-            return Batch.of(block, share, sources[share])
+            return Batch.of(block, share, sources[share], after=after)
         predicted = sum(int(rows.count_predictions(offsets[sources == n]).sum()) for n, rows in enumerate(self._rows))
-        return Batch.of(block, share, sources[share], max(1, predicted) / (self.split.mesh.data * self.accumulation))
+        mean = max(1, predicted) / (self.split.mesh.data * self.accumulation)
+        return Batch.of(block, share, sources[share], mean, after)
 
-    def _read(self, sources: Ints, offsets: Ints) -> BatchArrays:
-        block = read_rows(self._rows, sources, offsets, self.context, self.reset)
+    def _read(self, sources: Ints, offsets: Ints, rows: Sequence[Rows]) -> BatchArrays:
+        block = read_rows(rows, sources, offsets, self.context, self.reset)
         check_rows_in_vocabulary(block, self.sources, sources, offsets, self.vocabulary)
         return block
 
     def training(self) -> TrainBatches | Ahead:
         """The micro-batches of whole steps from `start_step` on, to `end_step` or to the end of the data."""
-        return Ahead(TrainBatches(self)) if self.pinned else TrainBatches(self)
+        return self._ahead if self.pinned else TrainBatches(self)
 
     @property
     def left_out(self) -> str:
@@ -342,9 +366,14 @@ class Batches:
         return "" if self.stream is None else self.stream.bad.description
 
     def close(self) -> None:
-        """Ends the processes of a stream. More batches may be asked for; it is read again for them."""
-        if self.stream is not None:
-            self.stream.close()
+        """Ends the thread that reads ahead, and the processes of a stream, which is read again where more is asked for.
+
+        A thread that does not end keeps its stream: both end with this process.
+        """
+        with contextlib.suppress(TimeoutError):
+            self._ahead.end()
+            if self.stream is not None:
+                self.stream.close()
 
     def validation(self, source: int = 0) -> ValidationBatches | tuple[()]:
         """This rank's batches of a validation of a source; over all batches and ranks each chosen row is read once.

@@ -29,5 +29,5 @@ class TrainBatches:
             sources, offsets = (each.reshape(steps, -1) for each in data.offsets(step, steps))
             for number in range(steps):
                 for index in range(data.accumulation):
-                    yield data.assemble(sources[number], offsets[number], index)
+                    yield data.assemble(step + number, sources[number], offsets[number], index)
             step += steps

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
@@ -34,6 +35,7 @@ from rwkv_train.errors import UserError
 DOCUMENTS_PER_CHUNK = 64  # tokenised by one call
 _ROWS_WITHOUT_TEXT = 10  # at the beginning of a data set: the column is another one
 CHUNKS_AHEAD = 4  # queued per process
+PROBE_SAMPLES = 8  # after each step, among which a checkpoint looks for its probe
 BUILDERS: dict[Kind | None, tuple[str, dict[str, Any]]] = {
     "jsonl": ("json", {}),
     "json": ("json", {}),
@@ -47,18 +49,67 @@ class _Chunk:
     """Consecutive documents as tokens, with an end-of-text before each.
 
     Attributes:
-        position: where the data set resumes to read them again.
+        position: where the data set resumes to read them again, as JSON.
         offset: number of tokens of the stream before them.
         tokens: their tokens, (N,).
     """
 
-    position: dict[str, Any]
+    position: str
     offset: int
     tokens: Tokens
 
+    @property
+    def end(self) -> int:
+        return self.offset + len(self.tokens)
 
-class StreamRows:
-    """Rows of a token stream: row n has the tokens n·T … n·T + T. Rows must be requested in about that order.
+
+class _Samples:
+    """Rows of a token stream: row n has the tokens n·T … n·T + T."""
+
+    per_epoch = 2**62  # the length of an epoch is unknown; the data set is read again at its end
+
+    def __init__(self, context: int) -> None:
+        self.context = context
+
+    def offsets(self, samples: Ints) -> Ints:
+        return samples
+
+    def count_predictions(self, offsets: Ints) -> Ints:
+        return np.full(offsets.shape, self.context, np.int64)
+
+    def _fill_from(self, chunks: Iterable[_Chunk], offset: int, row: BatchArrays) -> None:
+        begin, end = offset * self.context, (offset + 1) * self.context + 1
+        pieces = [chunk.tokens[max(0, begin - chunk.offset) : max(0, end - chunk.offset)] for chunk in chunks]
+        window = np.concatenate(pieces)
+        row.tokens[:], row.targets[:] = window[:-1], window[1:]
+
+
+class StreamPosition(_Samples):
+    """Where a stream continues after a step, and the next PROBE_SAMPLES rows.
+
+    It never changes: any thread may use it. It is neither a tuple nor a data class: Lightning copies those when it
+    moves a batch to a device.
+
+    Args:
+        chunks: consecutive ones, which have the tokens of these rows.
+        context: T, tokens of a row.
+    """
+
+    def __init__(self, chunks: Sequence[_Chunk], context: int) -> None:
+        super().__init__(context)
+        self._chunks = tuple(chunks)
+
+    def as_json(self) -> dict[str, Any]:
+        """For `StreamRows.go_to`; JSON values only."""
+        position: dict[str, Any] = json.loads(self._chunks[0].position)
+        return position
+
+    def fill(self, offset: int, row: BatchArrays) -> None:
+        self._fill_from(self._chunks, offset, row)
+
+
+class StreamRows(_Samples):
+    """Reads a token stream. Rows must be requested in about the order of their numbers, by one thread at a time.
 
     Args:
         dataset: an IterableDataset.
@@ -71,36 +122,30 @@ class StreamRows:
         bad: the rows of the data set that have been left out since the start.
     """
 
-    per_epoch = 2**62  # the length of an epoch is unknown; the data set is read again at its end
-
     def __init__(self, dataset: Any, settings: DataSettings, extend: Sequence[str], context: int) -> None:
-        self.dataset, self.settings, self.extend, self.context = dataset, settings, tuple(extend), context
+        super().__init__(context)
+        self.dataset, self.settings, self.extend = dataset, settings, tuple(extend)
         self.keep, self.bad = 0, BadRows(settings.max_bad_rows)
         self._chunks: deque[_Chunk] = deque()
         self._arriving: Generator[_Chunk, None, None] | None = None
         self._start_state = dataset.state_dict()
         self._position: dict[str, Any] = {"offset": 0, "epoch": 0, "dataset": None}
 
-    def offsets(self, samples: Ints) -> Ints:
-        return samples
-
-    def count_predictions(self, offsets: Ints) -> Ints:
-        return np.full(offsets.shape, self.context, np.int64)
-
     def fill(self, offset: int, row: BatchArrays) -> None:
-        window = self._window(offset * self.context, self.context + 1)
-        row.tokens[:], row.targets[:] = window[:-1], window[1:]
+        self._read_until((offset + 1) * self.context + 1)
+        self._fill_from(self._chunks, offset, row)
         oldest = (offset - self.keep) * self.context
         while len(self._chunks) > 1 and self._chunks[1].offset <= oldest:
             self._chunks.popleft()
 
-    def position(self, sample: int) -> dict[str, Any]:
-        """The position from which the stream resumes at a sample, for `go_to`; JSON values only."""
-        before = [chunk for chunk in self._chunks if chunk.offset <= sample * self.context]
-        return before[-1].position if before else self._position
+    def position(self, sample: int) -> StreamPosition:
+        """The position from which the stream resumes at a sample, which is not older than `keep` rows."""
+        begin = sample * self.context
+        self._read_until(begin + PROBE_SAMPLES * self.context + 1)
+        return StreamPosition([chunk for chunk in self._chunks if chunk.end > begin], self.context)
 
     def go_to(self, position: dict[str, Any]) -> None:
-        """Continues reading at a position that `position` returned."""
+        """Continues reading at a position that `StreamPosition.as_json` returned."""
         self.close()
         self._position = position
         self._chunks.clear()
@@ -110,18 +155,14 @@ class StreamRows:
         if self._arriving is not None:
             self._arriving.close()
             self._arriving = None
-            self._position = self._chunks[0].position if self._chunks else self._position
+            self._position = json.loads(self._chunks[0].position) if self._chunks else self._position
             self._chunks.clear()
 
-    def _window(self, begin: int, length: int) -> Tokens:
+    def _read_until(self, end: int) -> None:
         if self._arriving is None:
             self._arriving = self._tokenized_chunks()
-        while not self._chunks or self._chunks[-1].offset + len(self._chunks[-1].tokens) < begin + length:
+        while not self._chunks or self._chunks[-1].end < end:
             self._chunks.append(next(self._arriving))
-        pieces = [
-            chunk.tokens[max(0, begin - chunk.offset) : max(0, begin + length - chunk.offset)] for chunk in self._chunks
-        ]
-        return np.concatenate(pieces)
 
     def _tokenized_chunks(self) -> Generator[_Chunk, None, None]:
         """Yields chunks in order from the current position, tokenised in parallel while the next ones are read."""
@@ -130,7 +171,7 @@ class StreamRows:
             workers.set_up(tokenizer, self.extend)
             for position, texts in self._read():
                 tokens = _encode(texts)
-                yield _Chunk({**position, "offset": offset}, offset, tokens)
+                yield _chunk(position, offset, tokens)
                 offset += len(tokens)
         waiting: deque[tuple[dict[str, Any], Future[Tokens]]] = deque()
         reading = self._read()
@@ -142,7 +183,7 @@ class StreamRows:
                         waiting.append((position, pool.submit(_encode, texts)))
                     position, future = waiting.popleft()
                     tokens = future.result()
-                    yield _Chunk({**position, "offset": offset}, offset, tokens)
+                    yield _chunk(position, offset, tokens)
                     offset += len(tokens)
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -171,6 +212,10 @@ class StreamRows:
                 )
             self.bad.check(complete=True)
             epoch, state = epoch + 1, None
+
+
+def _chunk(position: dict[str, Any], offset: int, tokens: Tokens) -> _Chunk:
+    return _Chunk(json.dumps({**position, "offset": offset}), offset, tokens)
 
 
 def texts_of(dataset: Any, field: str, bad: BadRows) -> Iterator[bytes]:

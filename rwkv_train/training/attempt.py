@@ -108,15 +108,15 @@ def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -
     setup.data.end_before(total)
     same_data = meta is None or is_same_data(_changes(meta, setup))
     events, metrics = stack.enter_context(run.records(number, setup.first, clock.tokens))
+    if setup.first:
+        for note in (*([passed_over.note] if passed_over.note else []), *run.attempts.left_out.texts()):
+            setup.console.print(f"WARNING: {note}", style=ERROR_STYLE)
     rewinds = passed_over.rewinds
     return RunAttempt(number, found.checkpoint, meta, history, events, metrics, rewinds, clock, total, same_data)
 
 
 def _claim(setup: RunSetup, found: _Found, write_errors: WriteErrors) -> tuple[int, _Found]:
     """The number of this attempt and the checkpoint that it resumes from; ranks but the first claim none."""
-    if setup.first:
-        for note in (*([passed_over.note] if passed_over.note else []), *run.attempts.left_out.texts()):
-            setup.console.print(f"WARNING: {note}", style=ERROR_STYLE)
     run = setup.directory
     if not setup.first:
         return 0, found
@@ -261,10 +261,10 @@ def continue_data(data: Batches, meta: CheckpointMeta | None, skips: Sequence[tu
     if meta is None:
         data.begin(0, None, Course(0, 0, each, skips))
         return
-    data.round_stages(meta.batches[0][1])
     same = (meta.data, meta.tokenizer) == (data.digest, data.tokenizer.identity)
     course = Course(meta.step, -(-meta.data_tokens // data.context), each, skips)
     data.begin(meta.step, meta.position if same else None, course, meta.tokens_by_source)
+    data.round_stages(meta.batches[0][1])
 
 
 def skipped_samples(skipped: Iterable[Sequence[int]], context: int) -> tuple[tuple[int, int], ...]:

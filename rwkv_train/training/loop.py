@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import signal
 from contextlib import ExitStack
@@ -105,8 +104,7 @@ def _train(training: Training, requeue: Requeue) -> Ending | None:
             raise
         return given_up
     finally:
-        with contextlib.suppress(ValueError):  # a thread that reads ahead may be in it after an error
-            setup.data.close()
+        setup.data.close()
         if setup.data.left_out:
             setup.console.print(setup.data.left_out)
     return None

@@ -14,10 +14,11 @@ from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.rows import IGNORED_TARGET
+from rwkv_train.data.stream import PROBE_SAMPLES
 from rwkv_train.errors import UserError
 from rwkv_train.training.strategy import ShardedStrategy
 
-CANDIDATES = 8  # samples that are tried until one has a finite loss
+CANDIDATES = PROBE_SAMPLES  # samples that are tried until one has a finite loss
 _TOLERANCE = {"32-true": 2e-6, "bf16-mixed": 1e-2}  # relative
 _REMEDY = "run.name=NEW init.weights=CHECKPOINT starts a new run from its weights"
 
@@ -63,22 +64,23 @@ class Probe:
                     return cls(number, batch, loss)
         return cls(numbers[0], data.lone_sample(numbers[0]), None)
 
-    def check(self, trainer: L.Trainer, data: Batches | None) -> None:
-        """Compares the probe with what the loaded weights give; a collective call.
-
-        Args:
-            trainer: that has loaded the weights.
-            data: must still have this sample under this number; None: the data may have changed.
+    def compare(self, data: Batches) -> None:
+        """Compares the sample with that of the data, from which no batch of the resumed run was asked for yet.
 
         Raises:
-            UserError: the sample or its loss is another one.
+            UserError: the data has another sample under this number.
         """
-        if data is not None:
-            again = data.lone_sample(self.sample)
-            if not (torch.equal(again.tokens, self.batch.tokens) and torch.equal(again.targets, self.batch.targets)):
-                raise UserError(f"resume: sample {self.sample:,} of the data is not what it was at the save", _REMEDY)
-        if self.loss is None:  # no sample had a finite loss then: the policy for bad steps decides what follows
-            return
+        again = data.lone_sample(self.sample)
+        if not (torch.equal(again.tokens, self.batch.tokens) and torch.equal(again.targets, self.batch.targets)):
+            raise UserError(f"resume: sample {self.sample:,} of the data is not what it was at the save", _REMEDY)
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Compares the loss with what the loaded weights give; a collective call.
+
+        Raises:
+            UserError: the loss is another one.
+        """
+        assert self.loss is not None, "no run resumes from such a checkpoint"
         now = _loss(trainer, self.batch)
         if not abs(now - self.loss) <= _TOLERANCE.get(str(trainer.precision), 1e-2) * abs(self.loss):
             raise UserError(

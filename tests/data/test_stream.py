@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,11 @@ import zstandard
 
 from rwkv_train.config import BatchSettings, DataSettings
 from rwkv_train.config.mesh import Mesh
+from rwkv_train.data import ahead
+from rwkv_train.data import stream as reading
+from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
+from rwkv_train.data.stream import PROBE_SAMPLES
 from rwkv_train.errors import UserError
 from rwkv_train.training.attempt import continue_data
 from tests.checkpoint.metas import meta_of
@@ -61,13 +68,16 @@ def test_three_resumes_in_a_row_are_one_run(files: str) -> None:
         part.begin(begin, position)
         loader = iter(part.training())
         for step in range(begin, end):
-            tokens, targets, *_ = next(loader)
-            assert torch.equal(tokens, expected[step][0])
-            assert torch.equal(targets, expected[step][1])
+            batch = next(loader)
+            assert torch.equal(batch.tokens, expected[step].tokens)
+            assert torch.equal(batch.targets, expected[step].targets)
+        part.trained(batch)
         for _ in range(3):
             next(loader)  # a loader reads ahead of the step that is saved
-        position, begin = json.loads(json.dumps(part.position(end))), end
-        assert torch.equal(part.batch(end)[0], expected[end][0]), "the probe of a checkpoint"
+        position, begin = json.loads(json.dumps(part.position())), end
+        assert torch.equal(part.batch(end)[0], expected[end][0])
+        for sample in part.probe_samples(end, PROBE_SAMPLES):
+            assert torch.equal(part.lone_sample(sample).tokens, expected[sample // 8].tokens[[sample % 8]])
     assert len(json.dumps(position)) < 2000
 
 
@@ -127,7 +137,8 @@ def test_a_bad_row_is_left_out_and_named(tmp_path: Path, bad: bytes, suffix: str
     assert text_of(batches) == text_of([expected.batch(step) for step in range(18)])
     assert data.left_out.endswith(f" rows: {path}, line 400: {BAD_ROWS[bad]}")
     resumed = stream(str(path))
-    resumed.begin(12, json.loads(json.dumps(data.position(12))))
+    assert batches[11].after is not None
+    resumed.begin(12, json.loads(json.dumps(batches[11].after.as_json())))
     assert torch.equal(resumed.batch(12)[0], batches[12][0])
     assert expected.left_out == ""
 
@@ -167,8 +178,9 @@ def test_the_last_suffix_is_the_kind(tmp_path: Path, name: str) -> None:
 def test_another_context_or_another_stream_continues_where_it_can(files: str, tmp_path: Path) -> None:
     """Behind the same token under another context; at the beginning of another stream."""
     before = stream(files)
-    text = text_of([before.batch(step) for step in range(12)])
-    position, tokens = before.position(9), 9 * 512
+    batches = [before.batch(step) for step in range(12)]
+    before.trained(batches[8])
+    text, position, tokens = text_of(batches), before.position(), 9 * 512
     meta = meta_of(step=9, batches=((0, 512),), data_tokens=tokens, position=position, data=before.digest)
     longer = stream(files, context=128)
     continue_data(longer, meta, ())
@@ -178,4 +190,89 @@ def test_another_context_or_another_stream_continues_where_it_can(files: str, tm
     other = stream(str(tmp_path / "other" / "a.jsonl"))
     continue_data(other, meta, ())
     assert text_of([other.batch(9)]).startswith(b"\x005 other\x006 other")
-    assert longer.position(9) is not None
+    assert longer.position() == position
+
+
+def _read_in_a_thread(data: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the batches as for a GPU; the thread is slow, so that it is mostly in the middle of one."""
+    encode = reading._encode
+
+    def slow(texts: Any) -> Any:
+        time.sleep(0.001)
+        return encode(texts)
+
+    monkeypatch.setattr(reading, "DOCUMENTS_PER_CHUNK", 3)
+    monkeypatch.setattr(reading, "_encode", slow)
+    monkeypatch.setattr(Batch, "pin", lambda batch: batch)
+    data.pinned = True
+
+
+def _threads() -> int:
+    return sum(thread.name == "batches" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_thread_that_reads_ahead_is_never_in_the_way(
+    files: str, accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions and probes at every step while it reads, rewinds in the middle, kills and resumes: the same batches."""
+    alone = stream(files)
+    expected = [alone.batch(step).tokens for step in range(41)]
+    draw, step, saved = random.Random(accumulation), 0, {0: json.dumps(alone._start)}
+    position, moves = saved[0], 0
+    while step < 40:
+        data = stream(files)  # a new process
+        data.share_out(8 // accumulation)
+        _read_in_a_thread(data, monkeypatch)
+        data.begin(step, json.loads(position))
+        probe = data.lone_sample(8 * step)  # compared when a checkpoint is loaded, before a batch is asked for
+        assert torch.equal(probe.tokens, expected[step][:1])
+        loader, killed = iter(data.training()), False
+        while step < 40 and not killed:
+            micro = [next(loader) for _ in range(accumulation)]
+            assert torch.equal(torch.cat([batch.tokens for batch in micro]), expected[step])
+            data.trained(micro[-1])
+            step += 1
+            saved[step] = json.dumps(data.position())
+            probe = data.lone_sample(8 * step + 7)
+            assert torch.equal(probe.tokens, expected[step][7:])
+            if draw.random() < 0.2:
+                moves += 1
+                step = draw.randrange(max(0, step - 4), step + 1)
+                position, killed = saved[step], draw.random() < 0.3
+                if not killed:  # the run is rewound
+                    data.begin(step, json.loads(position))
+                    assert _threads() == 0, "the thread owns the data until it ends"
+                    with pytest.raises(RuntimeError, match="have been dropped"):
+                        next(loader)
+                    loader = iter(data.training())
+        data.close()
+        assert _threads() == 0
+    assert moves > 4
+
+
+def test_a_thread_that_does_not_end_keeps_its_data(files: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, hangs = [], threading.Event()
+
+    def pin(batch: Batch) -> Batch:
+        made.append(batch)
+        if len(made) > 1:
+            hangs.wait(5)
+        return batch
+
+    data = stream(files)
+    _read_in_a_thread(data, monkeypatch)
+    monkeypatch.setattr(ahead, "END_TIMEOUT", 0.05)
+    monkeypatch.setattr(Batch, "pin", pin)
+    loader = iter(data.training())
+    next(loader)
+    with pytest.raises(TimeoutError, match="the thread that reads the data ahead has not ended"):
+        data.begin(3, None)
+    assert data.start_step == 0
+    data.close()  # the end of the process does not wait for it
+    assert data.stream is not None
+    assert data.stream._arriving is not None
+    hangs.set()
+    monkeypatch.setattr(ahead, "END_TIMEOUT", 5)
+    data.begin(3, None)
+    assert (data.start_step, data.stream._arriving) == (3, None)

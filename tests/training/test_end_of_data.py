@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,10 +98,10 @@ def test_no_batch_behind_the_end_of_the_run_is_made(tmp_path: Path, monkeypatch:
     after = Batches(config.data, config.batch, config.seed).offsets(3)[1].tolist()
     read = Batches._read
 
-    def strict(data: Batches, sources: Ints, offsets: Ints) -> BatchArrays:
+    def strict(data: Batches, sources: Ints, offsets: Ints, *rows: Any) -> BatchArrays:
         if len(offsets) > 1 and set(offsets.tolist()) & set(after):
             raise UserError("a token outside the vocabulary")
-        return read(data, sources, offsets)
+        return read(data, sources, offsets, *rows)
 
     monkeypatch.setattr(Batches, "_read", strict)
     assert train(launcher.load(overrides_for(tmp_path, "run", "data.hold_out=0", "budget.steps=3", *SHORT))) == 0

@@ -127,14 +127,15 @@ def test_no_run_resumes_from_weights_without_a_finite_loss(tmp_path: Path) -> No
 
 def test_a_changed_loss_or_a_changed_sample_is_refused(data: Batches) -> None:
     probe = Probe.measure(trainer(lambda _: 2.5), data, step=0)
-    probe.check(trainer(lambda _: 2.5), data)
+    probe.compare(data)
+    probe.check(trainer(lambda _: 2.5))
     for now in (2.50001, math.nan):
         with pytest.raises(UserError, match=rf"the probe sample under the saved weights is {now}, .* it was 2.5"):
-            probe.check(trainer(lambda _, now=now: now), data)  # type: ignore[misc]
+            probe.check(trainer(lambda _, now=now: now))  # type: ignore[misc]
     moved = replace(probe, sample=1)
     with pytest.raises(UserError, match="sample 1 of the data is not what it was at the save"):
-        moved.check(trainer(lambda _: 2.5), data)
-    moved.check(trainer(lambda _: 2.5), None)  # other data, with leave
+        moved.compare(data)
+    moved.check(trainer(lambda _: 2.5))  # other data, with leave
 
 
 def test_the_candidates_end_with_the_data(data: Batches) -> None:

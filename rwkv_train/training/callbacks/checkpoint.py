@@ -18,6 +18,7 @@ from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.retention import Retention
 from rwkv_train.checkpoint.storage import LocalStorage, Storage
 from rwkv_train.config import CheckpointSettings
+from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.rundir.attempts import Attempts, Superseded
 from rwkv_train.rundir.jsonl import Events
@@ -86,13 +87,13 @@ class CheckpointCallback(Callback):
         strategy.open_writer(self.storage, self._retain)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Recomputes the probe of the loaded checkpoint: weights, data and engine must give the loss of the save.
+        """Recomputes the probe of the loaded checkpoint: weights and engine must give the loss of the save.
 
         Raises:
             UserError: they give another one.
         """
         if self._probe is not None:
-            self._probe.check(trainer, self.data if self.same_data else None)
+            self._probe.check(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -105,6 +106,12 @@ class CheckpointCallback(Callback):
         validated = pl_module.validated is not None and pl_module.validated.step == step
         if step and (step % self.every == 0 or (self.retention.best and validated)):
             self.save(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.data.trained(batch)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.at_end:
@@ -121,6 +128,8 @@ class CheckpointCallback(Callback):
     def save(self, trainer: L.Trainer) -> None:
         """Starts a save of this step, unless there was one already. If the disk refuses it, training continues.
 
+        Weights under which no sample of the probe has a finite loss are not saved: nothing could resume from them.
+
         Raises:
             Superseded: a newer attempt of the run has taken over.
         """
@@ -128,11 +137,12 @@ class CheckpointCallback(Callback):
         if step == self._begun:
             return
         began, self._begun = time.perf_counter(), step
-        Weights under which no sample of the probe has a finite loss are not saved: nothing could resume from them.
-
         if trainer.strategy.broadcast(trainer.is_global_zero and self.attempts.superseded(self._attempt)):
             raise Superseded
         self._probe = Probe.measure(trainer, self.data, step)
+        if self._probe.loss is None:
+            self._report_no_finite_loss(step)
+            return
         trainer.save_checkpoint(self.directory / str(CheckpointName(step, self._attempt)))
         self._pause = time.perf_counter() - began
         self.paused += self._pause
@@ -140,9 +150,6 @@ class CheckpointCallback(Callback):
     def go_back(self, trainer: L.Trainer, before: int, since: int = 0) -> Path | None:
         """Restores the newest complete checkpoint before a step, and continues as a new attempt; a collective call.
 
-        if self._probe.loss is None:
-            self._report_no_finite_loss(step)
-            return
         The checkpoint that was restored last is skipped if there is an older one.
 
         Args:
@@ -197,13 +204,6 @@ class CheckpointCallback(Callback):
                     f"\nWARNING: {outcome.path} is complete, but then: {outcome.trouble}", file=sys.stderr, flush=True
                 )
 
-    def _report_failure(self, path: Path, error: str) -> None:
-        self.failures += 1
-        if not self.events.enabled:
-            return
-        kept, _ = newest(self.directory, self.storage, content=False)  # other ranks wait while this one would hash
-        print(
-            f"\nWARNING: the checkpoint {path} could not be written: {error}\n"
     def _report_no_finite_loss(self, step: int) -> None:
         if not self.events.enabled:
             return
@@ -212,6 +212,13 @@ class CheckpointCallback(Callback):
         print(f"\nWARNING: no checkpoint of step {step}: {error}; {last}", file=sys.stderr, flush=True)
         self.events.add("checkpoint_failed", step, error=error)
 
+    def _report_failure(self, path: Path, error: str) -> None:
+        self.failures += 1
+        if not self.events.enabled:
+            return
+        kept, _ = newest(self.directory, self.storage, content=False)  # other ranks wait while this one would hash
+        print(
+            f"\nWARNING: the checkpoint {path} could not be written: {error}\n"
             f"  training continues; the last complete checkpoint is {kept or 'none'}",
             file=sys.stderr,
             flush=True,
@@ -249,7 +256,7 @@ class CheckpointCallback(Callback):
             batches=pl_module.clock.batches,
             data_tokens=self.data.course.end(step) * self.data.context,
             tokens_by_source=self.data.tokens_by_source(step),
-            position=self.data.position(step),
+            position=self.data.position(),
             val_loss=None if validated is None else validated.loss_of(step),
             shapes=strategy.shapes,
             writers=strategy.writer.writers,
@@ -261,6 +268,8 @@ class CheckpointCallback(Callback):
         meta: CheckpointMeta = checkpoint["meta"]
         continue_data(self.data, meta, self.data.course.skips)  # rank 0 may have chosen another checkpoint
         self._probe = Probe.load(meta, checkpoint["probe"])
+        if self.same_data:
+            self._probe.compare(self.data)
         self.last = self._begun = meta.step
         checkpoint["loops"] = between_steps(checkpoint["loops"], meta.step, trainer.accumulate_grad_batches)
 
