@@ -195,6 +195,7 @@ THEIRS = {
     "trainer.should_stop": "Lightning ends its loop after the step",
     "trainer.limit_val_batches": "Lightning leaves the validation out",
     "trainer._signal_connector.register_signal_handlers": "Lightning leaves signals to us",
+    "trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor": "the same: no broadcast and no wait in each pass",
     "loop._batches_that_stepped": "Lightning's counter of steps, which load_state_dict leaves out",
     "optimizer.found_inf": "torch's fused AdamW skips the update on the device",
     "self.engine_optimizer.optimizer.found_inf": "the same, inside DeepSpeed's engine",

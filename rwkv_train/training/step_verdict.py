@@ -29,8 +29,7 @@ class StepVerdict:
             `judge`, or where no text was recorded.
         bad: () bool, whether the step's update is left out; None before `judge`.
         skipped: () float32, updates that were left out so far; None before the first step.
-        stop_asked: whether this rank asks all of them to stop; summed over the ranks from the next `judge` on.
-        stops: () float32, how many ranks have asked; None before `judge`.
+        stops: () float32, how many ranks have called `ask_to_stop`; None before `judge`.
     """
 
     def __init__(self) -> None:
@@ -40,7 +39,7 @@ class StepVerdict:
         self.text: Tensor | None = None
         self.bad: Tensor | None = None
         self.skipped: Tensor | None = None
-        self.stop_asked = False
+        self._stop_asked = False
         self.stops: Tensor | None = None
         self._limit = math.inf
         self._skipped_before = 0
@@ -50,6 +49,10 @@ class StepVerdict:
     def set_limit(self, loss: float) -> None:
         """From now on a step with a larger loss is bad."""
         self._limit = loss
+
+    def ask_to_stop(self) -> None:
+        """This rank asks all of them to stop: `stops` counts it from the next `judge` on."""
+        self._stop_asked = True
 
     def count_skipped_from(self, skipped: int) -> None:
         """Sets how many updates were left out before the next step, at a resume or a rewind."""
@@ -87,7 +90,7 @@ class StepVerdict:
         loss = self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).mean()
         text = torch.stack(self._texts).sum(0).to(loss) if self._texts else loss.new_zeros(0)
         finite = None if norm is None else norm <= LARGEST_FINITE
-        self.stops = loss.new_full((), float(self.stop_asked))
+        self.stops = loss.new_full((), float(self._stop_asked))
         if dist.is_initialized():
             sums = torch.stack([loss, torch.ones_like(loss) if finite is None else finite.to(loss), *text, self.stops])
             dist.all_reduce(sums)

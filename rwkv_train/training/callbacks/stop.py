@@ -29,7 +29,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 def ask_all_to_stop(pl_module: L.LightningModule) -> None:
     """Lets the ranks stop: the request is summed over them with the loss of this step, or of the next one."""
     assert isinstance(pl_module, RWKVModule)
-    pl_module.verdict.stop_asked = True
+    pl_module.verdict.ask_to_stop()
 
 
 def reason_to_stop(trainer: L.Trainer, metrics: Metrics, reason: int) -> int:
