@@ -31,6 +31,7 @@ from rwkv_train.data.sources import DataSource
 from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import Tokenizer, Tokens, load_tokenizer
 from rwkv_train.errors import UserError
+from rwkv_train.json_files import parse_json
 
 DOCUMENTS_PER_CHUNK = 64  # tokenised by one call
 _ROWS_WITHOUT_TEXT = 10  # at the beginning of a data set: the column is another one
@@ -101,7 +102,7 @@ class StreamPosition(_Samples):
 
     def as_json(self) -> dict[str, Any]:
         """For `StreamRows.go_to`; JSON values only."""
-        position: dict[str, Any] = json.loads(self._chunks[0].position)
+        position: dict[str, Any] = parse_json(self._chunks[0].position)
         return position
 
     def fill(self, offset: int, row: BatchArrays) -> None:
@@ -155,7 +156,7 @@ class StreamRows(_Samples):
         if self._arriving is not None:
             self._arriving.close()
             self._arriving = None
-            self._position = json.loads(self._chunks[0].position) if self._chunks else self._position
+            self._position = parse_json(self._chunks[0].position) if self._chunks else self._position
             self._chunks.clear()
 
     def _read_until(self, end: int) -> None:

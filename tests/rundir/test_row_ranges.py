@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rwkv_train.json_files import parse_json
 from rwkv_train.rundir import record_lines, row_ranges
 from rwkv_train.rundir.attempts import Attempts, Lineage
 from rwkv_train.rundir.directory import RunDirectory
@@ -71,8 +72,13 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 def test_a_start_parses_a_few_rows_however_many_there_are(
     long_run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parsed, parse = [], record_lines.parse_json
-    monkeypatch.setattr(record_lines, "parse_json", lambda line: (parsed.append(1), parse(line))[1])
+    parsed: list[bytes | str] = []
+
+    def parse(line: bytes | str) -> Any:
+        parsed.append(line)
+        return parse_json(line)
+
+    monkeypatch.setattr(record_lines, "parse_json", parse)
     history = StartHistory(long_run)
     assert (history.reached, history.attempts[0].ended) == (100_000, "killed")
     assert len(parsed) < 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 
 from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
 from rwkv_train.cli import launcher
+from rwkv_train.data.batch import Batch
+from rwkv_train.data.datamodule import DataModule
 from rwkv_train.data.prepare import PrepareOptions, prepare
 from rwkv_train.errors import UserError
 from rwkv_train.models import ModelConfig, build_model
@@ -68,6 +71,39 @@ def test_a_stream_resumes_exactly_from_its_position(store: Path, tmp_path: Path)
     meta = json.loads((checkpoint / "meta.json").read_text())
     assert meta["position"]["offset"] <= 8 * 128
     assert meta["tokenizer"] == "bytes"
+
+
+def test_a_stream_that_a_thread_reads_ahead_is_rewound_and_saved(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a GPU: losses, positions and probes are those of a run without the thread."""
+    stream = ("data=stream", f"data.path={tmp_path}/a.jsonl", "data.tokenizer=bytes", "data.workers=0")
+    fault = (
+        "packages=[tests]",
+        "+callbacks.fault._target_=tests.training.faults.Fault",
+        "+callbacks.fault.steps=[4,5,6]",
+    )
+    more = (*SHORT_RUN, "checkpoint.every.steps=3", "checkpoint.keep=9", "batch.micro=2", *stream, *fault)
+    plain = run(tmp_path, "plain", *more, "data.held_out_documents=5")
+    setup = DataModule.setup
+
+    def ahead(data: DataModule, stage: str) -> None:
+        setup(data, stage)
+        data.batches.pinned = True
+
+    monkeypatch.setattr(DataModule, "setup", ahead)
+    monkeypatch.setattr(Batch, "pin", lambda batch: batch)
+    threaded = run(tmp_path, "threaded", *more, "data.held_out_documents=5")
+    assert losses(threaded) == losses(plain)
+    rewound = [(row["step"], row["reached"]) for row in rows(threaded, "events.jsonl") if row["event"] == "rewound"]
+    assert rewound == [(3, 6)]
+    saved = sorted(path.name for path in (plain / "checkpoints").glob("step_*"))
+    assert len(saved) > 2
+    for name in saved:
+        metas = [json.loads((each / "checkpoints" / name / "meta.json").read_text()) for each in (plain, threaded)]
+        for key in ("position", "probe", "probe_sample", "data_tokens"):
+            assert metas[0][key] == metas[1][key]
+    assert not any(thread.name == "batches" for thread in threading.enumerate())
 
 
 def test_another_store_or_tokenizer_under_the_same_name_is_refused(store: Path, tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ def test_weights_without_a_finite_loss_are_not_saved(
     assert Probe.measure(trainer(lambda _: math.inf), data, step=0).loss is None
     settings = CheckpointSettings(Duration(steps=4), 2, None, False, True)
     saving = CheckpointCallback(tmp_path / "checkpoints", settings, 1, data, {}, Events(tmp_path / "events.jsonl"))
-    saved, good = [], True
+    saved: list[Path] = []
+    good = True
     run: Any = trainer(lambda _: 2.5 if good else math.nan)
     run.global_step, run.is_global_zero, run.save_checkpoint = 4, True, saved.append
     run.strategy.broadcast = bool
