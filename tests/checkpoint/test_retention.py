@@ -36,9 +36,9 @@ class Run:
         return number
 
     def save(self, step: int, number: int, loss: float | None = None, **more: Any) -> SaveOutcome:
+        tokens = {"tokens": more.pop("tokens")} if "tokens" in more else {}
         path = self.checkpoints / str(CheckpointName(step, number))
         saving = Writer(more.pop("storage", LocalStorage()), 0, 1, InProcessStore(), **more)
-        tokens = {"tokens": more.pop("tokens")} if "tokens" in more else {}
         saving.begin(path, {"part.json": [step]}, meta_of(step=step, val_loss=loss, **tokens))
         saving.wait()
         (outcome,) = saving.finished()
