@@ -114,16 +114,19 @@ class Reader:
     written, and each opens its own.
 
     Args:
-        path: a checkpoint directory, a .pth file under the field's names, or a run directory (see `find_weights`).
+        path: a checkpoint directory, a .pth or .safetensors file, or a run directory (see `find_weights`).
         verified: whether the presence and the sizes of the checkpoint's files need no check, as rank 0 has done it.
-        finite: whether `fill` refuses weights that are not finite.
+        finite: whether weights that are not finite are refused when they are read.
+
+    Attributes:
+        note: what was removed from the names in a file, for a line of output; empty: nothing.
 
     Raises:
         UserError: the path does not exist, or a file of the checkpoint is missing.
     """
 
     def __init__(self, path: Path, verified: bool = False, finite: bool = False) -> None:
-        self.path, self._finite = find_weights(path), finite
+        self.path, self._finite, self.note = find_weights(path), finite, ""
         path = self.path
         self._parts: dict[tuple[str, str], list[_Part]] = {}
         self._open: dict[str, dict[str, Any]] = {}  # files by name
@@ -135,9 +138,10 @@ class Reader:
                 self._parts.setdefault((kind, name), []).append(part)
         else:
             alone = load_weights(path)
-            self.shapes = {name: tuple(value.shape) for name, value in alone.items()}
-            for name, values in alone.items():
-                self._add(name, values, 0, mapped=True)
+            self.note = f"{path}: {alone.note}" if alone.note else ""
+            self.shapes = {name: tuple(value.shape) for name, value in alone.tensors.items()}
+            for name, values in alone.tensors.items():
+                self._add(name, values, 0, alone.mapped)
 
     def _index(self) -> Iterator[tuple[str, str, int, int, int]]:
         """Which part of which tensor is in the files of which writer: (kind, name, writer, first element, count)."""
@@ -230,6 +234,11 @@ class Reader:
             if first < last:
                 values, mapped = held.load()
                 part = values[first - held.start : last - held.start]
+                if self._finite and kind == WEIGHT and not (good := torch.isfinite(part)).all():
+                    raise UserError(
+                        f"{self.path}: {name} has {int((~good).sum())} values that are not finite",
+                        "give the weights of an earlier step, or copy the file again",
+                    )
                 yield first - start, part
                 found += max(0, last - max(first, end))  # elements that two parts hold count once
                 twice = twice or first < end
@@ -271,11 +280,6 @@ class Reader:
             count = shard.values.numel()
             complete = shard.values if shard.put is None else torch.empty(count)
             for offset, values in self.read(shard.kind, shard.name, shard.start, count):
-                if self._finite and not (good := torch.isfinite(values)).all():
-                    raise UserError(
-                        f"{self.path}: {shard.name} has {int((~good).sum())} values that are not finite",
-                        "give the weights of an earlier step, or copy the file again",
-                    )
                 complete[offset : offset + values.numel()].copy_(values)
             if shard.put is not None:
                 shard.put(complete)

@@ -15,7 +15,7 @@ from rwkv_train import resources
 from rwkv_train.cli import launcher
 
 TOKENIZER = "bytes, world or a tokenizer.json (default: that of the checkpoint, or by the size of its vocabulary)"
-CHECKPOINT = "a checkpoint directory, or a .pth file with the field's parameter names"
+CHECKPOINT = "a run or checkpoint directory, or a .pth or .safetensors file with the field's parameter names"
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,12 @@ class JsonLines:
                     self._line += 1
                     self.where = f"{path}, line {self._line}"
                     if line.strip():
-                        yield _parsed(line)
+                        yield parsed_row(line)
             self._file, self._byte, self._line = self._file + 1, 0, 0
 
 
-def _parsed(line: bytes) -> dict[str, Any] | str:
+def parsed_row(line: bytes) -> dict[str, Any] | str:
+    """The object of a line of JSON, or what is wrong with it."""
     try:
         row = json.loads(line)
     except UnicodeDecodeError:

@@ -24,6 +24,7 @@ from rwkv_train.config import DataSettings
 from rwkv_train.data import workers
 from rwkv_train.data.arrays import Ints
 from rwkv_train.data.bad_rows import BadRows
+from rwkv_train.data.file_rows import FileRows
 from rwkv_train.data.formats import KINDS, Kind, format_of
 from rwkv_train.data.json_lines import JsonLines
 from rwkv_train.data.rows import BatchArrays
@@ -37,12 +38,7 @@ DOCUMENTS_PER_CHUNK = 64  # tokenised by one call
 _ROWS_WITHOUT_TEXT = 10  # at the beginning of a data set: the column is another one
 CHUNKS_AHEAD = 4  # queued per process
 PROBE_SAMPLES = 8  # after each step, among which a checkpoint looks for its probe
-BUILDERS: dict[Kind | None, tuple[str, dict[str, Any]]] = {
-    "jsonl": ("json", {}),
-    "json": ("json", {}),
-    "parquet": ("parquet", {}),
-    "text": ("text", {"sample_by": "document"}),
-}
+KINDS_OF_ROWS: tuple[Kind, ...] = ("jsonl", "json", "parquet", "text")
 
 
 @dataclass(frozen=True)
@@ -223,7 +219,7 @@ def texts_of(dataset: Any, field: str, bad: BadRows) -> Iterator[bytes]:
     """Yields the documents of a data set: the texts of one column, as UTF-8.
 
     Args:
-        dataset: an IterableDataset, or `JsonLines`.
+        dataset: an IterableDataset, `JsonLines` or `FileRows`.
         field: the column.
         bad: counts the rows without a text.
 
@@ -239,7 +235,7 @@ def texts_of(dataset: Any, field: str, bad: BadRows) -> Iterator[bytes]:
             reason = " ".join(str(error.__cause__ or error).split())[:200]
             raise UserError(
                 f"the data set cannot be read behind row {number:,} ({type(error).__name__}: {reason})",
-                "correct the file or leave it out; of .jsonl files such rows are left out",
+                "correct the file or leave it out; of .jsonl, .json and .parquet files such rows are left out",
             ) from None
         if row is None:
             break
@@ -283,7 +279,7 @@ def open_stream(data: DataSettings, extend: Sequence[str], context: int) -> tupl
         UserError: the data set cannot be opened, or a row has no text.
     """
     tokenizer = load_tokenizer(str(data.tokenizer), extend)
-    dataset = open_dataset(str(data.path), data.split)
+    dataset = open_dataset(str(data.path), data.split, data.field)
     held = list(islice(texts_of(dataset, data.field, BadRows(data.max_bad_rows)), data.held_out_documents))
     pieces = [np.full(1, tokenizer.end_of_text, tokenizer.encode(b"").dtype)]
     for text in held:
@@ -298,12 +294,17 @@ def open_stream(data: DataSettings, extend: Sequence[str], context: int) -> tupl
     )
     empty = MemoryStore(pieces[0][:0])
     source = DataSource("stream", empty, held_out, description, digest.hexdigest()[:16], 0, tokenizer.vocab_size - 1)
-    rows = StreamRows(open_dataset(str(data.path), data.split), data, extend, context)
+    rows = StreamRows(open_dataset(str(data.path), data.split, data.field), data, extend, context)
     return tokenizer, source, rows
 
 
-def open_dataset(path: str, split: str) -> Any:
-    """Opens local files (one, or a glob), or a data set of the hub by name, as an IterableDataset or `JsonLines`.
+def open_dataset(path: str, split: str, field: str) -> Any:
+    """Opens local files (one, or a glob), or a data set of the hub by name, as an IterableDataset or one of our own.
+
+    Args:
+        path: of the files, or the name.
+        split: of a data set of the hub.
+        field: the column of the text.
 
     Raises:
         UserError: the files are of several kinds, or nothing can be opened.
@@ -313,17 +314,20 @@ def open_dataset(path: str, split: str) -> Any:
     try:
         if files:
             kinds = {format_of(Path(name)).kind for name in files}
-            if len(kinds) > 1 or not kinds <= set(BUILDERS):
+            if len(kinds) > 1 or not kinds <= set(KINDS_OF_ROWS):
                 raise UserError(
                     f"data.path={path} names files of several or of unknown kinds",
-                    f"give files of one kind: {', '.join(s for s, kind in KINDS.items() if kind in BUILDERS)}",
+                    f"give files of one kind: {', '.join(s for s, kind in KINDS.items() if kind in KINDS_OF_ROWS)}",
                 )
             if kinds == {"jsonl"}:
                 return JsonLines(files)
+            if kinds <= {"parquet", "json"}:
+                return FileRows(files, field)
             import datasets
 
-            builder, more = BUILDERS[kinds.pop()]
-            return datasets.load_dataset(builder, data_files={split: files}, split=split, streaming=True, **more)
+            return datasets.load_dataset(
+                "text", data_files={split: files}, split=split, streaming=True, sample_by="document"
+            )
         import datasets
 
         return datasets.load_dataset(path, split=split, streaming=True)

@@ -16,6 +16,7 @@ from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 
 PRELOAD = ["rwkv_train.data.prepare.shards"]  # imported once, not once for each process
 RUN_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}  # sent to all processes of a job or shell
+SHUTDOWN_SECONDS = 60.0  # a shard takes about 30 at most
 
 _tokenizer: Tokenizer  # of this process
 
@@ -49,6 +50,18 @@ class _Pool(ProcessPoolExecutor):
         # All processes start with the first task. The death of one that a later task starts is noticed only at the
         # executor's next event, possibly never: it is woken up before the new process is among those that it watches.
         self._safe_to_dynamically_spawn_children = False
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As the executor's, but tasks that run get SHUTDOWN_SECONDS to end; then their processes are killed."""
+        processes, manager = list((self._processes or {}).values()), self._executor_manager_thread
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+        if not wait or manager is None:
+            return
+        manager.join(SHUTDOWN_SECONDS)
+        if manager.is_alive():
+            for process in processes:
+                process.kill()
+            manager.join(SHUTDOWN_SECONDS)
 
 
 def pool(workers: int, name: str, extend: Sequence[str]) -> ProcessPoolExecutor:

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,28 +98,32 @@ def export(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
     if target.suffix not in ("", ".pth", ".safetensors"):
         raise UserError(f"{target}: the ending {target.suffix} is not known", "valid: .pth, .safetensors, a directory")
     try:
-        return consolidate(checkpoint, target, dtype)
+        return consolidate(checkpoint, target, dtype, finite=True)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}", "give another path") from None
 
 
-def consolidate(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
+def consolidate(checkpoint: Path, target: Path, dtype: str | None = None, finite: bool = False) -> Path:
     """Writes a checkpoint's weights under the field's names, or under transformers' own into a directory.
 
     Args:
-        checkpoint: a checkpoint directory, sharded or not, or a .pth file.
+        checkpoint: a checkpoint directory, sharded or not, or a .pth or .safetensors file.
         target: out.pth, out.safetensors, or a directory (made here) that transformers' RwkvForCausalLM loads, with the
             tokenizer where it knows one of that kind.
         dtype: float32, bfloat16 or float16; None: as they are.
+        finite: whether weights that are not finite are refused.
 
     Returns:
         the file that was written; it gets its name once it is complete.
 
     Raises:
-        UserError: a part of the checkpoint is missing, or transformers has no model of its generation.
+        UserError: a part of the checkpoint is missing, a weight is not finite where it must be, or transformers has no
+            model of its generation.
         OSError: the target cannot be written.
     """
-    reader = Reader(checkpoint)
+    reader = Reader(checkpoint, finite=finite)
+    if reader.note:
+        print(reader.note, file=sys.stderr)
     stored = str(reader.dtype(next(iter(reader.shapes)))).removeprefix("torch.")
     kind = dtype or (stored if stored in DTYPES else "float32")
     if target.suffix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +23,7 @@ _REMEDY = "--tokenizer names the one that it was trained with: bytes, world, or 
 
 
 def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
-    """The model of a checkpoint, sharded or not, of a run directory, or of a .pth file under the field's names.
+    """The model of a checkpoint, sharded or not, of a run directory, or of a .pth or .safetensors file.
 
     The tensors' names and shapes determine its architecture and shape.
 
@@ -37,6 +38,8 @@ def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
     if device.startswith("cuda") and not gpu:
         raise UserError(f"--device {device}: torch can use no GPU here", "--device cpu")
     reader = Reader(checkpoint, finite=True)
+    if reader.note:
+        print(reader.note, file=sys.stderr)
     model = build_model(detect(reader.shapes, str(checkpoint)), device="meta")
     refuse_mismatches(str(checkpoint), reader.shapes, model)
     model = model.to_empty(device="cpu")

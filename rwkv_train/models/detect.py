@@ -10,13 +10,24 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rwkv_train.errors import UserError
-from rwkv_train.json_files import MAX_BYTES, load_object, open_regular, reason_of
+from rwkv_train.json_files import MAX_BYTES, load_object, open_regular, parse_json, reason_of
 from rwkv_train.models.config import ModelConfig
 from rwkv_train.models.registry import ARCHITECTURES, Shapes
+from rwkv_train.models.state_dict import unwrapped
 
+_LEGACY_BEGIN = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # of torch's format before 1.6
+_DTYPES = {
+    "float32",
+    "float16",
+    "bfloat16",
+    "float64",
+    "int64",
+    "int32",
+    "bool",
+}  # that a file of other things may name
 _MAX_MEMO = 2**24  # entries of a pickle's memo
 
 # Other models under the field's names, newest first: what only their files have.
@@ -69,7 +80,7 @@ def _missing_layer(shapes: Shapes) -> str | None:
 
 
 def detect_file(path: Path) -> ModelConfig | None:
-    """The same of a .pth file or a checkpoint directory, sharded or not; None: there is no such file.
+    """The same of a .pth or .safetensors file or a checkpoint directory, sharded or not; None: there is no such file.
 
     Raises:
         UserError: the file is damaged, or holds something else.
@@ -81,13 +92,13 @@ def detect_file(path: Path) -> ModelConfig | None:
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes in a .pth file or a checkpoint's meta.json, by name.
+    """The shapes in a .pth or .safetensors file or a checkpoint's meta.json, by the field's names.
 
     Raises:
         UserError: the file is damaged.
     """
     try:
-        table = load_object(file)["shapes"] if file.name == "meta.json" else _table(file)
+        table = load_object(file)["shapes"] if file.name == "meta.json" else _parameters(file)
     except zipfile.BadZipFile:
         reason = "it is cut short, or no .pth file"
     except StopIteration:
@@ -107,17 +118,70 @@ def _shape(size: Any) -> tuple[int, ...]:
     return tuple(size) if known else ()
 
 
+def _parameters(file: Path) -> Any:
+    """What is in the place of the parameters: of a tensor its shape."""
+    return unwrapped(_table(file), lambda value: isinstance(value, _Size))[0]
+
+
 def _table(file: Path) -> Any:
-    with open_regular(file) as source, zipfile.ZipFile(source) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        with archive.open(name) as stream:
-            table = stream.read(MAX_BYTES + 1)
+    """The content of a file with each tensor replaced by its size."""
+    with open_regular(file) as source:
+        if is_safetensors(file):
+            return _safetensors_table(source)
+        if is_legacy(file):
+            return _legacy_table(source)
+        with zipfile.ZipFile(source) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            with archive.open(name) as stream:
+                table = stream.read(MAX_BYTES + 1)
     if len(table) > MAX_BYTES:
         raise ValueError("its table of tensors is too large")
-    for opcode, argument, _ in pickletools.genops(table):  # the unpickler reserves memory up to the largest number
+    return _unpickled(io.BytesIO(table))
+
+
+def is_safetensors(file: Path) -> bool:
+    """Whether a file's name says that it is one of the safetensors library."""
+    return file.suffix.lower() == ".safetensors"
+
+
+def is_legacy(file: Path) -> bool:
+    """Whether a regular file is of torch's format before 1.6."""
+    with open_regular(file) as source:
+        return source.read(len(_LEGACY_BEGIN)) == _LEGACY_BEGIN
+
+
+def _safetensors_table(source: BinaryIO) -> dict[str, Any]:
+    """Eight bytes with the length of the header, then the header: a JSON object with an entry for each tensor."""
+    length = int.from_bytes(source.read(8), "little")
+    if not 2 <= length <= MAX_BYTES:
+        raise ValueError("it is no .safetensors file")
+    header = parse_json(source.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("it is no .safetensors file")
+    header.pop("__metadata__", None)
+    return {name: _Size(_shape(entry["shape"])) for name, entry in header.items()}
+
+
+def _legacy_table(source: BinaryIO) -> Any:
+    """torch's format before 1.6: pickles of a mark, a version, the machine's properties and the content, then data."""
+    pickles = io.BytesIO(source.read(MAX_BYTES))
+    for _ in range(3):
+        _unpickled(pickles)
+    return _unpickled(pickles)
+
+
+def _unpickled(stream: BinaryIO) -> Any:
+    """The content of the next pickle of a stream."""
+    begin = stream.tell()
+    for opcode, argument, _ in pickletools.genops(stream):  # the unpickler reserves memory up to the largest number
         if "PUT" in opcode.name and isinstance(argument, int) and argument > _MAX_MEMO:
             raise ValueError("its table of tensors is damaged")
-    return _Table(io.BytesIO(table)).load()
+    stream.seek(begin)
+    return _Table(stream).load()
+
+
+class _Size(tuple[int, ...]):
+    """The size of a tensor, in its place."""
 
 
 class _Table(pickle.Unpickler):
@@ -127,10 +191,14 @@ class _Table(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch._utils" and name == "_rebuild_tensor_v2":
-            return lambda storage, offset, size, *rest: tuple(size)
+            return lambda storage, offset, size, *rest: _Size(size)
         if module == "torch._utils" and name == "_rebuild_parameter":
             return lambda size, *rest: size
         if module.split(".")[0] == "torch" and name.endswith("Storage"):
+            return name
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        if module == "torch" and name in _DTYPES:
             return name
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 

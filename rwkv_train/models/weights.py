@@ -1,29 +1,48 @@
-"""Published and own weights: a dict of tensors under the field's names, in a .pth file."""
+"""Published and own weights: a dict of tensors under the field's names, in a .pth or .safetensors file."""
 
 from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_train.errors import UserError
 from rwkv_train.json_files import open_regular, reason_of
+from rwkv_train.models.detect import is_legacy, is_safetensors
+from rwkv_train.models.state_dict import unwrapped
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The parameters of a .pth file, under the field's names, mapped from the file.
+class LoadedWeights(NamedTuple):
+    """The parameters of a file.
+
+    Attributes:
+        tensors: by the field's names.
+        mapped: whether they are mapped from the file; else they are in memory.
+        note: what was removed from the names, for a line of output; empty: nothing.
+    """
+
+    tensors: dict[str, Tensor]
+    mapped: bool
+    note: str
+
+
+def load_weights(path: Path) -> LoadedWeights:
+    """The parameters of a .pth or .safetensors file, under the field's names.
+
+    A .pth file is mapped; one of torch's format before 1.6 and a .safetensors file are read into memory.
 
     Raises:
-        UserError: there is no such file, or it does not hold a dict of tensors.
+        UserError: there is no such file, it does not hold the tensors of one model, or safetensors is not installed.
     """
     try:
-        weights = load_mapped(path)
+        content, mapped = (_load_safetensors(path), False) if is_safetensors(path) else _load_pth(path)
+        weights, note = unwrapped(content, lambda value: isinstance(value, Tensor))
     except FileNotFoundError:
         raise UserError(f"there is no file {path}", "give a .pth file or a checkpoint directory") from None
     except ValueError as error:
@@ -39,7 +58,42 @@ def load_weights(path: Path) -> dict[str, Tensor]:
                 f"{path}: {name} is not a tensor of weights ({kind})",
                 "give weights in float32, float16, bfloat16 or float64; quantised ones cannot be read",
             )
-    return weights
+    return LoadedWeights(weights, mapped, note)
+
+
+def _load_pth(path: Path) -> tuple[Any, bool]:
+    """The content of a .pth file, and whether it is mapped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or something else.
+    """
+    _check_regular(path)
+    if not is_legacy(path):
+        return load_mapped(path), True
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True), False
+    except Exception as error:  # torch raises many types
+        raise ValueError(reason_of(error)) from None
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, in memory.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or something else.
+        UserError: the library is not installed.
+    """
+    _check_regular(path)
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path}: the package safetensors is not installed", "pip install safetensors") from None
+    try:
+        return load_file(path)
+    except Exception as error:  # its own type, and those of torch
+        raise ValueError(f"it is cut short, or no .safetensors file ({reason_of(error)})") from None
 
 
 def load_mapped(path: Path) -> Any:
@@ -49,17 +103,21 @@ def load_mapped(path: Path) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it is torn, no such file, or no regular file.
     """
+    _check_regular(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many types
+        torn = not zipfile.is_zipfile(path)
+        raise ValueError("it is cut short, or no .pth file" if torn else reason_of(error)) from None
+
+
+def _check_regular(path: Path) -> None:
     try:
         open_regular(path).close()
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ValueError(reason_of(error)) from None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many types
-        torn = not zipfile.is_zipfile(path)
-        raise ValueError("it is cut short, or no .pth file" if torn else reason_of(error)) from None
 
 
 def _is_complete(value: Tensor) -> bool:

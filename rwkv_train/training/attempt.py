@@ -137,7 +137,7 @@ def _note_start(
     run.attempts.begin(number, 0 if meta is None else meta.step, None if name is None else name.attempt)
     remove_unfinished(run.checkpoints, number, setup.storage)
     settings, storage = setup.config.checkpoint, setup.storage or LocalStorage()
-    retention = Retention.of(run.checkpoints, run.attempts, settings, setup.config.batch.tokens, storage)
+    retention = Retention.of(run.checkpoints, run.attempts, settings, storage)
     if outdated := retention.outdated(number):
         names = ", ".join(path.name for path in outdated)
         setup.console.print(f"checkpoints that no longer count, deleted after the next save: {names}")

@@ -97,7 +97,7 @@ def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo
     data = _read_data(config, devices.mesh)
     resolved = resolve(config, devices, data.vocabulary, data.split.samples, console)
     data.share_out(resolved.micro)
-    model, source = _build(config, data.vocabulary, resolved.strategy == "single" and not config.dry_run)
+    model, source = _build(config, data.vocabulary, resolved.strategy == "single" and not config.dry_run, console)
     return RunSetup(
         config=config,
         resolved=resolved,
@@ -138,7 +138,9 @@ def _read_data(config: Config, mesh: Mesh) -> Batches:
     return data
 
 
-def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel, Recipe | Reader | None]:
+def _build(
+    config: Config, vocab_size: int, valued: bool, console: Console
+) -> tuple[LanguageModel, Recipe | Reader | None]:
     """The model and where its first values come from: the recipe or init.weights; None where it has them already."""
     shape = model_config(config, vocab_size)
     model = build_model(shape, device="meta")
@@ -149,6 +151,8 @@ def _build(config: Config, vocab_size: int, valued: bool) -> tuple[LanguageModel
         source = Recipe(recipe_of(model), shapes_of(dict(model.named_parameters())), model.config, config.seed)
     else:
         source = Reader(Path(config.init_weights).expanduser(), finite=True)
+        if source.note:
+            console.print(f"weights {source.note}")
         source.grow_vocabulary(len(config.vocab.extend))
         refuse_mismatches(f"init.weights={config.init_weights}", source.shapes, model)
         if valued:

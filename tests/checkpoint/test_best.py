@@ -19,9 +19,9 @@ from tests.runs import overrides_for, rows
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
 def test_only_a_finite_loss_is_the_best(bad: float | None) -> None:
-    assert checkpoints_to_keep({1: bad, 2: 2.0, 3: 3.0, 4: 4.0}, 1, None, True) == {2, 4}
-    assert checkpoints_to_keep({1: bad, 2: bad, 3: bad}, 1, None, True) == {3}
-    assert checkpoints_to_keep({1: 1.0, 2: 2.0, 3: bad}, 1, None, False) == {3}
+    assert checkpoints_to_keep({1: bad, 2: 2.0, 3: 3.0, 4: 4.0}, 1, True) == {2, 4}
+    assert checkpoints_to_keep({1: bad, 2: bad, 3: bad}, 1, True) == {3}
+    assert checkpoints_to_keep({1: 1.0, 2: 2.0, 3: bad}, 1, False) == {3}
 
 
 def test_a_loss_belongs_to_its_own_step() -> None:

@@ -18,6 +18,7 @@ from rwkv_train.checkpoint.name import CheckpointName, complete_inside
 from rwkv_train.checkpoint.retention import Retention
 from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.checkpoint.writer import InProcessStore, SaveOutcome, Writer
+from rwkv_train.config import Duration
 from rwkv_train.rundir.attempts import Attempts
 from tests.checkpoint.metas import meta_of
 
@@ -35,15 +36,17 @@ class Run:
         return number
 
     def save(self, step: int, number: int, loss: float | None = None, **more: Any) -> SaveOutcome:
+        tokens = {"tokens": more.pop("tokens")} if "tokens" in more else {}
         path = self.checkpoints / str(CheckpointName(step, number))
         saving = Writer(more.pop("storage", LocalStorage()), 0, 1, InProcessStore(), **more)
-        saving.begin(path, {"part.json": [step]}, meta_of(step=step, val_loss=loss))
+        saving.begin(path, {"part.json": [step]}, meta_of(step=step, val_loss=loss, **tokens))
         saving.wait()
         (outcome,) = saving.finished()
         return outcome
 
-    def retention(self, keep: int = 2, permanent: int | None = None, best: bool = False) -> Retention:
-        return Retention(self.checkpoints, self.attempts, keep, permanent, best, LocalStorage())
+    def retention(self, keep: int = 2, permanent: int | Duration | None = None, best: bool = False) -> Retention:
+        span = Duration(steps=permanent) if isinstance(permanent, int) else permanent
+        return Retention(self.checkpoints, self.attempts, keep, span, best, LocalStorage())
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.checkpoints.iterdir() if path.name != "latest")
@@ -68,6 +71,27 @@ def test_the_newest_complete_ones_stay_and_a_damaged_one_is_none_of_them(run: Ru
     assert steps(run.retention(keep=2).superfluous(1)) == [1, 2, 3, 4]  # 7 and 5 stay, 6 is not older than both
     assert steps(run.retention(keep=2, permanent=2).superfluous(1)) == [1, 3]
     assert steps(run.retention(keep=6).superfluous(1)) == []  # there are four
+
+
+def test_permanent_tokens_are_those_recorded_also_after_the_batch_was_changed(run: Run) -> None:
+    """300 tokens a step until step 6, then 600: a rule of steps would move what is permanent."""
+    run.begin()
+    tokens = {step: 300 * min(step, 6) + 600 * max(0, step - 6) for step in range(1, 13)}
+    for step in range(1, 7):
+        run.save(step, 1, tokens=tokens[step])
+    run.begin(6, 1)
+    for step in range(7, 13):
+        run.save(step, 2, tokens=tokens[step])
+    rule = run.retention(keep=1, permanent=Duration(tokens=1000))
+    kept = {4: 1200, 7: 2400, 8: 3000, 10: 4200, 12: 5400}
+    assert {step: tokens[step] for step in kept} == kept
+    for path in rule.superfluous(2):
+        shutil.rmtree(path)
+    assert [CheckpointName.of(run.checkpoints / name).step for name in run.names()] == list(kept)
+    assert rule.superfluous(2) == []  # the same ones stay when their neighbours are gone
+    third = run.begin(4, 1)
+    assert steps(rule.outdated(third)) == []
+    assert steps(run.retention(permanent=Duration(tokens=10**9)).outdated(third)) == [7, 8, 10, 12]
 
 
 def test_the_best_one_stays_and_a_damaged_one_has_no_loss(run: Run) -> None:

@@ -140,6 +140,20 @@ def test_a_broken_pool_ends_its_busy_workers_at_once() -> None:
         busy.result()
 
 
+def test_no_end_of_a_pool_waits_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "SHUTDOWN_SECONDS", 0.3)
+    stuck = workers.pool(1, "bytes", ())
+    task = stuck.submit(time.sleep, 600)
+    while not task.running():
+        time.sleep(0.01)
+    (process,) = stuck._processes.values()
+    began = time.monotonic()
+    stuck.shutdown(cancel_futures=True)
+    assert time.monotonic() - began < 20
+    process.join(20)
+    assert not process.is_alive()
+
+
 def test_workers_end_with_a_killed_prepare() -> None:
     code = (
         "import os, time; from rwkv_train.data import workers\n"

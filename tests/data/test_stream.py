@@ -155,6 +155,70 @@ def test_too_many_bad_rows_end_a_stream(tmp_path: Path) -> None:
     assert text_of([allowed.batch(step) for step in range(9)]).startswith(b"\0document 6\0document 7")
 
 
+def _flip(path: Path, text: bytes) -> None:
+    """Spoils the page of an uncompressed parquet file that holds a text."""
+    content = path.read_bytes()
+    assert content.count(text) == 1
+    path.write_bytes(content.replace(text, bytes(len(text))))
+
+
+def _damaged(folder: Path, kind: str) -> str:
+    """Rows 0 … 99, 100 … 199 and 200 … 299 in three files; of the second one row or part is damaged."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [f"document {number}" for number in range(300)]
+    folder.mkdir()
+    for part in range(3):
+        texts: list[Any] = rows[100 * part : 100 * part + 100]
+        if kind.startswith("parquet"):
+            if kind == "parquet, a binary column with a row that is not UTF-8":
+                texts = [text.encode() for text in texts]
+                texts[7] = b"caf\xe9" if part == 1 else texts[7]
+            table, path = pyarrow.table({"text": texts}), folder / f"{part}.parquet"
+            options: Any = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+            parquet.write_table(table, path, row_group_size=20, write_statistics=False, **options)
+            if part == 1 and kind == "parquet, a page":
+                _flip(path, b"document 150")
+            elif part == 1 and kind == "parquet, no file":
+                path.write_bytes(path.read_bytes()[:-9])
+        else:
+            objects: list[Any] = [{"text": text} for text in texts]
+            if part == 1:
+                objects[7] = {"text": None} if kind == "json, a row" else objects[7]
+            content = json.dumps(objects)
+            cut = part == 1 and kind == "json, a cut array"
+            (folder / f"{part}.json").write_text(content[: content.index("document 150")] if cut else content)
+    return str(folder / "*")
+
+
+DAMAGE = {  # the rows that are left out, and what is named
+    "parquet, a page": (range(140, 160), "1.parquet, row 41: its row group 2 cannot be read"),
+    "parquet, no file": (range(100, 200), "1.parquet, from row 1 on: cannot be read"),
+    "parquet, a binary column with a row that is not UTF-8": (range(107, 108), "1.parquet, row 8: not UTF-8"),
+    "json, a row": (range(107, 108), "1.json, row 8: no text in text"),
+    "json, a cut array": (range(150, 200), "1.json, from row 51 on: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_of_parquet_and_json_costs_the_damaged_rows(tmp_path: Path, kind: str) -> None:
+    path = _damaged(tmp_path / "rows", kind)
+    lost, named = DAMAGE[kind]
+    rows = [json.dumps({"text": f"document {number}"}) for number in range(300) if number not in lost]
+    (tmp_path / "whole.jsonl").write_text("\n".join(rows))
+    expected, data = stream(str(tmp_path / "whole.jsonl")), stream(path, max_bad_rows=0.5)
+    batches = [data.batch(step) for step in range(12)]  # more than an epoch
+    assert text_of(batches) == text_of([expected.batch(step) for step in range(12)])
+    assert named in data.left_out
+    resumed = stream(path, max_bad_rows=0.5)
+    resumed.begin(9, json.loads(json.dumps(data.position(9))))
+    assert torch.equal(resumed.batch(9)[0], batches[9][0])
+    if kind in ("parquet, a page", "parquet, no file"):  # of a cut file it is not known how many rows are lost
+        with pytest.raises(UserError, match=r"rows cannot be used, more than data.max_bad_rows=0.01 allows"):
+            text_of([stream(path).batch(step) for step in range(12)])
+
+
 def test_a_closed_stream_is_read_again(files: str) -> None:
     """And its processes end with `close`, not with the interpreter, which cannot end them without a traceback."""
     data, again = stream(files, workers=1), stream(files)

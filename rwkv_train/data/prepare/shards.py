@@ -103,6 +103,19 @@ class Shard:
             return None
 
 
+def _readable(unit: Unit) -> Documents:
+    """The documents of a unit.
+
+    Raises:
+        UserError: a source cannot be read; it is not a file of the store that cannot be written.
+    """
+    try:
+        yield from unit.documents()
+    except OSError as error:  # also of pyarrow
+        what = error.filename or getattr(unit, "path", "a source")
+        raise UserError(f"{what} cannot be read: {reason_of(error)}", "copy it again, or leave it out") from None
+
+
 def make_shard(unit: Unit, shard: Shard, stop_at_broken: bool) -> ShardCounts:
     """Tokenises a unit and writes its shard: the tokens of each document and an end-of-text after them.
 
@@ -123,7 +136,7 @@ def make_shard(unit: Unit, shard: Shard, stop_at_broken: bool) -> ShardCounts:
     size, bytes_ = 0, 0
     try:
         with open(shard.bin, "wb") as file:
-            for document in unit.documents():
+            for document in _readable(unit):
                 if isinstance(document, Skipped):
                     if stop_at_broken:
                         raise UserError(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-EMPTY, NOT_UTF8, NOT_JSON, NO_TEXT, TOO_LONG, BINARY = (
+EMPTY, NOT_UTF8, NOT_JSON, NO_TEXT, TOO_LONG, BINARY, UNREADABLE = (
     "empty",
     "not UTF-8",
     "not JSON",
     "without the text field",
     "a line of more than 16 MiB",
     "binary",
+    "in a damaged part of a parquet file",
 )
 HARMLESS = {EMPTY, BINARY}  # not counted among the rows that cannot be used: they have no text
 

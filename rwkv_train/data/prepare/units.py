@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from rwkv_train.data.bad_rows import BadRows
+from rwkv_train.data.file_rows import group_rows
 from rwkv_train.data.formats import format_of, open_decompressed
-from rwkv_train.data.prepare.skipped import BINARY, EMPTY, NO_TEXT, NOT_JSON, NOT_UTF8, TOO_LONG, Skipped
+from rwkv_train.data.prepare.skipped import BINARY, EMPTY, NO_TEXT, NOT_JSON, NOT_UTF8, TOO_LONG, UNREADABLE, Skipped
 from rwkv_train.data.prepare.tables import array_elements, csv_rows, json_layout
 from rwkv_train.errors import UserError
 
@@ -157,15 +158,18 @@ class ParquetRowGroup:
     def documents(self) -> Documents:
         import pyarrow.parquet as parquet
 
-        with parquet.ParquetFile(self.path) as file:
+        with parquet.ParquetFile(self.path, page_checksum_verification=True) as file:
             if self.field not in file.schema_arrow.names:
                 raise UserError(
                     f"{self.path} has no column {self.field}; its columns are {', '.join(file.schema_arrow.names)}",
                     "give the column of the text: --field COLUMN",
                 )
-            for batch in file.iter_batches(1024, row_groups=[self.number], columns=[self.field]):
-                for row, text in enumerate(batch.column(0).to_pylist()):
-                    where = f"{self.path}, row group {self.number}, row {row}"
+            for number, row in enumerate(group_rows(file, self.number, self.field)):
+                where = f"{self.path}, row group {self.number}, row {number}"
+                if isinstance(row, str):
+                    yield Skipped(NOT_UTF8 if row == NOT_UTF8 else UNREADABLE, where)
+                else:
+                    text = row[self.field]
                     yield from _text(text.encode(), where) if isinstance(text, str) else [Skipped(NO_TEXT, where)]
 
 
@@ -356,7 +360,7 @@ def _streamed_units(name: str, field: str, split: str) -> Iterator[Unit]:
     texts: list[bytes] = []
     size = 0
     bad = BadRows(1)  # the share is checked where the counts of all units come together
-    rows: Any = enumerate(texts_of(open_dataset(name, split), field, bad))
+    rows: Any = enumerate(texts_of(open_dataset(name, split, field), field, bad))
     for row, text in rows:
         texts.append(text)
         size += len(text)

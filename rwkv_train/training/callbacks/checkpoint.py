@@ -68,7 +68,7 @@ class CheckpointCallback(Callback):
         self.every = settings.every.in_steps(tokens_per_step)
         self.storage: Storage = storage or LocalStorage()
         self.attempts = Attempts(directory.parent)
-        self.retention = Retention.of(directory, self.attempts, settings, tokens_per_step, self.storage)
+        self.retention = Retention.of(directory, self.attempts, settings, self.storage)
         self.failures = 0
         self.last: int | None = None
         self.takes: float | None = None
