@@ -49,12 +49,16 @@ train: setup ## the default run: a byte-level RWKV-4 on the Python library's sou
 QUICK := not slow and not long and not gpu and not kernels and not slurm
 JOBS ?= 3
 
+# They write bytecode, whatever the shell says: else each process compiles the sources and the tests again.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest
+
 test: browser ## all quick tests
-	$(RUN) -m pytest -n $(JOBS) --dist loadfile -m "$(QUICK) and not alone" $(ARGS) || [ $$? = 5 ]  # 5: ARGS selects none of these
-	$(RUN) -m pytest -m "$(QUICK) and alone" $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "$(QUICK) and not alone" $(ARGS) \
+	  || [ $$? = 5 ]  # 5: ARGS selects none of these
+	$(PYTEST) -m "$(QUICK) and alone" $(or $(ARGS),$$(grep -rl --include=test_*.py pytest.mark.alone tests)) || [ $$? = 5 ]
 
 test-slow: browser ## the slow tests
-	$(RUN) -m pytest -m "slow and not gpu and not kernels and not slurm" $(ARGS)
+	$(PYTEST) -m "slow and not gpu and not kernels and not slurm" $(ARGS)
 
 test-long: setup ## tests of several minutes each for a quiet machine: twenty kills, memory at a start and after a resume
 	$(RUN) -m pytest -m long --timeout=1200 $(ARGS)

@@ -1,4 +1,4 @@
-"""Shared by all tests: several ranks in one call, and a check that no test changes the environment for the next one."""
+"""Shared by all tests: several ranks in one call, one thread, no change of the environment for the next test."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import pytest
 
 from rwkv_train.data import workers
-from tests import PRELOAD
+from tests import LONGEST, PRELOAD
 
 workers.PRELOAD[:] = PRELOAD
+
+TESTS = Path(__file__).parent
 
 # Set by libraries for themselves, once per process and whatever the test: torch.compile's caches, and the
 # variable in which pytest names the test that runs.
@@ -31,6 +34,12 @@ LIBRARIES_OWN = {
     "WANDB_SERVICE",
     "PYTEST_CURRENT_TEST",
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of the files that take longest come first, see LONGEST."""
+    order = {TESTS / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +60,22 @@ def environment_is_restored() -> Iterator[None]:
         distributed.destroy_process_group()
     assert not changed, f"the test changed the environment: {', '.join(sorted(changed))}"
     assert not group, "the test did not destroy its process group"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch: the tests beside this one use the other cores, and threads that wait for a core spin.
+
+    tests/ops overrides it, where the engines divide their work among threads.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import LONGEST
+
 ROOT = Path(__file__).parents[1]
 SHELL = ("sh", "bash", "make", "grep", "sed", "column", "touch", "mkdir", "dirname", "printf")
 
@@ -103,3 +105,12 @@ def test_ci_says_how_long_each_part_took(machine: Machine) -> None:
     assert "== make setup" in result.stdout
     assert "== make lint" in result.stdout
     assert "== make test" not in result.stdout, "it stops at the first failure"
+
+
+def test_the_files_that_take_longest_are_there_and_come_first(request: pytest.FixtureRequest) -> None:
+    files = [ROOT / "tests" / name for name in LONGEST]
+    assert [file for file in files if not file.is_file()] == []
+    assert "--dist loadfile --no-loadscope-reorder" in (ROOT / "Makefile").read_text()
+    collected = list(dict.fromkeys(item.path for item in request.session.items))
+    first = [file for file in files if file in collected]
+    assert collected[: len(first)] == first

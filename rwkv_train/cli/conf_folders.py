@@ -50,8 +50,11 @@ class ConfFolders:
 
     def default(self, group: str) -> str | None:
         """The choice of a group in train.yaml."""
-        listed = self.read(".", "train").get("defaults", [])
-        return next((entry[group] for entry in listed if isinstance(entry, dict) and group in entry), None)
+        return next((entry[group] for entry in self._defaults if isinstance(entry, dict) and group in entry), None)
+
+    @cached_property
+    def _defaults(self) -> list[Any]:
+        return list(self.read(".", "train").get("defaults", []))
 
     @cached_property
     def published(self) -> dict[str, dict[str, FlatSettings]]:

@@ -40,5 +40,6 @@ def resolved_open_tree(config: Config, name: str) -> dict[str, Any]:
     Raises:
         UserErrors: an interpolation that cannot be resolved.
     """
-    cfg = OmegaConf.create(as_tree(config))
-    return resolve(cfg[name]) if cfg[name] else {}
+    if not getattr(config, name):
+        return {}
+    return resolve(OmegaConf.create(as_tree(config))[name])

@@ -9,6 +9,8 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from rwkv_train.config.settings import Config, Duration, NotNegative
@@ -58,15 +60,17 @@ def all_settings(config: Config | None = None) -> Iterator[Setting]:
             yield Setting(f"{setting.name}.{unit}", duration.number | None, setting.role, value)
 
 
-def schema() -> dict[str, Any]:
+@cache
+def schema() -> Mapping[str, Any]:
     """Name → type of every setting."""
-    return {setting.name: setting.hint for setting in all_settings()}
+    return MappingProxyType({setting.name: setting.hint for setting in all_settings()})
 
 
-def durations() -> dict[str, DurationHint]:
+@cache
+def durations() -> Mapping[str, DurationHint]:
     """Every duration: name (without the unit) → its type."""
     found = {setting.name: _duration(setting.hint) for setting in _leaves(Config)}
-    return {name: hint for name, hint in found.items() if hint is not None}
+    return MappingProxyType({name: hint for name, hint in found.items() if hint is not None})
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> FlatSettings:
@@ -151,9 +155,15 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     ]
 
 
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The type of each field of a settings class, which takes long to evaluate."""
+    return get_type_hints(kind, include_extras=True)
+
+
 def _leaves(kind: Any, value: Any = None, prefix: str = "", role: str = "") -> Iterator[Setting]:
     """The fields of a settings class and of those inside it; durations as one, with typed values."""
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     for field in fields(kind):
         name = field.metadata.get("name", prefix + field.name)
         if name is None:
@@ -180,7 +190,7 @@ def _duration(hint: Any) -> DurationHint | None:
 
 def _build(kind: Any, values: FlatSettings, prefix: str = "") -> Any:
     """An instance of a settings class from converted values."""
-    hints, built = get_type_hints(kind, include_extras=True), {}
+    hints, built = _hints(kind), {}
     for field in fields(kind):
         hint, name = hints[field.name], field.metadata.get("name", prefix + field.name)
         if name is None:

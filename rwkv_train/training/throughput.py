@@ -7,19 +7,28 @@ import itertools
 import math
 import time
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of a square matrix product on this device, in the step's dtype: the best of a few."""
+@cache
+def matmul_rate(device: torch.device, precision: str, threads: int) -> float:
+    """FLOP/s of a square matrix product on this device, in the step's dtype: the best of a few, measured once.
+
+    Args:
+        device: where.
+        precision: as in trainer.precision.
+        threads: that torch uses now.
+    """
     size, repeats = (1024, 12) if device.type == "cpu" else (8192, 8)
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     if device.type == "cpu" and dtype == torch.bfloat16:
         size = 256  # emulated on most CPUs
-    left, right = torch.randn(2, size, size, device=device).to(dtype).unbind()
+    generator = torch.Generator(device).manual_seed(0)  # a run's random numbers are not those of a measurement
+    left, right = torch.randn(2, size, size, device=device, generator=generator).to(dtype).unbind()
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()

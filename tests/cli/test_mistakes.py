@@ -285,6 +285,9 @@ def _forked(argv: list[str], folder: Path, without: str | None) -> None:
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
     if without is not None:
         sys.modules[without] = None  # type: ignore[assignment]  # whoever imports it gets an ImportError
+        for name in [name for name in sys.modules if name.startswith("rwkv_train.cli.")]:
+            if name not in (launcher.__name__, main.__module__):
+                del sys.modules[name]  # they were imported before the fork, when they could have imported it
     sys.exit(main(argv[2:]) if argv[0] == "-m" else launcher.main(argv[1:]))
 
 

@@ -38,10 +38,17 @@ def kill_once(folder: Path, name: str, in_save: bool, wait: float) -> bool:
     return any((run / "checkpoints").glob(".writing-*"))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(launcher.load(overrides_for(folder, "whole", *OVERRIDES))) == 0
+    return folder / "runs" / "whole"
+
+
 @pytest.mark.parametrize("seed", [1, 2])
-def test_kill_and_resume(tmp_path: Path, seed: int) -> None:
-    assert train(launcher.load(overrides_for(tmp_path, "whole", *OVERRIDES))) == 0
-    whole, killed = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
+def test_kill_and_resume(tmp_path: Path, whole: Path, seed: int) -> None:
+    killed = tmp_path / "runs" / "killed"
     draw = random.Random(seed)
     hits = []
     for attempt in range(6):

@@ -14,12 +14,12 @@ import pytest
 
 from rwkv_train.ops import build
 from rwkv_train.ops.build import CppEngine
-from rwkv_train.ops.families import FAMILIES
 
 CALL = (
     "import torch; from rwkv_train import ops; ops.relu_squared(torch.ones(3)); "
     "from rwkv_train.ops.families import FAMILIES; "
 )
+QUICKLY = "from rwkv_train.ops import build; build.FLAGS = build.FLAGS.replace('-O3', '-O0'); "
 REPORT = CALL + "print('library', FAMILIES['elementwise'].cpp.library)"
 
 
@@ -39,9 +39,19 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     return output, errors
 
 
+@pytest.fixture
+def tiny_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CppEngine:
+    """One whose only source is compiled in no time; it registers nothing."""
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "tiny.cpp").write_text("extern int tiny;\nint tiny = 3;\n")
+    monkeypatch.setattr(build, "source_directory", lambda: tmp_path / "sources")
+    monkeypatch.setattr(build.SETTINGS, "cache", tmp_path / "cache")
+    return CppEngine("tiny", ("tiny.cpp",))
+
+
 def test_two_processes_at_once_build_one_library_with_a_stripped_path(tmp_path: Path) -> None:
     """And it is that of the family whose operator was called; the other one is not compiled."""
-    both = [start(REPORT, tmp_path, PATH="/nowhere") for _ in range(2)]
+    both = [start(QUICKLY + REPORT, tmp_path, PATH="/nowhere") for _ in range(2)]
     lines = {line for process in both for line in finish(process)[0].splitlines()}
     libraries = list((tmp_path / ".cache" / "rwkv_train").rglob("*.so"))
     assert [path.name for path in libraries] == ["rwkv_train_cpp_elementwise.so"]
@@ -54,11 +64,12 @@ def test_nothing_is_built_at_import(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*"))
 
 
-def test_a_killed_builder_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+def test_a_killed_builder_leaves_nothing_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "FLAGS", build.FLAGS.replace("-O3", "-O0"))
     engine = CppEngine("elementwise", ("elementwise_cpu.cpp",))
     code = (
-        "import pathlib; from rwkv_train.ops.build import CppEngine; "
-        f"CppEngine('elementwise', ('elementwise_cpu.cpp',)).build(pathlib.Path({str(tmp_path)!r}))"
+        f"{QUICKLY} import pathlib; "
+        f"build.CppEngine('elementwise', ('elementwise_cpu.cpp',)).build(pathlib.Path({str(tmp_path)!r}))"
     )
     process = start(code, tmp_path)
     deadline = time.monotonic() + 60
@@ -120,24 +131,25 @@ def test_an_error_of_the_compiler_is_shown_in_one_line(tmp_path: Path, monkeypat
     assert "ninja -C" in caught.value.command
 
 
-def test_a_home_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_cannot_be_written_is_left_alone(
+    tmp_path: Path, tiny_engine: CppEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocked = tmp_path / "a file"
     blocked.write_text("")
     monkeypatch.setattr(Path, "home", lambda: blocked)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    library = CppEngine("elementwise", ("elementwise_cpu.cpp",)).build()
+    monkeypatch.setattr(build.SETTINGS, "cache", None)
+    library = tiny_engine.build()
     assert library.is_relative_to(tmp_path / f"rwkv_train-{os.getuid()}")
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(blocked))
     with pytest.raises(build.BuildError, match="nowhere to write"):
-        CppEngine("elementwise", ("elementwise_cpu.cpp",)).build()
+        tiny_engine.build()
 
 
-def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
-    engine = FAMILIES["elementwise"].cpp
-    assert engine.load()
-    assert engine.library is not None
-    damaged = tmp_path / ".cache" / "rwkv_train" / engine.library.parent.name / engine.library.name
-    damaged.parent.mkdir(parents=True)
+def test_a_damaged_library_is_built_again(tiny_engine: CppEngine) -> None:
+    damaged = tiny_engine.build()
     damaged.write_bytes(b"cut off")
-    finish(start(REPORT, tmp_path))
+    assert tiny_engine.build() == damaged, "the damage is found when the library is loaded"
+    assert tiny_engine.load()
+    assert tiny_engine.library == damaged
     assert damaged.read_bytes()[:4] == b"\x7fELF"

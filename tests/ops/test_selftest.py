@@ -108,7 +108,7 @@ def test_doctor_reports_a_library_that_was_compiled_from_wrong_sources(
         "import sys; from pathlib import Path; from rwkv_train.ops import build; "
         "from rwkv_train.ops.families import FAMILIES; from rwkv_train.cli.doctor import examine; "
         f"FAMILIES[{other!r}].cpp.load(); "  # from the right sources, where this machine has it already
-        f"build.source_directory = lambda: Path({str(sources)!r}); build.FLAGS = build.FLAGS.replace('-O3', '-O1'); "
+        f"build.source_directory = lambda: Path({str(sources)!r}); build.FLAGS = build.FLAGS.replace('-O3', '-O0'); "
         f"build.SETTINGS.cache = Path({str(home)!r}); sys.exit(examine(1))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "RWKV_OPS"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,16 +18,6 @@ from rwkv_train.training.run import train
 from tests.runs import overrides_for, rows
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A small model's step is too short to be shared out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_one_batch_is_learned_by_heart() -> None:
     """256 random bytes, each of them 5.5 nats at first, to below 0.1: recipe, schedule and loss as in a run."""
     torch.manual_seed(0)

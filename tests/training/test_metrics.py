@@ -22,7 +22,7 @@ from rwkv_train.training.callbacks import metrics
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.run import train
 from rwkv_train.training.statistics import Statistics
-from rwkv_train.training.throughput import AsyncHostCopy, Stopwatch
+from rwkv_train.training.throughput import AsyncHostCopy, Stopwatch, matmul_rate
 from tests.runs import ROOT, overrides_for, rows, train_ranks
 
 STATISTICS_EVERY = "statistics.every.steps=5"
@@ -268,3 +268,8 @@ def test_every_event_is_in_the_docs() -> None:
     assert {"started", "preempted", "straggler"} <= found
     text = (ROOT / "docs" / "metrics.md").read_text().split("## Events")[1].split("## ")[0]
     assert {name for name in found if f"`{name}`" not in text} == set()
+
+
+def test_the_matmul_rate_is_measured_once_for_a_number_of_threads() -> None:
+    rates = [matmul_rate(torch.device("cpu"), "bf16-mixed", threads) for threads in (1, 1, 2)]
+    assert rates[0] == rates[1] != rates[2]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +24,32 @@ from tests.runs import losses, overrides_for, train_ranks
 SPY_OVERRIDES = ("packages=[tests]", "budget.steps=2", "optim.schedule.warmup.steps=1", "checkpoint.every.steps=50")
 
 
-def look(folder: Path, spy: str, *overrides: str) -> Any:
-    """What a spy of tests/training/spies.py has written in a run of two ranks."""
-    seen = folder / "seen.json"
-    spied = f"+callbacks.spy={{_target_: tests.training.spies.{spy}, path: {seen}}}"
-    train_ranks(overrides_for(folder, "run", *SPY_OVERRIDES, spied, *overrides), 2)
-    return json.loads(seen.read_text())
+@pytest.fixture(scope="module")
+def look(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What the spies Look and Nudge have written in a run of two ranks under a strategy, which is trained once."""
+
+    @cache
+    def look(strategy: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp(strategy)
+        spies = [
+            f"+callbacks.{spy}={{_target_: tests.training.spies.{spy}, path: {folder / spy}}}"
+            for spy in ("Look", "Nudge")
+        ]
+        overrides = (f"strategy={strategy}", "trainer.precision=bf16-mixed", "optim.weight_decay=0.1", "threads=2")
+        train_ranks(overrides_for(folder, "run", *SPY_OVERRIDES, *spies, *overrides), 2)
+        return {**json.loads((folder / "Look").read_text()), "probes": json.loads((folder / "Nudge").read_text())}
+
+    return look
 
 
-def test_the_threads_are_the_run_s_own(tmp_path: Path) -> None:
+def test_the_threads_are_the_run_s_own(look: Callable[[str], dict[str, Any]]) -> None:
     """Lightning sets a number of its own where OMP_NUM_THREADS is not set; sums over threads would differ by it."""
-    assert look(tmp_path, "Look", "strategy=ddp", "threads=2")["threads"] == 2
+    assert look("ddp")["threads"] == 2
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_2", "deepspeed_3"])
-def test_vectors_are_float32_in_the_forward_pass(tmp_path: Path, strategy: str) -> None:
-    overrides = (f"strategy={strategy}", "trainer.precision=bf16-mixed", "optim.weight_decay=0.1")
-    seen = look(tmp_path, "Look", *overrides)
+def test_vectors_are_float32_in_the_forward_pass(look: Callable[[str], dict[str, Any]], strategy: str) -> None:
+    seen = look(strategy)
     vectors = {name: dtype for name, dtype in seen["dtypes"].items() if "time_" in name or "ln" in name}
     assert len(vectors) == 2 * 7 + 2 * 4 + 2 + 2
     assert set(vectors.values()) == {"torch.float32"}
@@ -121,8 +132,10 @@ def test_a_resume_needs_no_more_memory_than_a_fresh_start(tmp_path: Path, strate
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_2", "deepspeed_3"])
-def test_an_update_of_a_hundred_thousandth_changes_the_output(tmp_path: Path, strategy: str) -> None:
-    before, after = look(tmp_path, "Nudge", f"strategy={strategy}", "trainer.precision=bf16-mixed")
+def test_an_update_of_a_hundred_thousandth_changes_the_output(
+    look: Callable[[str], dict[str, Any]], strategy: str
+) -> None:
+    before, after = look(strategy)["probes"]
     assert before != after
 
 

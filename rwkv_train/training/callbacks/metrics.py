@@ -105,7 +105,7 @@ class Metrics(Callback):
         self._watch = Stopwatch(torch.device("cpu"))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.rate = matmul_rate(pl_module.device, str(trainer.precision))
+        self.rate = matmul_rate(pl_module.device, str(trainer.precision), torch.get_num_threads())
         self._watch, self._in_flight = Stopwatch(pl_module.device), int(pl_module.device.type == "cuda")
         self._began = time.perf_counter()
 
