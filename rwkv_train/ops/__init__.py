@@ -126,7 +126,7 @@ def wkv7(
     state: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RWKV-7's generalised delta rule (arXiv 2503.14456, equations 17 to 19), with gradients for every argument.
+    """RWKV-7's generalised delta rule (arXiv 2503.14456), with gradients for every argument.
 
         S_t = S_{t-1} diag(e^{w_t}) + (S_{t-1} a_t) b_tᵀ + v_t k_tᵀ,  y_t = S_t r_t
 

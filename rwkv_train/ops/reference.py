@@ -73,7 +73,7 @@ def wkv7(
     state: Tensor,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RWKV-7's generalised delta rule (arXiv 2503.14456, equations 17 to 19), token by token.
+    """RWKV-7's generalised delta rule (arXiv 2503.14456), token by token.
 
         S_t = S_{t-1} diag(e^{w_t}) + (S_{t-1} a_t) b_tᵀ + v_t k_tᵀ,  y_t = S_t r_t
 
@@ -93,9 +93,12 @@ def wkv7(
     for t, (r_t, w_t, k_t, v_t, a_t, b_t) in enumerate(steps):  # each (B, H, N)
         if starts is not None:
             state = state.masked_fill(starts[:, t, None, None, None], 0)
-        removed = (state @ a_t.unsqueeze(-1)) * b_t.unsqueeze(-2)
-        state = state * torch.exp(w_t).unsqueeze(-2) + removed + v_t.unsqueeze(-1) * k_t.unsqueeze(-2)
-        outputs.append((state @ r_t.unsqueeze(-1)).squeeze(-1))
+        # sums of products, not matrix products, which autocast would compute in bfloat16
+        along_a = (state * a_t.unsqueeze(-2)).sum(-1, keepdim=True)
+        state = (
+            state * torch.exp(w_t).unsqueeze(-2) + along_a * b_t.unsqueeze(-2) + v_t.unsqueeze(-1) * k_t.unsqueeze(-2)
+        )
+        outputs.append((state * r_t.unsqueeze(-2)).sum(-1))
     return torch.stack(outputs, 1).to(r.dtype), state
 
 
