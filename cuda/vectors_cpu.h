@@ -17,6 +17,15 @@ constexpr int64_t LANES = 4;
 typedef float vec __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t lane_numbers __attribute__((vector_size(4 * LANES)));
 
+template <class Body, int... I> [[gnu::always_inline]] inline void unroll(const Body &body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>()), ...);
+}
+
+// body(0) … body(N - 1), each number known to the compiler: arrays that are indexed by them then live in registers.
+template <int N, class Body> [[gnu::always_inline]] inline void unroll(const Body &body) {
+  unroll(body, std::make_integer_sequence<int, N>());
+}
+
 // One lane number for each lane of the result, which are known to the compiler: lane n of (x, y), x's lanes first.
 template <class Choice, std::size_t... I> inline vec pick(vec x, vec y, Choice, std::index_sequence<I...>) {
 #if defined(__clang__)

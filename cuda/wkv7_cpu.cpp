@@ -18,7 +18,7 @@
 namespace rwkv {
 namespace {
 
-constexpr int64_t R = WKV7_ROWS;
+constexpr int R = WKV7_ROWS;
 
 // Steps of one sequence and head: a chunk of time. Tensors are (B, T, H, N), in scratch memory (steps, width).
 struct Chunk {
@@ -115,55 +115,66 @@ template <int V> struct Rows {
   const vec *row(const float *of, int64_t t) const { return vectors(of + t * width); }
   const float *scalars(const float *of, int64_t t) const { return of + t * width + first; }
 
-  // u = S a
-  void along_a(const vec *state, int64_t t, float *u) const {
-    const int64_t n = count();
-    const vec *a = row(x.a, t);
-    vec sums[R] = {};
-#pragma GCC unroll 8
-    for (int64_t c = 0; c < n; ++c)
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < R; ++i) sums[i] += state[i * n + c] * a[c];
-    sum_lanes(sums, u);
+  // Calls body with the number of every column of vectors.
+  template <class Body> [[gnu::always_inline]] void columns(const Body &body) const {
+    if constexpr (V > 0)
+      unroll<V>(body);
+    else
+      for (int64_t c = 0; c < count(); ++c) body(c);
   }
 
-  // S' = S diag(d) + u bᵀ + v kᵀ
-  void step(const vec *state, int64_t t, const float *u, vec *next) const {
-    const int64_t n = count();
+  // The matrix times a vector: R sums.
+  [[gnu::always_inline]] void along(const vec *matrix, const vec *vector, float *sums) const {
+    vec parts[R] = {};
+    columns([&](auto c) { unroll<R>([&](auto i) { parts[i] += matrix[i * count() + c] * vector[c]; }); });
+    sum_lanes(parts, sums);
+  }
+
+  // S' = S diag(d) + v kᵀ + u bᵀ
+  [[gnu::always_inline]] void step(const vec *state, int64_t t, const float *u, vec *next) const {
     const vec *d = row(x.d, t), *b = row(x.b, t), *k = row(x.k, t);
     const float *v = scalars(x.v, t);
-#pragma GCC unroll 8
-    for (int64_t c = 0; c < n; ++c)
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < R; ++i)
-        next[i * n + c] = (state[i * n + c] * d[c] + k[c] * v[i]) + b[c] * u[i];
+    columns([&](auto c) {
+      unroll<R>([&](auto i) {
+        const auto at = i * count() + c;
+        next[at] = (state[at] * d[c] + k[c] * v[i]) + b[c] * u[i];
+      });
+    });
+  }
+
+  // body(matrix): with the rows in registers where the compiler knows how many vectors there are, else where they are.
+  template <class Body> [[gnu::always_inline]] void with_matrix(float *rows, const Body &body) const {
+    if constexpr (V > 0) {
+      vec fixed[R * V], *memory = vectors(rows);
+      unroll<R * V>([&](auto i) { fixed[i] = memory[i]; });
+      body(fixed);
+      unroll<R * V>([&](auto i) { memory[i] = fixed[i]; });
+    } else {
+      body(vectors(rows));
+    }
+  }
+
+  [[gnu::always_inline]] void clear(vec *matrix) const {
+    columns([&](auto c) { unroll<R>([&](auto i) { matrix[i * count() + c] = vec{}; }); });
   }
 
   void forward(float *rows, float *y) const {
-    const int64_t n = count();
-    vec fixed[V ? R * V : 1], *state = V ? fixed : vectors(rows);
-    if (V) std::copy_n(vectors(rows), R * V, fixed);
-    for (int64_t t = 0; t < steps; ++t) {
-      if (x.begin(t)) std::fill_n(state, R * n, vec{});
-      float u[R];
-      along_a(state, t, u);
-      step(state, t, u, state);
-      const vec *r = row(x.r, t);
-      vec sums[R] = {};
-#pragma GCC unroll 8
-      for (int64_t c = 0; c < n; ++c)
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < R; ++i) sums[i] += state[i * n + c] * r[c];
-      sum_lanes(sums, y + t * width + first);
-    }
-    if (V) std::copy_n(fixed, R * V, vectors(rows));
+    with_matrix(rows, [&](vec *state) __attribute__((always_inline)) {
+      for (int64_t t = 0; t < steps; ++t) {
+        if (x.begin(t)) clear(state);
+        float u[R];
+        along(state, row(x.a, t), u);
+        step(state, t, u, state);
+        along(state, row(x.r, t), y + t * width + first);
+      }
+    });
   }
 
   // The states of a chunk, states[0] given: states[t + 1] is the one after step t. us: (steps, R).
   void recompute(float *states, float *us, const float *zeros) const {
     for (int64_t t = 0; t < steps; ++t) {
       const vec *before = vectors(x.begin(t) ? zeros : states + t * R * width);
-      along_a(before, t, us + t * R);
+      along(before, row(x.a, t), us + t * R);
       step(before, t, us + t * R, vectors(states + (t + 1) * R * width));
     }
   }
@@ -173,58 +184,51 @@ template <int V> struct Rows {
   };
 
   // g, and the rows of dv; G is that of the state after step t, with the gradient of y_t added.
-  void after(vec *G, int64_t t, const vec *state, const float *gy, const Sums &to, float *g) const {
-    const int64_t n = count();
+  [[gnu::always_inline]] void after(vec *G, int64_t t, const vec *state, const float *gy, const Sums &to, float *g) const {
     const vec *r = row(x.r, t), *k = row(x.k, t), *b = row(x.b, t);
     vec *dr = vectors(to.dr + t * width), along_k[R] = {}, along_b[R] = {};
-#pragma GCC unroll 8
-    for (int64_t c = 0; c < n; ++c) {
+    columns([&](auto c) {
       vec sum = dr[c];
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < R; ++i) {
-        vec &here = G[i * n + c];
-        here += r[c] * gy[i];
-        along_k[i] += here * k[c], along_b[i] += here * b[c];
-        sum += state[i * n + c] * gy[i];
-      }
+      unroll<R>([&](auto i) {
+        const auto at = i * count() + c;
+        G[at] += r[c] * gy[i];
+        along_k[i] += G[at] * k[c], along_b[i] += G[at] * b[c];
+        sum += state[at] * gy[i];
+      });
       dr[c] = sum;
-    }
+    });
     sum_lanes(along_k, to.dv + t * width + first), sum_lanes(along_b, g);
   }
 
   // The sums over rows that take the state before step t; G becomes the gradient of that state.
-  void before(vec *G, int64_t t, const vec *state, const float *u, const float *g, const Sums &to) const {
-    const int64_t n = count();
+  [[gnu::always_inline]] void before(vec *G, int64_t t, const vec *state, const float *u, const float *g,
+                                     const Sums &to) const {
     const vec *d = row(x.d, t), *a = row(x.a, t);
     const float *v = scalars(x.v, t);
     vec *dk = vectors(to.dk + t * width), *db = vectors(to.db + t * width), *da = vectors(to.da + t * width),
         *dd = vectors(to.dd + t * width);
-#pragma GCC unroll 8
-    for (int64_t c = 0; c < n; ++c) {
+    columns([&](auto c) {
       vec k_sum = dk[c], b_sum = db[c], a_sum = da[c], d_sum = dd[c];
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < R; ++i) {
-        vec &here = G[i * n + c];
-        const vec old = state[i * n + c];
-        k_sum += here * v[i], b_sum += here * u[i], a_sum += old * g[i], d_sum += here * old;
-        here = here * d[c] + a[c] * g[i];
-      }
+      unroll<R>([&](auto i) {
+        const auto at = i * count() + c;
+        k_sum += G[at] * v[i], b_sum += G[at] * u[i];
+        a_sum += state[at] * g[i], d_sum += G[at] * state[at];
+        G[at] = G[at] * d[c] + a[c] * g[i];
+      });
       dk[c] = k_sum, db[c] = b_sum, da[c] = a_sum, dd[c] = d_sum;
-    }
+    });
   }
 
   void backward(float *rows, const float *states, const float *us, const float *zeros, const float *gy,
                 const Sums &to) const {
-    const int64_t n = count();
-    vec fixed[V ? R * V : 1], *G = V ? fixed : vectors(rows);
-    if (V) std::copy_n(vectors(rows), R * V, fixed);
-    for (int64_t t = steps - 1; t >= 0; --t) {
-      float g[R];
-      after(G, t, vectors(states + (t + 1) * R * width), scalars(gy, t), to, g);
-      before(G, t, vectors(x.begin(t) ? zeros : states + t * R * width), us + t * R, g, to);
-      if (x.begin(t)) std::fill_n(G, R * n, vec{});  // the zero state does not depend on what came before
-    }
-    if (V) std::copy_n(fixed, R * V, vectors(rows));
+    with_matrix(rows, [&](vec *G) __attribute__((always_inline)) {
+      for (int64_t t = steps - 1; t >= 0; --t) {
+        float g[R];
+        after(G, t, vectors(states + (t + 1) * R * width), scalars(gy, t), to, g);
+        before(G, t, vectors(x.begin(t) ? zeros : states + t * R * width), us + t * R, g, to);
+        if (x.begin(t)) clear(G);  // the zero state does not depend on what came before
+      }
+    });
   }
 };
 
