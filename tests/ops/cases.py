@@ -22,6 +22,15 @@ def wkv4_inputs(B: int, T: int, C: int, k_scale: float = 2.0, decay: float = 0.0
     return [x.double() for x in inputs]
 
 
+def wkv7_inputs(B: int, T: int, H: int, N: int, decay: float = -1.0, seed: int = 0) -> list[Tensor]:
+    """r, w, k, v, a, b, state in float64 (but exact in float32), a and b as RWKV-7 has them: decay is the mean of ln(-w)."""
+    generator = torch.Generator().manual_seed(seed)
+    r, w, k, v, a, b = (torch.randn(B, T, H, N, generator=generator) for _ in range(6))
+    a = torch.nn.functional.normalize(a, dim=-1)
+    state = torch.randn(B, H, N, N, generator=generator)
+    return [x.double() for x in (r, -torch.exp(decay + w), k, v, a, -a * torch.sigmoid(b), state)]
+
+
 def value_and_gradients(operator: Operator, inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Outputs, and the gradient of a fixed weighted sum of all of them for every input, in float64."""
     leaves = [x.to(dtype).requires_grad_() for x, dtype in zip(inputs, dtypes, strict=True)]
