@@ -20,7 +20,7 @@ from rwkv_train.ops.build_cuda import CudaEngine
 from rwkv_train.ops.registration.wkv4 import CHUNK
 from rwkv_train.ops.selftest import EngineReport, engines
 
-__all__ = ["EngineReport", "engines", "relu_squared", "shift_mix", "sigmoid_gate", "wkv4"]
+__all__ = ["EngineReport", "engines", "relu_squared", "shift_mix", "sigmoid_gate", "wkv4", "wkv7"]
 
 _DEVICES: dict[str, str] = {engine.name: engine.device for engine in (CppEngine, CudaEngine)}
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {engine.device: engine.dtypes for engine in (CppEngine, CudaEngine)}
@@ -114,6 +114,66 @@ def _check_wkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None
         raise ValueError(f"wkv4: k and v must have one dtype, not {k.dtype} and {v.dtype}")
     if state is not None and state.dtype != reference.accumulator(k):
         raise ValueError(f"wkv4: state must be {reference.accumulator(k)} for k in {k.dtype}, not {state.dtype}")
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7's generalised delta rule (arXiv 2503.14456), with gradients for every argument.
+
+        S_t = S_{t-1} diag(e^{w_t}) + (S_{t-1} a_t) b_tᵀ + v_t k_tᵀ,  y_t = S_t r_t
+
+    RWKV-7 takes a = -κ and b = κ ⊙ (its learning rate). The recurrence is computed in float32 whatever the dtype of r
+    (float64 when r is float64).
+
+    Args:
+        r: (B, T, H, N): receptance of H heads of N channels, T ≥ 1.
+        w: (B, T, H, N) logarithm of the decay, ≤ 0, in float32 (float64 when r is float64). Any such value is safe:
+            where e^w underflows the decay is 0, and so is its gradient.
+        k: as r, in the dtype of r; likewise v, a and b.
+        state: (B, H, N, N) S before the first token, indexed [value, key], in the dtype of w; None: zeros.
+        starts: (B, T) bool, true at the first token of each document: the state before it is zero. None: the rows have
+            no boundaries.
+
+    Returns:
+        y (B, T, H, N) in the dtype of r, and the state after the last token (B, H, N, N).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    _check_wkv7(r, w, k, v, a, b, state)
+    _check_starts("wkv7", r, starts)
+    if state is None:
+        B, _, H, N = r.shape
+        state = w.new_zeros(B, H, N, N)
+    return reference.wkv7(r, w, k, v, a, b, state, starts)
+
+
+def _check_wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None) -> None:
+    if r.dim() != 4 or 0 in r.shape:
+        raise ValueError(f"wkv7: r must be (B, T, H, N) with no empty dimension, not {tuple(r.shape)}")
+    if not r.dtype.is_floating_point:
+        raise ValueError(f"wkv7: r must have a floating dtype, not {r.dtype}")
+    B, _, H, N = r.shape
+    shape, accumulator = tuple(r.shape), reference.accumulator(r)
+    expected = {name: (x, shape, r.dtype) for name, x in (("k", k), ("v", v), ("a", a), ("b", b))}
+    expected["w"] = (w, shape, accumulator)
+    if state is not None:
+        expected["state"] = (state, (B, H, N, N), accumulator)
+    for name, (tensor, wanted, dtype) in expected.items():
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(f"wkv7: {name} must be {wanted} to fit r {shape}, not {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"wkv7: {name} must be {dtype} for r in {r.dtype}, not {tensor.dtype}")
+        if tensor.device != r.device:
+            raise ValueError(f"wkv7: {name} is on {tensor.device} but r on {r.device}")
 
 
 def shift_mix(x: Tensor, previous: Tensor | None, *mixes: Tensor, starts: Tensor | None = None) -> list[Tensor]:

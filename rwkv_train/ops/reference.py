@@ -63,6 +63,45 @@ def wkv4(
     return torch.stack(outputs, 1).to(k.dtype), torch.stack((num, den, p), 1)
 
 
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7's generalised delta rule (arXiv 2503.14456), token by token.
+
+        S_t = S_{t-1} diag(e^{w_t}) + (S_{t-1} a_t) b_tᵀ + v_t k_tᵀ,  y_t = S_t r_t
+
+    Args:
+        r: (B, T, H, N); likewise k, v, a, b.
+        w: (B, T, H, N) logarithm of the decay, ≤ 0.
+        state: (B, H, N, N) S before the first token, indexed [value, key].
+        starts: (B, T) bool, true at the first token of each document: the state before it is zero.
+
+    Returns:
+        y (B, T, H, N) in the dtype of r, and the state after the last token in the dtype of the recurrence.
+    """
+    dtype = accumulator(r)
+    state = state.to(dtype)
+    outputs = []
+    steps = zip(*(x.to(dtype).unbind(1) for x in (r, w, k, v, a, b)), strict=True)
+    for t, (r_t, w_t, k_t, v_t, a_t, b_t) in enumerate(steps):  # each (B, H, N)
+        if starts is not None:
+            state = state.masked_fill(starts[:, t, None, None, None], 0)
+        # sums of products, not matrix products, which autocast would compute in bfloat16
+        along_a = (state * a_t.unsqueeze(-2)).sum(-1, keepdim=True)
+        state = (
+            state * torch.exp(w_t).unsqueeze(-2) + along_a * b_t.unsqueeze(-2) + v_t.unsqueeze(-1) * k_t.unsqueeze(-2)
+        )
+        outputs.append((state * r_t.unsqueeze(-2)).sum(-1))
+    return torch.stack(outputs, 1).to(r.dtype), state
+
+
 def token_shift(x: Tensor, previous: Tensor | None, starts: Tensor | None = None) -> Tensor:
     """x_{t-1} for every t: x (B, T, C), previous (B, C) the row before the first (None: zeros) → (B, T, C).
 
