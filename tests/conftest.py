@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from rwkv_train.data import workers
+from rwkv_train.models import ARCHITECTURES
 from tests import PRELOAD
 
 workers.PRELOAD[:] = PRELOAD
@@ -51,6 +52,12 @@ def environment_is_restored() -> Iterator[None]:
         distributed.destroy_process_group()
     assert not changed, f"the test changed the environment: {', '.join(sorted(changed))}"
     assert not group, "the test did not destroy its process group"
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def arch(request: pytest.FixtureRequest) -> str:
+    """Each architecture: a test that takes it runs once for each."""
+    return str(request.param)
 
 
 @pytest.fixture
