@@ -21,7 +21,7 @@ from measure import table
 from torch import Tensor
 
 from rwkv_train.ops import reference
-from rwkv_train.ops.families import FAMILIES
+from rwkv_train.ops.families import cuda_engines
 from rwkv_train.ops.registration.wkv4 import segments_on
 
 CHANNELS = {"169m": 768, "430m": 1024, "1b5": 2048, "3b": 2560, "7b": 4096, "14b": 5120}
@@ -112,7 +112,7 @@ class Case:
 
 
 def measured(quick: bool) -> list[dict[str, Any]]:
-    engine = FAMILIES["wkv4"].cuda
+    engine = cuda_engines()["wkv4"]
     assert engine.load(), engine.error
     budget = 0.1 if quick else 0.5
     bandwidth, other = copy_bytes_per_second(budget), fla_kernel()

@@ -29,11 +29,11 @@ def correctness(quick: bool) -> dict[str, Any]:
 
     from rwkv_train import ops
     from rwkv_train.ops import reference
-    from rwkv_train.ops.families import FAMILIES
+    from rwkv_train.ops.families import cuda_engines
     from tests.ops.cases import assert_as_good_as, value_and_gradients, wkv4_inputs
 
-    for family in FAMILIES.values():
-        assert family.cuda.load(), family.cuda.error
+    for engine in cuda_engines().values():
+        assert engine.load(), engine.error
     worst, cases = 0.0, 0
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -112,10 +112,11 @@ def sanitized(quick: bool) -> dict[str, Any]:
     import torch
 
     from rwkv_train import ops
-    from rwkv_train.ops.families import FAMILIES
+    from rwkv_train.ops.families import cuda_engines
     from tests.ops.cases import wkv4_inputs
 
-    assert FAMILIES["wkv4"].cuda.load(), FAMILIES["wkv4"].cuda.error  # wkv4_in_segments does not load it
+    engine = cuda_engines()["wkv4"]
+    assert engine.load(), engine.error  # wkv4_in_segments does not load it
     for dtype in (torch.float32, torch.bfloat16):
         w, u, k, v, state = (x.float().cuda() for x in wkv4_inputs(1, 200, 66))
         k, v = k.to(dtype), v.to(dtype)

@@ -17,7 +17,8 @@ from rwkv_train.errors import UserError
 from rwkv_train.ops import build, reference
 from rwkv_train.ops.build import CppEngine
 from rwkv_train.ops.build_cuda import CudaEngine
-from rwkv_train.ops.registration.wkv4 import CHUNK
+from rwkv_train.ops.registration import wkv4 as wkv4_registration
+from rwkv_train.ops.registration import wkv7 as wkv7_registration
 from rwkv_train.ops.selftest import EngineReport, engines
 
 __all__ = ["EngineReport", "engines", "relu_squared", "shift_mix", "sigmoid_gate", "wkv4", "wkv7"]
@@ -81,7 +82,9 @@ def wkv4(
     if _runs_by_definition(k):
         return reference.wkv4(w, u, k, v, state, starts)
     starts = None if starts is None else starts.contiguous()
-    y, new_state, _ = torch.ops.rwkv_train.wkv4(w, u, k.contiguous(), v.contiguous(), state, starts, CHUNK)
+    y, new_state, _ = torch.ops.rwkv_train.wkv4(
+        w, u, k.contiguous(), v.contiguous(), state, starts, wkv4_registration.CHUNK
+    )
     return y, new_state
 
 
@@ -153,7 +156,12 @@ def wkv7(
     if state is None:
         B, _, H, N = r.shape
         state = w.new_zeros(B, H, N, N)
-    return reference.wkv7(r, w, k, v, a, b, state, starts)
+    if _runs_by_definition(r):
+        return reference.wkv7(r, w, k, v, a, b, state, starts)
+    inputs = [x.contiguous() for x in (r, w, k, v, a, b, state)]
+    starts = None if starts is None else starts.contiguous()
+    y, new_state, _ = torch.ops.rwkv_train.wkv7(*inputs, starts, wkv7_registration.CHUNK)
+    return y, new_state
 
 
 def _check_wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None) -> None:

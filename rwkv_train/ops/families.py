@@ -16,19 +16,20 @@ class Family:
 
     Attributes:
         cpp: the engine for CPUs.
-        cuda: the engine for NVIDIA GPUs.
+        cuda: the engine for NVIDIA GPUs; None: there the definition runs.
     """
 
     cpp: CppEngine
-    cuda: CudaEngine
+    cuda: CudaEngine | None
 
     def engine(self, device: str) -> Engine | None:
         """The engine for a type of device, as torch names it; None where there is none."""
-        return {self.cpp.device: self.cpp, self.cuda.device: self.cuda}.get(device)
+        engines = (self.cpp, self.cuda)
+        return next((engine for engine in engines if engine is not None and engine.device == device), None)
 
 
-def _family(name: str, cpp: tuple[str, ...], cuda: tuple[str, ...]) -> Family:
-    return Family(CppEngine(name, cpp), CudaEngine(name, cuda))
+def _family(name: str, cpp: tuple[str, ...], cuda: tuple[str, ...] = ()) -> Family:
+    return Family(CppEngine(name, cpp), CudaEngine(name, cuda) if cuda else None)
 
 
 # The names of the sources of each device in cuda/, the slowest to compile first.
@@ -38,12 +39,18 @@ FAMILIES: dict[str, Family] = {
         cpp=("wkv4_cpu.cpp", "binding_wkv4.cpp"),
         cuda=("wkv4.cu", "binding_wkv4_cuda.cpp"),
     ),
+    "wkv7": _family("wkv7", cpp=("wkv7_cpu.cpp", "binding_wkv7.cpp")),
     "elementwise": _family(
         "elementwise",
         cpp=("shift_mix_backward_cpu.cpp", "binding_elementwise.cpp", "elementwise_cpu.cpp"),
         cuda=("elementwise.cu", "binding_elementwise_cuda.cpp"),
     ),
 }
+
+
+def cuda_engines() -> dict[str, CudaEngine]:
+    """The CUDA engine of each family that has one."""
+    return {name: family.cuda for name, family in FAMILIES.items() if family.cuda is not None}
 
 
 def build_ahead(architectures: str | None, cache: str | None) -> list[Path]:
@@ -60,6 +67,6 @@ def build_ahead(architectures: str | None, cache: str | None) -> list[Path]:
     try:
         wanted = () if architectures is None else parse_architectures(architectures)
         libraries = [family.cpp.build(directory) for family in FAMILIES.values()]
-        return libraries + [family.cuda.build(directory, wanted) for family in FAMILIES.values()]
+        return libraries + [engine.build(directory, wanted) for engine in cuda_engines().values()]
     except BuildError as error:
         raise UserError(error.why, f"try: {error.command}") from error

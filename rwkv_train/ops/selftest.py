@@ -15,7 +15,7 @@ from torch import Tensor
 from rwkv_train.errors import UserError
 from rwkv_train.ops import reference
 from rwkv_train.ops.build import BuildError, Engine
-from rwkv_train.ops.families import FAMILIES
+from rwkv_train.ops.families import FAMILIES, cuda_engines
 from rwkv_train.ops.registration import SELF_TEST_CASES
 from rwkv_train.ops.registration.declaration import SelfTestCase
 
@@ -51,7 +51,7 @@ def engines() -> list[EngineReport]:
     reports = [EngineReport("reference", True, reference.__file__, None, None, 1.0, 0.0)]
     reports += [_examine(family.cpp) for family in FAMILIES.values()]
     if torch.cuda.is_available():
-        reports += [_examine(family.cuda) for family in FAMILIES.values()]
+        reports += [_examine(engine) for engine in cuda_engines().values()]
     return reports
 
 

@@ -16,7 +16,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.ops import build, build_cuda
 from rwkv_train.ops.build import BuildError, CppEngine
 from rwkv_train.ops.build_cuda import CudaEngine
-from rwkv_train.ops.families import FAMILIES
+from rwkv_train.ops.families import FAMILIES, cuda_engines
 from rwkv_train.ops.registration.declaration import KERNELS
 from tests.ops.test_build import REPORT, start
 
@@ -97,7 +97,7 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_gpu_a_demanded_engine_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build.SETTINGS, "required", "cuda")
-    engine = CudaEngine("wkv4", FAMILIES["wkv4"].cuda.sources)
+    engine = CudaEngine("wkv4", cuda_engines()["wkv4"].sources)
     with pytest.raises(UserError, match=r"RWKV_OPS=cuda demands an engine that is not available: .*(CUDA|GPU)"):
         engine.load()
 
@@ -123,7 +123,7 @@ def test_a_source_that_does_not_compile_shows_the_first_error(tmp_path: Path, mo
     nvcc = fake_nvcc(tmp_path, "13.0", "echo 'wkv4.cu(7): error: no such thing'; exit 2")
     monkeypatch.setattr(build_cuda, "find_nvcc", lambda: str(nvcc))
     with pytest.raises(BuildError, match=r"wkv4\.cu\(7\): error: no such thing") as caught:
-        FAMILIES["wkv4"].cuda.build(tmp_path / "cache", ("9.0",))
+        cuda_engines()["wkv4"].build(tmp_path / "cache", ("9.0",))
     assert "ninja -C" in caught.value.command
     monkeypatch.setattr(CppEngine, "build", lambda self, cache: Path("built"))
     assert main(["build-ops", "--arch", "9.0", "--cache", str(tmp_path / "cache")]) == 2
@@ -146,17 +146,17 @@ def test_built_ahead_into_one_library_for_several_architectures(
 ) -> None:
     assert main(["build-ops", "--arch", "8.0,9.0", "--cache", str(tmp_path)]) == 0
     libraries = [Path(line) for line in capsys.readouterr().out.split()]
-    engines = [family.cpp for family in FAMILIES.values()] + [family.cuda for family in FAMILIES.values()]
+    engines = [*(family.cpp for family in FAMILIES.values()), *cuda_engines().values()]
     assert [library.name for library in libraries] == [engine.library_name for engine in engines]
     assert all(library.exists() for library in libraries)
-    for family, library in zip(FAMILIES.values(), libraries[len(FAMILIES) :], strict=True):
+    for engine, library in zip(cuda_engines().values(), libraries[len(FAMILIES) :], strict=True):
         assert library.parent.name.endswith("-8.0-9.0")
-        assert family.cuda.build(tmp_path, ("8.6",)) == library, "a build for more architectures serves one of them"
+        assert engine.build(tmp_path, ("8.6",)) == library, "a build for more architectures serves one of them"
         torch.ops.load_library(str(library))  # every symbol is there, and the schemas fit
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
     own = {"wkv4": "wkv4_in_segments", "shift_mix": "shift_mix_one_document"}  # no starts in these kernels
-    for operators in KERNELS.values():
-        for name in operators:
+    for family in cuda_engines():
+        for name in KERNELS[family]:
             base, backward = name.removesuffix("_backward"), "_backward" if name.endswith("_backward") else ""
             assert registered(f"rwkv_train::{own.get(base, base)}{backward}", "CUDA"), name
 
