@@ -112,6 +112,14 @@ def _rwkv7(shapes: Shapes) -> ModelConfig:
     return replace(found, head_size=head_size, extra={name: rank for name, (_, rank) in ranks.items()})
 
 
+def learning_rate_note(config: ModelConfig, lr: float, final_lr: float) -> str | None:
+    """A line where the learning rates are those of the architecture's rule, since none were published; else None."""
+    rule = ARCHITECTURES[config.arch].learning_rate
+    if rule is None or rule(config.n_embd) != (lr, final_lr):
+        return None
+    return f"lr      {lr:.3g} → {final_lr:.3g} by the community's rule 0.45/C → 0.04/C; none was published"
+
+
 def community_rule(n_embd: int) -> tuple[float, float]:
     """First and final learning rate by the rule that RWKV's users go by: 0.45/C → 0.04/C."""
     return 0.45 / n_embd, 0.04 / n_embd

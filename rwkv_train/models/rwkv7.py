@@ -105,7 +105,7 @@ class TimeMix(nn.Module):
 
     def _by_head(self, x: Tensor) -> Tensor:
         """(B, T, C) → (B, T, H, N)."""
-        return x.unflatten(-1, (self.heads, -1))
+        return x.view(*x.shape[:-1], self.heads, -1)
 
 
 class ChannelMix(nn.Module):
@@ -159,7 +159,7 @@ def _zigzag(c: Tensor, site: Site) -> Tensor:
 
 
 def _w0(c: Tensor, C: int, site: Site) -> Tensor:
-    return -6 + 6 * (c / max(C - 1, 1)) ** (1 + site.rho0**0.3) + 0.5 + 2.5 * _zigzag(c, site)
+    return -6 + 6 * (c / max(C - 1, 1)) ** (1 + math.pow(site.rho0, 0.3)) + 0.5 + 2.5 * _zigzag(c, site)
 
 
 def half_lives(w0: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -113,13 +114,10 @@ def test_compiles_into_one_graph(carried: bool, arch: str) -> None:
     with torch.no_grad():
         state = model(text(2, 5))[1] if carried else None
     gradients = []
+    trained = [p for p in model.parameters() if p.requires_grad]
     for network in (model, compiled):
         logits, _ = network(tokens, state)
-        gradients.append(
-            torch.autograd.grad(
-                logits.square().mean(), [p for p in network.parameters() if p.requires_grad], materialize_grads=True
-            )
-        )
+        gradients.append(torch.autograd.grad(logits.square().mean(), trained, materialize_grads=True))
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
@@ -133,12 +131,13 @@ def test_vectors_are_float32_under_autocast(monkeypatch: pytest.MonkeyPatch, arc
     model = lively_model(n_layer=2, arch=arch)
     seen: dict[str, torch.dtype] = {}
     recurrence = f"wkv{arch.removeprefix('rwkv')}"
-    plain_wkv, plain_mix = getattr(ops, recurrence), ops.shift_mix
+    plain_wkv: Callable[..., tuple[Tensor, Tensor]] = getattr(ops, recurrence)
+    plain_mix = ops.shift_mix
     parameters = list(inspect.signature(plain_wkv).parameters)
 
     def wkv(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         seen.update({name: x.dtype for name, x in zip(parameters, inputs, strict=False) if x is not None})
-        return plain_wkv(*inputs)  # type: ignore[no-any-return]
+        return plain_wkv(*inputs)
 
     def shift_mix(x: Tensor, previous: Tensor | None, *mixes: Tensor, **more: Tensor | None) -> list[Tensor]:
         seen.update(x=x.dtype, **{f"mix{i}": mix.dtype for i, mix in enumerate(mixes)})
