@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -32,6 +33,14 @@ LIBRARIES_OWN = {
     "WANDB_SERVICE",
     "PYTEST_CURRENT_TEST",
 }
+
+
+def pytest_configure() -> None:
+    """Signals that the shell ignores (nohup, `&`) would be ignored by every process that a test starts, too."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
