@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from rwkv_train.data import workers
+from rwkv_train.models import ARCHITECTURES
 from tests import LONGEST, PRELOAD
 
 workers.PRELOAD[:] = PRELOAD
@@ -40,6 +42,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests of the files that take longest come first, see LONGEST."""
     order = {TESTS / name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_configure() -> None:
+    """Signals that the shell ignores (nohup, `&`) would be ignored by every process that a test starts, too."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +86,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def arch(request: pytest.FixtureRequest) -> str:
+    """Each architecture: a test that takes it runs once for each."""
+    return str(request.param)
 
 
 @pytest.fixture

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_train import ops
-from rwkv_train.models.architecture import Architecture, Context, LayerStatistic, OfOutput, OfParameter, OfState
+from rwkv_train.models.architecture import (
+    Architecture,
+    Context,
+    LayerStatistic,
+    OfOutput,
+    OfParameter,
+    OfState,
+    quantiles,
+)
 from rwkv_train.models.backbone import ResidualBlock
 from rwkv_train.models.config import ModelConfig
 from rwkv_train.models.recipe import Orthogonal, RecipeRow, constant, curve, uniform
@@ -27,7 +35,7 @@ from rwkv_train.models.registry import (
     Shapes,
     common_shape,
 )
-from rwkv_train.models.rwkv4 import content, half_lives, quantiles
+from rwkv_train.models.rwkv4 import content, half_lives
 from rwkv_train.ops import reference
 
 

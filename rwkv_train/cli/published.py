@@ -75,8 +75,18 @@ def fill_open_settings(
             continue
         elif settings.get(name) is None or (name in row and not any(name in source for source in composed.sources)):
             settings[name] = value
+    _learning_rate_by_rule(settings)
     settle_durations(settings, [conf.read("arch", settings["arch"]), row, *composed.sources])
     return problems + _unknown_widths(settings) + _fill_missing(settings, published)
+
+
+def _learning_rate_by_rule(settings: FlatSettings) -> None:
+    """Fills the learning rates by the architecture's rule where none are published or typed."""
+    entry, channels = ARCHITECTURES.get(settings["arch"]), settings.get("model.n_embd")
+    if entry is not None and entry.learning_rate is not None and type(channels) is int and channels > 0:
+        for name, value in zip(("optim.lr", "optim.final_lr"), entry.learning_rate(channels), strict=True):
+            if settings.get(name) is None:
+                settings[name] = value
 
 
 def _unknown_widths(settings: FlatSettings) -> list[UserError]:

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
 
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -53,7 +54,8 @@ class _Pool(ProcessPoolExecutor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As the executor's, but tasks that run get SHUTDOWN_SECONDS to end; then their processes are killed."""
-        processes, manager = list((self._processes or {}).values()), self._executor_manager_thread
+        processes = list((self._processes or {}).values())
+        manager: Any = self._executor_manager_thread
         super().shutdown(wait=False, cancel_futures=cancel_futures)
         if not wait or manager is None:
             return

@@ -18,6 +18,8 @@ from rwkv_train.models.recipe import RecipeRow
 from rwkv_train.models.registry import unknown_settings
 from rwkv_train.models.state import LayerState, State
 
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)  # of the channels of a layer, where a statistic has a value for each
+
 
 class Context(NamedTuple):
     """What the blocks of one forward pass have in common.
@@ -72,6 +74,16 @@ class OfParameter:
 
 
 LayerStatistic = OfState | OfOutput | OfParameter
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def quantiles(values: Tensor) -> Tensor:
+    """QUANTILES of each row of (L, channels), float32 (L, 5)."""
+    return torch.quantile(values.float(), torch.tensor(QUANTILES, device=values.device), dim=1).t()
 
 
 class Architecture(ABC):

@@ -68,7 +68,7 @@ class LanguageModel(nn.Module):
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Head(config.n_embd, config.vocab_size, bias=False)
         rows = claim((name for name, _ in self.named_parameters()), brought.recipe)
-        self.products = frozenset(name for name, row in rows.items() if row.product)
+        self.products = frozenset(name for name, row in rows.items() if row.product and row.trains(name))
         # counted now: a strategy may cut the parameters later
         self.matmul_parameters = sum(p.numel() for name, p in self.named_parameters() if name in self.products)
 

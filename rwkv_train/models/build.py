@@ -30,7 +30,7 @@ def build_model(config: ModelConfig, seed: int = 0, device: str | torch.device =
         model = LanguageModel(config)
     rows = recipe_of(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(rows[name].trained)
+        parameter.requires_grad_(rows[name].trains(name))
     if torch.device(device).type != "meta":
         model = model.to_empty(device=device)
         initialise(model, arch.recipe, config, seed)

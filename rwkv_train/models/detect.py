@@ -30,12 +30,13 @@ _DTYPES = {
 }  # that a file of other things may name
 _MAX_MEMO = 2**24  # entries of a pickle's memo
 
-# Other models under the field's names, newest first: what only their files have.
-_OTHER_ARCHITECTURES = {
+# Other models under the field's names, newest first: what their files have and those of earlier ones do not.
+_SUCCESSORS = {  # experimental ones, of which some have all tensors of an architecture that can be trained
     "RWKV-8": r"blocks\.\d+\.ffn\.enn.*",
     "RWKV-7b": r"(.*\.)?qkv\..*",
     "RWKV-7a": r"blocks\.\d+\.ffn\.s_emb.*",
-    "RWKV-7": r"blocks\.\d+\.att\.r_k",
+}
+_OTHERS = {
     "RWKV-6": r"blocks\.\d+\.att\.time_maa_.*",
     "RWKV-5": r"blocks\.\d+\.att\.(time_faaaa|ln_x\.weight)",
 }
@@ -53,6 +54,7 @@ def detect(shapes: Shapes, what: str = "the dict of weights") -> ModelConfig:
     """
     if (missing := _missing_layer(shapes)) is not None:
         raise UserError(f"{what} lacks {missing}, and has later ones", "copy it again, or give another file")
+    _refuse(_SUCCESSORS, shapes, what)
     for entry in ARCHITECTURES.values():
         try:
             found = entry.recognise(shapes)
@@ -60,17 +62,22 @@ def detect(shapes: Shapes, what: str = "the dict of weights") -> ModelConfig:
             continue
         if found is not None:
             return found
-    known = ", ".join(ARCHITECTURES)
-    for other, pattern in _OTHER_ARCHITECTURES.items():
-        if any(re.fullmatch(pattern, name) for name in shapes):
-            raise UserError(
-                f"{what} holds weights of {other}, which this version cannot train yet", f"known: arch={known}"
-            )
+    _refuse(_OTHERS, shapes, what)
     held = ", ".join(list(shapes)[:2]) + ", …" if shapes else "nothing"
     raise UserError(
         f"{what} does not hold the weights of a language model under the field's names (it holds {held})",
-        f"give weights with emb.weight, blocks.0.att.key.weight, … (known: arch={known})",
+        f"give weights with emb.weight, blocks.0.att.key.weight, … (known: arch={', '.join(ARCHITECTURES)})",
     )
+
+
+def _refuse(others: Mapping[str, str], shapes: Shapes, what: str) -> None:
+    """Raises a UserError where a name matches the pattern of an architecture that cannot be trained."""
+    for other, pattern in others.items():
+        if any(re.fullmatch(pattern, name) for name in shapes):
+            raise UserError(
+                f"{what} holds weights of {other}, which this version cannot train",
+                f"known: arch={', '.join(ARCHITECTURES)}",
+            )
 
 
 def _missing_layer(shapes: Shapes) -> str | None:

@@ -58,8 +58,8 @@ class RecipeRow:
         decay: whether weight decay, where it is asked for, applies.
         product: whether every token is multiplied with it as a matrix. Such parameters count as FLOPs and may be
             gathered in the dtype of products; all others stay float32 in the forward pass.
-        trained: whether the optimiser changes it. A tensor that published files hold and the forward pass does not use
-            (no gradient reaches it) is not trained: it is stored as it was initialised or loaded.
+        not_trained: a regular expression that matches those of them that the optimiser does not change: published files
+            hold them, and the forward pass does not use them. They are stored as they were initialised or loaded.
     """
 
     names: str
@@ -67,7 +67,11 @@ class RecipeRow:
     lr: float = 1.0
     decay: bool = False
     product: bool = False
-    trained: bool = True
+    not_trained: str = r"(?!)"  # matches nothing
+
+    def trains(self, name: str) -> bool:
+        """Whether the optimiser changes the parameter of that name."""
+        return re.fullmatch(self.not_trained, name) is None
 
 
 def constant(value: float) -> Initialiser:

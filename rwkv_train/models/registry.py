@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
@@ -47,12 +47,14 @@ class Registration:
             KeyError, IndexError or ValueError counts as None.
         settings: which of "head_size" and the names of `ModelConfig.extra` the architecture knows.
         charts: of the per-layer values that only some architectures have, by key of metrics.jsonl.
+        learning_rate: n_embd → first and final learning rate where none was published; None: they must be given.
     """
 
     module: str
     recognise: Callable[[Shapes], ModelConfig | None]
     settings: frozenset[str] = frozenset()
     charts: Mapping[str, LayerChart] = field(default_factory=dict)
+    learning_rate: Callable[[int], tuple[float, float]] | None = None
 
 
 def architecture(name: str) -> Architecture:
@@ -96,6 +98,33 @@ def _rwkv4(shapes: Shapes) -> ModelConfig | None:
     return found if vectors and "blocks.0.att.ln_x.weight" not in shapes else None
 
 
+def _rwkv7(shapes: Shapes) -> ModelConfig:
+    found = common_shape("rwkv7", shapes)
+    _, head_size = shapes["blocks.0.att.r_k"]
+    # some files lack v1 of the first layer, which does not use it
+    value = shapes.get("blocks.0.att.v1") or shapes["blocks.1.att.v1"]
+    ranks = {
+        "decay_low_rank_dim": shapes["blocks.0.att.w1"],
+        "a_low_rank_dim": shapes["blocks.0.att.a1"],
+        "v_low_rank_dim": value,
+        "gate_low_rank_dim": shapes["blocks.0.att.g1"],
+    }
+    return replace(found, head_size=head_size, extra={name: rank for name, (_, rank) in ranks.items()})
+
+
+def learning_rate_note(config: ModelConfig, lr: float, final_lr: float) -> str | None:
+    """A line where the learning rates are those of the architecture's rule, since none were published; else None."""
+    rule = ARCHITECTURES[config.arch].learning_rate
+    if rule is None or rule(config.n_embd) != (lr, final_lr):
+        return None
+    return f"lr      {lr:.3g} → {final_lr:.3g} by the community's rule 0.45/C → 0.04/C; none was published"
+
+
+def community_rule(n_embd: int) -> tuple[float, float]:
+    """First and final learning rate by the rule that RWKV's users go by: 0.45/C → 0.04/C."""
+    return 0.45 / n_embd, 0.04 / n_embd
+
+
 STATE_RMS = LayerChart(
     "RMS of the state", "", "root mean square of the state's content after the last token of the context"
 )
@@ -119,5 +148,14 @@ ARCHITECTURES: dict[str, Registration] = {
             ),
             "decay/half_life": HALF_LIFE,
         },
+    ),
+    "rwkv7": Registration(
+        "rwkv_train.models.rwkv7",
+        _rwkv7,
+        settings=frozenset(
+            {"head_size", "decay_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim"}
+        ),
+        charts={"layers/state_rms": STATE_RMS, "decay/half_life": HALF_LIFE},
+        learning_rate=community_rule,
     ),
 }

@@ -10,13 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_train import ops
-from rwkv_train.models.architecture import Architecture, Context, LayerStatistic, OfOutput, OfParameter, OfState
+from rwkv_train.models.architecture import (
+    Architecture,
+    Context,
+    LayerStatistic,
+    OfOutput,
+    OfParameter,
+    OfState,
+    quantiles,
+    wide,
+)
 from rwkv_train.models.backbone import ResidualBlock
 from rwkv_train.models.config import ModelConfig
 from rwkv_train.models.recipe import Orthogonal, RecipeRow, Site, constant, curve, uniform
 from rwkv_train.ops import reference
 
-QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)  # of the half-lives of a layer's channels
 SATURATION = math.log(0.98 / 0.02)  # |r| above it: the gate σ(r) is below 0.02 or above 0.98
 
 
@@ -30,11 +38,6 @@ class LayerState(NamedTuple):
 
 def _mix(channels: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(1, 1, channels))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class TimeMix(nn.Module):
@@ -60,7 +63,7 @@ class TimeMix(nn.Module):
         """
         x_k, x_v, x_r = ops.shift_mix(x, last, self.time_mix_k, self.time_mix_v, self.time_mix_r, starts=starts)
         k, v, r = self.key(x_k), self.value(x_v), self.receptance(x_r)
-        y, wkv = ops.wkv4(-torch.exp(_wide(self.time_decay)), self.time_first, k, v, wkv, starts)
+        y, wkv = ops.wkv4(-torch.exp(wide(self.time_decay)), self.time_first, k, v, wkv, starts)
         return self.output(ops.sigmoid_gate(r, y)), x[:, -1], wkv
 
 
@@ -116,13 +119,7 @@ def content(wkv: Tensor) -> Tensor:
 
 def half_lives(time_decay: Tensor) -> Tensor:
     """After how many tokens half of a value's weight is left, per channel; same shape."""
-    return math.log(2) * torch.exp(-_wide(time_decay))
-
-
-def quantiles(values: Tensor) -> Tensor:
-    """QUANTILES of each row of (L, channels), float32 (L, 5)."""
-    wide = values.float()
-    return torch.quantile(wide, torch.tensor(QUANTILES, device=wide.device), dim=1).t()
+    return math.log(2) * torch.exp(-wide(time_decay))
 
 
 class RWKV4(Architecture):

@@ -18,8 +18,8 @@ PROBE_TOKENS = 2  # of the forward pass that is examined: T > 1, as in training
 def freeze_unused(model: LanguageModel) -> list[str]:
     """Freezes the trainable parameters that no gradient of the logits reaches.
 
-    Architectures declare such parameters (`RecipeRow.trained`), so that nothing is left to do here. It is for models
-    that a callback has changed.
+    Architectures declare such parameters (`RecipeRow.not_trained`), so that nothing is left to do here. It is for
+    models that a callback has changed.
 
     Args:
         model: on any device, the meta device included; its values do not matter.

@@ -73,9 +73,7 @@ def make_plan(config: Config, card: Card, mesh: Mesh, vocab_size: int, gpu: bool
         return Plan(card, gpu, counts, layout, needs, speed(counts, layout, card, config.trainer.precision, config.mfu))
 
     names = (layout.strategy, *SHARDED_STRATEGIES) if config.strategy == "auto" else (config.strategy,)
-    passes = [1]
-    while config.batch.micro is None and layout.micro % (2 * passes[-1]) == 0:
-        passes.append(2 * passes[-1])
+    passes = [1] if config.batch.micro is not None else divisors(layout.micro)
     tried: list[Plan] = []
     for name, cut in itertools.product(names, passes):
         cut_layout = replace(layout, micro=layout.micro // cut, accumulation=layout.accumulation * cut)
@@ -83,6 +81,11 @@ def make_plan(config: Config, card: Card, mesh: Mesh, vocab_size: int, gpu: bool
         if tried[-1].fits:
             return tried[-1]
     return min(tried, key=lambda plan: plan.held)
+
+
+def divisors(number: int) -> list[int]:
+    """In ascending order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def why(plan: Plan) -> str:
@@ -99,7 +102,7 @@ def smallest_change(config: Config, plan: Plan, vocab_size: int) -> tuple[str, P
     """The settings that make a config fit whose plan does not; None: nothing does on up to 4096 devices.
 
     Of the strategies it is the first of strategy=auto that fits; before more devices are taken, the micro-batch is
-    halved down to one sample, then every block is recomputed in the backward pass.
+    cut down to one sample, then every block is recomputed in the backward pass.
 
     Args:
         config: of the plan.
@@ -110,7 +113,7 @@ def smallest_change(config: Config, plan: Plan, vocab_size: int) -> tuple[str, P
         the settings to type, and the plan with them.
     """
     mesh, micro = plan.layout.mesh, config.batch.micro
-    micros = [micro] if micro is None else [micro >> n for n in range(micro.bit_length()) if micro % (1 << n) == 0]
+    micros = [None] if micro is None else divisors(micro)[::-1]
     recompute = dict.fromkeys((config.activation_checkpointing, True))
     devices = [mesh.data << n for n in range(MAX_DEVICES.bit_length()) if mesh.data << n <= MAX_DEVICES]
     for data, checkpointing, size in itertools.product(devices, recompute, micros):

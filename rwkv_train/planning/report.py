@@ -10,6 +10,7 @@ from rich.table import Table
 
 from rwkv_train.config import Config
 from rwkv_train.console import ERROR_STYLE
+from rwkv_train.models.registry import learning_rate_note
 from rwkv_train.planning.goodput import DEFAULT_CLUSTER, between_failures, goodput, interval, saving
 from rwkv_train.planning.plan import Plan
 
@@ -46,6 +47,8 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
             f"        V{shape.vocab_size} are bytes; published models of this size have {PUBLISHED}: "
             "data.tokenizer=…, or model.vocab_size=… for a plan"
         )
+    if note := learning_rate_note(shape, config.optim.lr, config.optim.final_lr):
+        console.print(note)
     console.print(
         f"layout  {layout.strategy} on {layout.mesh.ranks} × {card.name}: context {layout.context} × micro-batch "
         f"{layout.micro} × {layout.mesh.ranks} devices × {layout.accumulation} passes, {config.trainer.precision}"

@@ -28,6 +28,7 @@ from rwkv_train.console import make_console
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.sources import check_token_in_vocabulary
 from rwkv_train.models import LanguageModel, RecipeRow, build_model, recipe_of
+from rwkv_train.models.registry import learning_rate_note
 from rwkv_train.models.weights import refuse_mismatches, shapes_of
 from rwkv_train.planning.model import model_config
 from rwkv_train.planning.resolved import ResolvedConfig, find_devices, resolve
@@ -181,6 +182,8 @@ def describe(setup: RunSetup, attempt: RunAttempt) -> None:
     groups = parameter_groups(setup.model, setup.recipe, config.optim.weight_decay, config.optim.rules)
     for line in [*describe_groups(groups), *describe_frozen(setup.model)]:
         say(f"group   {line}")
+    if note := learning_rate_note(shape, config.optim.lr, config.optim.final_lr):
+        say(note)
     say(
         f"batch   {config.batch.tokens:,} tokens a step: context {config.batch.context} × micro-batch {resolved.micro} "
         f"× {resolved.mesh.ranks} devices × {resolved.accumulation} passes, {resolved.threads} threads"

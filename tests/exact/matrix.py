@@ -24,12 +24,13 @@ from rwkv_train.cluster.rank_info import RankInfo
 from rwkv_train.config import Config
 from rwkv_train.config.clock import TokenClock
 from rwkv_train.data.datamodule import DataModule
-from rwkv_train.models import ModelConfig, build_model
+from rwkv_train.models import ARCHITECTURES, build_model
 from rwkv_train.planning import resolved
 from rwkv_train.training.build import build_module, build_trainer
 from rwkv_train.training.module import RWKVModule
 from rwkv_train.training.setup import assemble, total_steps
 from rwkv_train.training.strategy import ShardedStrategy, build_strategy
+from tests.oracles.models import small_shape
 from tests.runs import write_text
 
 Floats = npt.NDArray[np.float32]
@@ -51,6 +52,7 @@ class Cell:
         clip: the largest gradient norm; None: no clipping.
         extended: whether the vocabulary grows by NEW_TOKENS.
         masked: whether the data are packed chats, whose micro-batches predict unequal numbers of tokens.
+        arch: the architecture.
     """
 
     strategy: str
@@ -59,6 +61,7 @@ class Cell:
     clip: float | None = CLIP
     extended: bool = False
     masked: bool = False
+    arch: str = "rwkv4"
 
     @property
     def steps(self) -> int:
@@ -91,19 +94,20 @@ def write_inputs(folder: Path) -> None:
             texts = ["".join(draw.choice("abcd ") for _ in range(draw.randint(1, 24))) for _ in range(2)]
             messages = [{"role": r, "content": t} for r, t in zip(("user", "assistant"), texts, strict=True)]
             file.write(json.dumps({"messages": messages}) + "\n")
-    model, generator = build_model(ModelConfig("rwkv4", 2, 32, 256)), torch.Generator().manual_seed(6)
-    weights = {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in model.state_dict().items()}
-    torch.save(weights, folder / "lively.pth")
+    for arch in ARCHITECTURES:
+        model, generator = build_model(small_shape(arch, 2, 32, 256)), torch.Generator().manual_seed(6)
+        weights = {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in model.state_dict().items()}
+        torch.save(weights, folder / f"{arch}.pth")
 
 
 @cache
-def _config(folder: Path, steps: int, extended: bool, masked: bool) -> Config:
+def _config(folder: Path, arch: str, steps: int, extended: bool, masked: bool) -> Config:
     """The config of the runs with these properties; all others are replaced in it."""
     data = ("data=chat", f"data.path={folder}/chat.jsonl", "data.tokenizer=bytes", "data.hold_out=0")
     return launcher.load(
         [
             *(data if masked else ("data=text", f"data.path={folder}/text.txt")),
-            f"init.weights={folder}/lively.pth",
+            f"init.weights={folder}/{arch}.pth",
             f"vocab.extend={json.dumps(NEW_TOKENS if extended else [])}",
             f"run.root={folder}/runs",
             f"batch.tokens={SAMPLES * CONTEXT}",
@@ -122,7 +126,7 @@ def _config(folder: Path, steps: int, extended: bool, masked: bool) -> Config:
 
 
 def config_of(cell: Cell, folder: Path, ranks: int) -> Config:
-    config = _config(folder, cell.steps, cell.extended, cell.masked)
+    config = _config(folder, cell.arch, cell.steps, cell.extended, cell.masked)
     return replace(
         config,
         strategy=cast(Any, "auto" if cell.strategy == "single" else cell.strategy),

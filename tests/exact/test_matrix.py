@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rwkv_train.models import ARCHITECTURES
 from tests.exact.matrix import (
     CLIP,
     LR,
@@ -67,6 +68,7 @@ COVERING = [
     *(Cell(name, MICRO[1], clip=None, extended=True) for name in STRATEGIES),
     *(Cell(name, MICRO[2], masked=True) for name in STRATEGIES),
     *(Cell(name, MICRO[4], "bf16-mixed", extended=True) for name in STRATEGIES),
+    *(Cell(name, MICRO[2], arch=arch) for arch in ARCHITECTURES if arch != "rwkv4" for name in STRATEGIES),
 ]
 PLAIN, EXTENDED, MASKED = (False, False), (True, False), (False, True)
 ALL = [

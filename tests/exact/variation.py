@@ -25,8 +25,11 @@ class Variation(rwkv4.RWKV4):
 
     def __init__(self, declared: bool) -> None:
         frozen = (r"emb\.weight", r"blocks\.\d+\.att\.time_decay")
-        rows = (replace(row, trained=row.names not in frozen) for row in rwkv4.RWKV4.recipe)
-        grown = (*rows, RecipeRow(r"blocks\.0\.att\.v0", constant(0.5), decay=True, trained=not declared))
+        rows = (replace(row, not_trained="|".join(frozen)) for row in rwkv4.RWKV4.recipe)
+        grown = (
+            *rows,
+            RecipeRow(r"blocks\.0\.att\.v0", constant(0.5), decay=True, not_trained=".*" if declared else "(?!)"),
+        )
         self.recipe = grown  # type: ignore[misc, assignment]
 
     def block(self, config: ModelConfig, layer: int) -> nn.Module:

@@ -11,7 +11,11 @@ import torch
 from rwkv_train.cli.checks import Machine
 from rwkv_train.cli.configure import ConfigBuilder, config_builder
 from rwkv_train.errors import UserError, UserErrors
+from rwkv_train.models import build_model
+from rwkv_train.models.detect import detect
+from rwkv_train.models.weights import shapes_of
 from rwkv_train.resources import resource
+from tests.oracles.models import small_shape
 from tests.runs import save_weights
 
 
@@ -62,3 +66,18 @@ def test_weights_that_are_none(conf: ConfigBuilder, tmp_path: Path) -> None:
     torch.save({"a": Shell()}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match=r"it asks for .*exec"):
         conf.build([f"init.weights={tmp_path / 'evil.pth'}"])
+
+
+@pytest.mark.parametrize(
+    ("release", "extra"),
+    [
+        ("RWKV-7a", "blocks.0.ffn.s_emb.weight"),
+        ("RWKV-7b", "blocks.0.qkv.weight"),
+        ("RWKV-8", "blocks.1.ffn.enn.weight"),
+    ],
+)
+def test_experimental_successors_are_named(release: str, extra: str) -> None:
+    shapes = shapes_of(build_model(small_shape("rwkv7"), device="meta").state_dict())
+    with pytest.raises(UserError, match=f"^here holds weights of {release}, which this version cannot train") as caught:
+        detect({**shapes, extra: (3, 3)}, "here")
+    assert caught.value.remedy == "known: arch=rwkv4, rwkv7"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rwkv_train.models import ARCHITECTURES, ModelConfig, build_model
-from rwkv_train.models.registry import architecture, layer_charts
+from rwkv_train.models.registry import architecture, layer_charts, learning_rate_note
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,3 +36,12 @@ def test_the_parts_of_a_state_have_names_and_a_size(name: str) -> None:
     assert model.architecture.state_bytes(model.config) == empty.row_bytes()
     logits, _ = model(torch.ones(3, 5, dtype=torch.int64), empty)
     assert torch.equal(logits, model(torch.ones(3, 5, dtype=torch.int64))[0]), "an empty state is no state"
+
+
+def test_a_learning_rate_by_the_rule_is_said() -> None:
+    shape = ModelConfig("rwkv7", 32, 4096, 65536)
+    assert learning_rate_note(shape, 0.45 / 4096, 0.04 / 4096) == (
+        "lr      0.00011 → 9.77e-06 by the community's rule 0.45/C → 0.04/C; none was published"
+    )
+    assert learning_rate_note(shape, 1e-4, 1e-5) is None
+    assert learning_rate_note(ModelConfig("rwkv4", 32, 4096, 65536), 0.45 / 4096, 0.04 / 4096) is None

@@ -23,7 +23,7 @@ def wkv4_inputs(B: int, T: int, C: int, k_scale: float = 2.0, decay: float = 0.0
 
 
 def wkv7_inputs(B: int, T: int, H: int, N: int, decay: float = -1.0, seed: int = 0) -> list[Tensor]:
-    """r, w, k, v, a, b, state in float64 (but exact in float32), a and b as RWKV-7 has them: decay is the mean of ln(-w)."""
+    """r, w, k, v, a, b, state in float64 (but exact in float32), a and b as in RWKV-7; decay is the mean of ln(-w)."""
     generator = torch.Generator().manual_seed(seed)
     r, w, k, v, a, b = (torch.randn(B, T, H, N, generator=generator) for _ in range(6))
     a = torch.nn.functional.normalize(a, dim=-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from rwkv_train.ops.registration.wkv7 import CHUNK, saved_bytes_per_token
 from tests.ops.cases import assert_as_good_as, value_and_gradients, wkv7_inputs
 
 EPSILON = torch.finfo(torch.float32).eps
+wkv7: Callable[..., tuple[Tensor, Tensor]] = ops.wkv7
 SINGLE, DOUBLE = [torch.float32] * 7, [torch.float64] * 7
 
 
@@ -57,7 +60,7 @@ def starts_at(B: int, T: int, *positions: int) -> Tensor:
 
 def test_the_definition_is_the_equation() -> None:
     r, w, k, v, a, b, state = wkv7_inputs(2, 4, 2, 3)
-    y, new_state = ops.wkv7(r, w, k, v, a, b, state)
+    y, new_state = wkv7(r, w, k, v, a, b, state)
     for t in range(4):
         along_a = torch.einsum("bhij,bhj->bhi", state, a[:, t])
         state = state @ torch.diag_embed(w[:, t].exp()) + torch.einsum("bhi,bhj->bhij", along_a, b[:, t])
@@ -70,7 +73,7 @@ def test_gradcheck_of_the_definition() -> None:
     inputs = [x.requires_grad_() for x in wkv7_inputs(2, 4, 1, 3)]
     assert torch.autograd.gradcheck(ops.wkv7, inputs)
     assert torch.autograd.gradcheck(partial(ops.wkv7, starts=starts_at(2, 4, 1)), inputs)
-    assert torch.autograd.gradgradcheck(lambda *x: ops.wkv7(*x)[0], inputs)
+    assert torch.autograd.gradgradcheck(lambda *x: wkv7(*x)[0], inputs)
 
 
 def test_the_definition_stays_in_float32_under_autocast() -> None:
@@ -156,8 +159,8 @@ def test_a_document_has_the_same_bits_alone_and_packed(N: int) -> None:
     starts[0, [0, first, last]] = True
     leaves = [x.float().requires_grad_() for x in wkv7_inputs(1, T, 2, N)[:6]]
     alone = [x.detach()[:, first:last].clone().requires_grad_() for x in leaves]
-    y, state = ops.wkv7(*leaves, starts=starts)
-    expected, _ = ops.wkv7(*alone)
+    y, state = wkv7(*leaves, starts=starts)
+    expected, _ = wkv7(*alone)
     assert torch.equal(y[:, first:last], expected)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     packed = torch.autograd.grad((y * weight).sum() + state.sum(), leaves)
@@ -174,7 +177,7 @@ def test_lengths_at_which_others_fail(T: int) -> None:
     def in_parts(*given: Tensor) -> tuple[Tensor, Tensor]:
         *tokens, state = given
         outputs = []
-        for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+        for first, last in pairwise(cuts):
             y, state = engine(*(x[:, first:last].contiguous() for x in tokens), state)
             outputs.append(y)
         return torch.cat(outputs, 1), state
@@ -184,7 +187,7 @@ def test_lengths_at_which_others_fail(T: int) -> None:
     assert all(x.isfinite().all() for x in whole)
     *tokens, state = inputs
     _, before = engine(*(x[:, : T - 30].contiguous() for x in tokens), state)
-    y, after = reference.wkv7(*(x[:, T - 30 :] for x in tokens), before)
+    y, after = reference.wkv7(*[x[:, T - 30 :] for x in tokens] + [before])
     torch.testing.assert_close(whole[0][:, T - 30 :].float(), y, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole[1].float(), after, rtol=1e-4, atol=1e-4)
 
@@ -203,24 +206,24 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 def test_without_a_state_it_begins_at_zero() -> None:
     *tokens, state = (x.float() for x in wkv7_inputs(2, 9, 1, 5))
-    for ours, given in zip(ops.wkv7(*tokens), ops.wkv7(*tokens, 0 * state), strict=True):
-        assert torch.equal(ours, given)
+    for ours, expected in zip(wkv7(*tokens), wkv7(*tokens, 0 * state), strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
     r, w, k, v, a, b, _ = wkv7_inputs(1, 5, 1, 3)
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    y, state = ops.wkv7(r.to(dtype), w.to(accumulator), *(x.to(dtype) for x in (k, v, a, b)))
+    y, state = wkv7(r.to(dtype), w.to(accumulator), *(x.to(dtype) for x in (k, v, a, b)))
     assert y.dtype == dtype
     assert state.dtype == accumulator
 
 
 def test_any_strides() -> None:
     inputs = [x.float() for x in wkv7_inputs(2, 20, 2, 12)]
-    expected = ops.wkv7(*inputs)
+    expected = wkv7(*inputs)
     strided = [torch.stack((x, x), -1)[..., 0].requires_grad_() for x in inputs]
-    ours = ops.wkv7(*strided)
+    ours = wkv7(*strided)
     assert all(torch.equal(x, y) for x, y in zip(ours, expected, strict=True))
     ours[0].sum().backward()  # the gradient arrives expanded, with strides of 0
     assert all(x.grad is not None for x in strided)
@@ -230,7 +233,7 @@ def test_not_a_number_is_not_swallowed() -> None:
     for index in range(6):
         inputs = [x.float() for x in wkv7_inputs(1, 10, 1, 20)]
         inputs[index][0, 4, 0, 3] = torch.nan
-        y, state = ops.wkv7(*inputs)
+        y, state = wkv7(*inputs)
         assert y[0, :4].isfinite().all()
         assert y[0, 4].isnan().any()
         assert index == 0 or state.isnan().any()
@@ -253,7 +256,7 @@ def test_compiled_in_one_graph() -> None:
 
     def loss(*inputs: Tensor) -> Tensor:
         r, *others, state = inputs
-        y, new_state = ops.wkv7(2 * r, *others, state, starts)
+        y, new_state = wkv7(2 * r, *others, state, starts)
         return y.square().sum() + new_state.square().sum()
 
     expected = torch.autograd.grad(loss(*inputs), inputs)
@@ -294,4 +297,4 @@ def test_mistakes_are_named() -> None:
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
-            ops.wkv7(*arguments)
+            wkv7(*arguments)

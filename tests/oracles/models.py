@@ -5,14 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rwkv_train.models import LanguageModel, ModelConfig, build_model
+from rwkv_train.models import ARCHITECTURES, LanguageModel, ModelConfig, build_model
+
+
+def small_shape(arch: str, n_layer: int = 3, n_embd: int = 32, vocab_size: int = 50) -> ModelConfig:
+    """The shape of a small model, with several heads where the architecture has heads."""
+    head_size = 8 if "head_size" in ARCHITECTURES[arch].settings else None
+    return ModelConfig(arch, n_layer, n_embd, vocab_size, head_size=head_size)
 
 
 def lively_model(
-    n_layer: int = 3, n_embd: int = 32, vocab_size: int = 50, seed: int = 0, dtype: torch.dtype = torch.float32
+    n_layer: int = 3,
+    n_embd: int = 32,
+    vocab_size: int = 50,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    arch: str = "rwkv4",
 ) -> LanguageModel:
-    """An RWKV-4 with every parameter moved off its initial value, so that no term is multiplied by zero."""
-    model = build_model(ModelConfig("rwkv4", n_layer, n_embd, vocab_size), seed).to(dtype)
+    """`lively` of a `small_shape`."""
+    return lively(small_shape(arch, n_layer, n_embd, vocab_size), seed, dtype)
+
+
+def lively(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """A model with every parameter moved off its initial value, so that no term is multiplied by zero."""
+    model = build_model(config, seed).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

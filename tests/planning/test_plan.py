@@ -21,9 +21,10 @@ from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.planning.cards import CARDS, card_of, find_card
 from rwkv_train.planning.memory import Layout, activations, memory
 from rwkv_train.planning.model import count
-from rwkv_train.planning.plan import Plan, make_plan, smallest_change, why
+from rwkv_train.planning.plan import Plan, divisors, make_plan, smallest_change, why
 from rwkv_train.planning.speed import traffic
 from tests.exact import variation
+from tests.oracles.models import small_shape
 
 PLAN_7B = ["model=7b", "batch.context=4096", "batch.tokens=1048576", "batch.micro=2", "trainer.precision=bf16-mixed"]
 PLAN_7B_ON_8 = [*PLAN_7B, "trainer.devices=8", "model.vocab_size=50277", "dry_run=true"]
@@ -35,8 +36,11 @@ def plan(*overrides: str, card: str = "h100-80g", ranks: int = 8) -> tuple[Confi
 
 
 @pytest.mark.parametrize(("layers", "channels", "vocab_size"), [(1, 32, 64), (3, 96, 300)])
-def test_counts_are_those_of_the_model_and_of_torchs_flop_counter(layers: int, channels: int, vocab_size: int) -> None:
-    shape, tokens = ModelConfig("rwkv4", layers, channels, vocab_size), torch.zeros(2, 9, dtype=torch.int64)
+def test_counts_are_those_of_the_model_and_of_torchs_flop_counter(
+    arch: str, layers: int, channels: int, vocab_size: int
+) -> None:
+    shape = small_shape(arch, layers, channels, vocab_size)
+    tokens = torch.zeros(2, 9, dtype=torch.int64)
     model, counts = build_model(shape), count(shape, "32-true")
     with FlopCounterMode(display=False) as counter:
         model(tokens)[0].sum().backward()
@@ -44,9 +48,9 @@ def test_counts_are_those_of_the_model_and_of_torchs_flop_counter(layers: int, c
     assert counts.flops_per_token(tokens.shape[1]) * tokens.numel() == counter.get_total_flops()
 
 
-def test_what_autograd_keeps_is_what_the_plan_says() -> None:
+def test_what_autograd_keeps_is_what_the_plan_says(arch: str) -> None:
     """Bytes that the forward pass of a real model keeps, by autograd's own hooks."""
-    shape, length = ModelConfig("rwkv4", 3, 64, 32), 160
+    shape, length = small_shape(arch, 3, 64, 32), 160
     model, found = build_model(shape), {}
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
@@ -153,6 +157,16 @@ def test_a_micro_batch_that_is_not_given_is_the_largest_that_fits() -> None:
     given = [f"strategy={found.layout.strategy}", f"batch.micro={2 * found.layout.micro}"]
     assert not make_plan(launcher.load([*overrides, *given]), CARDS["h100-80g"], Mesh(8), 256).fits
     assert f"in {found.layout.accumulation} passes a step" in why(found)
+
+
+def test_passes_are_any_divisor_of_the_samples_of_a_device() -> None:
+    """RWKV-7's batch: 360 samples, 45 for each of 8 devices, of which none fits at once."""
+    sized = ["arch=rwkv7", "model=7b", "trainer.devices=8", "trainer.precision=bf16-mixed", "dry_run=true"]
+    config = launcher.load([*sized, "model.vocab_size=65536"])
+    found = make_plan(config, CARDS["h100-80g"], Mesh(8), 65536)
+    assert found.fits
+    assert (found.layout.micro, found.layout.accumulation) == (1, 45)
+    assert divisors(45) == [1, 3, 5, 9, 15, 45]
 
 
 def test_what_the_readme_begins_with(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 
 from rwkv_train.data.bad_rows import MAX_NAMED, BadRows
 from rwkv_train.data.prepare.skipped import HARMLESS, Skipped
-from rwkv_train.data.prepare.units import Unit
+from rwkv_train.data.prepare.units import Documents, Unit
 from rwkv_train.data.tokenizers import token_dtype
 from rwkv_train.data.workers import tokenizer
 from rwkv_train.errors import UserError
-from rwkv_train.json_files import load_object
+from rwkv_train.json_files import load_object, reason_of
 
 _BUFFERED_TOKENS = 2**20  # before they are written
 

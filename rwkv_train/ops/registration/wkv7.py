@@ -38,7 +38,7 @@ def _forward(
     for begin in range(0, r.shape[1], chunk):
         part = slice(begin, begin + chunk)
         definition = partial(reference.wkv7, starts=None if starts is None else starts[:, part])
-        y, state = definition(*(x[:, part] for x in (r, w, k, v, a, b)), state=state)
+        y, state = definition(*[x[:, part] for x in (r, w, k, v, a, b)] + [state])
         outputs.append(y)
         states.append(state)
     saved = torch.stack(states[:-1], 1) if len(states) > 1 else state.unsqueeze(1)[:, :0].clone()

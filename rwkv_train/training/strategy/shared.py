@@ -321,7 +321,7 @@ def _freeze(model: LanguageModel) -> None:
         shown = ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")
         rank_zero_warn(
             f"{len(names)} parameters get no gradient and are not trained: {shown}; "
-            "set requires_grad=False, or trained=False in the architecture's recipe, where that is intended"
+            "set requires_grad=False, or name them in not_trained of the recipe, where that is intended"
         )
 
 
