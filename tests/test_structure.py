@@ -112,7 +112,7 @@ MAY_PARSE_JSON = {
     "data/chat.py": "lines of documents, in which half a surrogate pair is a fault",
     "data/json_lines.py": "lines of documents, in which half a surrogate pair is a fault",
     "data/prepare/units.py": "lines of documents, in which half a surrogate pair is a fault",
-    "data/prepare/tables.py": "documents, in which half a surrogate pair is a fault",
+    "data/tables.py": "documents, in which half a surrogate pair is a fault",
 }
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rwkv_train.data.formats import format_of, open_decompressed
 from rwkv_train.data.json_lines import parsed_row
-from rwkv_train.data.prepare.tables import array_elements, json_layout
+from rwkv_train.data.tables import array_elements, json_layout
 from rwkv_train.json_files import MAX_BYTES, reason_of
 
 _ROWS_AT_ONCE = 1024
@@ -133,7 +132,7 @@ def _json(path: Path, compression: str, field: str, first: int) -> Iterator[Row]
         for line in array_elements(path, compression):
             number += 1
             if number > first:
-                yield json.loads(line) if line.startswith(b"{") else "not an object"
+                yield parsed_row(line)
         return
     with open_decompressed(path, compression) as file:
         for line in iter(file.readline, b""):

@@ -17,7 +17,7 @@ from rwkv_train.data.bad_rows import BadRows
 from rwkv_train.data.file_rows import group_rows
 from rwkv_train.data.formats import format_of, open_decompressed
 from rwkv_train.data.prepare.skipped import BINARY, EMPTY, NO_TEXT, NOT_JSON, NOT_UTF8, TOO_LONG, UNREADABLE, Skipped
-from rwkv_train.data.prepare.tables import array_elements, csv_rows, json_layout
+from rwkv_train.data.tables import array_elements, csv_rows, json_layout
 from rwkv_train.errors import UserError
 
 UNIT_BYTES = 2**25  # of text
