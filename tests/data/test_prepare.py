@@ -15,9 +15,10 @@ import pytest
 import zstandard
 
 from rwkv_train.cli import main as cli
+from rwkv_train.data import tables
 from rwkv_train.data.indexed import IndexedStore
 from rwkv_train.data.manifest import Manifest, read_manifest
-from rwkv_train.data.prepare import PrepareOptions, pipeline, prepare, tables, units
+from rwkv_train.data.prepare import PrepareOptions, pipeline, prepare, units
 from rwkv_train.data.prepare.examine import verify
 from rwkv_train.errors import UserError
 from tests.data.test_indexed import ours, read_like_rwkv_lm
