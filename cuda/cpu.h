@@ -49,6 +49,12 @@ inline float exp_negative(float x) {
   return x < lowest ? 0.0f : p * scale;
 }
 
+// 1 / (1 + e^-x), without overflow or cancellation.
+inline float sigmoid(float x) {
+  const float e = exp_negative(x < 0.0f ? x : -x), s = 1.0f / (1.0f + e);
+  return x < 0.0f ? e * s : s;
+}
+
 // out[c] = sum over rows of in[row * stride + c] for c < n, in the order of the rows whatever the number of threads.
 inline void sum_rows(const float *in, float *out, int64_t rows, int64_t n, int64_t stride) {
   std::fill_n(out, n, 0.0f);

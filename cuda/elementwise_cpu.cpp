@@ -41,10 +41,7 @@ template <class S> void relu_squared_backward(const S *h, const S *gh, S *dk, in
 
 template <class S> void sigmoid_gate_forward(const S *r, const S *y, S *o, int64_t begin, int64_t end) {
 #pragma omp simd
-  for (int64_t i = begin; i < end; ++i) {
-    const float x = load(r[i]), e = exp_negative(x < 0.0f ? x : -x), s = 1.0f / (1.0f + e);
-    store(&o[i], (x < 0.0f ? e * s : s) * load(y[i]));
-  }
+  for (int64_t i = begin; i < end; ++i) store(&o[i], sigmoid(load(r[i])) * load(y[i]));
 }
 
 template <class S>

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rwkv_train import ops
 from rwkv_train.models.architecture import Architecture, Context
 from rwkv_train.models.config import ModelConfig
 from rwkv_train.models.recipe import claim
@@ -27,6 +28,19 @@ class ResidualBlock(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.att = att
         self.ffn = ffn
+
+
+class HeadNorm(nn.Module):
+    """The norm of each head, with the gate of RWKV-5, 6 and 7; see `ops.head_norm`."""
+
+    def __init__(self, channels: int, head_size: int, eps: float) -> None:
+        super().__init__()
+        self.head_size, self.eps = head_size, eps
+        self.weight, self.bias = nn.Parameter(torch.empty(channels)), nn.Parameter(torch.empty(channels))
+
+    def forward(self, y: Tensor, gate: Tensor, current: tuple[Tensor, Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        """y (B, T, C), gate (B, T, C) and RWKV-7's r, k, v, r_k → (B, T, C)."""
+        return ops.head_norm(y, gate, self.weight, self.bias, self.head_size, self.eps, current)
 
 
 Readout = Callable[[Tensor, Tensor], Tensor]  # (hidden (B, T, C), head.weight (V, C)) → what is wanted of the logits

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_train import ops
@@ -21,12 +20,12 @@ from rwkv_train.models.architecture import (
     quantiles,
     wide,
 )
-from rwkv_train.models.backbone import ResidualBlock
+from rwkv_train.models.backbone import HeadNorm, ResidualBlock
 from rwkv_train.models.config import ModelConfig
 from rwkv_train.models.recipe import Initialiser, Orthogonal, RecipeRow, Site, constant, curve, uniform
+from rwkv_train.ops.reference import LOG_DECAY
 
 HEAD_SIZE = 64
-LOG_DECAY = -math.exp(-0.5)  # the logarithm of the fastest decay: w = exp(LOG_DECAY · σ(…)) is in (0.545, 1)
 NORM_EPS = 64e-5  # of the group norm of y
 # The low-rank matrices by the names of their widths in `extra`: factor of √C in the width's formula.
 LOW_RANK = {"decay_low_rank_dim": 2.5, "a_low_rank_dim": 2.5, "v_low_rank_dim": 1.7, "gate_low_rank_dim": 5.0}
@@ -58,7 +57,7 @@ class TimeMix(nn.Module):
         super().__init__()
         channels, self.layer = config.n_embd, layer
         assert config.head_size is not None, "the architecture completes the config"
-        self.heads = channels // config.head_size
+        self.head_size = config.head_size
         self.x_r, self.x_w, self.x_k = _vector(channels), _vector(channels), _vector(channels)
         self.x_v, self.x_a, self.x_g = _vector(channels), _vector(channels), _vector(channels)
         decay, rate, value, gate = (config.extra[name] for name in LOW_RANK)
@@ -67,12 +66,12 @@ class TimeMix(nn.Module):
         self.v0, (self.v1, self.v2) = _vector(channels), _low_rank(channels, value)  # the first layer uses none of them
         self.g1, self.g2 = _low_rank(channels, gate)
         self.k_k, self.k_a = _vector(channels), _vector(channels)
-        self.r_k = nn.Parameter(torch.empty(self.heads, config.head_size))
+        self.r_k = nn.Parameter(torch.empty(channels // self.head_size, self.head_size))
         self.receptance = nn.Linear(channels, channels, bias=False)
         self.key = nn.Linear(channels, channels, bias=False)
         self.value = nn.Linear(channels, channels, bias=False)
         self.output = nn.Linear(channels, channels, bias=False)
-        self.ln_x = nn.GroupNorm(self.heads, channels, eps=NORM_EPS)
+        self.ln_x = HeadNorm(channels, self.head_size, NORM_EPS)
 
     def forward(
         self, x: Tensor, last: Tensor | None, wkv: Tensor | None, context: Context
@@ -88,24 +87,15 @@ class TimeMix(nn.Module):
         if self.layer == 0:
             shared = {**shared, "v_first": v}
         else:
-            nearness = torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2)  # to the values of the first layer
-            v = torch.lerp(wide(v), wide(shared["v_first"]), nearness).to(r.dtype)
-        log_decay = LOG_DECAY * torch.sigmoid(wide(self.w0 + torch.tanh(x_w @ self.w1) @ self.w2))
-        a = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)  # the in-context learning rate
+            v = ops.rwkv7_values(v, shared["v_first"], (x_v @ self.v1) @ self.v2, self.v0)
         g = torch.sigmoid(x_g @ self.g1) @ self.g2
-
-        kappa = F.normalize(self._by_head(k * self.k_k), dim=-1)
-        k = (k * (1 + (a - 1) * self.k_a)).to(r.dtype)
-        r, log_decay, k, v, a = (self._by_head(value) for value in (r, log_decay, k, v, a))
-        y, wkv = ops.wkv7(r, log_decay, k, v, (-kappa).to(r.dtype), (kappa * a).to(r.dtype), wkv, context.starts)
-
-        y = self.ln_x(y.flatten(2).flatten(0, 1)).view(x.shape)
-        bonus = (wide(r) * k * self.r_k).sum(-1, keepdim=True) * v
-        return self.output((y + bonus.flatten(2)) * g), x[:, -1], wkv, shared
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        """(B, T, C) → (B, T, H, N)."""
-        return x.view(*x.shape[:-1], self.heads, -1)
+        w_delta, a_delta = torch.tanh(x_w @ self.w1) @ self.w2, (x_a @ self.a1) @ self.a2
+        log_decay, k, a, b = ops.rwkv7_keys(k, w_delta, a_delta, self.w0, self.a0, self.k_k, self.k_a, self.head_size)
+        by_head = (*x.shape[:-1], -1, self.head_size)
+        r_heads, w_heads, k_heads = r.view(by_head), log_decay.view(by_head), k.view(by_head)
+        v_heads, a_heads, b_heads = v.view(by_head), a.view(by_head), b.view(by_head)
+        y, wkv = ops.wkv7(r_heads, w_heads, k_heads, v_heads, a_heads, b_heads, wkv, context.starts)
+        return self.output(self.ln_x(y.flatten(2), g, (r, k, v, self.r_k))), x[:, -1], wkv, shared
 
 
 class ChannelMix(nn.Module):

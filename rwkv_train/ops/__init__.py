@@ -21,7 +21,18 @@ from rwkv_train.ops.registration import wkv4 as wkv4_registration
 from rwkv_train.ops.registration import wkv7 as wkv7_registration
 from rwkv_train.ops.selftest import EngineReport, engines
 
-__all__ = ["EngineReport", "engines", "relu_squared", "shift_mix", "sigmoid_gate", "wkv4", "wkv7"]
+__all__ = [
+    "EngineReport",
+    "engines",
+    "head_norm",
+    "relu_squared",
+    "rwkv7_keys",
+    "rwkv7_values",
+    "shift_mix",
+    "sigmoid_gate",
+    "wkv4",
+    "wkv7",
+]
 
 _DEVICES: dict[str, str] = {engine.name: engine.device for engine in (CppEngine, CudaEngine)}
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {engine.device: engine.dtypes for engine in (CppEngine, CudaEngine)}
@@ -232,3 +243,109 @@ def sigmoid_gate(r: Tensor, y: Tensor) -> Tensor:
     if _runs_by_definition(r):
         return reference.sigmoid_gate(r, y)
     return cast(Tensor, torch.ops.rwkv_train.sigmoid_gate(r.contiguous(), y.contiguous()))
+
+
+def _check_alike(name: str, activations: dict[str, Tensor], parameters: dict[str, Tensor], head_size: int = 1) -> None:
+    """Refuses activations that are not (B, T, C) of one dtype, and parameters that have not C elements."""
+    first, x = next(iter(activations.items()))
+    if x.dim() != 3 or 0 in x.shape or not x.dtype.is_floating_point:
+        raise ValueError(f"{name}: {first} must be (B, T, C) of a floating dtype, not {tuple(x.shape)} of {x.dtype}")
+    for key, tensor in activations.items():
+        if tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"{name}: {key} must be {tuple(x.shape)} of {x.dtype} on {x.device}, as {first} is, not "
+                f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+            )
+    for key, tensor in parameters.items():
+        if tensor.numel() != x.shape[2]:
+            raise ValueError(f"{name}: {key} must have {x.shape[2]} elements, not {tuple(tensor.shape)}")
+    if head_size < 1 or x.shape[2] % head_size:
+        raise ValueError(f"{name}: {x.shape[2]} channels are no whole number of heads of {head_size}")
+
+
+def rwkv7_keys(
+    k: Tensor, w_delta: Tensor, a_delta: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, head_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `wkv7` takes beside r and v, from RWKV-7's keys and low-rank outputs (arXiv 2503.14456, section 4).
+
+    With α = σ(a0 + Δa), the in-context learning rate, and κ = k ⊙ k_k divided by its norm in each head:
+    w = -e^(-1/2) · σ(w0 + Δw), k ⊙ (1 + (α - 1) ⊙ k_a), a = -κ, b = κ ⊙ α. Computed in float32 whatever the dtype of k
+    (float64 when k is float64).
+
+    Args:
+        k: (B, T, C); likewise w_delta and a_delta, in the dtype of k.
+        w0: C elements in any shape; likewise a0, k_k and k_a.
+        head_size: channels of a head.
+
+    Returns:
+        w in float32 (float64 when k is); k, a and b in the dtype of k; all (B, T, C).
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    parameters = {"w0": w0, "a0": a0, "k_k": k_k, "k_a": k_a}
+    _check_alike("rwkv7_keys", {"k": k, "w_delta": w_delta, "a_delta": a_delta}, parameters, head_size)
+    if _runs_by_definition(k):
+        return reference.rwkv7_keys(k, w_delta, a_delta, w0, a0, k_k, k_a, head_size)
+    inputs = [k, w_delta, a_delta, *(x.float() for x in parameters.values())]
+    outputs = torch.ops.rwkv_train.rwkv7_keys(*(x.contiguous() for x in inputs), head_size)
+    return cast("tuple[Tensor, Tensor, Tensor, Tensor]", outputs)
+
+
+def rwkv7_values(v: Tensor, v_first: Tensor, v_delta: Tensor, v0: Tensor) -> Tensor:
+    """RWKV-7's values beyond the first layer: v + σ(v0 + Δv) ⊙ (v_first - v).
+
+    Args:
+        v: (B, T, C); likewise v_first and v_delta, in the dtype of v.
+        v0: C elements in any shape.
+
+    Returns:
+        (B, T, C) in the dtype of v.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    _check_alike("rwkv7_values", {"v": v, "v_first": v_first, "v_delta": v_delta}, {"v0": v0})
+    if _runs_by_definition(v):
+        return reference.rwkv7_values(v, v_first, v_delta, v0)
+    inputs = (v, v_first, v_delta, v0.float())
+    return cast(Tensor, torch.ops.rwkv_train.rwkv7_values(*(x.contiguous() for x in inputs)))
+
+
+def head_norm(
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    head_size: int,
+    eps: float,
+    current: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Group norm of each head, plus RWKV-7's term for the current token, times the gate.
+
+        o = (norm(y) ⊙ weight + bias + (Σ_n r k r_k) v) ⊙ gate, the sum over the channels n of a head
+
+    Args:
+        y: (B, T, C); likewise gate, in the dtype of y.
+        weight: (C); likewise bias.
+        head_size: channels of a head.
+        eps: added to the variance of a head.
+        current: r, k and v, each as y, and r_k, C elements in any shape; None: without that term.
+
+    Returns:
+        (B, T, C) in the dtype of y.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    activations, parameters = {"y": y, "gate": gate}, {"weight": weight, "bias": bias}
+    r, k, v, r_k = (None,) * 4 if current is None else current
+    if r is not None and k is not None and v is not None and r_k is not None:
+        activations, parameters = {**activations, "r": r, "k": k, "v": v}, {**parameters, "r_k": r_k}
+        r_k = r_k.float().contiguous() if y.dtype != torch.float64 else r_k
+        r, k, v = r.contiguous(), k.contiguous(), v.contiguous()
+    _check_alike("head_norm", activations, parameters, head_size)
+    if _runs_by_definition(y):
+        return reference.head_norm(y, gate, weight, bias, r, k, v, r_k, head_size, eps)
+    inputs = (x.contiguous() for x in (y, gate, weight.float(), bias.float()))
+    return cast(Tensor, torch.ops.rwkv_train.head_norm(*inputs, r, k, v, r_k, head_size, eps))

@@ -40,6 +40,8 @@ FAMILIES: dict[str, Family] = {
         cuda=("wkv4.cu", "binding_wkv4_cuda.cpp"),
     ),
     "wkv7": _family("wkv7", cpp=("wkv7_cpu.cpp", "binding_wkv7.cpp")),
+    "rwkv7": _family("rwkv7", cpp=("rwkv7_cpu.cpp", "binding_rwkv7.cpp")),
+    "head_norm": _family("head_norm", cpp=("head_norm_cpu.cpp", "binding_head_norm.cpp")),
     "elementwise": _family(
         "elementwise",
         cpp=("shift_mix_backward_cpu.cpp", "binding_elementwise.cpp", "elementwise_cpu.cpp"),

@@ -5,11 +5,14 @@ Engines are tested against it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+LOG_DECAY = -math.exp(-0.5)  # RWKV-7: the logarithm of its fastest decay; e^{LOG_DECAY · σ(…)} is in (0.545, 1)
 EMPTY_MAXIMUM = -1e38  # running maximum of the empty state: e^(it - any exponent) is 0 in float32 and float64
 
 
@@ -128,3 +131,77 @@ def relu_squared(k: Tensor) -> Tensor:
 def sigmoid_gate(r: Tensor, y: Tensor) -> Tensor:
     """σ(r) ⊙ y, both of one shape."""
     return torch.sigmoid(r) * y
+
+
+def rwkv7_keys(
+    k: Tensor, w_delta: Tensor, a_delta: Tensor, w0: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, head_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What RWKV-7's recurrence takes beside r and v (arXiv 2503.14456, section 4), in the dtype of the recurrence.
+
+    With α = σ(a0 + Δa), the in-context learning rate, and κ = k ⊙ k_k divided by its norm in each head:
+    w = LOG_DECAY · σ(w0 + Δw), the logarithm of the decay; k ⊙ (1 + (α - 1) ⊙ k_a); a = -κ; b = κ ⊙ α.
+
+    Args:
+        k: (B, T, C); likewise w_delta and a_delta.
+        w0: C elements; likewise a0, k_k and k_a.
+        head_size: channels of a head.
+
+    Returns:
+        w in the dtype of the recurrence; k, a and b in that of k; all (B, T, C).
+    """
+    dtype = accumulator(k)
+    key, w_delta, a_delta = k.to(dtype), w_delta.to(dtype), a_delta.to(dtype)
+    w0, a0, k_k, k_a = (x.to(dtype).flatten() for x in (w0, a0, k_k, k_a))
+    rate = torch.sigmoid(a0 + a_delta)
+    kappa = F.normalize((key * k_k).unflatten(-1, (-1, head_size)), dim=-1).flatten(-2)
+    w, new_k = LOG_DECAY * torch.sigmoid(w0 + w_delta), key * (1 + (rate - 1) * k_a)
+    return w, new_k.to(k.dtype), (-kappa).to(k.dtype), (kappa * rate).to(k.dtype)
+
+
+def rwkv7_values(v: Tensor, v_first: Tensor, v_delta: Tensor, v0: Tensor) -> Tensor:
+    """v + σ(v0 + Δv) ⊙ (v_first - v): (B, T, C) each, v0 C elements → (B, T, C) in the dtype of v."""
+    dtype = accumulator(v)
+    nearness = torch.sigmoid(v0.to(dtype).flatten() + v_delta.to(dtype))
+    value = v.to(dtype)
+    return (value + nearness * (v_first.to(dtype) - value)).to(v.dtype)
+
+
+def head_norm(
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    r: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    r_k: Tensor | None,
+    head_size: int,
+    eps: float,
+) -> Tensor:
+    """Group norm of each head, plus RWKV-7's term for the current token, times the gate.
+
+        o = (norm(y) ⊙ weight + bias + (Σ_n r k r_k) v) ⊙ gate, the sum over the channels n of a head
+
+    Args:
+        y: (B, T, C); likewise gate and, where they are given, r, k and v.
+        weight: (C); likewise bias.
+        r_k: C elements; r, k, v and r_k are None for a norm without that term.
+        head_size: channels of a head.
+        eps: added to the variance.
+
+    Returns:
+        (B, T, C) in the dtype of y.
+    """
+    dtype = accumulator(y)
+
+    def by_head(x: Tensor) -> Tensor:
+        return x.to(dtype).view(*x.shape[:-1], -1, head_size)
+
+    heads = by_head(y)
+    centred = heads - heads.mean(-1, keepdim=True)
+    normal = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    out = normal.flatten(-2) * weight.to(dtype) + bias.to(dtype)
+    if r is not None and k is not None and v is not None and r_k is not None:
+        current = (by_head(r) * by_head(k) * by_head(r_k.flatten())).sum(-1, keepdim=True)
+        out = out + (current * by_head(v)).flatten(-2)
+    return (out * gate.to(dtype)).to(y.dtype)
