@@ -10,7 +10,6 @@ import ast
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -96,12 +95,6 @@ def rebuild(name: str) -> Callable[[], bool]:
     return lambda: callable(getattr(torch._utils, name))
 
 
-def thread_of_an_executor() -> bool:
-    with ProcessPoolExecutor(1) as executor:
-        executor.submit(int).result()
-        return callable(vars(executor)["_executor_manager_thread"].join)
-
-
 def module_of_a_strategy() -> bool:
     return SingleDeviceStrategy()._lightning_module is None
 
@@ -131,7 +124,6 @@ PRIVATE: dict[str, tuple[Callable[[], bool], str]] = {
         lambda: takes(DeepSpeedStrategy._initialize_deepspeed_train, "self", "model"),
         "DeepSpeed's start without its warnings",
     ),
-    "_executor_manager_thread": (thread_of_an_executor, "a pool's shutdown waits for it with a time limit"),
     "_hp_mapping": (deepspeed_mapping, "this rank's part of a parameter's optimiser state under ZeRO-1/2"),
     "__compatible_ops__": (deepspeed_operators, "on CPUs DeepSpeed compiles no operator of its own"),
     "hydra._internal.core_plugins.basic_sweeper": (sweeper, "splits a sweep's values as `-m` does"),

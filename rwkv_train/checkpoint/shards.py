@@ -25,7 +25,8 @@ from rwkv_train.checkpoint.name import find_weights
 from rwkv_train.checkpoint.storage import INDEX
 from rwkv_train.errors import UserError
 from rwkv_train.json_files import load_object
-from rwkv_train.models.weights import load_mapped, load_weights
+from rwkv_train.models.fitting import fit
+from rwkv_train.models.weights import load_mapped, load_weights, shapes_of
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 ROWS_PER_READ = 4096  # rows of an embedding that are read at a time
@@ -119,7 +120,9 @@ class Reader:
         finite: whether weights that are not finite are refused when they are read.
 
     Attributes:
-        note: what was removed from the names in a file, for a line of output; empty: nothing.
+        shapes: of the tensors by name: in a file of others those of our model, where they have the same elements.
+        note: what was removed from the names in a file and which unused tensors it lacks, for a line of output; empty:
+            nothing.
 
     Raises:
         UserError: the path does not exist, or a file of the checkpoint is missing.
@@ -137,11 +140,19 @@ class Reader:
                 part = _Part(start, count, partial(self._load, kind, name, number, count))
                 self._parts.setdefault((kind, name), []).append(part)
         else:
-            alone = load_weights(path)
-            self.note = f"{path}: {alone.note}" if alone.note else ""
-            self.shapes = {name: tuple(value.shape) for name, value in alone.tensors.items()}
-            for name, values in alone.tensors.items():
-                self._add(name, values, 0, alone.mapped)
+            self._add_file(path)
+
+    def _add_file(self, path: Path) -> None:
+        """Adds the weights of a .pth or .safetensors file, and the unused tensors that it lacks."""
+        alone = load_weights(path)
+        dtype = next((value.dtype for value in alone.tensors.values()), torch.float32)
+        fitted = fit(shapes_of(alone.tensors), dtype, str(path))
+        notes = [note for note in (alone.note, fitted.note) if note]
+        self.note, self.shapes = f"{path}: {'; '.join(notes)}" if notes else "", fitted.shapes
+        for name, values in alone.tensors.items():
+            self._add(name, values, 0, alone.mapped)
+        for name, values in fitted.filled.items():
+            self._add(name, values, 0, mapped=False)
 
     def _index(self) -> Iterator[tuple[str, str, int, int, int]]:
         """Which part of which tensor is in the files of which writer: (kind, name, writer, first element, count)."""

@@ -64,9 +64,10 @@ def fill_open_settings(
         problems += _contradictions(settings, weights, row if size_typed else {})
         if not size_typed:
             settings["model.size"], row = _size_of(weights, published)
-        settings.update({f"model.{key}": getattr(weights, key) for key in SHAPE_SETTINGS})
+        held = {f"model.{key}": value for key in SHAPE_SETTINGS if (value := getattr(weights, key)) is not None}
+        extra = settings.get("model.extra")  # may hold widths that the architecture does not know
+        settings.update({**held, "model.extra": {**(extra if isinstance(extra, dict) else {}), **weights.extra}})
         settings["model.vocab_size"] += len(settings.get("vocab.extend") or ())
-        settings["model.extra"] = dict(weights.extra)
     known = schema()
     for name, value in {**DEFAULT_BATCH, **row}.items():
         if name == "model.extra":
@@ -133,18 +134,24 @@ def _with_sections(where: str, row: Mapping[str, Any]) -> FlatSettings:
 def _contradictions(settings: FlatSettings, weights: ModelConfig, row: FlatSettings) -> list[UserError]:
     """Where a shape that was asked for is not that of the weights."""
     problems = []
-    for key in SHAPE_SETTINGS:
-        name, value = f"model.{key}", getattr(weights, key)
-        asked = settings.get(name)
-        asked = row.get(name) if asked is None else asked
-        if asked not in (None, {}) and str(asked) != str(value):
+    found, asked = _widths({f"model.{key}": getattr(weights, key) for key in SHAPE_SETTINGS}), _widths(settings)
+    for name, value in {**_widths(row), **asked}.items():
+        if name in found and str(value) != str(found[name]):
             problems.append(
                 UserError(
-                    f"{name}={asked}, but init.weights={settings['init.weights']} has {value}",
+                    f"{name}={value}, but init.weights={settings['init.weights']} has {found[name]}",
                     "leave the shape out: it is read from the weights",
                 )
             )
     return problems
+
+
+def _widths(settings: FlatSettings) -> FlatSettings:
+    """The settings of the shape that are given, each width of `model.extra` by its full name."""
+    given = {f"model.{key}": settings.get(f"model.{key}") for key in SHAPE_SETTINGS if key != "extra"}
+    extra = settings.get("model.extra")
+    given |= {f"model.extra.{key}": value for key, value in (extra if isinstance(extra, dict) else {}).items()}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _size_of(weights: ModelConfig, published: Mapping[str, Mapping[str, FlatSettings]]) -> tuple[str, FlatSettings]:

@@ -11,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Any
 
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -53,17 +52,20 @@ class _Pool(ProcessPoolExecutor):
         self._safe_to_dynamically_spawn_children = False
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """As the executor's, but tasks that run get SHUTDOWN_SECONDS to end; then their processes are killed."""
+        """As the executor's, but tasks that run get SHUTDOWN_SECONDS to end; then their processes are killed.
+
+        Nothing here waits without a limit: the executor joins its thread, which joins the processes, and on Python 3.12
+        and later holds a lock meanwhile that `shutdown` needs even where it is not to wait.
+        """
         processes = list((self._processes or {}).values())
-        manager: Any = self._executor_manager_thread
-        super().shutdown(wait=False, cancel_futures=cancel_futures)
-        if not wait or manager is None:
-            return
-        manager.join(SHUTDOWN_SECONDS)
-        if manager.is_alive():
+        options = {"wait": wait, "cancel_futures": cancel_futures}
+        ending = threading.Thread(target=super().shutdown, kwargs=options, daemon=True)
+        ending.start()
+        ending.join(SHUTDOWN_SECONDS)
+        if ending.is_alive():
             for process in processes:
                 process.kill()
-            manager.join(SHUTDOWN_SECONDS)
+            ending.join(SHUTDOWN_SECONDS)
 
 
 def pool(workers: int, name: str, extend: Sequence[str]) -> ProcessPoolExecutor:

@@ -13,6 +13,7 @@ import struct
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,8 @@ def export(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
             f"there is no checkpoint at {checkpoint}",
             f"give a .pth file or a directory like RUN/checkpoints/{CheckpointName(1000, 1)}",
         )
-    if target.suffix not in ("", ".pth", ".safetensors"):
-        raise UserError(f"{target}: the ending {target.suffix} is not known", "valid: .pth, .safetensors, a directory")
+    if (ending := _ending(target)) not in ("", ".pth", ".safetensors"):
+        raise UserError(f"{target}: the ending {ending} is not known", "valid: .pth, .safetensors, a directory")
     try:
         return consolidate(checkpoint, target, dtype, finite=True)
     except OSError as error:
@@ -110,7 +111,7 @@ def consolidate(checkpoint: Path, target: Path, dtype: str | None = None, finite
         checkpoint: a checkpoint directory, sharded or not, or a .pth or .safetensors file.
         target: out.pth, out.safetensors, or a directory (made here) that transformers' RwkvForCausalLM loads, with the
             tokenizer where it knows one of that kind.
-        dtype: float32, bfloat16 or float16; None: as they are.
+        dtype: float32, bfloat16 or float16; None: as they are, and float32 where they differ.
         finite: whether weights that are not finite are refused.
 
     Returns:
@@ -124,11 +125,11 @@ def consolidate(checkpoint: Path, target: Path, dtype: str | None = None, finite
     reader = Reader(checkpoint, finite=finite)
     if reader.note:
         print(reader.note, file=sys.stderr)
-    stored = str(reader.dtype(next(iter(reader.shapes)))).removeprefix("torch.")
+    stored = str(reduce(torch.promote_types, map(reader.dtype, reader.shapes))).removeprefix("torch.")
     kind = dtype or (stored if stored in DTYPES else "float32")
-    if target.suffix:
+    if ending := _ending(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        write = _write_pth if target.suffix == ".pth" else _write_safetensors
+        write = _write_pth if ending == ".pth" else _write_safetensors
         return _written(target, lambda path: write(reader, path, kind, lambda name: name))
     shape = detect(reader.shapes, str(checkpoint))
     if shape.arch not in TRANSFORMERS:
@@ -139,6 +140,11 @@ def consolidate(checkpoint: Path, target: Path, dtype: str | None = None, finite
     for name, content in _tokenizer_files(checkpoint, shape.vocab_size).items():
         (target / name).write_text(content, encoding="utf-8")
     return _written(target / "model.safetensors", lambda path: _write_safetensors(reader, path, kind, theirs.name))
+
+
+def _ending(target: Path) -> str:
+    """The ending of a file's name; that of rwkv7-1.5b is a part of a number."""
+    return "" if target.suffix[1:2].isdigit() else target.suffix
 
 
 def _written(target: Path, write: Callable[[Path], None]) -> Path:

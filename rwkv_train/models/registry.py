@@ -5,6 +5,7 @@ An architecture's code is one module (rwkv4.py …) with an `ARCHITECTURE`; it i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -94,22 +95,32 @@ def common_shape(arch: str, shapes: Shapes) -> ModelConfig:
 def _rwkv4(shapes: Shapes) -> ModelConfig | None:
     found = common_shape("rwkv4", shapes)
     # RWKV-5.0 has a time_first too, with one number for each head, and a group norm
-    vectors = shapes["blocks.0.att.time_first"] == shapes["blocks.0.att.time_decay"] == (found.n_embd,)
+    sizes = [shapes[f"blocks.0.att.time_{name}"] for name in ("first", "decay")]
+    vectors = all(math.prod(size) == max(size) == found.n_embd for size in sizes)
     return found if vectors and "blocks.0.att.ln_x.weight" not in shapes else None
+
+
+_RELEASED_HEAD_SIZE = 64  # of every released RWKV-7
 
 
 def _rwkv7(shapes: Shapes) -> ModelConfig:
     found = common_shape("rwkv7", shapes)
-    _, head_size = shapes["blocks.0.att.r_k"]
-    # some files lack v1 of the first layer, which does not use it
-    value = shapes.get("blocks.0.att.v1") or shapes["blocks.1.att.v1"]
+    heads = _without_ones(shapes["blocks.0.att.r_k"])  # (H, N), or a vector, which does not show N
     ranks = {
         "decay_low_rank_dim": shapes["blocks.0.att.w1"],
         "a_low_rank_dim": shapes["blocks.0.att.a1"],
-        "v_low_rank_dim": value,
         "gate_low_rank_dim": shapes["blocks.0.att.g1"],
     }
-    return replace(found, head_size=head_size, extra={name: rank for name, (_, rank) in ranks.items()})
+    for layer in (1, 0):  # some files lack v1 of the first layer, which does not use it
+        if f"blocks.{layer}.att.v1" in shapes:
+            ranks["v_low_rank_dim"] = shapes[f"blocks.{layer}.att.v1"]
+    extra = {name: rank for name, shape in ranks.items() for _, rank in [_without_ones(shape)]}
+    return replace(found, head_size=heads[1] if len(heads) == 2 else _RELEASED_HEAD_SIZE, extra=extra)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without dimensions of 1, unless it is that of a matrix."""
+    return shape if len(shape) == 2 else tuple(size for size in shape if size != 1)
 
 
 def learning_rate_note(config: ModelConfig, lr: float, final_lr: float) -> str | None:

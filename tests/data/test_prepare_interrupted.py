@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -152,6 +153,19 @@ def test_no_end_of_a_pool_waits_without_a_limit(monkeypatch: pytest.MonkeyPatch)
     assert time.monotonic() - began < 20
     process.join(20)
     assert not process.is_alive()
+
+
+def test_the_end_of_a_pool_does_not_wait_for_a_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.12 and later hold it while they join the processes of a broken pool."""
+    monkeypatch.setattr(workers, "SHUTDOWN_SECONDS", 0.1)
+    locked = workers.pool(1, "bytes", ())
+    assert locked.submit(abs, -1).result() == 1
+    ending = threading.Thread(target=locked.shutdown, daemon=True)
+    with locked._shutdown_lock:
+        ending.start()
+        ending.join(20)
+        assert not ending.is_alive()
+    locked.shutdown()
 
 
 def test_workers_end_with_a_killed_prepare() -> None:

@@ -84,6 +84,12 @@ def test_transformers_loads_it_and_gives_the_same_logits(tmp_path: Path) -> None
         torch.testing.assert_close(theirs.eval()(tokens).logits, ours, rtol=1e-4, atol=1e-4)
 
 
+def test_a_directory_whose_name_holds_a_number(tmp_path: Path) -> None:
+    """`.5b` is no ending; servers go by the names of files such as rwkv7-g1x-1.5b-20261201-ctx4096.pth."""
+    target = export(checkpoint_of(lively(), tmp_path, 1), tmp_path / "rwkv-4-1.5b-20261201")
+    assert target == tmp_path / "rwkv-4-1.5b-20261201/model.safetensors"
+
+
 def test_names() -> None:
     assert TRANSFORMERS["rwkv4"].name("blocks.0.att.time_mix_k") == "rwkv.blocks.0.attention.time_mix_key"
     assert TRANSFORMERS["rwkv4"].name("blocks.0.ln0.weight") == "rwkv.blocks.0.pre_ln.weight"
@@ -122,6 +128,8 @@ def test_mistakes(
 def test_the_memory_is_that_of_two_parameters(tmp_path: Path, ending: str) -> None:
     """0.8 GB of weights in 3 files; the largest parameter has 67 MB."""
     model = build_model(ModelConfig("rwkv4", 12, 1024, 16384), device="meta").to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)  # what memory holds may be no number, which `export` refuses
     path = checkpoint_of(model, tmp_path, 3)
     largest = max(4 * p.numel() for p in model.parameters())
     code = f"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from rwkv_train.cli.checks import Machine
 from rwkv_train.cli.configure import ConfigBuilder, config_builder
 from rwkv_train.errors import UserError, UserErrors
-from rwkv_train.models import build_model
+from rwkv_train.models import ModelConfig, build_model
 from rwkv_train.models.detect import detect
 from rwkv_train.models.weights import shapes_of
 from rwkv_train.resources import resource
@@ -47,6 +49,28 @@ def test_the_shape_comes_from_the_weights(conf: ConfigBuilder, tmp_path: Path) -
     assert (config.model.size, config.model.n_layer) == ("L3C40", 3)
     (problem,) = mistakes(conf, f"init.weights={odd}")
     assert "optim.lr=… optim.final_lr=…" in problem.remedy
+
+
+def test_low_rank_widths_come_from_the_weights(conf: ConfigBuilder, tmp_path: Path) -> None:
+    """Each width on its own: one that agrees is no contradiction, and each that differs is one line."""
+    extra = {"decay_low_rank_dim": 96, "a_low_rank_dim": 96, "v_low_rank_dim": 64, "gate_low_rank_dim": 128}
+    model = build_model(ModelConfig("rwkv7", 24, 2048, 256, extra=extra), device="meta")
+    held = {name: size for name, size in shapes_of(model.state_dict()).items() if not re.search(r"\.0\.att\.v\d", name)}
+    (tmp_path / "meta.json").write_text(json.dumps({"shapes": held}))
+    weights, decay, gate = (
+        f"init.weights={tmp_path}",
+        "model.extra.decay_low_rank_dim",
+        "model.extra.gate_low_rank_dim",
+    )
+    found = conf.build([weights, f"{decay}=96"]).model
+    assert found.size == "1b5"
+    assert found.extra == extra
+    (problem,) = mistakes(conf, weights, f"{decay}=96", f"{gate}=64")
+    assert problem.what == f"{gate}=64, but {weights} has 128"
+    (problem,) = mistakes(conf, weights, "model=1b5")
+    assert problem.what == f"{gate}=256, but {weights} has 128"
+    (problem,) = mistakes(conf, weights, "model.extra.unknown=3")
+    assert "model.extra.unknown=3: arch=rwkv7 has no such width" in problem.what
 
 
 class Shell:
