@@ -20,6 +20,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.json_files import parse_json, read_regular
 from rwkv_train.planning.cards import find_card
 from rwkv_train.rundir.replay_file import load_replay
+from rwkv_train.user_path import is_utf8, user_path, utf8_path
 
 _UNSUPPORTED_PRECISIONS = {  # first two characters of a precision of Lightning's → why it is refused
     "16": "float16 overflows in the channel mix (relu²)",
@@ -40,6 +41,8 @@ _DERIVED_DEEPSPEED_KEYS = {  # keys of DeepSpeed's JSON → the settings that th
     "torch_autocast": "trainer.precision=bf16-mixed",
     "zero_optimization.stage": "strategy=",
 }
+
+_MAX_NAME_BYTES = 200  # of a run: names of files are made of it
 
 _DEEPSPEED_EXAMPLE = 'valid: an object such as {"zero_optimization": {…}}'
 
@@ -139,7 +142,7 @@ def _check_mixture(data: DataSettings) -> Iterator[UserError]:
 
 def _check_path(data: DataSettings) -> Iterator[UserError]:
     assert data.path is not None
-    path = Path(data.path).expanduser()
+    path = user_path(data.path)
     try:
         if not path.exists():
             yield UserError(f"data.path={data.path}: there is no such file or directory", _relative_to())
@@ -194,7 +197,7 @@ def _check_deepspeed(file: str, strategy: str) -> Iterator[UserError]:
     if not strategy.startswith("deepspeed"):
         yield UserError(f"deepspeed={file} has no effect with strategy={strategy}", "e.g. strategy=deepspeed_2")
     try:
-        given = parse_json(read_regular(Path(file).expanduser()))
+        given = parse_json(read_regular(user_path(file)))
     except OSError as error:
         yield UserError(f"deepspeed={file} cannot be read: {error.strerror}", _relative_to())
         return
@@ -263,7 +266,7 @@ def _check_replay(config: Config) -> Iterator[UserError]:
     if config.replay is None:
         return
     try:
-        checkpoint = load_replay(Path(config.replay).expanduser())["checkpoint"]
+        checkpoint = load_replay(user_path(config.replay))["checkpoint"]
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not a replay file"
         yield UserError(
@@ -283,7 +286,11 @@ def _check_run(config: Config, machine: Machine) -> Iterator[UserError]:
         yield UserError(
             f"run.name={run.name!r} is not valid", "valid: a name without spaces and without any of = , { } [ ] / \\"
         )
-    directory = Path(run.root).expanduser() / run.name
+    if len(os.fsencode(run.name)) > _MAX_NAME_BYTES or not is_utf8(run.name):
+        what = f"has {len(os.fsencode(run.name))} bytes" if is_utf8(run.name) else "is not UTF-8"
+        yield UserError(f"run.name={run.name[:60]} {what}", f"give a name in UTF-8 of up to {_MAX_NAME_BYTES} bytes")
+        return
+    directory = utf8_path(run.root) / run.name
     held = any((directory / name).exists() for name in ("config.yaml", "metrics.jsonl"))
     if resume == "never" and machine.rank_info.first and held:
         yield UserError(
@@ -291,9 +298,9 @@ def _check_run(config: Config, machine: Machine) -> Iterator[UserError]:
             "run.name=NAME for another directory, or resume=auto to continue it",
         )
     if resume not in ("auto", "never"):
-        yield from _check_checkpoint(resume, Path(resume).expanduser())
+        yield from _check_checkpoint(resume, user_path(resume))
     weights = config.init_weights
-    if weights is not None and not Path(weights).expanduser().exists():
+    if weights is not None and not user_path(weights).exists():
         yield UserError(
             f"init.weights={weights}: there is no such file", "give a .pth file, a checkpoint or a run directory"
         )

@@ -33,6 +33,7 @@ from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import Tokenizer, Tokens, load_tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.json_files import parse_json
+from rwkv_train.user_path import user_path
 
 DOCUMENTS_PER_CHUNK = 64  # tokenised by one call
 _ROWS_WITHOUT_TEXT = 10  # at the beginning of a data set: the column is another one
@@ -309,7 +310,7 @@ def open_dataset(path: str, split: str, field: str) -> Any:
     Raises:
         UserError: the files are of several kinds, or nothing can be opened.
     """
-    files = sorted(glob.glob(str(Path(path).expanduser()), recursive=True))
+    files = sorted(glob.glob(str(user_path(path)), recursive=True))
     files = [name for name in files if Path(name).is_file()]
     try:
         if files:

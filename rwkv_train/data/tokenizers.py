@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from rwkv_train.data.arrays import Ints
 from rwkv_train.errors import UserError
+from rwkv_train.user_path import user_path
 
 Tokens = npt.NDArray[Any]  # one-dimensional, of an integer type
 
@@ -165,7 +166,7 @@ class JsonTokenizer:
     def __init__(self, path: str) -> None:
         from tokenizers import Tokenizer
 
-        file = Path(path).expanduser()
+        file = user_path(path)
         self.name = path
         try:
             content = file.read_bytes()
@@ -352,7 +353,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     if isinstance(tokenizer, ByteTokenizer):
         return {"tokenizer.json": _byte_tokenizer_json(), "tokenizer_config.json": _tokenizer_config(_BYTE_END)}
     if isinstance(tokenizer, JsonTokenizer):
-        content = Path(tokenizer.name).expanduser().read_text(encoding="utf-8")
+        content = user_path(tokenizer.name).read_text(encoding="utf-8")
         end = tokenizer.decode([tokenizer.end_of_text]).decode()
         return {"tokenizer.json": content, "tokenizer_config.json": _tokenizer_config(end)}
     return {}

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 
 from rwkv_train.errors import UserError
 from rwkv_train.inference.continuation import continue_texts, streams
 from rwkv_train.inference.loading import load_model, tokenizer_of
 from rwkv_train.inference.sampling import Sampling
 from rwkv_train.models import LanguageModel
+from rwkv_train.user_path import user_path
 
 
 def generate(
@@ -84,9 +84,11 @@ def run(options: GenerateOptions) -> int:
     if tokens < 0 or batch < 1 or not all(stops):
         what = f"--tokens {tokens}" if tokens < 0 else f"--batch {batch}" if batch < 1 else "--stop ''"
         raise UserError(f"{what} is out of range", "tokens ≥ 0, batch ≥ 1, stop strings of at least one character")
-    model = load_model(Path(options.checkpoint), options.device)
-    tokenizer = tokenizer_of(Path(options.checkpoint), model.config.vocab_size, options.tokenizer)
-    ids = tokenizer.encode(prompt.encode()).tolist()
+    model = load_model(user_path(options.checkpoint), options.device)
+    tokenizer = tokenizer_of(user_path(options.checkpoint), model.config.vocab_size, options.tokenizer)
+    ids = tokenizer.encode(
+        prompt.encode(errors="surrogateescape")
+    ).tolist()  # bytes that are not UTF-8 as they were typed
     seeds = [None if seed is None else seed + number for number in range(batch)]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     streamed = batch == 1 and not options.as_json
@@ -97,7 +99,7 @@ def run(options: GenerateOptions) -> int:
 
     if streamed:
         sys.stdout.write(prompt)
-    encoded = [stop.encode() for stop in stops]
+    encoded = [stop.encode(errors="surrogateescape") for stop in stops]
     texts = continue_texts(
         model,
         tokenizer,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rwkv_train.data.corpus import find_files, without_stores
 from rwkv_train.errors import UserError
+from rwkv_train.user_path import user_path
 
 
 def find_sources(sources: Sequence[str]) -> tuple[list[tuple[str, Path]], list[str]]:
@@ -27,7 +28,7 @@ def find_sources(sources: Sequence[str]) -> tuple[list[tuple[str, Path]], list[s
     files: list[tuple[str, Path]] = []
     names: list[str] = []
     for source in sources:
-        path = Path(source).expanduser()
+        path = user_path(source)
         matches = [path]
         if not path.exists():
             matches = without_stores([Path(name) for name in sorted(glob.glob(str(path), recursive=True))])
