@@ -75,7 +75,7 @@ COMMANDS = [
     ["train", "init.weights={}"],
     ["train", "resume={}"],
     ["train", "replay={}"],
-    ["train", "deepspeed={}"],
+    ["train", "strategy=deepspeed_2", "deepspeed={}"],
     ["train", "run.root={}/a/b"],
     ["train", "--config-dir", "{}"],
     ["plan", "data=text", "data.path={}"],
@@ -142,7 +142,8 @@ def test_every_terminal_shows_what_it_can(encoding: str) -> None:
         ["prepare", f"{NOT_UTF8}.txt", "--tokenizer", "bytes", "--out", "sé", "--workers", "1"],
         ["prepare", "inspect", "sé"],
     ]
-    code = f"from rwkv_train.cli.main import main\nif __name__ == '__main__':\n    for c in {commands!r}: assert main(c) == 0"
+    code = "from rwkv_train.cli.main import main\nif __name__ == '__main__':\n"
+    code += f"    for command in {commands!r}: assert main(command) == 0"
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
