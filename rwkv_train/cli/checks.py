@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rwkv_train.checkpoint.name import CheckpointName, complete_inside
 from rwkv_train.cluster.rank_info import RankInfo, placement_errors
-from rwkv_train.config import Config, DataSettings
+from rwkv_train.config import Config, DataSettings, TrainerSettings
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.config.suggestions import suggestion
 from rwkv_train.data.order import split_batch
@@ -95,7 +95,7 @@ def _check_data(config: Config) -> Iterator[UserError]:
         if data.source != "stdlib":
             yield UserError("data.path is not given", _PATH_OF_SOURCE[data.source])
     elif data.source in ("stdlib", "text", "chat"):
-        yield from _check_path(data)
+        yield from _check_path(data, config.trainer)
 
 
 _PATH_OF_SOURCE = {
@@ -140,7 +140,7 @@ def _check_mixture(data: DataSettings) -> Iterator[UserError]:
                 )
 
 
-def _check_path(data: DataSettings) -> Iterator[UserError]:
+def _check_path(data: DataSettings, trainer: TrainerSettings) -> Iterator[UserError]:
     assert data.path is not None
     path = user_path(data.path)
     try:
@@ -148,6 +148,11 @@ def _check_path(data: DataSettings) -> Iterator[UserError]:
             yield UserError(f"data.path={data.path}: there is no such file or directory", _relative_to())
         elif path.is_dir() and next(path.iterdir(), None) is None:
             yield UserError(f"data.path={data.path} is an empty directory", "name a directory of text files")
+        elif not path.is_file() and not path.is_dir() and (trainer.devices != 1 or trainer.node_count != 1):
+            yield UserError(
+                f"data.path={data.path} is no file: it can be read once, by one process",
+                "write it to a file and give that, or trainer.devices=1",
+            )
         elif path.is_file() and path.stat().st_size == 0:
             yield UserError(f"data.path={data.path} is an empty file", "name a text file")
     except OSError as error:

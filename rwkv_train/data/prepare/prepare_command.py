@@ -91,7 +91,8 @@ def _parser(cores: int) -> argparse.ArgumentParser:
         "sources",
         metavar="SOURCE",
         nargs="+",
-        help="text, .jsonl or .parquet files (text and .jsonl also .gz, .zst), directories, globs, data sets by name",
+        help="text, .jsonl or .parquet files (text and .jsonl also .gz, .zst), directories, globs, - for "
+        "standard input, data sets by name",
     )
     parser.add_argument("--tokenizer", required=True, help="bytes, world, or the path of a tokenizer.json")
     parser.add_argument("--out", required=True, type=Path, metavar="STORE", help="STORE for STORE.bin, STORE.idx, …")
