@@ -50,7 +50,7 @@ def test_names_that_no_file_system_takes() -> None:
     with pytest.raises(UserError, match="has 4099 bytes, more than"):
         user_path("/".join(["xyz"] * 1025))
     assert os.fsencode(user_path(NOT_UTF8)) == b"na\xefve"
-    with pytest.raises(UserError, match="is not UTF-8\n  rename it"):
+    with pytest.raises(UserError, match=r"is not UTF-8\n  rename it"):
         utf8_path(NOT_UTF8)
 
 
