@@ -37,6 +37,9 @@ from rwkv_train.user_path import user_path
 _DEFAULT_CONTEXT = 1024  # for weights without the configuration of their run
 
 
+_LARGEST_CONTEXT = 2**24  # tokens; the table has a sum for each position
+
+
 @dataclass(frozen=True)
 class EvalOptions:
     """The options of `rwkv-train eval`.
@@ -89,6 +92,8 @@ class EvalOptions:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range", f"valid: {minimum} or more")
+        if self.context is not None and self.context > _LARGEST_CONTEXT:
+            raise UserError(f"--context {self.context} is out of range", f"valid: up to {_LARGEST_CONTEXT}")
         if self.out is not None and not user_path(self.out).absolute().parent.is_dir():
             raise UserError(f"--out {self.out}: its directory does not exist", "create it, or give another path")
         if self.tasks and find_spec("lm_eval") is None:
