@@ -100,6 +100,13 @@ def test_every_command_names_a_path_that_there_is_not(
     assert path[:14] in err
 
 
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_weights_whose_name_is_not_utf8(ending: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "w.pth").rename(here / f"{NOT_UTF8}{ending}")
+    assert cli(["export", f"{NOT_UTF8}{ending}", "out.pth"]) == 2
+    assert "cannot be read as weights: its name is not UTF-8" in capfd.readouterr().err
+
+
 RUN_NAMES = {LONG: "has 300 bytes", NOT_UTF8: "is not UTF-8"}
 
 
