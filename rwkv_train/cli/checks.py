@@ -14,8 +14,9 @@ from rwkv_train.cluster.rank_info import RankInfo, placement_errors
 from rwkv_train.config import Config, DataSettings, TrainerSettings
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.config.suggestions import suggestion
+from rwkv_train.data.learned import learned_size
 from rwkv_train.data.order import split_batch
-from rwkv_train.data.sources import find_tokenizer, stores_of
+from rwkv_train.data.sources import vocabulary_of
 from rwkv_train.errors import UserError
 from rwkv_train.json_files import parse_json, read_regular
 from rwkv_train.planning.cards import find_card
@@ -78,15 +79,19 @@ def check(config: Config, machine: Machine) -> list[UserError]:
 def _check_data(config: Config) -> Iterator[UserError]:
     vocabulary, data = config.model.vocab_size, config.data
     try:
-        tokenizer = find_tokenizer(data, config.vocab.extend, stores_of(data))
+        name, needed = vocabulary_of(data, config.vocab.extend)
     except UserError as problem:
         yield problem
     else:
-        needed = tokenizer.vocab_size
         if vocabulary is not None and vocabulary < needed:
             yield UserError(
-                f"model.vocab_size={vocabulary} is smaller than the {needed} tokens of data.tokenizer={tokenizer.name}",
+                f"model.vocab_size={vocabulary} is smaller than the {needed} tokens of data.tokenizer={name}",
                 f"model.vocab_size={needed}, or leave it out",
+            )
+        if config.init_weights is not None and learned_size(data.tokenizer) is not None:
+            yield UserError(
+                f"data.tokenizer={name} is learnt anew, and init.weights={config.init_weights} knows other tokens",
+                "give the tokenizer of the weights: bytes, world, or data.tokenizer=RUN/tokenizer.json",
             )
     yield from _check_documents(config)
     if data.source == "mixture":

@@ -18,6 +18,7 @@ from rwkv_train.data.batch import Batch
 from rwkv_train.data.bits_per_byte import token_bytes
 from rwkv_train.data.course import Course
 from rwkv_train.data.iteration import TrainBatches
+from rwkv_train.data.learned import LearnedTokenizer, text_of
 from rwkv_train.data.mixture import Mixture, SourceShare
 from rwkv_train.data.order import ReferenceOrder, ShuffledOrder, split_batch
 from rwkv_train.data.rows import IGNORED_TARGET, BatchArrays, PackedRows, Rows, Windows, read_rows
@@ -45,6 +46,7 @@ class Batches:
         validation_context: tokens of one window of held-out text; None: batch.context.
         extend: texts that become a token each, after those of the tokenizer.
         vocabulary: tokens that the model knows; a larger one that is read is refused. None: the tokenizer's.
+        learned: see `open_sources`.
 
     Attributes:
         tokenizer: between bytes and tokens; vocab_size is its.
@@ -74,6 +76,7 @@ class Batches:
         validation_context: int | None = None,
         extend: Sequence[str] = (),
         vocabulary: int | None = None,
+        learned: LearnedTokenizer | None = None,
     ) -> None:
         self.split = split_batch(batch.tokens, batch.context, batch.micro, mesh)
         self.context = batch.context
@@ -92,7 +95,7 @@ class Batches:
             self.tokenizer, source, self.stream = open_stream(data, extend, batch.context)
             self.sources = [source]
         else:
-            self.tokenizer, self.sources = open_sources(data, extend)
+            self.tokenizer, self.sources = open_sources(data, extend, learned)
         self.vocabulary = vocabulary or self.tokenizer.vocab_size
         self._rows = [self._training_rows(data, source, seed, number) for number, source in enumerate(self.sources)]
         self._settings, self._stage_step = data, batch.tokens
@@ -164,11 +167,16 @@ class Batches:
 
     @property
     def plain(self) -> tuple[Any, Any] | None:
-        """Training and held-out text as bytes, where the data is one text read byte by byte and some is held out."""
-        one = len(self.sources) == 1 and self.tokenizer.identity == "bytes" and not self.packed
+        """Training and held-out text as bytes, where the data is one text of which some is held out.
+
+        It must be known to the last byte: read byte by byte, or with a learnt tokenizer.
+        """
+        known = isinstance(self.tokenizer, LearnedTokenizer) or self.tokenizer.identity == "bytes"
         stores = (self.train, self.held_out)
-        plain = one and len(self.held_out) and all(isinstance(store, MemoryStore) for store in stores)
-        return (self.train.tokens, self.held_out.tokens) if plain else None
+        one = len(self.sources) == 1 and known and not self.packed and len(self.held_out)
+        if not one or not all(isinstance(store, MemoryStore) for store in stores):
+            return None
+        return text_of(self.tokenizer, self.train.tokens), text_of(self.tokenizer, self.held_out.tokens)
 
     @property
     def description(self) -> str:

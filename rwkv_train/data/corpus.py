@@ -19,6 +19,7 @@ import numpy as np
 from rwkv_train.config import DataSettings
 from rwkv_train.data.formats import format_of
 from rwkv_train.data.indexed import PARTS_SUFFIX, PLAN_FILE, STORE_SUFFIXES, is_index
+from rwkv_train.data.learned import LearnedTokenizer
 from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
@@ -255,6 +256,8 @@ def join(documents: Sequence[Document], tokenizer: Tokenizer) -> MemoryStore:
     """Tokenises documents into one stream, with an end-of-text before each so that its first token is predicted too."""
     kind = tokenizer.encode(b"").dtype
     end = np.full(1, tokenizer.end_of_text, kind)
-    pieces = [piece for document in documents for piece in (end, tokenizer.encode(document.text))]
+    texts = [document.text for document in documents]
+    encoded = tokenizer.encode_all(texts) if isinstance(tokenizer, LearnedTokenizer) else map(tokenizer.encode, texts)
+    pieces = [piece for tokens in encoded for piece in (end, tokens)]
     starts = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)[::2]  # after each document's end-of-text
     return MemoryStore(np.concatenate(pieces) if pieces else end[:0], starts)

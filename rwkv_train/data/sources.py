@@ -15,10 +15,11 @@ from rwkv_train.data.arrays import Ints
 from rwkv_train.data.chat import read_chat
 from rwkv_train.data.corpus import join, read_corpus
 from rwkv_train.data.indexed import IndexedStore, stem_of, store_file
+from rwkv_train.data.learned import LearnedTokenizer, learn, learned_size
 from rwkv_train.data.manifest import Manifest, read_manifest
 from rwkv_train.data.rows import BatchArrays
 from rwkv_train.data.store import JoinedStore, MemoryStore, Store, StoreSlice
-from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
+from rwkv_train.data.tokenizers import Tokenizer, extended, load_tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.user_path import user_path
 
@@ -46,12 +47,15 @@ class DataSource:
     bound: int
 
 
-def open_sources(data: DataSettings, extend: Sequence[str] = ()) -> tuple[Tokenizer, list[DataSource]]:
+def open_sources(
+    data: DataSettings, extend: Sequence[str] = (), learned: LearnedTokenizer | None = None
+) -> tuple[Tokenizer, list[DataSource]]:
     """Opens all sources that `data` names.
 
     Args:
         data: the data settings.
         extend: texts that become single tokens (`vocab.extend`).
+        learned: the tokenizer that the run has learnt before; None: with data.tokenizer=bpe:SIZE it is learnt now.
 
     Returns:
         The common tokenizer, and the sources.
@@ -63,6 +67,11 @@ def open_sources(data: DataSettings, extend: Sequence[str] = ()) -> tuple[Tokeni
         parts = [(source.name, replace(data, path=source.path)) for source in data.sources]
     else:
         parts = [(data.source, data)]
+    if learned is None and learned_vocabulary(data) is not None:
+        learned = learn(str(data.tokenizer), (document.text for document in read_corpus(data).train))
+    if learned is not None:
+        tokenizer = extended(learned, extend)
+        return tokenizer, [_open(name, part, tokenizer) for name, part in parts]
     tokenizer = find_tokenizer(data, extend, [paths for _, part in parts if (paths := store_stems(part))])
     return tokenizer, [_open(name, part, tokenizer) for name, part in parts]
 
@@ -71,6 +80,34 @@ def stores_of(data: DataSettings) -> list[list[Path]]:
     """The token stores of each source that has some, as paths without suffix."""
     paths = [source.path for source in data.sources] if data.source == "mixture" else [data.path]
     return [stems for path in paths if (stems := store_stems(replace(data, path=path)))]
+
+
+def learned_vocabulary(data: DataSettings) -> int | None:
+    """The size of the vocabulary that is learnt from the training text; None: data.tokenizer asks for no such one.
+
+    Raises:
+        UserError: the size is not possible, or the data is not plain text.
+    """
+    size = learned_size(data.tokenizer)
+    if size is not None and data.source not in ("stdlib", "text"):
+        raise UserError(
+            f"data.tokenizer={data.tokenizer} is learnt from plain text, and not from data={data.source}",
+            "give world, bytes or the path of a tokenizer.json; a run on data=text leaves one in its directory",
+        )
+    return size
+
+
+def vocabulary_of(data: DataSettings, extend: Sequence[str]) -> tuple[str, int]:
+    """Name of the tokenizer and number of tokens, added ones included; nothing is learnt for it.
+
+    Raises:
+        UserError: as `find_tokenizer`.
+    """
+    size = learned_vocabulary(data)
+    if size is not None:
+        return str(data.tokenizer), size + len(extend)
+    tokenizer = find_tokenizer(data, extend, stores_of(data))
+    return tokenizer.name, tokenizer.vocab_size
 
 
 def find_tokenizer(data: DataSettings, extend: Sequence[str], stores: Sequence[Sequence[Path]]) -> Tokenizer:

@@ -21,10 +21,12 @@ import numpy.typing as npt
 
 from rwkv_train.data.arrays import Ints
 from rwkv_train.errors import UserError
+from rwkv_train.json_files import read_regular, reason_of
 from rwkv_train.user_path import user_path
 
 Tokens = npt.NDArray[Any]  # one-dimensional, of an integer type
 
+MAX_TOKENIZER_BYTES = 2**28  # of a tokenizer.json
 END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")  # in tokenizer.json files
 
 
@@ -155,24 +157,23 @@ class JsonTokenizer:
 
     Args:
         path: path of the file.
+        content: of the file; None: it is read.
 
     Attributes:
+        content: of the file.
         note: a sentence about what of the file is not obeyed; empty if nothing.
 
     Raises:
         UserError: the file cannot be read or is not a tokenizer, or has no end-of-text token.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, content: bytes | None = None) -> None:
         from tokenizers import Tokenizer
 
-        file = user_path(path)
         self.name = path
+        self.content = content = self.read(user_path(path)) if content is None else content
         try:
-            content = file.read_bytes()
             self._tokenizer = Tokenizer.from_str(content.decode())
-        except OSError as error:
-            raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}", _KNOWN_TOKENIZERS) from None
         except Exception as error:  # the Rust side raises bare Exceptions
             reason = str(error).splitlines()[0][:120]
             raise UserError(f"{path} is not a tokenizer.json: {reason}", _KNOWN_TOKENIZERS) from None
@@ -190,6 +191,18 @@ class JsonTokenizer:
                 f"add one of {', '.join(END_OF_TEXT_NAMES)} to its added_tokens",
             )
         self.end_of_text = ends[0]
+
+    @staticmethod
+    def read(path: Path) -> bytes:
+        """The content of a file.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            return read_regular(path, MAX_TOKENIZER_BYTES)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the tokenizer {path} cannot be read: {reason_of(error)}", _KNOWN_TOKENIZERS) from None
 
     def encode(self, text: bytes) -> Tokens:
         tokens = self._tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False).ids
@@ -327,6 +340,15 @@ def load_tokenizer(name: str, extend: Sequence[str] = ()) -> Tokenizer:
         base = JsonTokenizer(name)
     else:
         raise UserError(f"data.tokenizer={name} is not a known tokenizer", _KNOWN_TOKENIZERS)
+    return extended(base, extend)
+
+
+def extended(base: Tokenizer, extend: Sequence[str]) -> Tokenizer:
+    """A tokenizer with further tokens, if there are any.
+
+    Raises:
+        UserError: a text is empty or occurs twice.
+    """
     return ExtendedTokenizer(base, extend) if extend else base
 
 
@@ -335,7 +357,7 @@ def _world() -> WorldTokenizer:
     return WorldTokenizer()  # reading its vocabulary takes half a second
 
 
-_KNOWN_TOKENIZERS = "give bytes, world, or the path of a tokenizer.json"
+_KNOWN_TOKENIZERS = "give bytes, world, bpe:SIZE (learnt from your text), or the path of a tokenizer.json"
 
 
 def _hash(content: bytes) -> str:
@@ -353,7 +375,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     if isinstance(tokenizer, ByteTokenizer):
         return {"tokenizer.json": _byte_tokenizer_json(), "tokenizer_config.json": _tokenizer_config(_BYTE_END)}
     if isinstance(tokenizer, JsonTokenizer):
-        content = user_path(tokenizer.name).read_text(encoding="utf-8")
+        content = tokenizer.content.decode()
         end = tokenizer.decode([tokenizer.end_of_text]).decode()
         return {"tokenizer.json": content, "tokenizer_config.json": _tokenizer_config(end)}
     return {}

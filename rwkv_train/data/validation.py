@@ -9,6 +9,7 @@ import numpy as np
 from rwkv_train.config import Config, DataSettings
 from rwkv_train.data.arrays import Ints
 from rwkv_train.data.batch import Batch
+from rwkv_train.data.learned import LearnedTokenizer
 from rwkv_train.data.rows import PackedRows, Rows, SequentialWindows, read_rows
 from rwkv_train.data.sources import DataSource, check_rows_in_vocabulary, open_sources
 from rwkv_train.data.stream import open_stream
@@ -57,13 +58,20 @@ class Validation:
         self.chosen = _spread([rows.per_epoch for rows in self.rows], max(1, batch_tokens // context), batches)
 
     @classmethod
-    def of_run(cls, config: Config, vocabulary: int, context: int | None = None) -> Validation:
+    def of_run(
+        cls,
+        config: Config,
+        vocabulary: int,
+        context: int | None = None,
+        learned: LearnedTokenizer | None = None,
+    ) -> Validation:
         """The validation of a run, from its config alone.
 
         Args:
             config: of the run.
             vocabulary: tokens that the model knows.
             context: tokens of a row instead of the run's.
+            learned: the run's tokenizer, with data.tokenizer=bpe:SIZE.
 
         Raises:
             UserError: the data is missing or damaged.
@@ -74,7 +82,7 @@ class Validation:
             tokenizer, source, _ = open_stream(data, extend, config.batch.context)
             sources = [source]
         else:
-            tokenizer, sources = open_sources(data, extend)
+            tokenizer, sources = open_sources(data, extend, learned)
         tokens, batches = config.batch.tokens, config.validation.batches
         return cls(data, sources, tokenizer.end_of_text, context, tokens, batches, vocabulary)
 

@@ -23,6 +23,7 @@ from rwkv_train.config.schema import from_tree
 from rwkv_train.console import make_console
 from rwkv_train.data.arrays import Ints
 from rwkv_train.data.bits_per_byte import token_bytes
+from rwkv_train.data.learned import learned_of
 from rwkv_train.data.manifest import read_manifest
 from rwkv_train.data.sources import digest_of, open_sources, stores_of
 from rwkv_train.data.store import Store
@@ -30,7 +31,7 @@ from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.data.validation import Validation
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.perplexity import PerplexityResult, combine, cut, measure, measure_batches, within
-from rwkv_train.inference.loading import description_of, load_model, tokenizer_of
+from rwkv_train.inference.loading import description_of, learned_tokenizer, load_model, tokenizer_of
 from rwkv_train.models import LanguageModel
 from rwkv_train.user_path import user_path
 
@@ -203,7 +204,7 @@ def _stores(options: EvalOptions, meta: CheckpointMeta | None, tokenizer: Tokeni
                     "prepare the store with that tokenizer, or give the text itself",
                 )
     extend = () if meta is None else meta.config.get("vocab", {}).get("extend", ())
-    _, opened = open_sources(data, extend)
+    _, opened = open_sources(data, extend, learned_of(tokenizer))
     short = next((source.name for source in opened if len(source.train) < 2), None)
     if short is not None:
         raise UserError(f"--data {short} has fewer than two tokens, so none can be predicted", "give a longer text")
@@ -247,7 +248,8 @@ def _find_validation(options: EvalOptions, meta: CheckpointMeta | None, vocabula
     try:
         if meta is None:
             raise UserError("the checkpoint belongs to no run")
-        validation = Validation.of_run(from_tree(meta.config), vocabulary, options.context)
+        learned = learned_tokenizer(Path(options.checkpoint))
+        validation = Validation.of_run(from_tree(meta.config), vocabulary, options.context, learned)
     except UserError as error:
         what = f"the held-out data of the run of {options.checkpoint} is not found ({error.what})"
         raise UserError(what, remedy) from None

@@ -12,8 +12,10 @@ from rwkv_train.checkpoint.meta import META, CheckpointMeta
 from rwkv_train.checkpoint.name import checkpoints_below
 from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
 from rwkv_train.config.schema import from_tree
+from rwkv_train.data.learned import FILE as LEARNED
+from rwkv_train.data.learned import LearnedTokenizer, learned_size, read_learned
 from rwkv_train.data.sources import find_tokenizer, stores_of
-from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
+from rwkv_train.data.tokenizers import Tokenizer, extended, load_tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.models import LanguageModel, build_model
 from rwkv_train.models.detect import detect
@@ -65,6 +67,24 @@ def description_of(checkpoint: Path) -> CheckpointMeta | None:
     return None
 
 
+def learned_tokenizer(checkpoint: Path) -> LearnedTokenizer | None:
+    """The tokenizer that the run of a checkpoint has learnt, from the directory of the run; None: there is none.
+
+    Args:
+        checkpoint: a run or checkpoint directory, or a .pth file in that of a run.
+
+    Raises:
+        UserError: its file cannot be read.
+    """
+    meta = description_of(checkpoint)
+    if meta is None:
+        return None
+    name = (meta.config.get("data") or {}).get("tokenizer")
+    inside = (checkpoint / META).exists()
+    run = checkpoint.absolute().parents[1] if inside else checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return read_learned(name if isinstance(name, str) else None, run / LEARNED)
+
+
 def tokenizer_of(checkpoint: Path, vocab_size: int, name: str | None = None) -> Tokenizer:
     """The tokenizer that a checkpoint was trained with, as it remembers it; of bare weights, by their vocabulary.
 
@@ -112,10 +132,14 @@ def _from_meta(checkpoint: Path, meta: CheckpointMeta) -> Tokenizer:
     identity = meta.tokenizer
     try:
         config = from_tree(meta.config)
+        if learned_size(config.data.tokenizer) is not None:
+            if (learned := learned_tokenizer(checkpoint)) is not None:
+                return extended(learned, config.vocab.extend)
+            raise UserError("its run's directory has no tokenizer.json")
         return find_tokenizer(config.data, config.vocab.extend, stores_of(config.data))
     except UserError:  # the configuration of another version, or its data has moved
-        kind, _, extended = identity.split(":")[0].partition("+")
-        if kind in ("bytes", "world") and not extended:
+        kind, _, added = identity.split(":")[0].partition("+")
+        if kind in ("bytes", "world") and not added:
             return load_tokenizer(kind)
         raise UserError(
             f"{checkpoint} was trained with the tokenizer {identity}, which is not found", _REMEDY

@@ -54,12 +54,14 @@ class PassedOver:
 class RunDirectory:
     """`<root>/<name>/`: config.yaml, metrics.jsonl, events.jsonl, checkpoints/, loss.png, samples.txt, weights.pth.
 
-    metrics.jsonl and events.jsonl are merged from attempts/, which has a directory for each start of the run.
+    With data.tokenizer=bpe:SIZE also tokenizer.json. metrics.jsonl and events.jsonl are merged from attempts/, which
+    has a directory for each start of the run.
     """
 
     def __init__(self, root: str, name: str) -> None:
         self.path = user_path(root) / name
         self.config = self.path / "config.yaml"
+        self.tokenizer = self.path / "tokenizer.json"  # of data.tokenizer=bpe:SIZE
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"
         self.checkpoints = self.path / "checkpoints"

@@ -29,6 +29,7 @@ from rwkv_train.config.schema import PLACEMENT, differences
 from rwkv_train.console import ERROR_STYLE
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.course import Course
+from rwkv_train.data.learned import learned_of
 from rwkv_train.errors import UserError
 from rwkv_train.models.weights import refuse_mismatches
 from rwkv_train.rundir.history import History, StartHistory
@@ -131,7 +132,7 @@ def _claim(setup: RunSetup, found: _Found, write_errors: WriteErrors) -> tuple[i
 def _note_start(
     setup: RunSetup, number: int, checkpoint: Path | None, meta: CheckpointMeta | None, write_errors: WriteErrors
 ) -> None:
-    """Writes what the attempt resumes from, before everything else of it, and config.yaml."""
+    """Writes what the attempt resumes from, before everything else of it, config.yaml and a learnt tokenizer."""
     run = setup.directory
     own = checkpoint is not None and checkpoint.absolute().parent == run.checkpoints.absolute()
     name = CheckpointName.parse(checkpoint.name) if checkpoint is not None and own else None
@@ -144,6 +145,9 @@ def _note_start(
         setup.console.print(f"checkpoints that no longer count, deleted after the next save: {names}")
     with write_errors.tolerate(run.config), run.atomic_write(run.config) as path:
         path.write_text(yaml.safe_dump(setup.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if (learned := learned_of(setup.data.tokenizer)) is not None:
+        with write_errors.tolerate(run.tokenizer), run.atomic_write(run.tokenizer) as path:
+            path.write_bytes(learned.content)
 
 
 @dataclass(frozen=True)

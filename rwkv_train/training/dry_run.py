@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rwkv_train.config import Config
 from rwkv_train.console import make_console
-from rwkv_train.data.sources import find_tokenizer, stores_of
+from rwkv_train.data.sources import vocabulary_of
 from rwkv_train.errors import UserError
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.planning.plan import make_plan, smallest_change, why
@@ -27,7 +27,7 @@ def plan(config: Config, as_object: bool = False) -> int:
     """
     devices = find_devices(config)
     settled = devices.recorded(config)
-    vocabulary = find_tokenizer(config.data, config.vocab.extend, stores_of(config.data)).vocab_size
+    _, vocabulary = vocabulary_of(config.data, config.vocab.extend)
     vocab_size = config.model.vocab_size or vocabulary
     found = make_plan(settled, devices.card, devices.mesh, vocab_size, devices.gpu)
     change = None if found.fits else smallest_change(settled, found, vocab_size)

@@ -170,8 +170,17 @@ def write_outputs(
     known = baselines(*data.plain) if data.plain else {}
     title = f"{run.path.name}: {setup.parameters:,} parameters"
     with write_errors.tolerate(run.curve), run.atomic_write(run.curve) as path:
-        draw_loss_curve(rows, path, title, known)
+        draw_loss_curve(rows, path, title, _per_token(known, rows))
     summarise(setup.console, run, rows, known)
+
+
+def _per_token(losses: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Losses in nats per byte as those per token of the run's held-out text, for its curve; none without validation."""
+    validated = [row for row in rows if row.get("val/loss") and row.get("val/bits_per_byte")]
+    if not validated:
+        return {}
+    bytes_per_token = validated[-1]["val/loss"] / (validated[-1]["val/bits_per_byte"] * math.log(2))
+    return {name: loss * bytes_per_token for name, loss in losses.items()}
 
 
 def summarise(
@@ -206,6 +215,7 @@ def summarise(
         (run.samples, "text generated before and after"),
         (run.metrics, "one JSON object per step"),
         (run.config, "the settled config"),
+        (run.tokenizer, "the vocabulary that it has learnt"),
         (run.checkpoints, "to resume from"),
     ]
     for path, what in files:

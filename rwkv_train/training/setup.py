@@ -26,6 +26,7 @@ from rwkv_train.config.mesh import Mesh
 from rwkv_train.config.schema import as_tree
 from rwkv_train.console import make_console
 from rwkv_train.data.batches import Batches
+from rwkv_train.data.learned import LearnedTokenizer, read_learned
 from rwkv_train.data.sources import check_token_in_vocabulary
 from rwkv_train.models import LanguageModel, RecipeRow, build_model, recipe_of
 from rwkv_train.models.registry import learning_rate_note
@@ -96,7 +97,9 @@ def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo
     console = make_console(quiet=not rank_info.first)
     devices = find_devices(config)
     torch.set_num_threads(devices.threads)
-    data = _read_data(config, devices.mesh)
+    directory = RunDirectory(config.run.root, config.run.name)
+    learned = None if config.resume == "never" else read_learned(config.data.tokenizer, directory.tokenizer)
+    data = _read_data(config, devices.mesh, learned)
     resolved = resolve(config, devices, data.vocabulary, data.split.samples, console)
     data.share_out(resolved.micro)
     model, source = _build(config, data.vocabulary, resolved.strategy == "single" and not config.dry_run, console)
@@ -111,7 +114,7 @@ def assemble(config: Config, storage: Storage | None = None, rank_info: RankInfo
         recipe=recipe_of(model),
         shapes=shapes_of(dict(model.named_parameters())),
         source=source,
-        directory=RunDirectory(config.run.root, config.run.name),
+        directory=directory,
         storage=storage,
     )
 
@@ -122,7 +125,7 @@ def total_steps(config: Config, clock: TokenClock) -> int | None:
     return None if budget is None else clock.steps(budget)
 
 
-def _read_data(config: Config, mesh: Mesh) -> Batches:
+def _read_data(config: Config, mesh: Mesh, learned: LearnedTokenizer | None) -> Batches:
     """Opens the data; refuses a budget or a vocabulary that they do not fit."""
     data = Batches(
         config.data,
@@ -133,6 +136,7 @@ def _read_data(config: Config, mesh: Mesh) -> Batches:
         config.validation.context,
         config.vocab.extend,
         config.model.vocab_size,
+        learned,
     )
     if not config.run.allow_changes:  # else the checkpoint decides how far the data is read: open_attempt
         data.refuse_budget(total_steps(config, TokenClock.resumed((), 0, config.batch.tokens)))
