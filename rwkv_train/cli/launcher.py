@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -48,7 +49,8 @@ def main(argv: Sequence[str], submitted: bool = False) -> int:
             print("\ninterrupted", file=sys.stderr)
             code = ExitCode.INTERRUPTED
     if os.environ.get("RWKV_EXIT") and rank_info().first:
-        Path(os.environ["RWKV_EXIT"]).write_text(f"{code}\n")
+        with suppress(OSError):  # not there inside a container: then srun's own code counts
+            Path(os.environ["RWKV_EXIT"]).write_text(f"{code}\n")
     return code
 
 
