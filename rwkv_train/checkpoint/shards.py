@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rwkv_train.checkpoint.directory import read_meta
-from rwkv_train.checkpoint.meta import CheckpointMeta, META
+from rwkv_train.checkpoint.meta import META, CheckpointMeta
 from rwkv_train.checkpoint.name import find_weights
 from rwkv_train.checkpoint.storage import INDEX, MANIFEST
 from rwkv_train.errors import UserError

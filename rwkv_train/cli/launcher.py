@@ -6,6 +6,7 @@ Nothing heavy is imported before the configuration is valid, so that help and er
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import shutil
 import signal
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Literal
 
 from rwkv_train import resources
-from rwkv_train.cluster.rank_info import RankInfo, rank_info_of
-from rwkv_train.cluster.rendezvous import follow_parent
+from rwkv_train.cluster.rank_info import MAIN_THREAD, RankInfo, rank_info_of
+from rwkv_train.cluster.rendezvous import die_with_parent, follow_parent
 from rwkv_train.config import Config
 from rwkv_train.console import tolerated_output
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.exit_codes import ExitCode
+from rwkv_train.rundir.crash_file import report_faults
 
 # Iterations that a waiting OpenMP thread spins before it sleeps, about 25 µs. With free cores a step is as fast as with
 # the default of 300,000.
@@ -42,6 +44,8 @@ def main(argv: Sequence[str], submitted: bool = False) -> int:
         RWKV_EXIT names, because srun returns the highest code of all processes.
     """
     share_cores()
+    if not faulthandler.is_enabled():
+        report_faults()
     with tolerated_output():
         try:
             code = _main(argv, submitted)
@@ -58,6 +62,8 @@ def _main(argv: Sequence[str], submitted: bool) -> int:
     here = rank_info()
     if not here.first:
         follow_parent(os.getppid())
+        if here.parent is not None and MAIN_THREAD in os.environ:
+            die_with_parent(here.parent)
     try:
         flags, overrides = _parse_flags(argv)
         folders = _conf_folders(flags)

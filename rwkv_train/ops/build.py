@@ -228,7 +228,7 @@ class CppEngine(Engine):
 
 
 def build_in_first(roots: list[Path], directory_name: str, library_name: str, ninja_file: str) -> Path:
-    """Builds a library in the first of `roots` that only this user can write; its path. Raises BuildError if none is."""
+    """Builds a library in the first of `roots` that only this user can write; raises BuildError if none is."""
     failures = []
     for root in roots:
         try:

@@ -32,6 +32,7 @@ from rwkv_train.data.course import Course
 from rwkv_train.data.learned import learned_of
 from rwkv_train.errors import UserError
 from rwkv_train.models.weights import refuse_mismatches
+from rwkv_train.rundir.crash_file import take_crashes
 from rwkv_train.rundir.history import History, StartHistory
 from rwkv_train.rundir.jsonl import Events, JsonLines, WriteErrors
 from rwkv_train.training.setup import RunSetup, total_steps
@@ -112,8 +113,16 @@ def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -
     if setup.first:
         for note in (*([passed_over.note] if passed_over.note else []), *run.attempts.left_out.texts()):
             setup.console.print(f"WARNING: {note}", style=ERROR_STYLE)
+        _report_crashes(setup, events, number, 0 if meta is None else meta.step)
     rewinds = passed_over.rewinds
     return RunAttempt(number, found.checkpoint, meta, history, events, metrics, rewinds, clock, total, same_data)
+
+
+def _report_crashes(setup: RunSetup, events: Events, number: int, step: int) -> None:
+    for crash in take_crashes(setup.directory.logs, number):
+        events.add("crashed", step, rank=crash.rank, reason=crash.reason, file=crash.file.name)
+        what = f"rank {crash.rank} of the start before crashed: {crash.reason}"
+        setup.console.print(f"WARNING: {what}; its stacks are in {crash.file}", style=ERROR_STYLE)
 
 
 def _claim(setup: RunSetup, found: _Found, write_errors: WriteErrors) -> tuple[int, _Found]:

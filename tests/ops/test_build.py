@@ -175,9 +175,9 @@ def test_a_cache_that_others_can_change_is_not_used(
         cache.rename(tmp_path / "target")
         cache.symlink_to(tmp_path / "target")
         os.chown(cache, owner, -1, follow_symlinks=False)
-    with pytest.raises(OSError, match="belongs to user|chmod go-w"):
-        for directory in (cache, *cache.iterdir()):
-            build._safe_directory(directory)
+    refused = next(cache.iterdir()) if fault == "a library's" else cache
+    with pytest.raises(OSError, match=r"belongs to user|chmod go-w"):
+        build._safe_directory(refused)
     if os.getuid() != owner + 1:  # else its own home would be another user's, too
         with pytest.warns(RuntimeWarning, match=f"no engine is compiled or loaded in {cache}"):
             library = tiny_engine.build()
