@@ -94,7 +94,9 @@ def _train(training: Training, requeue: Requeue) -> Ending | None:
     except SystemExit:  # Lightning's answer to a Ctrl-C before the first step
         if not trainer.interrupted:
             raise
-        return Ending(ExitCode.INTERRUPTED, f"\ninterrupted; {next_start(training.observers.checkpoint)}")
+        return Ending(
+            ExitCode.INTERRUPTED, f"\ninterrupted; {next_start(training.observers.checkpoint, setup.config.resume)}"
+        )
     except Superseded:
         what = f"a newer start of {setup.directory.path} has taken over; this one ends at step {trainer.global_step}"
         return Ending(ExitCode.SUPERSEDED, f"\n{what}")
