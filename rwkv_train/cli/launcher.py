@@ -21,7 +21,7 @@ from rwkv_train import resources
 from rwkv_train.cluster.rank_info import MAIN_THREAD, RankInfo, rank_info_of
 from rwkv_train.cluster.rendezvous import die_with_parent, follow_parent
 from rwkv_train.config import Config
-from rwkv_train.console import tolerated_output
+from rwkv_train.console import for_stream, tolerated_output
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.rundir.crash_file import report_faults
@@ -149,7 +149,7 @@ def show(overrides: Sequence[str]) -> int:
 def report(error: UserError) -> None:
     """Prints all errors in one block on standard error."""
     problems = error.problems if isinstance(error, UserErrors) else [error]
-    print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
+    print(for_stream("\n".join(f"error: {problem}" for problem in problems), sys.stderr), file=sys.stderr)
 
 
 def rank_info() -> RankInfo:

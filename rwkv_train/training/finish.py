@@ -109,8 +109,8 @@ def repeated(saving: CheckpointCallback, step: int) -> str:
     if first > step:  # the last step was saved: its weights are good, and the run goes on after it
         return ""
     return (
-        f"\n  it repeats the steps {first} to {step} with the same data, bad ones included, and may end in the same way: "
-        "lower optim.lr, remove the samples that the events name, or set health.* (run.allow_changes=true)"
+        f"\n  it repeats the steps {first} to {step} with the same data, bad ones included, and may end in "
+        "the same way: lower optim.lr, remove the samples in the events, or set health.* (run.allow_changes=true)"
     )
 
 
