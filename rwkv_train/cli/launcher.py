@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from rwkv_train import resources
-from rwkv_train.cluster.rank_info import MAIN_THREAD, RankInfo, rank_info_of
+from rwkv_train.cluster.rank_info import PARENT_THREAD, RankInfo, rank_info_of
 from rwkv_train.cluster.rendezvous import die_with_parent, follow_parent
 from rwkv_train.config import Config
 from rwkv_train.console import for_stream, tolerated_output
@@ -62,7 +62,7 @@ def _main(argv: Sequence[str], submitted: bool) -> int:
     here = rank_info()
     if not here.first:
         follow_parent(os.getppid())
-        if here.parent is not None and MAIN_THREAD in os.environ:
+        if here.parent is not None and PARENT_THREAD in os.environ:
             die_with_parent(here.parent)
     try:
         flags, overrides = _parse_flags(argv)

@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from rwkv_train.cluster.rank_info import MAIN_THREAD, PARENT, RankInfo
+from rwkv_train.cluster.rank_info import PARENT, PARENT_THREAD, RankInfo
 
 
 class SrunEnvironment(ClusterEnvironment):
@@ -73,13 +73,13 @@ class PlainEnvironment(LightningEnvironment):
         if not self.creates_processes_externally:
             os.environ[PARENT] = str(os.getpid())
             if threading.current_thread() is threading.main_thread():
-                os.environ[MAIN_THREAD] = "1"
+                os.environ[PARENT_THREAD] = "1"
 
     def teardown(self) -> None:
         super().teardown()
         if not self.creates_processes_externally:
             os.environ.pop(PARENT, None)
-            os.environ.pop(MAIN_THREAD, None)
+            os.environ.pop(PARENT_THREAD, None)
 
 
 def environment(rank_info: RankInfo) -> ClusterEnvironment:
