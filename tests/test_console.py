@@ -16,6 +16,8 @@ from rich.table import Table
 
 from rwkv_train.cli import launcher
 from rwkv_train.console import for_stream, make_console, visible
+from rwkv_train.data.batch_preview import _styled_row
+from rwkv_train.data.tokenizers import load_tokenizer
 from rwkv_train.errors import UserError
 from tests import PRELOAD
 from tests.runs import losses, overrides_for
@@ -66,6 +68,10 @@ def test_no_control_character_of_a_text_reaches_a_terminal(monkeypatch: pytest.M
 
 
 def test_a_pipe_gets_the_text_as_it_is() -> None:
+    tokens = list(NASTY.replace("\x00", "").encode())  # 0 ends a document
+    row = [_styled_row(tokens, [True] * len(tokens), load_tokenizer("bytes"), terminal) for terminal in (False, True)]
+    assert row[1].plain == visible(NASTY.replace("\x00", ""))
+    assert row[0].plain != row[1].plain
     assert for_stream(NASTY, io.StringIO()) == NASTY
     assert for_stream(NASTY, Terminal()) == SHOWN
 

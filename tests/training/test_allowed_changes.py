@@ -56,8 +56,13 @@ def test_another_batch_reads_the_same_data_under_the_same_schedule(folder: Path)
     assert meta.tokens_by_source == {"text": 1024}
     # and once more, without a change: the counters are those of the checkpoint
     again = stopped_at(run, 4, "again")
+    (again / "logs").mkdir(exist_ok=True)
+    (again / "logs" / "crash_rank_0001.txt").write_text("Fatal Python error: Segmentation fault\n\nThread …\n")
     assert train(launcher.load(overrides(folder, "again", "batch.tokens=256", ALLOWED))) == 0
     assert losses(again) == losses(run)
+    (crashed,) = (event for event in rows(again, "events.jsonl") if event["event"] == "crashed")
+    assert (crashed["rank"], crashed["reason"]) == (1, "Segmentation fault")
+    assert [path.name for path in (again / "logs").glob("crash*")] == [crashed["file"]], "this start has not crashed"
 
 
 CHANGES = {
