@@ -326,8 +326,9 @@ def test_stores_keep_no_descriptor(tmp_path: Path) -> None:
     for number in range(30):
         ours(tmp_path / f"s-{number:02d}")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 10, hard))
+    used = set(map(int, os.listdir("/proc/self/fd")))
+    free = [number for number in range(soft) if number not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[10], hard))  # ten more
     try:
         data = batches(tmp_path, hold_out=0.0)
     finally:
