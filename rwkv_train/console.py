@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,18 +14,40 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ERROR_STYLE = "bold red"
+# C0 without tab and line feed, C1, and the marks and overrides of Unicode's bidirectional algorithm
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def make_console(quiet: bool = False, stderr: bool = False) -> Console:
-    """A console that takes no text for markup: paths, messages and documents hold square brackets.
+    """A console that takes no text for markup, and sends a terminal no control character of a text.
+
+    Paths, messages and documents hold square brackets, and may hold what strangers have put there.
 
     Args:
         quiet: whether it prints nothing.
         stderr: whether it prints on standard error.
     """
     from rich.console import Console
+    from rich.text import Text
 
-    return Console(quiet=quiet, stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    class PlainConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(visible(text) if self.is_terminal else text, **options)
+
+    return PlainConsole(quiet=quiet, stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    r"""A text whose control characters are written as `\x1b`: they would move the cursor, rename the window, or worse.
+
+    Line feeds and tabs stay. Marks that change the direction of writing are written as `\u202e`.
+    """
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1] if found[0] != "\r" else "\\x0d", text)
+
+
+def for_stream(text: str, stream: TextIO) -> str:
+    """A text as it is for a file or a pipe, `visible` for a terminal."""
+    return visible(text) if stream.isatty() else text
 
 
 class TolerantOutput:

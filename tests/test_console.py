@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from rwkv_train.cli import launcher
-from rwkv_train.console import make_console
+from rwkv_train.console import for_stream, make_console, visible
+from rwkv_train.data.batch_preview import _styled_row
+from rwkv_train.data.tokenizers import load_tokenizer
+from rwkv_train.errors import UserError
 from tests import PRELOAD
 from tests.runs import losses, overrides_for
 
@@ -32,6 +39,41 @@ def test_foreign_text_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{FOREIGN}\n"
     make_console(quiet=True).print(FOREIGN)
     assert capsys.readouterr().out == ""
+
+
+NASTY = "a\x1b]0;title\x07\x1b[2J\x9b1A\rb\u202ec\td\n\x00\x7f\u2066é"
+SHOWN = "a\\x1b]0;title\\x07\\x1b[2J\\x9b1A\\x0db\\u202ec\td\n\\x00\\x7f\\u2066é"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_no_control_character_of_a_text_reaches_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert visible(NASTY) == SHOWN
+    everything = visible("".join(map(chr, range(0xD800))))
+    assert not [char for char in everything if unicodedata.category(char) == "Cc" and char not in "\t\n"]
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("stdout", "stderr"):
+        stream = Terminal()
+        monkeypatch.setattr(sys, name, stream)
+        make_console(stderr=name == "stderr").print(NASTY.replace("\t", ""))
+        table = Table(NASTY, box=None)
+        make_console(stderr=name == "stderr").print(table)
+        if name == "stderr":
+            launcher.report(UserError(NASTY, NASTY))
+        assert SHOWN.replace("\t", "").splitlines()[0] in stream.getvalue()
+        assert not re.findall("\x1b[^[]|\x1b\\[[^0-9;]|\x1b\\[2J|[\x07\x9b\r\u202e]", stream.getvalue())
+
+
+def test_a_pipe_gets_the_text_as_it_is() -> None:
+    tokens = list(NASTY.replace("\x00", "").encode())  # 0 ends a document
+    row = [_styled_row(tokens, [True] * len(tokens), load_tokenizer("bytes"), terminal) for terminal in (False, True)]
+    assert row[1].plain == visible(NASTY.replace("\x00", ""))
+    assert row[0].plain != row[1].plain
+    assert for_stream(NASTY, io.StringIO()) == NASTY
+    assert for_stream(NASTY, Terminal()) == SHOWN
 
 
 @pytest.mark.parametrize(

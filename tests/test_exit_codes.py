@@ -31,3 +31,10 @@ def test_who_starts_the_processes_again() -> None:
 def test_a_code_reads_as_its_number() -> None:
     """Messages, JSON and the file of RWKV_EXIT hold the number."""
     assert (f"{ExitCode.HUNG}", str(ExitCode.STOPPED), ExitCode.NEGATIVE) == ("76", "75", 1)
+
+
+def test_the_batch_script_takes_no_file_of_another_user() -> None:
+    """Neither of a name in a shared directory that somebody else can make first."""
+    script = (ROOT / "scripts" / "slurm" / "train.sbatch").read_text()
+    assert "/tmp" not in script
+    assert re.search(r"^own=\$\(mktemp -d\) .*\n.*\nexport RWKV_EXIT=\$own/exit ", script, re.MULTILINE)

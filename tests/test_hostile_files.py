@@ -249,6 +249,28 @@ def a_checkpoint(path: Path, starts: tuple[int, int], state: Any = None) -> Path
     return path
 
 
+@pytest.mark.parametrize(
+    ("name", "named", "message"),
+    [
+        ("state_0001_of_0002.pth", False, r"manifest\.json lacks state_0001_of_0002\.pth, one of the 5 files"),
+        ("notes.txt", True, r"manifest\.json names 'notes\.txt', which is no file of a checkpoint of 2 writers"),
+    ],
+)
+def test_a_manifest_names_exactly_the_files_of_its_writers(
+    name: str, named: bool, message: str, tmp_path: Path
+) -> None:
+    path = a_checkpoint(tmp_path / "made", (0, 4))
+    if not (path / name).exists():
+        (path / name).write_bytes(b"{}")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"].pop(name, None)
+    if named:
+        manifest["files"][name] = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=message):
+        Reader(path)
+
+
 def read_a(path: Path) -> torch.Tensor:
     values = torch.zeros(8)
     Reader(path).fill([StateShard(WEIGHT, "a", 0, values, True)])

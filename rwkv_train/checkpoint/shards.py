@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from rwkv_train.checkpoint.directory import read_meta
-from rwkv_train.checkpoint.meta import CheckpointMeta
+from rwkv_train.checkpoint.meta import META, CheckpointMeta
 from rwkv_train.checkpoint.name import find_weights
-from rwkv_train.checkpoint.storage import INDEX
+from rwkv_train.checkpoint.storage import INDEX, MANIFEST
 from rwkv_train.errors import UserError
 from rwkv_train.json_files import load_object
 from rwkv_train.models.fitting import fit
@@ -65,6 +65,26 @@ def file_names(number: int, of: int) -> tuple[str, str]:
     """Names of the weights file and the state file that writer `number` of `of` writes."""
     part = "" if of == 1 else f"_{number:04d}_of_{of:04d}"
     return f"weights{part}.pth", f"state{part}.pth"
+
+
+def _refuse_other_files(path: Path, writers: int) -> None:
+    """Refuses a checkpoint whose manifest does not name exactly the files that its writers make.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    required = {META, *(name for number in range(writers) for name in file_names(number, writers))}
+    try:
+        listed = set(load_object(path / MANIFEST)["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / MANIFEST} cannot be read ({error!r:.200})", "use another checkpoint") from None
+    if missing := sorted(required - listed):
+        what = f"lacks {missing[0]}, one of the {len(required)} files of a checkpoint of {writers} writers"
+    elif others := sorted(listed - required - {INDEX}):
+        what = f"names {others[0]!r:.100}, which is no file of a checkpoint of {writers} writers"
+    else:
+        return
+    raise UserError(f"{path / MANIFEST} {what}", "use another checkpoint, or copy this one again")
 
 
 def contents(shards: Iterable[StateShard], shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -135,6 +155,7 @@ class Reader:
         self._open: dict[str, dict[str, Any]] = {}  # files by name
         if path.is_dir():
             self.meta = CheckpointMeta.read(path) if verified else read_meta(path)
+            _refuse_other_files(path, self.meta.writers)
             self.shapes: Shapes = self.meta.shapes
             for kind, name, number, start, count in self._index():
                 part = _Part(start, count, partial(self._load, kind, name, number, count))

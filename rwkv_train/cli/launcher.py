@@ -6,22 +6,25 @@ Nothing heavy is imported before the configuration is valid, so that help and er
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from rwkv_train import resources
-from rwkv_train.cluster.rank_info import RankInfo, rank_info_of
-from rwkv_train.cluster.rendezvous import follow_parent
+from rwkv_train.cluster.rank_info import PARENT_THREAD, RankInfo, rank_info_of
+from rwkv_train.cluster.rendezvous import die_with_parent, follow_parent
 from rwkv_train.config import Config
-from rwkv_train.console import tolerated_output
+from rwkv_train.console import for_stream, tolerated_output
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.exit_codes import ExitCode
+from rwkv_train.rundir.crash_file import report_faults
 from rwkv_train.user_path import user_path
 
 # Iterations that a waiting OpenMP thread spins before it sleeps, about 25 µs. With free cores a step is as fast as with
@@ -42,6 +45,8 @@ def main(argv: Sequence[str], submitted: bool = False) -> int:
         RWKV_EXIT names, because srun returns the highest code of all processes.
     """
     share_cores()
+    if not faulthandler.is_enabled():
+        report_faults()
     with tolerated_output():
         try:
             code = _main(argv, submitted)
@@ -49,7 +54,8 @@ def main(argv: Sequence[str], submitted: bool = False) -> int:
             print("\ninterrupted", file=sys.stderr)
             code = ExitCode.INTERRUPTED
     if os.environ.get("RWKV_EXIT") and rank_info().first:
-        Path(os.environ["RWKV_EXIT"]).write_text(f"{code}\n")
+        with suppress(OSError):  # not there inside a container: then srun's own code counts
+            Path(os.environ["RWKV_EXIT"]).write_text(f"{code}\n")
     return code
 
 
@@ -57,6 +63,8 @@ def _main(argv: Sequence[str], submitted: bool) -> int:
     here = rank_info()
     if not here.first:
         follow_parent(os.getppid())
+        if here.parent is not None and PARENT_THREAD in os.environ:
+            die_with_parent(here.parent)
     try:
         flags, overrides = _parse_flags(argv)
         folders = _conf_folders(flags)
@@ -142,7 +150,7 @@ def show(overrides: Sequence[str]) -> int:
 def report(error: UserError) -> None:
     """Prints all errors in one block on standard error."""
     problems = error.problems if isinstance(error, UserErrors) else [error]
-    print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
+    print(for_stream("\n".join(f"error: {problem}" for problem in problems), sys.stderr), file=sys.stderr)
 
 
 def rank_info() -> RankInfo:

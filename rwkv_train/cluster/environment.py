@@ -7,12 +7,13 @@ and its own SLURMEnvironment saves and requeues inside a signal handler, which h
 from __future__ import annotations
 
 import os
+import threading
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from rwkv_train.cluster.rank_info import PARENT, RankInfo
+from rwkv_train.cluster.rank_info import PARENT, PARENT_THREAD, RankInfo
 
 
 class SrunEnvironment(ClusterEnvironment):
@@ -71,11 +72,14 @@ class PlainEnvironment(LightningEnvironment):
         """Lightning calls it before it starts the other processes, which inherit the variable."""
         if not self.creates_processes_externally:
             os.environ[PARENT] = str(os.getpid())
+            if threading.current_thread() is threading.main_thread():
+                os.environ[PARENT_THREAD] = "1"
 
     def teardown(self) -> None:
         super().teardown()
         if not self.creates_processes_externally:
             os.environ.pop(PARENT, None)
+            os.environ.pop(PARENT_THREAD, None)
 
 
 def environment(rank_info: RankInfo) -> ClusterEnvironment:

@@ -12,6 +12,7 @@ from rwkv_train.config import TrainerSettings
 from rwkv_train.errors import UserError
 
 PARENT = "RWKV_PARENT"  # set for the ranks that a run starts itself: the process ID of the one that has started them
+PARENT_THREAD = "RWKV_PARENT_THREAD"  # set for them where that one's main thread has started them
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _TORCHRUN = (*_NUMBERS, "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and whatever starts every rank as it does
 _NODE = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a user sets who starts one process on each node

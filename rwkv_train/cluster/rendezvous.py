@@ -6,6 +6,7 @@ would be held back until then. So a thread watches.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -20,6 +21,7 @@ from rwkv_train.exit_codes import ExitCode
 RENDEZVOUS_SECONDS = 300.0  # for ranks that rank 0 has started on this node: they import torch and open the data first
 _GRACE_SECONDS = 2.0  # in which the ranks may still find each other after a signal; then the run ends by itself
 _POLL_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1  # of prctl
 
 
 def follow_parent(parent: int) -> None:
@@ -35,6 +37,26 @@ def follow_parent(parent: int) -> None:
         os._exit(ExitCode.FAILED)
 
     threading.Thread(target=follow, name="parent", daemon=True).start()
+
+
+def die_with_parent(parent: int) -> None:
+    """Lets Linux kill this process when its parent ends, even while native code keeps every Python thread waiting.
+
+    Linux does so when the *thread* ends that has started this process: only for those that a main thread has started.
+
+    Args:
+        parent: process ID of this process's parent; where it has ended already, this process ends.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(ExitCode.FAILED)
+
+
+def outlive_parent() -> None:
+    """Undoes `die_with_parent`: from now on the watchdog ends this process, after it has written its stacks."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
 
 
 @contextmanager

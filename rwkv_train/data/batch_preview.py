@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rwkv_train.config import Config
-from rwkv_train.console import make_console
+from rwkv_train.console import make_console, visible
 from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.rows import IGNORED_TARGET
@@ -41,18 +41,20 @@ def show_batch(batch: Batch, tokenizer: Tokenizer, console: Console, rows: int =
         console.print(
             f"row {row}: {int(predicted[row].sum()):,} of {tokens.shape[1]:,} tokens with a loss", style="bold"
         )
-        console.print(_styled_row(tokens[row].tolist(), predicted[row].tolist(), tokenizer))
+        console.print(_styled_row(tokens[row].tolist(), predicted[row].tolist(), tokenizer, console.is_terminal))
 
 
-def _styled_row(tokens: list[int], predicted: list[bool], tokenizer: Tokenizer) -> Text:
+def _styled_row(tokens: list[int], predicted: list[bool], tokenizer: Tokenizer, terminal: bool = False) -> Text:
     """The tokens of a row as styled text.
 
     Args:
         tokens: input tokens, (T,).
         predicted: whether the target at each position has a loss, (T,): that is input token i + 1.
         tokenizer: that made the tokens.
+        terminal: whether control characters are escaped.
     """
     text = Text()
+    shown = visible if terminal else str
     kept = tokens[:_MAX_TOKENS_SHOWN]
     has_loss = [False, *predicted[: len(kept) - 1]]
     begin = 0
@@ -63,7 +65,7 @@ def _styled_row(tokens: list[int], predicted: list[bool], tokenizer: Tokenizer) 
         if piece[0] == tokenizer.end_of_text:
             text.append(BORDER, "bold yellow")
             piece = piece[1:]
-        text.append(tokenizer.decode(piece).decode(errors="replace"), style)
+        text.append(shown(tokenizer.decode(piece).decode(errors="replace")), style)
         begin = end
     if len(tokens) > _MAX_TOKENS_SHOWN:
         text.append(f" … {len(tokens) - _MAX_TOKENS_SHOWN:,} more", "dim")

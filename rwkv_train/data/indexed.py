@@ -15,10 +15,13 @@ it. Both files are memory-mapped: opening a store takes the same time whatever i
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import mmap
 import os
 import struct
+import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,7 +121,7 @@ class IndexedStore:
                 + ("it is truncated" if size < indexed else "the files belong to different stores"),
                 _COPY_AGAIN,
             )
-        self.tokens = np.frombuffer(_map(self.bin) if size else b"", self.dtype)
+        self.tokens = np.frombuffer(_map(self.bin), self.dtype)
         if not boundaries:
             self.boundaries = np.array([0, sequences] if sequences else [0], np.int64)
             self.note = f"{self.idx.name} has no document boundaries: the store is taken for one document"
@@ -234,9 +237,29 @@ BOUNDARY_REMEDY = (
 _COPY_AGAIN = "copy both files of the store again, or make it again with `rwkv-train prepare`"
 
 
-def _map(path: Path) -> mmap.mmap | bytes:
+def _map(path: Path) -> memoryview:
+    """A file's content, mapped. No descriptor stays open: a run may read many stores, and a process has 1,024 or so.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
     with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            return memoryview(b"")
+        if sys.version_info >= (3, 13):
+            return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, trackfd=False))
+        # before, Python's own mmap keeps a duplicate of the descriptor
+        system = ctypes.CDLL(None, use_errno=True)
+        system.mmap.restype = ctypes.c_void_p
+        system.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+        system.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        address = system.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+        content = (ctypes.c_ubyte * size).from_address(address)
+        weakref.finalize(content, system.munmap, address, size).atexit = False
+        return memoryview(content).cast("B").toreadonly()
 
 
 def write_index(path: Path, dtype: npt.DTypeLike, lengths: Callable[[], Iterable[npt.NDArray[np.int32]]]) -> None:

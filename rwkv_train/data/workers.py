@@ -12,6 +12,7 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
+from rwkv_train.cluster.rendezvous import die_with_parent
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 
 PRELOAD = ["rwkv_train.data.prepare.shards"]  # imported once, not once for each process
@@ -86,6 +87,7 @@ def tokenizer() -> Tokenizer:
 def _begin(name: str, extend: Sequence[str], lifeline: Connection) -> None:
     os.nice(1)  # a machine that prepares can still be worked on
     signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)  # the fork server may have been started by other code
+    die_with_parent(os.getppid())  # the fork server, which has one thread and ends with the process that began it
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     set_up(name, extend)
 

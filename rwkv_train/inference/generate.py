@@ -12,6 +12,7 @@ from itertools import islice
 import psutil
 import torch
 
+from rwkv_train.console import for_stream
 from rwkv_train.errors import UserError
 from rwkv_train.inference.continuation import continue_texts, streams
 from rwkv_train.inference.loading import load_model, tokenizer_of
@@ -126,11 +127,11 @@ def run(options: GenerateOptions) -> int:
     streamed = batch == 1 and not options.as_json
 
     def show(_: int, text: bytes) -> None:
-        sys.stdout.write(decoder.decode(text))
+        sys.stdout.write(for_stream(decoder.decode(text), sys.stdout))
         sys.stdout.flush()
 
     if streamed:
-        sys.stdout.write(prompt)
+        sys.stdout.write(for_stream(prompt, sys.stdout))
     encoded = [stop.encode(errors="surrogateescape") for stop in stops]
     texts = continue_texts(
         model,
@@ -155,5 +156,6 @@ def run(options: GenerateOptions) -> int:
         print(decoder.decode(b"", final=True))
     else:
         for number, text in enumerate(texts, 1):
-            print(f"===== {number} of {batch} =====\n{prompt}{text.text.decode(errors='replace')}\n")
+            whole = for_stream(prompt + text.text.decode(errors="replace"), sys.stdout)
+            print(f"===== {number} of {batch} =====\n{whole}\n")
     return 0

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -227,13 +228,17 @@ class CppEngine(Engine):
 
 
 def build_in_first(roots: list[Path], directory_name: str, library_name: str, ninja_file: str) -> Path:
-    """Builds a library in the first of `roots` that can be written; its path. Raises BuildError where none can be."""
+    """Builds a library in the first of `roots` that only this user can write; raises BuildError if none is."""
     failures = []
     for root in roots:
         try:
+            for directory in (root, root / directory_name):
+                _safe_directory(directory)
             return _build_in(root / directory_name, library_name, ninja_file)
         except OSError as error:
-            failures.append(f"{root}: {error.strerror or error}")
+            failures.append(f"{directory}: {error.strerror or error}")
+            if error.strerror is None:  # of ours
+                warnings.warn(f"no engine is compiled or loaded in {failures[-1]}", RuntimeWarning, stacklevel=3)
     raise BuildError(f"nowhere to write the compiled engine ({'; '.join(failures)})", "df -h ~ /tmp")
 
 
@@ -241,7 +246,6 @@ def _build_in(directory: Path, library_name: str, ninja_file: str) -> Path:
     library = directory / library_name
     if library.exists():  # complete: it is renamed to this name after the build
         return library
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(directory / "lock", "w") as file:
         lock(file, wait=True)
         if library.exists():
@@ -273,9 +277,20 @@ def cache_directories() -> list[Path]:
     roots = [] if SETTINGS.cache is None else [SETTINGS.cache]
     with contextlib.suppress(RuntimeError):  # this user has no home
         roots.append(Path.home() / ".cache" / "rwkv_train")
-    private = Path(tempfile.gettempdir()) / f"rwkv_train-{os.getuid()}"
-    with contextlib.suppress(OSError):
-        private.mkdir(mode=0o700, exist_ok=True)
-        if private.stat().st_uid == os.getuid():  # a library that another user put there is not loaded
-            roots.append(private)
+    roots.append(Path(tempfile.gettempdir()) / f"rwkv_train-{os.getuid()}")
     return roots
+
+
+def _safe_directory(path: Path) -> None:
+    """Makes a directory where there is none, and refuses one in which others could put a library for us to load.
+
+    Raises:
+        OSError: it cannot be made; it or the link to it belongs to another user (root may own it); others may write to
+            it.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for state in (path.lstat(), path.stat()):  # of a link, and of what it leads to
+        if state.st_uid not in (os.getuid(), 0):
+            raise OSError(f"it belongs to user {state.st_uid}; RWKV_OPS_CACHE=DIRECTORY names another one")
+    if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(f"other users may write to it; `chmod go-w {path}` makes it usable")

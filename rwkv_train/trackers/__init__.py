@@ -133,6 +133,8 @@ def read_state(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} cannot be read: {key} is not a step")
     if "id" in state and not (isinstance(state["id"], str) and re.fullmatch(r"[A-Za-z0-9]+(-\d{1,9})?", state["id"])):
         raise ValueError(f"{path} cannot be read: id is not that of a run")
+    if not (isinstance(state.get("path", ""), str) and type(state.get("inode", 0)) is int):
+        raise ValueError(f"{path} cannot be read: path and inode are not those of a directory")
     return state
 
 

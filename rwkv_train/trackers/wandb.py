@@ -19,7 +19,8 @@ INIT_TIMEOUT = 60  # seconds that wandb.init may take before the run is written 
 class Wandb(Tracker):
     """One run directory is one run of W&B, however often it is resumed: its id is kept in the run directory.
 
-    The file is trackers/NAME.json, where NAME is the entry of `logger`: trackers/wandb.json.
+    The file is trackers/NAME.json, where NAME is the entry of `logger`: trackers/wandb.json. It also holds the path and
+    the inode of the directory: a copy of it becomes another run of W&B.
 
     `step` is logged as a value of ours; wandb's own step cannot decrease, and restarts at 0 offline. Rows sent before a
     kill may be lost, so the next process sends again what is not certainly stored, and the last value of a step counts.
@@ -52,7 +53,7 @@ class Wandb(Tracker):
 
     def begin(self, run: TrackedRun, step: int) -> int:
         self._source = run
-        self.state.setdefault("id", token_hex(4))
+        self._own_id(run.path)
         diverged = self.state.get("reached", 0) > step and run.changed
         if diverged:
             self._begin_branch()
@@ -61,6 +62,27 @@ class Wandb(Tracker):
             return 0
         stored = self._run.summary.get("step") if self._run.resumed else None  # by the server
         return min(step, self.state.get("sent", 0)) if stored is None else int(stored)
+
+    def _own_id(self, directory: Path) -> None:
+        """Takes the id of the run directory; a new one in a copy of another directory, which keeps it.
+
+        A directory is known by its inode: a moved one has the same, a copy has not.
+        """
+        path, inode = directory.resolve(), directory.stat().st_ino
+        original, known = Path(self.state.get("path", path)), self.state.get("inode", inode)
+        if inode != known:
+            id_ = self.state.get("id")
+            if original != path and _inode(original) == known:
+                self.state.clear()
+                text = f"{path} is a copy of {original}, which keeps its W&B run {id_}; this one is a new run of W&B"
+            else:
+                text = (
+                    f"{path} goes on as W&B run {id_} of {original}, which is not there any more; if it is a copy of a "
+                    f"run that goes on elsewhere, delete {path}/trackers/*.json before the next start"
+                )
+            print(f"\nlogger=wandb: {text}", file=sys.stderr, flush=True)
+        self.state.setdefault("id", token_hex(4))
+        self.state.update(path=str(path), inode=inode)
 
     def back(self, step: int) -> int:
         with contextlib.suppress(Exception):  # the abandoned run
@@ -151,3 +173,11 @@ class Wandb(Tracker):
     def end(self) -> None:
         self._run.finish()  # only after this all rows are on the disk or at the server
         self.state["sent"] = self.state["reached"] = self._last
+
+
+def _inode(path: Path) -> int | None:
+    """The inode of a directory; None where there is none."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None

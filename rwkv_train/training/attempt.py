@@ -5,6 +5,7 @@ No Lightning here: it takes seconds to import.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,16 +25,19 @@ from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.retention import Retention
 from rwkv_train.checkpoint.storage import LocalStorage
 from rwkv_train.cluster.agreement import decided_by_first
+from rwkv_train.config import Config
 from rwkv_train.config.clock import TokenClock
-from rwkv_train.config.schema import PLACEMENT, differences
+from rwkv_train.config.schema import PLACEMENT, differences, from_tree
 from rwkv_train.console import ERROR_STYLE
 from rwkv_train.data.batches import Batches
 from rwkv_train.data.course import Course
 from rwkv_train.data.learned import learned_of
 from rwkv_train.errors import UserError
 from rwkv_train.models.weights import refuse_mismatches
+from rwkv_train.rundir.crash_file import take_crashes
 from rwkv_train.rundir.history import History, StartHistory
 from rwkv_train.rundir.jsonl import Events, JsonLines, WriteErrors
+from rwkv_train.training.optim import learning_rate
 from rwkv_train.training.setup import RunSetup, total_steps
 from rwkv_train.user_path import user_path
 
@@ -113,8 +117,16 @@ def open_attempt(setup: RunSetup, write_errors: WriteErrors, stack: ExitStack) -
     if setup.first:
         for note in (*([passed_over.note] if passed_over.note else []), *run.attempts.left_out.texts()):
             setup.console.print(f"WARNING: {note}", style=ERROR_STYLE)
+        _report_crashes(setup, events, number, 0 if meta is None else meta.step)
     rewinds = passed_over.rewinds
     return RunAttempt(number, found.checkpoint, meta, history, events, metrics, rewinds, clock, total, same_data)
+
+
+def _report_crashes(setup: RunSetup, events: Events, number: int, step: int) -> None:
+    for crash in take_crashes(setup.directory.logs, number):
+        events.add("crashed", step, rank=crash.rank, reason=crash.reason, file=crash.file.name)
+        what = f"rank {crash.rank} of the start before crashed: {crash.reason}"
+        setup.console.print(f"WARNING: {what}; its stacks are in {crash.file}", style=ERROR_STYLE)
 
 
 def _claim(setup: RunSetup, found: _Found, write_errors: WriteErrors) -> tuple[int, _Found]:
@@ -191,7 +203,31 @@ def _find_checkpoint(setup: RunSetup) -> _Found:
 def _found(path: Path, present: tuple[Path, ...], setup: RunSetup) -> _Found:
     if changed := changes_since(path, setup):
         setup.console.print(f"resumed with {'; '.join(changed)}")
-    return _Found(path, CheckpointMeta.read(path), present)
+    meta = CheckpointMeta.read(path)
+    if note := rate_change(meta, setup.config):
+        setup.console.print(note)
+    return _Found(path, meta, present)
+
+
+def rate_change(meta: CheckpointMeta, config: Config) -> str:
+    """What a changed budget, batch or schedule does to the learning rate where a run resumes; empty if nothing."""
+    try:
+        before = from_tree(meta.config)
+    except UserError:  # of another version
+        return ""
+    clocks = TokenClock(tuple((step, tokens) for step, tokens in meta.batches)), clock_of(meta, config.batch.tokens)
+    rates = [next_rate(each, clock, meta.step) for each, clock in zip((before, config), clocks, strict=True)]
+    if math.isclose(*rates, rel_tol=1e-6):
+        return ""
+    what = f"under the former budget and schedule, {rates[1]:.3g} under these"
+    return f"learning rate after step {meta.step:,}: {rates[0]:.3g} {what}"
+
+
+def next_rate(config: Config, clock: TokenClock, step: int) -> float:
+    """The base learning rate of the step after this one."""
+    total = total_steps(config, clock)
+    last = None if total is None else clock.tokens(total - 1)
+    return learning_rate(config.optim, clock.tokens(step), last, clock.first_batch)
 
 
 def checkpoint_to_resume(setup: RunSetup) -> tuple[Path | None, list[str]]:

@@ -46,7 +46,7 @@ def finish(training: Training, trackers: RunTrackers, requeue: Requeue) -> Endin
         requeue: puts the job back after a signal.
     """
     observers, events = training.observers, training.attempt.events
-    step, resumable = training.trainer.global_step, next_start(observers.checkpoint)
+    step, resumable = training.trainer.global_step, next_start(observers.checkpoint, training.setup.config.resume)
     if observers.replay is not None:
         return Ending(ExitCode.NEGATIVE if observers.replay.healthy else ExitCode.FINISHED)
     if observers.signals.stopped and step != training.attempt.total_steps:
@@ -55,7 +55,8 @@ def finish(training: Training, trackers: RunTrackers, requeue: Requeue) -> Endin
         return requeue.after_signal(events, step, observers.signals.stopped, signals.too_late, resumable)
     if (reason := observers.bad_steps.stopped) is not None:
         events.add("unhealthy", step, reason=reason)
-        return Ending(ExitCode.UNHEALTHY, f"\nstopped at step {step}: {reason}; {resumable}")
+        again = repeated(observers.checkpoint, step)
+        return Ending(ExitCode.UNHEALTHY, f"\nstopped at step {step}: {reason}; {resumable}{again}")
     return _complete(training, step, resumable)
 
 
@@ -87,11 +88,37 @@ def _complete(training: Training, step: int, resumable: str) -> Ending:
     return Ending(ExitCode.WRITES_REFUSED if refused else ExitCode.FINISHED, "\n".join(messages))
 
 
-def next_start(saving: CheckpointCallback) -> str:
-    """What the same command does next, for people."""
+def next_start(saving: CheckpointCallback, resume: str = "auto") -> str:
+    """What the same command does next, for people.
+
+    Args:
+        saving: knows the newest checkpoint of the run.
+        resume: the setting of the command.
+    """
     if saving.last is None:
-        return "there is no checkpoint yet: the same command starts at step 0"
-    return f"the same command resumes from the checkpoint of step {saving.last}"
+        return "there is no checkpoint yet: " + _fixed_start(resume, "the same command starts at step 0")
+    newest = f"the checkpoint of step {saving.last}"
+    if resume == "auto":
+        return f"the same command resumes from {newest}"
+    return _fixed_start(resume, "") + f", resume=auto resumes from {newest}"
+
+
+def repeated(saving: CheckpointCallback, step: int) -> str:
+    """Which steps the next start repeats after an unhealthy ending, for people; empty if none."""
+    first = 1 + (saving.last or 0)
+    if first > step:  # the last step was saved: its weights are good, and the run goes on after it
+        return ""
+    return (
+        f"\n  it repeats the steps {first} to {step} with the same data, bad ones included, and may end in "
+        "the same way: lower optim.lr, remove the samples in the events, or set health.* (run.allow_changes=true)"
+    )
+
+
+def _fixed_start(resume: str, automatic: str) -> str:
+    """Where a command that names its start begins, whatever the run has saved since."""
+    if resume == "auto":
+        return automatic
+    return "the same command starts at step 0" if resume == "never" else f"the same command starts from {resume} again"
 
 
 def finish_again(setup: RunSetup, write_errors: WriteErrors) -> None:

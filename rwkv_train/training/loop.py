@@ -14,6 +14,7 @@ from rwkv_train.data.batch_preview import show_batch
 from rwkv_train.data.datamodule import DataModule
 from rwkv_train.exit_codes import Ending, ExitCode
 from rwkv_train.rundir.attempts import Superseded
+from rwkv_train.rundir.crash_file import crash_file
 from rwkv_train.rundir.jsonl import WriteErrors
 from rwkv_train.rundir.rank_logs import keep_log
 from rwkv_train.training.attempt import RunAttempt, open_attempt
@@ -49,6 +50,7 @@ def fit(setup: RunSetup) -> ExitCode:
             if setup.first:
                 finish_again(setup, write_errors)
             return ExitCode.WRITES_REFUSED if write_errors.count else ExitCode.FINISHED
+        stack.enter_context(crash_file(setup.directory.logs, setup.rank_info.rank))
         ending = requeue.give_up_at_start(attempt)
         if ending is None:
             _announce(attempt, setup, trackers)
@@ -92,7 +94,9 @@ def _train(training: Training, requeue: Requeue) -> Ending | None:
     except SystemExit:  # Lightning's answer to a Ctrl-C before the first step
         if not trainer.interrupted:
             raise
-        return Ending(ExitCode.INTERRUPTED, f"\ninterrupted; {next_start(training.observers.checkpoint)}")
+        return Ending(
+            ExitCode.INTERRUPTED, f"\ninterrupted; {next_start(training.observers.checkpoint, setup.config.resume)}"
+        )
     except Superseded:
         what = f"a newer start of {setup.directory.path} has taken over; this one ends at step {trainer.global_step}"
         return Ending(ExitCode.SUPERSEDED, f"\n{what}")

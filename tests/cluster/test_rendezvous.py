@@ -79,3 +79,41 @@ def test_a_rank_ends_with_its_parent() -> None:
     while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+STUCK = """
+import os, subprocess, sys
+child = "import ctypes, os; from rwkv_train.cluster.rendezvous import die_with_parent, outlive_parent;" \
+    "die_with_parent(os.getppid()); LATER; print(os.getpid(), flush=True); ctypes.PyDLL(None).sleep(30)"
+if sys.argv[1] == "watched":
+    child = child.replace("LATER", "outlive_parent()")
+process = subprocess.Popen([sys.executable, "-c", child.replace("LATER", "0")], stdout=subprocess.PIPE)
+print(process.stdout.readline().decode(), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+@pytest.mark.parametrize("until", ["started", "watched"])
+def test_a_rank_in_native_code_ends_with_its_parent(until: str) -> None:
+    """The interpreter's lock is held there, so that no thread of Python can look after the parent."""
+    output = subprocess.run([sys.executable, "-c", STUCK, until], stdout=subprocess.PIPE, text=True, check=True).stdout
+    child = int(output)
+    end = time.monotonic() + (10 if until == "started" else 0.3)
+    while (alive := _alive(child)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert alive == (until == "watched")
+    if alive:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_parent_that_has_ended_before() -> None:
+    code = "from rwkv_train.cluster.rendezvous import die_with_parent; die_with_parent(1 << 22)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == (1 if sys.platform == "linux" else 0)
+
+
+def _alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False

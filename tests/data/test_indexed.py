@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import resource
 import struct
 from pathlib import Path
 from typing import Any
@@ -316,6 +319,33 @@ def test_a_token_beyond_the_vocabulary_that_no_sample_showed_is_found_when_it_is
     step = int(np.flatnonzero(np.abs(data.order.starts(windows) + 2048 - 1_000_123) <= 2048)[0]) // 2
     with pytest.raises(UserError, match=r"store, sample at token [\d,]+, contains the token 70000"):
         data.batch(step)
+
+
+def test_stores_keep_no_descriptor(tmp_path: Path) -> None:
+    """601 of them did not fit below `ulimit -n 1024`, and `select` knows no descriptor from 1024 on."""
+    for number in range(30):
+        ours(tmp_path / f"s-{number:02d}")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = set(map(int, os.listdir("/proc/self/fd")))
+    free = [number for number in range(soft) if number not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[10], hard))  # ten more
+    try:
+        data = batches(tmp_path, hold_out=0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(data.train) == 30 * 109
+
+
+def test_a_mapping_ends_with_what_reads_it(tmp_path: Path) -> None:
+    stem = ours(tmp_path / "s")
+    mapped = f"{tmp_path}/s.bin"
+    tokens = IndexedStore(stem).tokens[2:5]
+    assert mapped in Path("/proc/self/maps").read_text()
+    assert not tokens.flags.writeable
+    assert tokens.tolist() == [7, 0, 0]
+    del tokens
+    gc.collect()
+    assert mapped not in Path("/proc/self/maps").read_text()
 
 
 def test_opening_a_store_does_not_read_it(tmp_path: Path) -> None:

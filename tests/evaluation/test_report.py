@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
+import socket
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ import pytest
 from rwkv_train.cli import launcher
 from rwkv_train.cli import main as cli
 from rwkv_train.errors import UserError
-from rwkv_train.evaluation.report import figures, page, report_command
+from rwkv_train.evaluation.report import figures, live_server, page, report_command
 from rwkv_train.evaluation.report.charts import CHARTS, charts
 from rwkv_train.evaluation.report.live_server import ReportServer
 from rwkv_train.evaluation.report.metrics_table import MetricColumn, MetricsTable, extremes, trend
@@ -318,6 +322,43 @@ def test_error_messages_and_notes(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_two_runs_of_one_name_are_distinguished(tmp_path: Path) -> None:
     runs = open_runs([make_run(tmp_path / place / "run", steps=5) for place in ("here", "there")])
     assert [run.name for run in runs] == ["here/run", "there/run"]
+
+
+@contextmanager
+def served(run: Path) -> Iterator[ReportServer]:
+    with ReportServer(open_runs([run], wait=True), 0) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_live_report_is_for_who_has_its_address(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with served(tmp_path / "run") as server:
+        port = f"http://127.0.0.1:{server.server_port}"
+        assert len(server.address.removeprefix(port)) == 24
+        for path in ("/", "/data.json", f"/{'a' * 22}/", f"/{'a' * 22}/data.json", "/ä"):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(port + urllib.parse.quote(path))
+
+
+def test_connections_of_a_live_report_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_server, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(live_server._Handler, "timeout", 0.5)
+    (tmp_path / "run").mkdir()
+    with served(tmp_path / "run") as server:
+        address = ("127.0.0.1", server.server_port)
+        idle = [socket.create_connection(address, timeout=5) for _ in range(2)]
+        with socket.create_connection(address, timeout=0.3) as one_more:
+            assert one_more.recv(1) == b"", "it is refused at once"
+        for connection in idle:
+            with connection:
+                assert connection.recv(1) == b"", "a connection that asks nothing is closed"
+        assert urllib.request.urlopen(server.address).status == 200
 
 
 def test_a_live_report_follows(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Generation step by step: the same as the parallel mode, repeatable, from any file of ours."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from rwkv_train.console import visible
 from rwkv_train.errors import UserError
 from rwkv_train.inference.generate import GenerateOptions, generate, run
 from rwkv_train.inference.loading import load_model
@@ -47,6 +49,23 @@ def test_the_command_streams_text(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(first) > 20
     assert run(GenerateOptions(str(tmp_path / "ours.pth"), "déf ", 40, USUAL_SAMPLING, 3)) == 0
     assert capsys.readouterr().out == first
+
+
+def test_a_terminal_gets_no_control_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe gets the text as it is. A model of random weights writes every byte."""
+    torch.save(lively_model(vocab_size=256).state_dict(), tmp_path / "ours.pth")
+    prompt = "\x1b]0;title\x07"
+    for batch in (1, 2):
+        options = GenerateOptions(str(tmp_path / "ours.pth"), prompt, 200, Sampling(), 3, batch=batch)
+        assert run(options) == 0
+        raw = capsys.readouterr().out
+        assert prompt in raw
+        with monkeypatch.context() as patch:
+            patch.setattr(type(sys.stdout), "isatty", lambda self: True)
+            assert run(options) == 0
+        assert capsys.readouterr().out == visible(raw)
 
 
 def test_mistakes(tmp_path: Path) -> None:

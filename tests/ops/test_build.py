@@ -153,3 +153,32 @@ def test_a_damaged_library_is_built_again(tiny_engine: CppEngine) -> None:
     assert tiny_engine.load()
     assert tiny_engine.library == damaged
     assert damaged.read_bytes()[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("fault", ["others may write", "another owner", "a link of another owner", "a library's"])
+def test_a_cache_that_others_can_change_is_not_used(
+    fault: str, tmp_path: Path, tiny_engine: CppEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next directory is: a library that is loaded runs with this user's rights."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    cache, owner = tmp_path / "cache", 1234 if os.getuid() == 0 else os.getuid()
+    if os.getuid():
+        monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    cache.mkdir()
+    if fault == "others may write":
+        cache.chmod(0o770)
+    elif fault == "another owner":
+        os.chown(cache, owner, -1)
+    elif fault == "a library's":
+        (cache / tiny_engine.build().parent.name).chmod(0o707)
+    else:
+        cache.rename(tmp_path / "target")
+        cache.symlink_to(tmp_path / "target")
+        os.chown(cache, owner, -1, follow_symlinks=False)
+    refused = next(cache.iterdir()) if fault == "a library's" else cache
+    with pytest.raises(OSError, match=r"belongs to user|chmod go-w"):
+        build._safe_directory(refused)
+    if os.getuid() != owner + 1:  # else its own home would be another user's, too
+        with pytest.warns(RuntimeWarning, match=f"no engine is compiled or loaded in {cache}"):
+            library = tiny_engine.build()
+        assert library.is_relative_to(tmp_path / "home" / ".cache" / "rwkv_train")

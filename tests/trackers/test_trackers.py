@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from rwkv_train.trackers.csv_table import CSV, write_csv
 from rwkv_train.trackers.follow import Follower, Tail, follow
 from rwkv_train.trackers.launch import LocalTrackers, push
 from rwkv_train.trackers.tensorboard import TensorBoard
+from rwkv_train.trackers.wandb import Wandb
 from rwkv_train.training import observers
 from rwkv_train.training.run import train
 from tests.runs import ROOT, overrides_for, rows
@@ -174,6 +176,35 @@ def test_wandb_without_a_key(
     assert "logger=wandb: No API key" in printed
     assert "the run is written offline" in printed
     assert {step for _, step in wandb_rows(tmp_path / "runs" / "run")} == set(range(1, 7))
+
+
+def wandb_id(directory: Path, state: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The id of W&B that a run directory takes, and what is kept for its next start."""
+    tracker = Wandb()
+    tracker.state.update(state)
+    tracker._own_id(directory)
+    return tracker.state["id"], tracker.state
+
+
+def test_a_copied_run_is_another_run_of_wandb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    id_, state = wandb_id(run, {"sent": 7, "reached": 9})
+    assert wandb_id(run, state) == (id_, state)
+    shutil.copytree(run, tmp_path / "copy")
+    capsys.readouterr()
+    other, of_copy = wandb_id(tmp_path / "copy", state)
+    assert other != id_
+    assert "sent" not in of_copy, "it gets all rows"
+    assert f"copy is a copy of {run}, which keeps its W&B run {id_}" in capsys.readouterr().err
+    assert wandb_id(tmp_path / "copy", of_copy)[0] == other
+    run.rename(tmp_path / "moved")
+    moved, of_moved = wandb_id(tmp_path / "moved", state)
+    assert (moved, of_moved["sent"], of_moved["path"]) == (id_, 7, str(tmp_path / "moved"))
+    assert capsys.readouterr().err == ""
+    kept, _ = wandb_id(tmp_path / "copy", of_moved | {"path": str(tmp_path / "gone")})  # from another file system
+    assert kept == id_
+    assert f"goes on as W&B run {id_} of {tmp_path / 'gone'}, which is not there any more" in capsys.readouterr().err
 
 
 def test_push(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ import torch
 
 from rwkv_train.checkpoint.meta import CheckpointMeta
 from rwkv_train.cli import launcher
+from rwkv_train.config.schema import as_tree
 from rwkv_train.errors import UserError
+from rwkv_train.training.attempt import rate_change
 from rwkv_train.training.run import train
+from tests.checkpoint.metas import meta_of
 from tests.runs import losses, overrides_for, rows, stopped_at, write_text
 
 STEPS = ("budget.tokens=1024", "checkpoint.every.steps=4", "validation.every.steps=100", "optim.schedule.hold.steps=2")
@@ -52,8 +56,13 @@ def test_another_batch_reads_the_same_data_under_the_same_schedule(folder: Path)
     assert meta.tokens_by_source == {"text": 1024}
     # and once more, without a change: the counters are those of the checkpoint
     again = stopped_at(run, 4, "again")
+    (again / "logs").mkdir(exist_ok=True)
+    (again / "logs" / "crash_rank_0001.txt").write_text("Fatal Python error: Segmentation fault\n\nThread …\n")
     assert train(launcher.load(overrides(folder, "again", "batch.tokens=256", ALLOWED))) == 0
     assert losses(again) == losses(run)
+    (crashed,) = (event for event in rows(again, "events.jsonl") if event["event"] == "crashed")
+    assert (crashed["rank"], crashed["reason"]) == (1, "Segmentation fault")
+    assert [path.name for path in (again / "logs").glob("crash*")] == [crashed["file"]], "this start has not crashed"
 
 
 CHANGES = {
@@ -95,3 +104,18 @@ def test_weights_of_another_checkpoint_are_refused_under_any_change(folder: Path
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="the loss of the probe sample under the saved weights is"):
         train(launcher.load(overrides(folder, "wrong", "seed=2", "batch.context=64", ALLOWED)))
+
+
+def test_what_another_budget_does_to_the_learning_rate_is_said() -> None:
+    shape = ["optim.schedule.shape=cosine", "optim.schedule.warmup.steps=0", "optim.schedule.hold.steps=0"]
+    plain = ["model=nano", "data=text", "data.path=.", "batch.tokens=128", "batch.context=32", *shape]
+    config = {n: launcher.load([*plain, "optim.lr=1", "optim.final_lr=0", f"budget.steps={n}"]) for n in (8, 16)}
+    meta = meta_of(step=4, batches=((0, 128),), config=as_tree(config[8]))
+    rates = [(1 + math.cos(math.pi * 4 / (steps - 1))) / 2 for steps in (8, 16)]
+    expected = f"learning rate after step 4: {rates[0]:.3g} under the former budget and schedule, {rates[1]:.3g} under "
+    assert rate_change(meta, config[16]) == f"{expected}these"
+    assert rate_change(meta, config[8]) == ""
+    constant = launcher.load([*plain, "optim.lr=1", "budget.steps=8", "optim.schedule.shape=constant"])
+    longer = launcher.load([*plain, "optim.lr=1", "budget.steps=16", "optim.schedule.shape=constant"])
+    assert rate_change(meta_of(step=4, batches=((0, 128),), config=as_tree(constant)), longer) == ""
+    assert rate_change(meta_of(step=4, config={"model": "of another version"}), longer) == ""

@@ -98,3 +98,9 @@ def test_the_first_process_leaves_its_exit_code(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "code").unlink()
     assert launcher.main(["seed=x"]) == 2
     assert not (tmp_path / "code").exists()
+
+
+def test_an_exit_code_that_cannot_be_left_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that does not see the batch script's directory."""
+    monkeypatch.setenv("RWKV_EXIT", str(tmp_path / "nowhere" / "code"))
+    assert launcher.main(["seed=x"]) == 2

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
+import secrets
+import sys
 import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,9 +15,15 @@ from rwkv_train.errors import UserError
 from rwkv_train.evaluation.report.page import as_json, payload, render
 from rwkv_train.evaluation.report.recorded_run import RecordedRun
 
+IDLE_SECONDS = 30.0  # in which a connection must send its request, and takes each part of the answer
+MAX_CONNECTIONS = 32  # at once; a page needs one
+
 
 class ReportServer(ThreadingHTTPServer):
-    """Serves the page at `/` and its data at `/data.json`, which is rebuilt after a run has written something.
+    """Serves the page and `data.json`, which is rebuilt after a run has written something, below a secret path.
+
+    Other users of the machine reach the port, too: only who has the address that was printed may read the runs.
+    Connections that say nothing are closed, and more than MAX_CONNECTIONS at once are refused.
 
     Args:
         runs: the runs to follow.
@@ -28,6 +37,8 @@ class ReportServer(ThreadingHTTPServer):
 
     def __init__(self, runs: Sequence[RecordedRun], port: int) -> None:
         self.runs, self._lock = runs, threading.Lock()
+        self.root = f"/{secrets.token_urlsafe(16)}/"
+        self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._data, self._tag = "", ""
         try:
             super().__init__(("127.0.0.1", port), _Handler)
@@ -40,7 +51,24 @@ class ReportServer(ThreadingHTTPServer):
     @property
     def address(self) -> str:
         """The URL of the page."""
-        return f"http://127.0.0.1:{self.server_port}/"
+        return f"http://127.0.0.1:{self.server_port}{self.root}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Prints nothing where a client has gone."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
     def data(self) -> tuple[str, str]:
         """The data as JSON, and an ETag that changes with it."""
@@ -61,22 +89,25 @@ class ReportServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: ReportServer
+    timeout = IDLE_SECONDS
 
     def do_GET(self) -> None:
         if self.headers.get("Host", "").split(":")[0] not in ("127.0.0.1", "localhost"):
             self.send_error(403)  # DNS rebinding: pages of other hosts must not read the runs
-        elif self.path == "/":
+        elif self.path == "/favicon.ico":
+            self.send_response(204)
+            self.end_headers()
+        elif not hmac.compare_digest(self.path[: len(self.server.root)].encode(), self.server.root.encode()):
+            self.send_error(404)
+        elif self.path == self.server.root:
             self._send("text/html", self.server.page())
-        elif self.path == "/data.json":
+        elif self.path == f"{self.server.root}data.json":
             data, tag = self.server.data()
             if self.headers.get("If-None-Match") == tag:
                 self.send_response(304)
                 self.end_headers()
             else:
                 self._send("application/json", data, tag)
-        elif self.path == "/favicon.ico":
-            self.send_response(204)
-            self.end_headers()
         else:
             self.send_error(404)
 

@@ -25,6 +25,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 import rwkv_train
+from rwkv_train.cluster.rendezvous import outlive_parent
 from rwkv_train.config import WatchdogSettings
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.training.strategy import ShardedStrategy
@@ -89,6 +90,7 @@ class Watchdog(Callback):
             self.heartbeat.close()
             return
         monitor = self._start(strategy)
+        outlive_parent()
         ended = "the process has ended without a message"
         try:
             yield
