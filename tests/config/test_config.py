@@ -138,7 +138,7 @@ def test_the_default_run(conf: ConfigBuilder) -> None:
     config = conf.build([])
     assert (config.arch, config.model.size, config.data.source) == ("rwkv4", "tiny", "stdlib")
     assert (config.model.n_layer, config.model.n_embd) == (4, 192)
-    assert (config.batch.context, config.batch.tokens, config.budget.total) == (256, 1024, Duration(steps=4400))
+    assert (config.batch.context, config.batch.tokens, config.budget.total) == (256, 1024, Duration(steps=5000))
     assert (config.trainer.precision, config.optim.schedule.shape) == ("auto", "cosine")
     assert config.optim.betas == (0.9, 0.99)
     assert not config.resume_typed
@@ -371,7 +371,7 @@ def test_what_differs(conf: ConfigBuilder) -> None:
     )
     assert differences(as_tree(config), as_tree(config)) == []
     assert differences(as_tree(config), as_tree(other)) == [
-        "budget.steps: 4400 → None",
+        "budget.steps: 5000 → None",
         "budget.tokens: None → 5",
         "seed: 1 → 2",
     ]
