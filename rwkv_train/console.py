@@ -99,6 +99,14 @@ class TolerantOutput:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
+def replace_unknown_characters() -> None:
+    """Lets standard output and standard error print a question mark for what the terminal's encoding does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            with suppress(OSError, ValueError):  # what it still holds cannot be written
+                stream.reconfigure(errors="replace")
+
+
 @contextmanager
 def tolerated_output() -> Iterator[None]:
     """In the block, errors of standard output and standard error are counted, and reported at its end where possible.
@@ -110,10 +118,7 @@ def tolerated_output() -> Iterator[None]:
         return
     before = sys.stdout, sys.stderr
     out, err = (TolerantOutput(stream) for stream in before)
-    for stream in before:
-        if isinstance(stream, TextIOWrapper):
-            with suppress(OSError, ValueError):  # what it still holds cannot be written
-                stream.reconfigure(errors="replace")
+    replace_unknown_characters()
     sys.stdout, sys.stderr = cast("TextIO", out), cast("TextIO", err)
     try:
         yield

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rwkv_train.checkpoint.name import CheckpointName, complete_inside
 from rwkv_train.cluster.rank_info import RankInfo, placement_errors
-from rwkv_train.config import Config, DataSettings
+from rwkv_train.config import Config, DataSettings, TrainerSettings
 from rwkv_train.config.mesh import Mesh
 from rwkv_train.config.suggestions import suggestion
 from rwkv_train.data.learned import learned_size
@@ -21,6 +21,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.json_files import parse_json, read_regular
 from rwkv_train.planning.cards import find_card
 from rwkv_train.rundir.replay_file import load_replay
+from rwkv_train.user_path import is_utf8, user_path, utf8_path
 
 _UNSUPPORTED_PRECISIONS = {  # first two characters of a precision of Lightning's → why it is refused
     "16": "float16 overflows in the channel mix (relu²)",
@@ -41,6 +42,8 @@ _DERIVED_DEEPSPEED_KEYS = {  # keys of DeepSpeed's JSON → the settings that th
     "torch_autocast": "trainer.precision=bf16-mixed",
     "zero_optimization.stage": "strategy=",
 }
+
+_MAX_NAME_BYTES = 200  # of a run: names of files are made of it
 
 _DEEPSPEED_EXAMPLE = 'valid: an object such as {"zero_optimization": {…}}'
 
@@ -97,7 +100,7 @@ def _check_data(config: Config) -> Iterator[UserError]:
         if data.source != "stdlib":
             yield UserError("data.path is not given", _PATH_OF_SOURCE[data.source])
     elif data.source in ("stdlib", "text", "chat"):
-        yield from _check_path(data)
+        yield from _check_path(data, config.trainer)
 
 
 _PATH_OF_SOURCE = {
@@ -142,14 +145,19 @@ def _check_mixture(data: DataSettings) -> Iterator[UserError]:
                 )
 
 
-def _check_path(data: DataSettings) -> Iterator[UserError]:
+def _check_path(data: DataSettings, trainer: TrainerSettings) -> Iterator[UserError]:
     assert data.path is not None
-    path = Path(data.path).expanduser()
+    path = user_path(data.path)
     try:
         if not path.exists():
             yield UserError(f"data.path={data.path}: there is no such file or directory", _relative_to())
         elif path.is_dir() and next(path.iterdir(), None) is None:
             yield UserError(f"data.path={data.path} is an empty directory", "name a directory of text files")
+        elif not path.is_file() and not path.is_dir() and (trainer.devices != 1 or trainer.node_count != 1):
+            yield UserError(
+                f"data.path={data.path} is no file: it can be read once, by one process",
+                "write it to a file and give that, or trainer.devices=1",
+            )
         elif path.is_file() and path.stat().st_size == 0:
             yield UserError(f"data.path={data.path} is an empty file", "name a text file")
     except OSError as error:
@@ -199,7 +207,7 @@ def _check_deepspeed(file: str, strategy: str) -> Iterator[UserError]:
     if not strategy.startswith("deepspeed"):
         yield UserError(f"deepspeed={file} has no effect with strategy={strategy}", "e.g. strategy=deepspeed_2")
     try:
-        given = parse_json(read_regular(Path(file).expanduser()))
+        given = parse_json(read_regular(user_path(file)))
     except OSError as error:
         yield UserError(f"deepspeed={file} cannot be read: {error.strerror}", _relative_to())
         return
@@ -268,7 +276,7 @@ def _check_replay(config: Config) -> Iterator[UserError]:
     if config.replay is None:
         return
     try:
-        checkpoint = load_replay(Path(config.replay).expanduser())["checkpoint"]
+        checkpoint = load_replay(user_path(config.replay))["checkpoint"]
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not a replay file"
         yield UserError(
@@ -288,7 +296,11 @@ def _check_run(config: Config, machine: Machine) -> Iterator[UserError]:
         yield UserError(
             f"run.name={run.name!r} is not valid", "valid: a name without spaces and without any of = , { } [ ] / \\"
         )
-    directory = Path(run.root).expanduser() / run.name
+    if len(os.fsencode(run.name)) > _MAX_NAME_BYTES or not is_utf8(run.name):
+        what = f"has {len(os.fsencode(run.name))} bytes" if is_utf8(run.name) else "is not UTF-8"
+        yield UserError(f"run.name={run.name[:60]} {what}", f"give a name in UTF-8 of up to {_MAX_NAME_BYTES} bytes")
+        return
+    directory = utf8_path(run.root) / run.name
     held = any((directory / name).exists() for name in ("config.yaml", "metrics.jsonl"))
     if resume == "never" and machine.rank_info.first and held:
         yield UserError(
@@ -296,9 +308,9 @@ def _check_run(config: Config, machine: Machine) -> Iterator[UserError]:
             "run.name=NAME for another directory, or resume=auto to continue it",
         )
     if resume not in ("auto", "never"):
-        yield from _check_checkpoint(resume, Path(resume).expanduser())
+        yield from _check_checkpoint(resume, user_path(resume))
     weights = config.init_weights
-    if weights is not None and not Path(weights).expanduser().exists():
+    if weights is not None and not user_path(weights).exists():
         yield UserError(
             f"init.weights={weights}: there is no such file", "give a .pth file, a checkpoint or a run directory"
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from rwkv_train import resources
 from rwkv_train.cli import launcher
+from rwkv_train.user_path import user_path, utf8_path
 
 TOKENIZER = "bytes, world or a tokenizer.json (default: that of the checkpoint, or by the size of its vocabulary)"
 CHECKPOINT = "a run or checkpoint directory, or a .pth or .safetensors file with the field's parameter names"
@@ -85,7 +86,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 def _export(given: argparse.Namespace) -> int:
     from rwkv_train.inference.export import export
 
-    print(f"wrote {export(Path(given.checkpoint), Path(given.target), given.dtype)}")
+    print(f"wrote {export(user_path(given.checkpoint), utf8_path(given.target), given.dtype)}")
     return 0
 
 
@@ -166,7 +167,7 @@ def _report(given: argparse.Namespace) -> int:
     if given.push is not None:
         from rwkv_train.trackers.launch import push_all
 
-        return push_all([Path(run) for run in given.runs], given.push)
+        return push_all([user_path(run) for run in given.runs], given.push)
     from rwkv_train.evaluation.report import report_command
 
     del given.push

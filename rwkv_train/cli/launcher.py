@@ -25,6 +25,7 @@ from rwkv_train.console import for_stream, tolerated_output
 from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.exit_codes import ExitCode
 from rwkv_train.rundir.crash_file import report_faults
+from rwkv_train.user_path import user_path
 
 # Iterations that a waiting OpenMP thread spins before it sleeps, about 25 µs. With free cores a step is as fast as with
 # the default of 300,000.
@@ -181,13 +182,13 @@ def _parse_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             raise UserError(
                 f"{text}: there is no such flag", "settings are typed without dashes: setting=value; --help lists them"
             )
-    if flags.config_dir is not None and not flags.config_dir.expanduser().is_dir():
+    if flags.config_dir is not None and not user_path(flags.config_dir).is_dir():
         raise UserError(f"--config-dir {flags.config_dir}: there is no such directory", "give an existing directory")
     return flags, overrides
 
 
 def _conf_folders(flags: argparse.Namespace) -> list[Path]:
-    return [resources.resource("conf"), *([flags.config_dir.expanduser().resolve()] if flags.config_dir else [])]
+    return [resources.resource("conf"), *([user_path(flags.config_dir).resolve()] if flags.config_dir else [])]
 
 
 def _print_help(command: Literal["train", "plan"], folders: Sequence[Path]) -> None:
@@ -239,7 +240,7 @@ def _submit(lines: Sequence[Sequence[str]], configs: Sequence[Config], config_di
     """Submits a SLURM job for each run and returns when they are in the queue."""
     from rwkv_train.cluster.sweep import submit
 
-    flags = ["--config-dir", str(config_dir.expanduser().absolute())] if config_dir else []
+    flags = ["--config-dir", str(user_path(config_dir).absolute())] if config_dir else []
     jobs = submit([[*flags, *line] for line in lines], configs, run_job)
     for job, line, config in zip(jobs, lines, configs, strict=True):
         print(f"job {job}  {config.run.root}/{config.run.name}  {' '.join(line)}")

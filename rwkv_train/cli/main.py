@@ -9,6 +9,7 @@ from rwkv_train import __version__
 from rwkv_train.cli import launcher
 from rwkv_train.cli.commands import COMMANDS
 from rwkv_train.config.suggestions import suggestion
+from rwkv_train.console import replace_unknown_characters
 from rwkv_train.errors import UserError
 from rwkv_train.exit_codes import ExitCode
 
@@ -29,6 +30,7 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for a negative answer (docs/slurm.md), 2 for a user error."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    replace_unknown_characters()
     command = COMMANDS.get(argv[0]) if argv else None
     if command is None:
         return _without_command(argv)

@@ -7,6 +7,7 @@ whether they were typed or are in a file.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -121,12 +122,15 @@ class OverrideParser:
         override: Override | None = None
         with suppress(HydraException):
             (override,) = self.hydra_parser.parse_overrides([text])
-        if equals and hint in (str, str | None) and (override is None or not _is_text(override)):
+        if equals and self._is_text_setting(name) and (override is None or not _is_text(override)):
             (override,) = self.hydra_parser.parse_overrides([f"{name}={_quoted(value)}"])
         if override is None and hint == tuple[str, ...] and value[:1] + value[-1:] == "[]":
             items = ",".join(_quoted(item.strip("'\" ")) for item in value[1:-1].split(","))  # such as <|user|>
             (override,) = self.hydra_parser.parse_overrides([f"{name}=[{items}]"])
         return override
+
+    def _is_text_setting(self, name: str) -> bool:
+        return self.schema.get(name) in (str, str | None)
 
     def _refusal(self, override: Override) -> UserError | None:
         """Why a parsed override is not accepted; None: it is."""
@@ -134,7 +138,9 @@ class OverrideParser:
         top = name.split(".")[0]
         if override.is_sweep_override():
             return UserError(
-                f"{text}: several values for one run", "add -m to run them one after the other; a list is [a,b]"
+                f"{text}: several values for one run",
+                "add -m to run them one after the other; a list is [a,b]"
+                + (f"; one text with a comma: {_requoted(name, text)}" if self._is_text_setting(name) else ""),
             )
         if top == "hydra" or top.startswith("hydra/"):
             return UserError(
@@ -169,6 +175,11 @@ class OverrideParser:
 def _quoted(text: str) -> str:
     """A quoted string of Hydra's grammar."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _requoted(name: str, text: str) -> str:
+    """An override whose value is one text, as it is typed in a shell."""
+    return shlex.quote(f'{name}="{text.partition("=")[2]}"')
 
 
 def _is_text(override: Override) -> bool:

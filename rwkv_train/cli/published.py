@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from rwkv_train.checkpoint.name import find_weights
@@ -16,6 +15,7 @@ from rwkv_train.errors import UserError, UserErrors
 from rwkv_train.models.config import ModelConfig
 from rwkv_train.models.detect import detect_file
 from rwkv_train.models.registry import ARCHITECTURES
+from rwkv_train.user_path import user_path
 
 SECTIONS = ("model", "optim", "batch")  # a row of conf/model may hold any setting of these, without the section's name
 SHAPE_SETTINGS = ("n_layer", "n_embd", "dim_ffn", "vocab_size", "head_size", "extra")  # what is read from weights
@@ -29,7 +29,7 @@ def weights_config(settings: FlatSettings) -> ModelConfig | None:
         UserError: the weights cannot be read, or are of an architecture that cannot be trained.
     """
     path = settings.get("init.weights")
-    return None if path is None else detect_file(find_weights(Path(str(path)).expanduser()))
+    return None if path is None else detect_file(find_weights(user_path(str(path))))
 
 
 def fill_open_settings(

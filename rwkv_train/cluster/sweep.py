@@ -7,13 +7,13 @@ lines with the same settings, and returns.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rwkv_train.config import Config
 from rwkv_train.config.interpolation import resolved_open_tree
 from rwkv_train.config.suggestions import suggestion
 from rwkv_train.errors import UserError
+from rwkv_train.user_path import user_path
 
 JOB_FOLDER = ".submitit"  # below run.root: submitit's files of each job, among them its output
 
@@ -44,7 +44,7 @@ def submit(lines: Sequence[Sequence[str]], configs: Sequence[Config], run: Calla
     for parameters in (one for number, one in enumerate(asked) if one not in asked[:number]):
         same = [number for number, one in enumerate(asked) if one == parameters]
         try:
-            root = Path(configs[same[0]].run.root).expanduser().absolute()
+            root = user_path(configs[same[0]].run.root).absolute()
             executor = submitit.AutoExecutor(folder=root / JOB_FOLDER / "%j", cluster="slurm")
             executor.update_parameters(**parameters)
             with executor.batch():

@@ -21,6 +21,7 @@ from rwkv_train.data.bad_rows import BadRows
 from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import Tokenizer, Tokens
 from rwkv_train.errors import UserError
+from rwkv_train.user_path import user_path
 
 WORLD_TEMPLATE = {  # the format that the RWKV World models were fine-tuned on
     "system": "System: {content}\n\n",
@@ -86,7 +87,7 @@ def read_template(path: str | None) -> ChatTemplate:
     texts: Any = WORLD_TEMPLATE
     if path is not None:
         try:
-            texts = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+            texts = yaml.safe_load(user_path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"data.template={path} cannot be read: {error.strerror}", _TEMPLATE_REMEDY) from None
         except yaml.YAMLError as error:
@@ -146,7 +147,7 @@ def read_chat(data: DataSettings, tokenizer: Tokenizer) -> tuple[MemoryStore, Me
         UserError: too many lines are not conversations or have unknown roles, or no token of the training part has a
             loss.
     """
-    template, path = read_template(data.template), Path(str(data.path)).expanduser()
+    template, path = read_template(data.template), user_path(str(data.path))
     bad = BadRows(data.max_bad_rows)
     parts: tuple[list[tuple[Tokens, Tokens]], list[tuple[Tokens, Tokens]]] = ([], [])
     digest = hashlib.sha256(repr(sorted(template.affixes.items())).encode())

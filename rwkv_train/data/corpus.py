@@ -23,6 +23,7 @@ from rwkv_train.data.learned import LearnedTokenizer
 from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import Tokenizer
 from rwkv_train.errors import UserError
+from rwkv_train.user_path import user_path
 
 # Directories of the standard library whose files have near-copies elsewhere in it (character tables, tests, the
 # generated build description): a model would have memorised them if they were held out.
@@ -96,7 +97,7 @@ def read_corpus(data: DataSettings) -> Corpus:
     library = data.source == "stdlib" and data.path is None
     if data.path is None and not library:
         raise UserError("data.path is not set", "give a text file or a directory of text files: data.path=…")
-    root = Path(sysconfig.get_paths()["stdlib"] if data.path is None else data.path).expanduser()
+    root = user_path(sysconfig.get_paths()["stdlib"] if data.path is None else data.path)
     if not root.exists():
         raise UserError(f"data.path={root} does not exist", "give a text file or a directory of text files")
     _refuse_rows(root)

@@ -1,4 +1,4 @@
-"""The rows of local parquet and .json files, in which a damaged part costs that part only."""
+"""The rows of local parquet, .json and text files, in which a damaged part costs that part only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FileRows:
     A file or the part of it that cannot be read counts as many rows as the files before had in so many bytes.
 
     Args:
-        files: paths of .parquet or .json files.
+        files: paths of .parquet, .json or text files; a text file is one row.
         field: the column of the text.
 
     Attributes:
@@ -64,6 +64,8 @@ class FileRows:
         kind, compression = format_of(path)
         if kind == "parquet":
             return parquet_rows(path, self.field, first)
+        if kind == "text":
+            return _text(path, compression, self.field, first)
         return _json(path, compression, self.field, first)
 
     def _rows_in(self, path: Path) -> int:
@@ -116,6 +118,17 @@ def _value(column: Any, number: int, field: str) -> Row:
         return {field: value.decode() if isinstance(value, bytes) else value}
     except UnicodeDecodeError:
         return "not UTF-8"
+
+
+def _text(path: Path, compression: str, field: str, first: int) -> Iterator[Row]:
+    """The one row of a text file, none if it is empty."""
+    with open_decompressed(path, compression) as file:
+        content = b"" if first else file.read()
+    if content:
+        try:
+            yield {field: content.decode()}
+        except UnicodeDecodeError:
+            yield "not UTF-8"
 
 
 def _json(path: Path, compression: str, field: str, first: int) -> Iterator[Row]:

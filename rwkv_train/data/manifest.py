@@ -10,7 +10,7 @@ from typing import Any
 from rwkv_train.data.indexed import IndexedStore, store_file
 from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_train.errors import UserError
-from rwkv_train.json_files import load_object
+from rwkv_train.json_files import load_object, presentable
 
 FORMAT_VERSION = 2
 _READ_VERSIONS = (1, 2)  # 1: the fingerprint is without the offsets of the sequences
@@ -82,7 +82,9 @@ def _is_of_type(value: Any, kind: str) -> bool:
 
 
 def write_manifest(stem: Path, manifest: Manifest) -> None:
-    store_file(stem, ".json").write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False), encoding="utf-8")
+    store_file(stem, ".json").write_text(
+        json.dumps(presentable(asdict(manifest)), indent=1, ensure_ascii=False), encoding="utf-8"
+    )
 
 
 def read_manifest(stem: Path) -> Manifest | None:

@@ -21,6 +21,7 @@ from rwkv_train.data.rows import BatchArrays
 from rwkv_train.data.store import JoinedStore, MemoryStore, Store, StoreSlice
 from rwkv_train.data.tokenizers import Tokenizer, extended, load_tokenizer
 from rwkv_train.errors import UserError
+from rwkv_train.user_path import user_path
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def store_stems(data: DataSettings) -> list[Path]:
     """
     if data.source not in ("store", "mixture") or data.path is None:
         return []
-    path = Path(data.path).expanduser()
+    path = user_path(data.path)
     if store_file(stem_of(path), ".idx").exists() or store_file(stem_of(path), ".bin").exists():
         return [stem_of(path)]
     if path.is_dir():

@@ -33,11 +33,13 @@ from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import Tokenizer, Tokens, load_tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.json_files import parse_json
+from rwkv_train.user_path import user_path
 
 DOCUMENTS_PER_CHUNK = 64  # tokenised by one call
 _ROWS_WITHOUT_TEXT = 10  # at the beginning of a data set: the column is another one
 CHUNKS_AHEAD = 4  # queued per process
 PROBE_SAMPLES = 8  # after each step, among which a checkpoint looks for its probe
+HUB_SECONDS = 10.0  # for the first answer of the hub, which says whether it has a data set
 KINDS_OF_ROWS: tuple[Kind, ...] = ("jsonl", "json", "parquet", "text")
 
 
@@ -309,25 +311,26 @@ def open_dataset(path: str, split: str, field: str) -> Any:
     Raises:
         UserError: the files are of several kinds, or nothing can be opened.
     """
-    files = sorted(glob.glob(str(Path(path).expanduser()), recursive=True))
+    given = user_path(path)
+    files = [str(given)] if given.is_file() else sorted(glob.glob(str(given), recursive=True))
     files = [name for name in files if Path(name).is_file()]
+    if not files and given.exists() and not given.is_dir():
+        raise UserError(f"{path} is no file: it can be read once, and a stream is read again", "write it to a file")
     try:
         if files:
             kinds = {format_of(Path(name)).kind for name in files}
             if len(kinds) > 1 or not kinds <= set(KINDS_OF_ROWS):
                 raise UserError(
-                    f"data.path={path} names files of several or of unknown kinds",
+                    f"{path} names files of several or of unknown kinds",
                     f"give files of one kind: {', '.join(s for s, kind in KINDS.items() if kind in KINDS_OF_ROWS)}",
                 )
             if kinds == {"jsonl"}:
                 return JsonLines(files)
-            if kinds <= {"parquet", "json"}:
-                return FileRows(files, field)
-            import datasets
+            return FileRows(files, field)
+        if not given.exists():
+            from huggingface_hub import HfApi
 
-            return datasets.load_dataset(
-                "text", data_files={split: files}, split=split, streaming=True, sample_by="document"
-            )
+            HfApi().dataset_info(path, timeout=HUB_SECONDS)  # `datasets` asks five times, and waits as long as it takes
         import datasets
 
         return datasets.load_dataset(path, split=split, streaming=True)
@@ -336,6 +339,6 @@ def open_dataset(path: str, split: str, field: str) -> Any:
     except Exception as error:  # the library and the hub's client raise many types
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"data.path={path} is neither a local file nor a reachable data set ({type(error).__name__}: {reason})",
-            "give local files (data.path='DIRECTORY/*.jsonl'), or the name of a data set on the hub (needs network)",
+            f"{path} is neither a local file nor a reachable data set ({type(error).__name__}: {reason})",
+            "give local files ('DIRECTORY/*.jsonl'), or the name of a data set on the hub (needs network)",
         ) from None

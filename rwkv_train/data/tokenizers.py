@@ -22,6 +22,7 @@ import numpy.typing as npt
 from rwkv_train.data.arrays import Ints
 from rwkv_train.errors import UserError
 from rwkv_train.json_files import read_regular, reason_of
+from rwkv_train.user_path import user_path
 
 Tokens = npt.NDArray[Any]  # one-dimensional, of an integer type
 
@@ -170,7 +171,7 @@ class JsonTokenizer:
         from tokenizers import Tokenizer
 
         self.name = path
-        self.content = content = self.read(Path(path).expanduser()) if content is None else content
+        self.content = content = self.read(user_path(path)) if content is None else content
         try:
             self._tokenizer = Tokenizer.from_str(content.decode())
         except Exception as error:  # the Rust side raises bare Exceptions

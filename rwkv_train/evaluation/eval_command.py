@@ -33,8 +33,12 @@ from rwkv_train.errors import UserError
 from rwkv_train.evaluation.perplexity import PerplexityResult, combine, cut, measure, measure_batches, within
 from rwkv_train.inference.loading import description_of, learned_tokenizer, load_model, tokenizer_of
 from rwkv_train.models import LanguageModel
+from rwkv_train.user_path import user_path
 
 _DEFAULT_CONTEXT = 1024  # for weights without the configuration of their run
+
+
+_LARGEST_CONTEXT = 2**24  # tokens; the table has a sum for each position
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ class EvalOptions:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range", f"valid: {minimum} or more")
-        if self.out is not None and not Path(self.out).absolute().parent.is_dir():
+        if self.context is not None and self.context > _LARGEST_CONTEXT:
+            raise UserError(f"--context {self.context} is out of range", f"valid: up to {_LARGEST_CONTEXT}")
+        if self.out is not None and not user_path(self.out).absolute().parent.is_dir():
             raise UserError(f"--out {self.out}: its directory does not exist", "create it, or give another path")
         if self.tasks and find_spec("lm_eval") is None:
             raise UserError("--tasks needs lm-eval, which is not installed", "pip install 'rwkv-train[eval]'")
@@ -105,12 +111,13 @@ def run(options: EvalOptions) -> int:
         UserError: an option is invalid, or a checkpoint, source, tokenizer or task is missing or does not match.
     """
     options.check()
-    checkpoint, names = Path(options.checkpoint), [name for item in options.tasks for name in item.split(",") if name]
+    checkpoint = user_path(options.checkpoint)
+    names = [name for item in options.tasks for name in item.split(",") if name]
     task_manager = None
     if names:
         from rwkv_train.evaluation import lm_eval_adapter
 
-        task_manager = lm_eval_adapter.find_tasks(names, [Path(folder).expanduser() for folder in options.include])
+        task_manager = lm_eval_adapter.find_tasks(names, [user_path(folder) for folder in options.include])
     model = load_model(checkpoint, options.device)
     meta = description_of(checkpoint)
     tokenizer = tokenizer_of(checkpoint, model.config.vocab_size, options.tokenizer)
@@ -132,7 +139,7 @@ def run(options: EvalOptions) -> int:
             )
             results["tasks"] = lm_eval_adapter.run_tasks(lm, names, task_manager, options.shots, options.limit)
     if options.out is not None:
-        _write(Path(options.out), results)
+        _write(user_path(options.out), results)
     if options.as_json:
         print(json.dumps(results))
     else:
@@ -183,7 +190,7 @@ def _stores(options: EvalOptions, meta: CheckpointMeta | None, tokenizer: Tokeni
         parts.append(SourceSettings(name, path, None, None))
     data = DataSettings("mixture", None, tokenizer.name, 0.0, sources=tuple(parts))
     for part in parts:
-        stem = Path(part.path).expanduser()
+        stem = user_path(part.path)
         if not stem.exists() and not stem.with_name(f"{stem.name}.idx").exists() and "*" not in part.path:
             raise UserError(f"--data {part.path}: there is no such store or text", "give a path that exists")
     for stems in stores_of(data):

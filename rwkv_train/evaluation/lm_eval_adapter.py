@@ -32,6 +32,21 @@ from rwkv_train.models import LanguageModel, State
 _TOKENS_PER_PASS = 1024  # of each row, so that memory is bounded
 _SHOTS_SEED = 1234  # lm-eval's default, for the choice of examples
 
+_NOT_DONE = {  # of transformers' generation: other texts come out of it
+    "num_beams",
+    "num_return_sequences",
+    "penalty_alpha",
+    "typical_p",
+    "min_p",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "presence_penalty",
+    "frequency_penalty",
+    "encoder_repetition_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
+}
+
 Request = tuple[Any, list[int], list[int]]  # key in lm-eval's cache, tokens of the context, tokens of the continuation
 
 
@@ -78,6 +93,21 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         tokens: list[int] = self.encoder.encode(string.encode()).tolist()
         return tokens
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As lm-eval's own.
+
+        Raises:
+            UserError: a continuation is empty.
+        """
+        empty = next((request.args[0] for request in requests if not request.args[1]), None)
+        if empty is not None:
+            raise UserError(
+                f"--tasks: an answer to choose is empty (after {empty[-60:]!r}): any model gives it a probability of 1",
+                "correct the data of the task, or its doc_to_choice",
+            )
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each complete text, whose first token is predicted from an end-of-text."""
@@ -152,7 +182,7 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             groups.setdefault(repr(request.args[1]), []).append(number)
         bar = self._progress.add_task("generating", total=len(requests))
         for numbers in groups.values():
-            settings = normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks)
+            settings = _settings(requests[numbers[0]].args[1], self.max_gen_toks)
             tokens = int(settings["max_gen_toks"])
             stops = [stop.encode() for stop in settings["until"] if stop]
             sampling = _sampling(settings)
@@ -175,6 +205,26 @@ class LmEvalAdapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """The tokens of a context (an end-of-text if it is empty), cut on the left to leave room for `tokens` more."""
         text = self.tok_encode(context) or [self.eot_token_id]
         return text if self.max_length is None else text[-max(1, self.max_length - tokens) :]
+
+
+def _settings(asked: Mapping[str, Any], max_gen_toks: int) -> Mapping[str, Any]:
+    """A task's generation_kwargs without those that are null, in lm-eval's normal form.
+
+    Raises:
+        UserError: one asks for what is not done here, or is no number.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    for name in _NOT_DONE & given.keys():
+        if given[name] not in (0, 1, []):
+            raise UserError(
+                f"--tasks: generation_kwargs.{name}={given[name]} is not supported", "remove it from the task's YAML"
+            )
+    try:
+        settings: Mapping[str, Any] = normalize_gen_kwargs(given, max_gen_toks)
+        _sampling(settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--tasks: generation_kwargs {given}: {error}", "correct the task's YAML") from None
+    return settings
 
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:

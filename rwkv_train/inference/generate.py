@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
+
+import psutil
+import torch
 
 from rwkv_train.console import for_stream
 from rwkv_train.errors import UserError
@@ -16,6 +18,10 @@ from rwkv_train.inference.continuation import continue_texts, streams
 from rwkv_train.inference.loading import load_model, tokenizer_of
 from rwkv_train.inference.sampling import Sampling
 from rwkv_train.models import LanguageModel
+from rwkv_train.user_path import user_path
+
+_LARGEST_SEED = 2**62
+_BYTES_PER_TEXT = 8192  # of its random generator and its objects
 
 
 def generate(
@@ -74,6 +80,29 @@ class GenerateOptions:
     device: str = "cpu"
 
 
+def refuse_batch(model: LanguageModel, batch: int, prompt: int) -> None:
+    """Refuses more texts than memory holds.
+
+    Args:
+        model: on its device.
+        batch: number of texts.
+        prompt: characters of the prompt, about as many tokens at most.
+
+    Raises:
+        UserError: their states, logits and prompts need more than is free.
+    """
+    device = model.emb.weight.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    shape = model.config
+    logits = 16 * shape.vocab_size  # in float32, and the chances of one text in float64
+    each = 2 * model.architecture.state_bytes(shape) + logits + 16 * prompt + _BYTES_PER_TEXT
+    if batch * each > free:
+        raise UserError(
+            f"--batch {batch} needs about {batch * each / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free",
+            f"--batch {max(1, free // each // 2)}, several times with other seeds",
+        )
+
+
 def run(options: GenerateOptions) -> int:
     """The command: a single text is streamed to standard output after its prompt, several are printed at the end.
 
@@ -85,9 +114,14 @@ def run(options: GenerateOptions) -> int:
     if tokens < 0 or batch < 1 or not all(stops):
         what = f"--tokens {tokens}" if tokens < 0 else f"--batch {batch}" if batch < 1 else "--stop ''"
         raise UserError(f"{what} is out of range", "tokens ≥ 0, batch ≥ 1, stop strings of at least one character")
-    model = load_model(Path(options.checkpoint), options.device)
-    tokenizer = tokenizer_of(Path(options.checkpoint), model.config.vocab_size, options.tokenizer)
-    ids = tokenizer.encode(prompt.encode()).tolist()
+    if seed is not None and abs(seed) > _LARGEST_SEED:
+        raise UserError(f"--seed {seed} is out of range", f"valid: up to {_LARGEST_SEED}")
+    model = load_model(user_path(options.checkpoint), options.device)
+    refuse_batch(model, batch, len(prompt))
+    tokenizer = tokenizer_of(user_path(options.checkpoint), model.config.vocab_size, options.tokenizer)
+    ids = tokenizer.encode(
+        prompt.encode(errors="surrogateescape")
+    ).tolist()  # bytes that are not UTF-8 as they were typed
     seeds = [None if seed is None else seed + number for number in range(batch)]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     streamed = batch == 1 and not options.as_json
@@ -98,7 +132,7 @@ def run(options: GenerateOptions) -> int:
 
     if streamed:
         sys.stdout.write(for_stream(prompt, sys.stdout))
-    encoded = [stop.encode() for stop in stops]
+    encoded = [stop.encode(errors="surrogateescape") for stop in stops]
     texts = continue_texts(
         model,
         tokenizer,

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rwkv_train.errors import UserError
 
+_COLDEST = 1e-9  # below it the likeliest token is taken, as at 0: the division would overflow
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -79,6 +81,6 @@ def sample(
         seen: the tokens that a repetition penalty is for.
     """
     logits = penalise(logits, sampling.repetition_penalty, seen)
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLDEST:
         return int(logits.argmax())
     return int(torch.multinomial(probabilities(logits, sampling), 1, generator=generator))

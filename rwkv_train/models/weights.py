@@ -14,6 +14,7 @@ from rwkv_train.errors import UserError
 from rwkv_train.json_files import open_regular, reason_of
 from rwkv_train.models.detect import is_legacy, is_safetensors
 from rwkv_train.models.state_dict import unwrapped
+from rwkv_train.user_path import is_utf8
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -112,6 +113,8 @@ def load_mapped(path: Path) -> Any:
 
 
 def _check_regular(path: Path) -> None:
+    if not is_utf8(str(path)):
+        raise ValueError("its name is not UTF-8, which torch and safetensors need")
     try:
         open_regular(path).close()
     except FileNotFoundError:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -20,6 +19,7 @@ from rwkv_train.ops.build_cuda import CudaEngine
 from rwkv_train.ops.registration import wkv4 as wkv4_registration
 from rwkv_train.ops.registration import wkv7 as wkv7_registration
 from rwkv_train.ops.selftest import EngineReport, engines
+from rwkv_train.user_path import user_path
 
 __all__ = [
     "EngineReport",
@@ -43,7 +43,7 @@ if ENGINE not in ENGINES:
     raise UserError(f"RWKV_OPS={ENGINE} names no engine", f"valid are {', '.join(ENGINES)}")
 build.SETTINGS.required = ENGINE if ENGINE in _DEVICES else None
 if cache := os.environ.get("RWKV_OPS_CACHE"):
-    build.SETTINGS.cache = Path(cache).expanduser()
+    build.SETTINGS.cache = user_path(cache)
 
 
 def _runs_by_definition(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rwkv_train.errors import UserError
 from rwkv_train.ops.build import BuildError, CppEngine, Engine
 from rwkv_train.ops.build_cuda import CudaEngine, parse_architectures
+from rwkv_train.user_path import user_path
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def build_ahead(architectures: str | None, cache: str | None) -> list[Path]:
     Raises:
         UserError: no compiler, one that does not fit, sources that do not compile.
     """
-    directory = None if cache is None else Path(cache).expanduser().resolve()
+    directory = None if cache is None else user_path(cache).resolve()
     try:
         wanted = () if architectures is None else parse_architectures(architectures)
         libraries = [family.cpp.build(directory) for family in FAMILIES.values()]

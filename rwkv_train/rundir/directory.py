@@ -15,6 +15,7 @@ from rwkv_train.file_lock import lock
 from rwkv_train.json_files import load_object, reason_of
 from rwkv_train.rundir.attempts import Attempts
 from rwkv_train.rundir.jsonl import Events, JsonLines, MergedView
+from rwkv_train.user_path import user_path
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class RunDirectory:
     """
 
     def __init__(self, root: str, name: str) -> None:
-        self.path = Path(root).expanduser() / name
+        self.path = user_path(root) / name
         self.config = self.path / "config.yaml"
         self.tokenizer = self.path / "tokenizer.json"  # of data.tokenizer=bpe:SIZE
         self.metrics = self.path / "metrics.jsonl"

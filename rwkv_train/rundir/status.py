@@ -14,6 +14,7 @@ from rwkv_train.console import ERROR_STYLE, make_console
 from rwkv_train.errors import UserError
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.rundir.history import AttemptRecord, History
+from rwkv_train.user_path import user_path
 
 _WIDTH = 200  # characters per line where the output is not a terminal
 _SILENT_AFTER = 600.0  # seconds without a record after which a run that has not ended is shown as silent
@@ -31,12 +32,12 @@ def status(paths: Sequence[Path]) -> int:
     console = make_console()
     if not console.is_terminal:
         console.width = _WIDTH
-    found = {path: _find(path.expanduser()) for path in paths}
+    found = {path: _find(user_path(path)) for path in paths}
     table = Table("run", "state", "step", "tokens", "loss", "attempts", "goodput")
     for path, history in found.items():
         last = history.rows[-1] if history.rows else {}
         loss = f"{last['train/loss']:.4f}" if isinstance(last.get("train/loss"), float | int) else ""
-        step = f"{history.reached:,}" + (f" of {total:,}" if (total := _total(path.expanduser())) else "")
+        step = f"{history.reached:,}" + (f" of {total:,}" if (total := _total(user_path(path))) else "")
         table.add_row(
             str(path),
             _state(history),

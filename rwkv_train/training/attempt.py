@@ -39,6 +39,7 @@ from rwkv_train.rundir.history import History, StartHistory
 from rwkv_train.rundir.jsonl import Events, JsonLines, WriteErrors
 from rwkv_train.training.optim import learning_rate
 from rwkv_train.training.setup import RunSetup, total_steps
+from rwkv_train.user_path import user_path
 
 _DATA_CHANGES = ("data.", "vocab.", "seed:", "batch.context:", "the data itself:", "the tokenizer:")
 
@@ -187,7 +188,7 @@ def _find_checkpoint(setup: RunSetup) -> _Found:
     if config.resume == "never":
         return _Found(present=present)
     if config.resume != "auto":
-        path = Path(config.resume).expanduser()
+        path = user_path(config.resume)
         return _found(path, present, setup)
     found, damaged = newest_to_resume(directory, setup.storage, content=setup.first)
     for damage in damaged:
@@ -241,7 +242,7 @@ def checkpoint_to_resume(setup: RunSetup) -> tuple[Path | None, list[str]]:
     if resume == "auto":
         path, _ = newest_to_resume(setup.directory.checkpoints, setup.storage, content=False)
         return path, [] if path is None else changes_since(path, setup)
-    path = Path(resume).expanduser()
+    path = user_path(resume)
     refuse_damage(path, content=setup.first)
     return path, changes_since(path, setup)
 

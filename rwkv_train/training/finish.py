@@ -156,7 +156,7 @@ def write_sample(setup: RunSetup, model: LanguageModel, step: int, write_errors:
         return
     with write_errors.tolerate(run.samples):
         training = model.training
-        prompt = tokenizer.encode(settings.prompt.encode()).tolist()
+        prompt = tokenizer.encode(settings.prompt.encode(errors="surrogateescape")).tolist()
         seed = setup.config.seed
         tokens = generate(model.eval(), prompt, settings.tokens, temperature=0.8, top_p=0.9, seed=seed)
         text = codecs.decode(decode_after(tokenizer, prompt, list(tokens)), "utf-8", "replace")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from rwkv_train.training.callbacks.watchdog import Watchdog
 from rwkv_train.training.replay import Replay
 from rwkv_train.training.setup import RunSetup, versions
 from rwkv_train.training.user_classes import prepare_loggers
+from rwkv_train.user_path import user_path
 
 TRACKER_SECONDS_AFTER_SIGNAL = 5.0  # seconds that trackers have where a signal has ended the run
 
@@ -131,7 +131,7 @@ def make_observers(
             metrics, saving, attempt.total_steps, console, validation if config.checkpoint.best else None
         ),
         profiling=Profiling(run.path, console) if config.profile else None,
-        replay=None if config.replay is None else Replay(load_replay(Path(config.replay).expanduser()), console),
+        replay=None if config.replay is None else Replay(load_replay(user_path(config.replay)), console),
         budget=StopAtBudget(attempt.total_steps, None if hours is None else hours * 3600, metrics),
         signals=signals,
         watchdog=watchdog,

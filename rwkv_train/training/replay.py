@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -26,6 +25,7 @@ from rwkv_train.rundir.directory import PassedOver, RunDirectory
 from rwkv_train.rundir.durable import write_state
 from rwkv_train.rundir.replay_file import load_replay
 from rwkv_train.training.module import RWKVModule
+from rwkv_train.user_path import user_path
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def replayed(config: Config, first: bool) -> Iterator[Config]:
         config: with `replay`. Of the rest only callbacks and packages count: nothing is instantiated from a file.
         first: whether this process removes the directory.
     """
-    file = Path(str(config.replay)).expanduser()
+    file = user_path(str(config.replay))
     record = load_replay(file)
     own = from_tree({**record["config"], "logger": {}, "callbacks": {}})
     root = file.parent / f".again_{file.stem}"

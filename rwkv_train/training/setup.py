@@ -36,6 +36,7 @@ from rwkv_train.planning.resolved import ResolvedConfig, find_devices, resolve
 from rwkv_train.rundir.directory import RunDirectory
 from rwkv_train.training.initial_weights import Recipe
 from rwkv_train.training.optim import describe_frozen, describe_groups, parameter_groups
+from rwkv_train.user_path import user_path
 
 if TYPE_CHECKING:
     from rwkv_train.training.attempt import RunAttempt
@@ -155,7 +156,7 @@ def _build(
             model = build_model(shape, config.seed)
         source = Recipe(recipe_of(model), shapes_of(dict(model.named_parameters())), model.config, config.seed)
     else:
-        source = Reader(Path(config.init_weights).expanduser(), finite=True)
+        source = Reader(user_path(config.init_weights), finite=True)
         if source.note:
             console.print(f"weights {source.note}")
         source.grow_vocabulary(len(config.vocab.extend))

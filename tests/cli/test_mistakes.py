@@ -76,7 +76,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "picture.txt").write_bytes(b"\0\1\2" * 100)
     weights = torch.load(folder / "runs" / "run" / "weights.pth")
     torch.save({"transformer.h.0.attn.weight": torch.zeros(4, 4)}, folder / "gpt.pth")
-    torch.save({"state_dict": weights}, folder / "wrapped.pth")
+    torch.save([weights], folder / "wrapped.pth")
     torch.save({name: value for name, value in weights.items() if "1.ffn.value" not in name}, folder / "lacks.pth")
     (folder / "torn.pth").write_bytes((folder / "runs" / "run" / "weights.pth").read_bytes()[:5000])
     checkpoint = folder / "runs" / "run" / "checkpoints" / "step_000000002-0001"
@@ -231,7 +231,7 @@ MISTAKES: dict[str, tuple[list[str], float, list[str]]] = {
         TORCH,
         ["gpt.pth does not hold the weights of a language model under the field's names (it holds transformer.h.0"],
     ),
-    "generate from a wrapped dict": (
+    "generate from a list": (
         [*GENERATE, "wrapped.pth"],
         TORCH,
         ["wrapped.pth does not hold a dict of tensors"],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+import socket
 import threading
 import time
 from pathlib import Path
@@ -20,7 +22,7 @@ from rwkv_train.data import ahead
 from rwkv_train.data import stream as reading
 from rwkv_train.data.batch import Batch
 from rwkv_train.data.batches import Batches
-from rwkv_train.data.stream import PROBE_SAMPLES
+from rwkv_train.data.stream import PROBE_SAMPLES, open_dataset
 from rwkv_train.errors import UserError
 from rwkv_train.training.attempt import continue_data
 from tests.checkpoint.metas import meta_of
@@ -342,3 +344,36 @@ def test_a_thread_that_does_not_end_keeps_its_data(files: str, monkeypatch: pyte
     data.begin(3, None)
     assert data.start_step == 3
     assert _threads() == 0
+
+
+def test_text_files_are_documents_whatever_their_names(tmp_path: Path) -> None:
+    """No name is a pattern or a chain of URLs; a file that is not UTF-8 is one row that is left out."""
+    for name, content in {
+        "a::b [1],c.txt": b"one",
+        "d.txt": b"\xff",
+        "e.txt": b"",
+        "f.txt": "drei 數".encode(),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    assert list(open_dataset(str(tmp_path / "a::b [1],c.txt"), "train", "body")) == [{"body": "one"}]
+    rows = open_dataset(str(tmp_path / "*.txt"), "train", "text")
+    assert list(rows) == [{"text": "one"}, "not UTF-8", {"text": "drei 數"}]
+    rows.load_state_dict({"file": 1, "row": 1})
+    assert list(rows) == [{"text": "drei 數"}]
+
+
+def test_a_data_set_that_there_is_not_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a proxy that never answers, `datasets` waits without an end."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(reading, "HUB_SECONDS", 0.2)
+        began = time.monotonic()
+        with pytest.raises(UserError, match=r"^someone/corpis is neither a local file nor a reachable data set"):
+            open_dataset("someone/corpis", "train", "text")
+        assert time.monotonic() - began < 5
+
+
+def test_a_pipe_is_no_stream(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is no file: it can be read once, and a stream is read again"):
+        open_dataset(str(tmp_path / "pipe"), "train", "text")

@@ -165,6 +165,9 @@ def test_error_messages(trained: Path, model: LanguageModel, tmp_path: Path, mon
         message = refused({"checkpoint": checkpoint, name: value})
         assert message == f"--{name} {value} is out of range\n  valid: {valid} or more"
     assert refused({"checkpoint": checkpoint, "max_length": 1}).startswith("--max-length 1 is out of range")
+    assert refused({"checkpoint": checkpoint, "context": 10**14}).startswith(
+        "--context 100000000000000 is out of range"
+    )
     assert "there is no such store or text" in refused({"checkpoint": checkpoint, "data": ["nowhere.txt"]})
     assert "its directory does not exist" in refused({"checkpoint": checkpoint, "out": str(tmp_path / "no" / "x.json")})
     (tmp_path / "a.txt").write_text("x" * 9)

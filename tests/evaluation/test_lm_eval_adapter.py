@@ -202,3 +202,28 @@ def test_tasks_of_lm_eval_are_known() -> None:
     assert find_tasks(["lambada_openai"], [])
     with pytest.raises(UserError, match=r"--tasks lambada_opena: there is no such task\n  nearest: lambada_openai;"):
         find_tasks(["lambada_opena"], [])
+
+
+def test_null_settings_are_those_that_are_not_given(model: LanguageModel) -> None:
+    settings = {"until": ["e"], "max_gen_toks": 12, "do_sample": False}
+    null = {**settings, "temperature": None, "top_p": None, "num_beams": 1, "repetition_penalty": None}
+    found, wanted = (ours(model, 2).generate_until(requests_of([("a", given)])) for given in (null, settings))
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_beams": 4}, "generation_kwargs.num_beams=4 is not supported\n  remove it"),
+        ({"temperature": "hot", "do_sample": True}, "generation_kwargs .*could not convert string to float: 'hot'"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(model: LanguageModel, given: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ours(model, 2).generate_until(requests_of([("a", {"until": ["e"], "max_gen_toks": 3, **given})]))
+
+
+@pytest.mark.parametrize("context", ["Q: which?", ""])
+def test_an_empty_choice_is_refused(model: LanguageModel, context: str) -> None:
+    with pytest.raises(UserError, match=r"an answer to choose is empty .*a probability of 1"):
+        ours(model, 2).loglikelihood(requests_of([(context, " yes"), (context, "")]))

@@ -84,6 +84,12 @@ def test_mistakes(tmp_path: Path) -> None:
         ({"tokens": -1}, "--tokens -1 is out of range"),
         ({"batch": 0}, "--batch 0 is out of range"),
         ({"stops": [""]}, "--stop '' is out of range"),
+        (
+            {"batch": 10**14},
+            r"--batch 10{14} needs about [\d,.]+ GB, [\d,.]+ GB are free\n  --batch \d+, several",
+        ),
+        ({"batch": 10**30}, "are free"),
+        ({"seed": 10**23}, "--seed 1(0){23} is out of range"),
     ):
         options = GenerateOptions(str(tmp_path / "other.pth"), "", **{"tokens": 1, "sampling": USUAL_SAMPLING, **wrong})  # type: ignore[arg-type]
         with pytest.raises(UserError, match=message):

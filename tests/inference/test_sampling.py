@@ -81,3 +81,8 @@ def test_draws_follow_the_probabilities() -> None:
 def test_what_is_out_of_range_is_named(settings: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Sampling(**settings)  # type: ignore[arg-type]
+
+
+def test_a_temperature_whose_division_would_overflow_takes_the_likeliest() -> None:
+    logits = torch.tensor([0.5, 3.0, -2.0])
+    assert [sample(logits, Sampling(temperature)) for temperature in (0, 1e-320, 1e-12)] == [1, 1, 1]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rwkv_train.data.corpus import find_files, without_stores
 from rwkv_train.errors import UserError
+from rwkv_train.user_path import user_path
 
 
 def find_sources(sources: Sequence[str]) -> tuple[list[tuple[str, Path]], list[str]]:
@@ -27,7 +28,7 @@ def find_sources(sources: Sequence[str]) -> tuple[list[tuple[str, Path]], list[s
     files: list[tuple[str, Path]] = []
     names: list[str] = []
     for source in sources:
-        path = Path(source).expanduser()
+        path = Path("/dev/stdin") if source == "-" else user_path(source)
         matches = [path]
         if not path.exists():
             matches = without_stores([Path(name) for name in sorted(glob.glob(str(path), recursive=True))])
@@ -42,6 +43,6 @@ def find_sources(sources: Sequence[str]) -> tuple[list[tuple[str, Path]], list[s
                     f"check the path; relative paths are resolved against {os.getcwd()}",
                 )
             names.append(source)
-        elif not any(match.is_file() or any(match.iterdir()) for match in matches):
+        elif all(match.is_dir() and not any(match.iterdir()) for match in matches):
             raise UserError(f"{source} is an empty directory", "give a directory with text, .jsonl or .parquet files")
     return files, names

@@ -24,10 +24,11 @@ from rwkv_train import __version__
 from rwkv_train.data.indexed import PARTS_SUFFIX, PLAN_FILE, STORE_SUFFIXES, IndexedStore, store_file, write_index
 from rwkv_train.data.manifest import Manifest, write_manifest
 from rwkv_train.data.prepare.find import find_sources
+from rwkv_train.data.prepare.piped import copied
 from rwkv_train.data.prepare.progress import PrepareProgress
 from rwkv_train.data.prepare.shards import Shard, ShardCounts, make_shard
 from rwkv_train.data.prepare.units import Unit, units
-from rwkv_train.data.tokenizers import load_tokenizer, token_dtype, tokenizer_note
+from rwkv_train.data.tokenizers import Tokenizer, load_tokenizer, token_dtype, tokenizer_note
 from rwkv_train.data.workers import pool as pool_of
 from rwkv_train.errors import UserError
 from rwkv_train.file_lock import lock
@@ -74,11 +75,18 @@ def prepare(options: PrepareOptions) -> Manifest:
             cannot be written.
     """
     tokenizer = load_tokenizer(options.tokenizer, options.extend)
-    identity = tokenizer.identity
     _refuse_existing(options.out)
     files, names = find_sources(options.sources)
+    with copied(files, options.out, options.field) as regular:
+        return _prepare(options, regular, names, tokenizer)
+
+
+def _prepare(
+    options: PrepareOptions, files: Sequence[tuple[str, Path]], names: Sequence[str], tokenizer: Tokenizer
+) -> Manifest:
+    identity = tokenizer.identity
     plan = {
-        "sources": [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files] + names,
+        "sources": [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files] + [*names],
         "tokenizer": identity,
         "field": options.field,
         "split": options.split,

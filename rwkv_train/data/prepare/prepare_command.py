@@ -12,6 +12,7 @@ from rwkv_train.console import make_console
 from rwkv_train.data.prepare.examine import inspect, verify
 from rwkv_train.data.prepare.pipeline import PrepareOptions, prepare
 from rwkv_train.errors import UserError
+from rwkv_train.user_path import user_path, utf8_path
 
 _USAGE = """\
 rwkv-train prepare SOURCE… --tokenizer world --out STORE    documents → STORE.bin, STORE.idx, STORE.json
@@ -36,7 +37,7 @@ def run(argv: Sequence[str], cores: int) -> int:
     console = make_console()
     if argv[:1] == ["inspect"]:
         arguments = _store_parser("inspect", "Prints statistics and documents of a store.").parse_args(argv[1:])
-        inspect(arguments.store, arguments.document, arguments.tokenizer, console)
+        inspect(user_path(arguments.store), arguments.document, arguments.tokenizer, console)
         return 0
     if argv[:1] == ["verify"]:
         return _verify(argv[1:], console)
@@ -45,7 +46,7 @@ def run(argv: Sequence[str], cores: int) -> int:
         raise UserError(f"--max-bad-rows {arguments.max_bad_rows:g} is out of range", "give a share from 0 to 1")
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers} is out of range", "give at least 1")
-    arguments.out = arguments.out.expanduser()
+    arguments.out = utf8_path(arguments.out)
     stop_at_broken = vars(arguments).pop("broken") == "stop"
     options = PrepareOptions(stop_at_broken=stop_at_broken, **vars(arguments))
     manifest = prepare(options)
@@ -62,7 +63,7 @@ def run(argv: Sequence[str], cores: int) -> int:
 def _verify(argv: Sequence[str], console: Console) -> int:
     arguments = _store_parser("verify", "Reads every byte of a store.").parse_args(argv)
     faults = 0
-    for fault in verify(arguments.store, arguments.tokenizer):
+    for fault in verify(user_path(arguments.store), arguments.tokenizer):
         faults += bool(fault.remedy)
         console.print(f"{'BAD' if fault.remedy else 'note'}   {fault.what}")
         if fault.remedy:
@@ -90,7 +91,8 @@ def _parser(cores: int) -> argparse.ArgumentParser:
         "sources",
         metavar="SOURCE",
         nargs="+",
-        help="text, .jsonl or .parquet files (text and .jsonl also .gz, .zst), directories, globs, data sets by name",
+        help="text, .jsonl or .parquet files (text and .jsonl also .gz, .zst), directories, globs, - for "
+        "standard input, data sets by name",
     )
     parser.add_argument("--tokenizer", required=True, help="bytes, world, or the path of a tokenizer.json")
     parser.add_argument("--out", required=True, type=Path, metavar="STORE", help="STORE for STORE.bin, STORE.idx, …")

@@ -9,6 +9,7 @@ from pathlib import Path
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.report.page import payload, render
 from rwkv_train.evaluation.report.recorded_run import open_runs
+from rwkv_train.user_path import user_path
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def run(options: ReportOptions) -> int:
     Raises:
         UserError: a directory contains no run, a file cannot be written, or the port is in use.
     """
-    runs = open_runs([Path(name).expanduser() for name in options.runs], wait=options.live)
+    runs = open_runs([user_path(name) for name in options.runs], wait=options.live)
     if options.live:
         from rwkv_train.evaluation.report.live_server import ReportServer
 
@@ -47,9 +48,7 @@ def run(options: ReportOptions) -> int:
             print(f"{', '.join(run.name for run in runs)}: {server.address} (stop with Ctrl-C)", flush=True)
             server.serve_forever(poll_interval=0.2)
         return 0
-    out = (
-        Path(options.out).expanduser() if options.out else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
-    )
+    out = user_path(options.out) if options.out else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     data = payload(runs)
     try:
         temporary = out.with_name(f".{out.name}")
@@ -59,7 +58,7 @@ def run(options: ReportOptions) -> int:
         if options.png is not None:
             from rwkv_train.evaluation.report.figures import draw_charts
 
-            for path in draw_charts(data, Path(options.png).expanduser()):
+            for path in draw_charts(data, user_path(options.png)):
                 print(f"wrote {path}")
     except OSError as error:
         raise UserError(

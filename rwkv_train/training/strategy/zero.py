@@ -9,7 +9,6 @@ import logging
 import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,6 +22,7 @@ from rwkv_train.json_files import load_object
 from rwkv_train.models import LanguageModel
 from rwkv_train.planning.resolved import ResolvedConfig
 from rwkv_train.training.strategy.shared import ShardedStrategy, adam_moments
+from rwkv_train.user_path import user_path
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of deepspeed's import, about torch's own deprecations
@@ -80,7 +80,7 @@ def deepspeed_config(config: Config, resolved: ResolvedConfig, stage: int, offlo
         # are those whose gradients would be summed over the ranks in bfloat16: none.
         derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     if config.deepspeed is not None:
-        derived = _merged(derived, load_object(Path(config.deepspeed).expanduser()))
+        derived = _merged(derived, load_object(user_path(config.deepspeed)))
     return derived
 
 
