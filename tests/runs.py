@@ -31,6 +31,7 @@ from tests import PRELOAD
 ROOT = Path(__file__).resolve().parent.parent
 
 TINY = [
+    "arch=rwkv4",
     "data=text",
     "model.n_layer=2",
     "model.n_embd=32",

@@ -18,12 +18,11 @@ from rwkv_train.data.batch import Batch
 from rwkv_train.data.bits_per_byte import token_bytes
 from rwkv_train.data.course import Course
 from rwkv_train.data.iteration import TrainBatches
-from rwkv_train.data.learned import LearnedTokenizer, text_of
+from rwkv_train.data.learned import LearnedTokenizer
 from rwkv_train.data.mixture import Mixture, SourceShare
 from rwkv_train.data.order import ReferenceOrder, ShuffledOrder, split_batch
 from rwkv_train.data.rows import IGNORED_TARGET, BatchArrays, PackedRows, Rows, Windows, read_rows
 from rwkv_train.data.sources import DataSource, check_rows_in_vocabulary, digest_of, open_sources
-from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.stream import StreamPosition, StreamRows, open_stream
 from rwkv_train.data.tokenizers import tokenizer_note
 from rwkv_train.data.validation import Validation, ValidationBatches
@@ -164,19 +163,6 @@ class Batches:
     def order(self) -> Any:
         """The order of the first source's windows."""
         return self._rows[0].order  # type: ignore[attr-defined]
-
-    @property
-    def plain(self) -> tuple[Any, Any] | None:
-        """Training and held-out text as bytes, where the data is one text of which some is held out.
-
-        It must be known to the last byte: read byte by byte, or with a learnt tokenizer.
-        """
-        known = isinstance(self.tokenizer, LearnedTokenizer) or self.tokenizer.identity == "bytes"
-        stores = (self.train, self.held_out)
-        one = len(self.sources) == 1 and known and not self.packed and len(self.held_out)
-        if not one or not all(isinstance(store, MemoryStore) for store in stores):
-            return None
-        return text_of(self.tokenizer, self.train.tokens), text_of(self.tokenizer, self.held_out.tokens)
 
     @property
     def description(self) -> str:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.shards import WEIGHT, Reader
-from rwkv_train.data.tokenizers import tokenizer_files
 from rwkv_train.errors import UserError
-from rwkv_train.inference.loading import tokenizer_of
+from rwkv_train.inference.loading import learned_tokenizer, tokenizer_beside, tokenizer_of
+from rwkv_train.inference.tokenizer_files import tokenizer_files
 from rwkv_train.models.config import ModelConfig
 from rwkv_train.models.detect import detect
 from rwkv_train.models.weights import load_mapped
@@ -88,7 +88,7 @@ TRANSFORMERS = {  # by architecture
 
 
 def export(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
-    """`consolidate`, with every failure as a UserError."""
+    """`consolidate`, with every failure as a UserError; a learnt tokenizer is written beside the file."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is not known", f"valid: {', '.join(DTYPES)}")
     if not checkpoint.exists():
@@ -99,7 +99,10 @@ def export(checkpoint: Path, target: Path, dtype: str | None = None) -> Path:
     if (ending := _ending(target)) not in ("", ".pth", ".safetensors"):
         raise UserError(f"{target}: the ending {ending} is not known", "valid: .pth, .safetensors, a directory")
     try:
-        return consolidate(checkpoint, target, dtype, finite=True)
+        written = consolidate(checkpoint, target, dtype, finite=True)
+        if (learned := learned_tokenizer(checkpoint)) is not None and _ending(target):
+            tokenizer_beside(written).write_bytes(learned.content)
+        return written
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}", "give another path") from None
 

@@ -15,7 +15,7 @@ from rwkv_train.config.schema import from_tree
 from rwkv_train.data.learned import FILE as LEARNED
 from rwkv_train.data.learned import LearnedTokenizer, learned_size, read_learned
 from rwkv_train.data.sources import find_tokenizer, stores_of
-from rwkv_train.data.tokenizers import Tokenizer, extended, load_tokenizer
+from rwkv_train.data.tokenizers import JsonTokenizer, Tokenizer, extended, load_tokenizer
 from rwkv_train.errors import UserError
 from rwkv_train.models import LanguageModel, build_model
 from rwkv_train.models.detect import detect
@@ -85,8 +85,14 @@ def learned_tokenizer(checkpoint: Path) -> LearnedTokenizer | None:
     return read_learned(name if isinstance(name, str) else None, run / LEARNED)
 
 
+def tokenizer_beside(weights: Path) -> Path:
+    """Where `export` puts the learnt tokenizer of exported weights: NAME.tokenizer.json for NAME.pth."""
+    return weights.with_name(f"{weights.stem}.tokenizer.json")
+
+
 def tokenizer_of(checkpoint: Path, vocab_size: int, name: str | None = None) -> Tokenizer:
-    """The tokenizer that a checkpoint was trained with, as it remembers it; of bare weights, by their vocabulary.
+    """The tokenizer that a checkpoint was trained with, as it remembers it; of bare weights, the one beside
+    them, or by the size of their vocabulary.
 
     Args:
         checkpoint: a directory, or a .pth file.
@@ -98,7 +104,7 @@ def tokenizer_of(checkpoint: Path, vocab_size: int, name: str | None = None) -> 
     """
     meta = description_of(checkpoint)
     if name is None:
-        tokenizer = _by_size(vocab_size) if meta is None else _from_meta(checkpoint, meta)
+        tokenizer = _of_weights(checkpoint, vocab_size) if meta is None else _from_meta(checkpoint, meta)
     else:
         tokenizer = load_tokenizer(name, () if meta is None else meta.config.get("vocab", {}).get("extend", ()))
     if tokenizer is None or tokenizer.vocab_size > vocab_size:
@@ -123,7 +129,9 @@ def refuse_other(checkpoint: Path, identity: str | None, tokenizer: Tokenizer, w
         )
 
 
-def _by_size(vocab_size: int) -> Tokenizer | None:
+def _of_weights(weights: Path, vocab_size: int) -> Tokenizer | None:
+    if (beside := tokenizer_beside(weights)).exists():
+        return JsonTokenizer(str(beside))
     known = {256: "bytes", 65536: "world"}.get(vocab_size)
     return None if known is None else load_tokenizer(known)
 

@@ -17,8 +17,11 @@ from rich.table import Table
 from rwkv_train.checkpoint.directory import newest
 from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.storage import LocalStorage, dump
+from rwkv_train.data.batches import Batches
+from rwkv_train.data.learned import LearnedTokenizer, text_of
+from rwkv_train.data.store import MemoryStore
 from rwkv_train.data.tokenizers import decode_after
-from rwkv_train.evaluation.baselines import baselines
+from rwkv_train.evaluation.baselines import Bytes, baselines
 from rwkv_train.evaluation.report.figures import draw_loss_curve
 from rwkv_train.exit_codes import Ending, ExitCode
 from rwkv_train.inference.export import consolidate
@@ -194,11 +197,25 @@ def write_outputs(
                     dump(weights.state_dict(), file)
     if model is not None:
         write_sample(setup, model, step, write_errors)
-    known = baselines(*data.plain) if data.plain else {}
+    plain = plain_text(data)
+    known = baselines(*plain) if plain else {}
     title = f"{run.path.name}: {setup.parameters:,} parameters"
     with write_errors.tolerate(run.curve), run.atomic_write(run.curve) as path:
         draw_loss_curve(rows, path, title, _per_token(known, rows))
     summarise(setup.console, run, rows, known)
+
+
+def plain_text(data: Batches) -> tuple[Bytes, Bytes] | None:
+    """Training and held-out text, where the data is one text of which some is held out; None: it is not.
+
+    It must be known to the last byte: read byte by byte, or with a learnt tokenizer.
+    """
+    known = isinstance(data.tokenizer, LearnedTokenizer) or data.tokenizer.identity == "bytes"
+    stores = (data.train, data.held_out)
+    one = len(data.sources) == 1 and known and not data.packed and len(data.held_out)
+    if not one or not all(isinstance(store, MemoryStore) for store in stores):
+        return None
+    return text_of(data.tokenizer, data.train.tokens), text_of(data.tokenizer, data.held_out.tokens)
 
 
 def _per_token(losses: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -172,7 +172,7 @@ CONF = ConfFolders([resource("conf")])
 
 def test_help_shows_everything() -> None:
     text = help_text(TRAIN, CONF)
-    assert "model=       nano small [tiny] 169m 430m 1b5 3b 7b 14b" in text
+    assert "model=       nano small [tiny] 0.1b 169m 0.4b 430m 1.5b 1b5 2.9b 3b" in text
     for group, names in CONF.groups.items():
         if group != "local":
             found = re.search(rf"^  {group}=(.*(?:\n {{8,}}\S.*)*)", text, re.MULTILINE)  # long ones are wrapped

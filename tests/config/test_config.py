@@ -46,7 +46,7 @@ WRONG_OVERRIDES = {
     "unknown group": (["modle=7b"], ["there is no modle.*nearest: model;"]),
     "Lightning's name": (["trainer.max_steps=4"], ["there is no trainer.max_steps.*nearest: budget.steps;"]),
     "Lightning's checkpoint": (["ckpt_path=x"], ["there is no ckpt_path.*nearest: resume;"]),
-    "unknown size": (["model=70m"], ["model=70m: there is no such model.*valid: nano, small, tiny, 169m"]),
+    "unknown size": (["model=70m"], ["model=70m: there is no such model.*valid: nano, small, tiny, 0.1b, 169m"]),
     "unknown optimiser": (["optim=sgd"], ["optim=sgd: there is no such optim.*valid: adam"]),
     "no size": (["model=null"], ["model=null: there is no such model"]),
     "a value for a group of settings": (
@@ -138,7 +138,7 @@ def test_the_default_run(conf: ConfigBuilder) -> None:
     config = conf.build([])
     assert (config.arch, config.model.size, config.data.source) == ("rwkv4", "tiny", "stdlib")
     assert (config.model.n_layer, config.model.n_embd) == (4, 192)
-    assert (config.batch.context, config.batch.tokens, config.budget.total) == (256, 1024, Duration(steps=4400))
+    assert (config.batch.context, config.batch.tokens, config.budget.total) == (256, 1024, Duration(steps=5000))
     assert (config.trainer.precision, config.optim.schedule.shape) == ("auto", "cosine")
     assert config.optim.betas == (0.9, 0.99)
     assert not config.resume_typed
@@ -167,6 +167,9 @@ def test_published_sizes(size: str, n_layer: int, n_embd: int, lr: float, final_
 CHOICES = [(group, name) for group, names in ConfFolders([CONF]).groups.items() if group != "local" for name in names]
 
 
+RELEASE_NAMES = {"0.1b": "169m", "0.4b": "430m", "1.5b": "1b5", "2.9b": "3b", "7.2b": "7b", "13.3b": "14b"}  # RWKV-7's
+
+
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_file_of_conf_composes(group: str, name: str, conf: ConfigBuilder, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text")
@@ -180,7 +183,7 @@ def test_every_file_of_conf_composes(group: str, name: str, conf: ConfigBuilder,
         overrides.append(f"data.sources=[{{name:a,path:{tmp_path / 'text.txt'}}}]")
     config = conf.build(overrides)
     if group == "model":
-        assert config.model.size == name
+        assert config.model.size == RELEASE_NAMES.get(name, name)
     if group in ("experiment", "debug"):
         head = (CONF / group / f"{name}.yaml").read_text().splitlines()
         assert head[0] == "# @package _global_"
@@ -368,7 +371,7 @@ def test_what_differs(conf: ConfigBuilder) -> None:
     )
     assert differences(as_tree(config), as_tree(config)) == []
     assert differences(as_tree(config), as_tree(other)) == [
-        "budget.steps: 4400 → None",
+        "budget.steps: 5000 → None",
         "budget.tokens: None → 5",
         "seed: 1 → 2",
     ]

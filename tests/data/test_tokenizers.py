@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_train.data.tokenizers import load_tokenizer, tokenizer_files, tokenizer_note
+from rwkv_train.data.tokenizers import load_tokenizer, tokenizer_note
 from rwkv_train.errors import UserError
+from rwkv_train.inference.tokenizer_files import tokenizer_files
 from tests.data import made_tokenizers
 
 TEXTS = {
@@ -128,7 +129,9 @@ def test_blanks_between_tokens_of_an_extended_vocabulary(tmp_path: Path, kind: C
 
 def test_error_messages_of_tokenizer_files(tmp_path: Path, neox: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(UserError, match=r"x.json is not a tokenizer.json: .*\n.*bytes, world, or the path"):
+    with pytest.raises(
+        UserError, match=r"x.json is not a tokenizer.json: .*\n.*bytes, world, bpe:SIZE .*, or the path"
+    ):
         load_tokenizer(str(tmp_path / "x.json"))
     with pytest.raises(UserError, match=r"gone\.json cannot be read: No such file"):
         load_tokenizer(str(tmp_path / "gone.json"))

@@ -79,3 +79,8 @@ def tensorboard_rows(run: Path) -> dict[int, dict[str, float]]:
                 if value.HasField("simple_value"):
                     found.setdefault(event.step, {})[value.tag] = value.simple_value
     return found
+
+
+def add(path: Path, *added: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in added)
