@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from rwkv_train.cli import launcher
+from rwkv_train.cli import launcher, main
 from rwkv_train.console import for_stream, make_console, visible
 from rwkv_train.data.batch_preview import _styled_row
 from rwkv_train.data.tokenizers import load_tokenizer
 from rwkv_train.errors import UserError
 from tests import PRELOAD
+from tests.evaluation.made_runs import make_run
 from tests.runs import losses, overrides_for
 
 FOREIGN = "books [old] [/b] [link=x] [/pytorch/third_party] :smile: [bold]"
@@ -74,6 +75,19 @@ def test_a_pipe_gets_the_text_as_it_is() -> None:
     assert row[0].plain != row[1].plain
     assert for_stream(NASTY, io.StringIO()) == NASTY
     assert for_stream(NASTY, Terminal()) == SHOWN
+
+
+def test_a_terminal_gets_no_control_characters_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "a\x1b[2J", steps=5)
+    (run / "eval.json").write_text("{")
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+    assert main.main(["report", str(run)]) == 0
+    output = capsys.readouterr().out
+    assert "a\\x1b[2J/report.html" in output
+    assert "note: a\\x1b[2J: eval.json cannot be read" in output
+    assert "\x1b" not in output
 
 
 @pytest.mark.parametrize(

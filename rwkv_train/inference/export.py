@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rwkv_train.checkpoint.name import CheckpointName
 from rwkv_train.checkpoint.shards import WEIGHT, Reader
+from rwkv_train.console import for_stream
 from rwkv_train.errors import UserError
 from rwkv_train.inference.loading import learned_tokenizer, tokenizer_beside, tokenizer_of
 from rwkv_train.inference.tokenizer_files import tokenizer_files
@@ -127,7 +128,7 @@ def consolidate(checkpoint: Path, target: Path, dtype: str | None = None, finite
     """
     reader = Reader(checkpoint, finite=finite)
     if reader.note:
-        print(reader.note, file=sys.stderr)
+        print(for_stream(reader.note, sys.stderr), file=sys.stderr)
     stored = str(reduce(torch.promote_types, map(reader.dtype, reader.shapes))).removeprefix("torch.")
     kind = dtype or (stored if stored in DTYPES else "float32")
     if ending := _ending(target):

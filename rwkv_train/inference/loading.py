@@ -12,6 +12,7 @@ from rwkv_train.checkpoint.meta import META, CheckpointMeta
 from rwkv_train.checkpoint.name import checkpoints_below
 from rwkv_train.checkpoint.shards import WEIGHT, Reader, StateShard
 from rwkv_train.config.schema import from_tree
+from rwkv_train.console import for_stream
 from rwkv_train.data.learned import FILE as LEARNED
 from rwkv_train.data.learned import LearnedTokenizer, learned_size, read_learned
 from rwkv_train.data.sources import find_tokenizer, stores_of
@@ -41,7 +42,7 @@ def load_model(checkpoint: Path, device: str = "cpu") -> LanguageModel:
         raise UserError(f"--device {device}: torch can use no GPU here", "--device cpu")
     reader = Reader(checkpoint, finite=True)
     if reader.note:
-        print(reader.note, file=sys.stderr)
+        print(for_stream(reader.note, sys.stderr), file=sys.stderr)
     model = build_model(detect(reader.shapes, str(checkpoint)), device="meta")
     refuse_mismatches(str(checkpoint), reader.shapes, model)
     model = model.to_empty(device="cpu")

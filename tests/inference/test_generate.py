@@ -9,6 +9,7 @@ import torch
 
 from rwkv_train.console import visible
 from rwkv_train.errors import UserError
+from rwkv_train.inference.export import export
 from rwkv_train.inference.generate import GenerateOptions, generate, run
 from rwkv_train.inference.loading import load_model
 from rwkv_train.inference.sampling import Sampling
@@ -66,6 +67,20 @@ def test_a_terminal_gets_no_control_characters(
             patch.setattr(type(sys.stdout), "isatty", lambda self: True)
             assert run(options) == 0
         assert capsys.readouterr().out == visible(raw)
+
+
+def test_a_terminal_gets_no_control_characters_of_a_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line that names the prefix which was removed also names the file."""
+    path = tmp_path / "a\x1b[2J.pth"
+    torch.save({f"module.{name}": value for name, value in lively_model(vocab_size=40).state_dict().items()}, path)
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)
+    load_model(path)
+    export(path, tmp_path / "exported.pth")
+    said = capsys.readouterr().err
+    assert said.count("a\\x1b[2J.pth: ") == 2
+    assert "\x1b" not in said
 
 
 def test_mistakes(tmp_path: Path) -> None:

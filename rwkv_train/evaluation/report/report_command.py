@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rwkv_train.console import for_stream
 from rwkv_train.errors import UserError
 from rwkv_train.evaluation.report.page import payload, render
 from rwkv_train.evaluation.report.recorded_run import open_runs
@@ -45,7 +47,8 @@ def run(options: ReportOptions) -> int:
         from rwkv_train.evaluation.report.live_server import ReportServer
 
         with ReportServer(runs, options.port) as server:
-            print(f"{', '.join(run.name for run in runs)}: {server.address} (stop with Ctrl-C)", flush=True)
+            names = for_stream(", ".join(run.name for run in runs), sys.stdout)
+            print(f"{names}: {server.address} (stop with Ctrl-C)", flush=True)
             server.serve_forever(poll_interval=0.2)
         return 0
     out = user_path(options.out) if options.out else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
@@ -54,7 +57,7 @@ def run(options: ReportOptions) -> int:
         temporary = out.with_name(f".{out.name}")
         temporary.write_text(render(data), encoding="utf-8")
         temporary.replace(out)
-        print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+        print(f"wrote {for_stream(str(out), sys.stdout)} ({out.stat().st_size / 1e6:.1f} MB)")
         if options.png is not None:
             from rwkv_train.evaluation.report.figures import draw_charts
 
@@ -66,5 +69,5 @@ def run(options: ReportOptions) -> int:
         ) from None
     for recorded in runs:
         for note in recorded.notes:
-            print(f"note: {recorded.name}: {note}")
+            print(for_stream(f"note: {recorded.name}: {note}", sys.stdout))
     return 0
