@@ -40,7 +40,7 @@ Estimates the memory, time and network traffic of a run without starting it. Exi
 
 EXAMPLES
   rwkv-train plan model=7b trainer.devices=8             with the strategy that is fastest
-  rwkv-train plan model=14b trainer.devices=8 trainer.num_nodes=4 device=a100-80g strategy=deepspeed_3
+  rwkv-train plan model=14b trainer.devices=8 trainer.num_nodes=4 batch.tokens=2097152 device=h200-141g
 
 FLAGS
   --json             print one JSON object

@@ -14,7 +14,7 @@ from rwkv_train.models.registry import learning_rate_note
 from rwkv_train.planning.goodput import DEFAULT_CLUSTER, between_failures, goodput, interval, saving
 from rwkv_train.planning.plan import Plan
 
-BYTES = 256  # vocabulary of the tokenizer `bytes`
+SMALL_VOCABULARY = 4096  # that of bytes, or one learnt from a small text
 WIDE = 768  # channels of the smallest published model
 PUBLISHED = "50,277 (Pile) or 65,536 (World)"  # their vocabularies
 _LABELS = {
@@ -40,11 +40,11 @@ def show(plan: Plan, config: Config, change: tuple[str, Plan] | None, console: C
     )
     if (
         config.model.vocab_size is None
-        and shape.vocab_size == BYTES + len(config.vocab.extend)
+        and shape.vocab_size <= SMALL_VOCABULARY + len(config.vocab.extend)
         and shape.n_embd >= WIDE
     ):
         console.print(
-            f"        V{shape.vocab_size} are bytes; published models of this size have {PUBLISHED}: "
+            f"        V{shape.vocab_size} is a small vocabulary; published models of this size have {PUBLISHED}: "
             "data.tokenizer=…, or model.vocab_size=… for a plan"
         )
     if note := learning_rate_note(shape, config.optim.lr, config.optim.final_lr):

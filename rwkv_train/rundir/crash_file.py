@@ -79,7 +79,7 @@ def take_crashes(directory: Path, attempt: int) -> list[Crash]:
             if not content:  # killed from outside
                 path.unlink()
                 continue
-            kept = path.with_name(f"{path.stem}_before_attempt_{attempt:04d}.txt")
+            kept = path.with_name(f"{path.stem}-before-attempt-{attempt:04d}.txt")
             path.rename(kept)
             reason = content.splitlines()[0].removeprefix(_FIRST_LINE)[:200]
             cause = f" ({_CAUSES[reason]})" if reason in _CAUSES else ""

@@ -142,7 +142,7 @@ def test_multirun_checks_all_and_then_runs_each(
     ]
     assert runs == [[sys.executable, "/somewhere/train.py", *line] for line in lines]
     shown = capsys.readouterr().out
-    assert "[4/4] rwkv4-tiny-" in shown
+    assert "[4/4] rwkv7-tiny-" in shown
     assert shown.count("exit code 3") == 2
 
     runs.clear()

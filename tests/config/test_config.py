@@ -85,7 +85,7 @@ WRONG_OVERRIDES = {
     "a rule's pattern": (["optim.rules=[{pattern: '('}]"], ["optim.rules: '\\(' is not a regular expression"]),
     "vocabulary": (
         ["model.vocab_size=100"],
-        ["model.vocab_size=100 is smaller than the 256 tokens of data.tokenizer=bytes"],
+        ["model.vocab_size=100 is smaller than the 2048 tokens of data.tokenizer=bpe:2048"],
     ),
     "no path": (["data=text"], ["data.path is not given"]),
     "path missing": (["data.path=/no/such"], ["data.path=/no/such: there is no such file"]),
@@ -112,7 +112,7 @@ WRONG_OVERRIDES = {
     "name with a blank": (["run.name=a b"], ["run.name='a b' is not valid"]),
     "name that leads out": (["run.name=.."], [r"run.name='\.\.' is not valid"]),
     "resume": (["resume=atuo"], ["resume=atuo: there is no such checkpoint.*auto, never"]),
-    "weights": (["init.weights=/no/such"], ["init.weights=/no/such: there is no such file"]),
+    "weights": (["init.weights=/no/such", "data.tokenizer=bytes"], ["init.weights=/no/such: there is no such file"]),
     "a logger by another name": (["logger=csv", "logger.cvs.name=x"], ["logger.cvs has no _target_"]),
     "interpolation": (["seed=${sead}"], ["sead"]),
     "several mistakes": (
@@ -136,7 +136,8 @@ def test_an_error_is_reported(case: str, conf: ConfigBuilder) -> None:
 
 def test_the_default_run(conf: ConfigBuilder) -> None:
     config = conf.build([])
-    assert (config.arch, config.model.size, config.data.source) == ("rwkv4", "tiny", "stdlib")
+    assert (config.arch, config.model.size, config.data.source) == ("rwkv7", "tiny", "stdlib")
+    assert (config.data.tokenizer, config.optim.eps, config.optim.weight_decay) == ("bpe:2048", 1e-18, 0.1)
     assert (config.model.n_layer, config.model.n_embd) == (4, 192)
     assert (config.batch.context, config.batch.tokens, config.budget.total) == (256, 1024, Duration(steps=5000))
     assert (config.trainer.precision, config.optim.schedule.shape) == ("auto", "cosine")
@@ -157,10 +158,10 @@ def test_the_default_run(conf: ConfigBuilder) -> None:
     ],
 )
 def test_published_sizes(size: str, n_layer: int, n_embd: int, lr: float, final_lr: float, conf: ConfigBuilder) -> None:
-    config = conf.build([f"model={size}"])
+    config = conf.build(["arch=rwkv4", f"model={size}"])
     assert (config.model.n_layer, config.model.n_embd) == (n_layer, n_embd)
     assert (config.optim.lr, config.optim.final_lr) == (lr, final_lr)
-    by_hand = conf.build([f"model={size}", "model.n_layer=3", "optim.lr=0.1"])
+    by_hand = conf.build(["arch=rwkv4", f"model={size}", "model.n_layer=3", "optim.lr=0.1"])
     assert (by_hand.model.n_layer, by_hand.model.n_embd, by_hand.optim.lr) == (3, n_embd, 0.1)
 
 
@@ -202,12 +203,12 @@ def test_a_pair_that_is_not_published(tmp_path: Path) -> None:
     (tmp_path / "model" / "mine.yaml").write_text("size: mine\npublished: {rwkv9: {n_layer: 1}}\n")
     with config_builder([CONF, tmp_path], Machine(cores=2)) as conf:
         (problem,) = mistakes(conf, "model=mine", "model.n_layer=3")
-        assert "no published configuration for model=mine arch=rwkv4" in problem.what
+        assert "no published configuration for model=mine arch=rwkv7" in problem.what
         assert "7b: rwkv4" in problem.what
         assert "mine: rwkv9" in problem.what
         assert problem.remedy == "give it by hand: model.n_embd=… optim.lr=… optim.final_lr=…"
-        overrides = ["model.n_layer=3", "model.n_embd=32", "optim.lr=1e-3", "optim.final_lr=1e-4"]
-        assert conf.build(["model=mine", *overrides]).model.n_embd == 32
+        overrides = ["model.n_layer=3", "model.n_embd=64", "optim.lr=1e-3", "optim.final_lr=1e-4"]
+        assert conf.build(["model=mine", *overrides]).model.n_embd == 64
 
 
 def test_a_folder_of_ones_own(tmp_path: Path) -> None:
@@ -279,15 +280,15 @@ def test_a_published_row_may_hold_any_setting_of_the_optimiser(tmp_path: Path) -
     row = "n_layer: 1, n_embd: 8, lr: 1e-3, final_lr: 1e-4, eps: 1e-18, clip: 0.5"
     (tmp_path / "model" / "mine.yaml").write_text(f"size: mine\npublished: {{rwkv4: {{{row}}}}}\n")
     with config_builder([CONF, tmp_path], Machine(cores=2)) as conf:
-        optim = conf.build(["model=mine", "optim.eps=null"]).optim
+        optim = conf.build(["arch=rwkv4", "model=mine", "optim.eps=null"]).optim
         assert (optim.eps, optim.clip) == (1e-18, 0.5)  # the row comes before conf/optim
-        optim = conf.build(["model=mine", "optim.eps=1e-6", "optim.clip=null"]).optim
+        optim = conf.build(["arch=rwkv4", "model=mine", "optim.eps=1e-6", "optim.clip=null"]).optim
         assert (optim.eps, optim.clip) == (1e-6, None)
 
 
 def test_the_name_of_a_run(conf: ConfigBuilder) -> None:
     name = conf.build([]).run.name
-    assert re.fullmatch(r"rwkv4-tiny-[0-9a-f]{8}", name)
+    assert re.fullmatch(r"rwkv7-tiny-[0-9a-f]{8}", name)
     for same in (
         ["run.root=elsewhere"],
         ["resume=never", NO_RUNS],

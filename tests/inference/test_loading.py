@@ -59,7 +59,7 @@ def test_a_run_stands_for_its_weights_wherever_a_checkpoint_does(tmp_path: Path)
     assert cli(["export", str(run), str(tmp_path / "out.pth")]) == 0
     found = torch.load(tmp_path / "out.pth")
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
-    config = launcher.load([f"init.weights={run}"])
+    config = launcher.load(["data.tokenizer=bytes", f"init.weights={run}"])
     assert (config.arch, config.model.n_layer, config.model.n_embd) == ("rwkv4", 2, 64)
     assert description_of(run) is not None
     (tmp_path / "out.pth").rename(run / "weights.pth")

@@ -29,23 +29,26 @@ def conf() -> Iterator[ConfigBuilder]:
 
 def mistakes(conf: ConfigBuilder, *overrides: str) -> list[UserError]:
     with pytest.raises(UserErrors) as caught:
-        conf.build(["run.root=no-such-folder", *overrides])
+        conf.build(["run.root=no-such-folder", "data.tokenizer=bytes", *overrides])
     return caught.value.problems
 
 
 def test_the_shape_comes_from_the_weights(conf: ConfigBuilder, tmp_path: Path) -> None:
     path = save_weights(tmp_path / "w.pth", n_layer=12, n_embd=768, vocab_size=300)
-    model = conf.build([f"init.weights={path}"]).model
+    model = conf.build(["data.tokenizer=bytes", f"init.weights={path}"]).model
     assert (model.size, model.n_layer, model.n_embd, model.dim_ffn, model.vocab_size) == ("169m", 12, 768, 3072, 300)
-    assert conf.build([f"init.weights={path}"]).optim.lr == 6e-4
-    assert conf.build([f"init.weights={path}", "model=169m", "model.vocab_size=300"]).model == model
+    assert conf.build(["data.tokenizer=bytes", f"init.weights={path}"]).optim.lr == 6e-4
+    assert (
+        conf.build(["data.tokenizer=bytes", f"init.weights={path}", "model=169m", "model.vocab_size=300"]).model
+        == model
+    )
     (problem,) = mistakes(conf, f"init.weights={path}", "model.n_layer=24")
     assert problem.what == f"model.n_layer=24, but init.weights={path} has 12"
     layers, channels = mistakes(conf, f"init.weights={path}", "model=430m")
     assert ("n_layer=24" in layers.what, "n_embd=1024" in channels.what) == (True, True)
 
     odd = save_weights(tmp_path / "odd.pth", n_layer=3, n_embd=40)
-    config = conf.build([f"init.weights={odd}", "optim.lr=1e-3", "optim.final_lr=1e-4"])
+    config = conf.build(["data.tokenizer=bytes", f"init.weights={odd}", "optim.lr=1e-3", "optim.final_lr=1e-4"])
     assert (config.model.size, config.model.n_layer) == ("L3C40", 3)
     (problem,) = mistakes(conf, f"init.weights={odd}")
     assert "optim.lr=… optim.final_lr=…" in problem.remedy
@@ -62,7 +65,7 @@ def test_low_rank_widths_come_from_the_weights(conf: ConfigBuilder, tmp_path: Pa
         "model.extra.decay_low_rank_dim",
         "model.extra.gate_low_rank_dim",
     )
-    found = conf.build([weights, f"{decay}=96"]).model
+    found = conf.build(["data.tokenizer=bytes", weights, f"{decay}=96"]).model
     assert found.size == "1b5"
     assert found.extra == extra
     (problem,) = mistakes(conf, weights, f"{decay}=96", f"{gate}=64")

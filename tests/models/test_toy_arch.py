@@ -187,7 +187,7 @@ def conf(tmp_path: Path) -> Iterator[ConfigBuilder]:
 def test_precedence_of_constants(conf: ConfigBuilder) -> None:
     """optim < arch < the size's row < experiment < command line."""
     plain = conf.build([]).optim
-    assert (plain.eps, plain.weight_decay, plain.schedule.warmup.steps) == (1e-8, 0.0, 50)
+    assert (plain.eps, plain.weight_decay, plain.schedule.warmup.steps) == (1e-18, 0.1, 50)
     toy = conf.build(["arch=toy", "model=mini"])
     assert (toy.optim.eps, toy.optim.betas, toy.optim.clip) == (1e-18, (0.8, 0.9), 1.0)  # arch, arch, optim
     assert (toy.optim.weight_decay, toy.optim.schedule.shape) == (0.2, "constant")  # the row
@@ -210,7 +210,7 @@ def problems_of(conf: ConfigBuilder, *overrides: str) -> list[UserError]:
 
 
 def test_widths_that_an_arch_does_not_know_are_refused(conf: ConfigBuilder) -> None:
-    (problem,) = problems_of(conf, "model.head_size=64")
+    (problem,) = problems_of(conf, "arch=rwkv4", "model.head_size=64")
     assert problem.what == "model.head_size=64: arch=rwkv4 has no such width"
     (problem,) = problems_of(conf, "arch=toy", "model=mini", "model.extra.rank=8")
     assert problem.what == "model.extra.rank=8: arch=toy has no such width"
@@ -222,8 +222,8 @@ def test_widths_that_an_arch_does_not_know_are_refused(conf: ConfigBuilder) -> N
 def test_weights_decide_about_the_arch(conf: ConfigBuilder, tmp_path: Path) -> None:
     path = tmp_path / "toy.pth"
     torch.save(build_model(replace(SHAPE, vocab_size=256)).state_dict(), path)
-    config = conf.build([f"init.weights={path}"])
+    config = conf.build(["data.tokenizer=bytes", f"init.weights={path}"])
     assert (config.arch, config.model.size, config.model.head_size) == ("toy", "mini", 4)
     assert config.optim.eps == 1e-18, "the arch's constants come with it"
-    (problem,) = problems_of(conf, f"init.weights={path}", "arch=rwkv4")
+    (problem,) = problems_of(conf, "data.tokenizer=bytes", f"init.weights={path}", "arch=rwkv4")
     assert problem.what == f"arch=rwkv4, but init.weights={path} is toy"

@@ -61,7 +61,14 @@ def test_published_rates() -> None:
 
 
 def test_the_plan_proposes_an_interval(capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["model=7b", "trainer.devices=8", "trainer.num_nodes=32", "batch.context=4096", "batch.micro=2"]
+    overrides = [
+        "arch=rwkv4",
+        "model=7b",
+        "trainer.devices=8",
+        "trainer.num_nodes=32",
+        "batch.context=4096",
+        "batch.micro=2",
+    ]
     overrides += ["batch.tokens=4194304", "trainer.precision=bf16-mixed", "device=h100-80g"]
     assert launcher.plan(overrides) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failures")]

@@ -26,7 +26,14 @@ from rwkv_train.planning.speed import traffic
 from tests.exact import variation
 from tests.oracles.models import small_shape
 
-PLAN_7B = ["model=7b", "batch.context=4096", "batch.tokens=1048576", "batch.micro=2", "trainer.precision=bf16-mixed"]
+PLAN_7B = [
+    "arch=rwkv4",
+    "model=7b",
+    "batch.context=4096",
+    "batch.tokens=1048576",
+    "batch.micro=2",
+    "trainer.precision=bf16-mixed",
+]
 PLAN_7B_ON_8 = [*PLAN_7B, "trainer.devices=8", "model.vocab_size=50277", "dry_run=true"]
 
 
@@ -173,7 +180,8 @@ def test_what_the_readme_begins_with(capsys: pytest.CaptureFixture[str]) -> None
     """`model=7b trainer.devices=8`, and nothing else, is a run that fits its cards."""
     assert cli.main(["plan", "model=7b", "trainer.devices=8", "device=h100-80g"]) == 0
     printed = capsys.readouterr().out
-    assert "context 1024 × micro-batch 2 × 8 devices × 8 passes" in printed
+    assert "rwkv7 7b: L32 C4096" in printed
+    assert "context 4096 × micro-batch 1 × 8 devices × 45 passes" in printed
     assert "\nfits  " in printed
 
 
@@ -186,11 +194,11 @@ def test_what_the_readme_begins_with(capsys: pytest.CaptureFixture[str]) -> None
         (["model=tiny", "trainer.devices=1"], False),
     ],
 )
-def test_a_published_size_with_the_vocabulary_of_bytes_is_named(
+def test_a_published_size_with_a_small_vocabulary_is_named(
     overrides: list[str], named: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert launcher.plan([*overrides, "device=h200-141g"]) in (0, 1)
-    assert ("are bytes; published models of this size have 50,277 (Pile) or" in capsys.readouterr().out) == named
+    assert ("is a small vocabulary; published models of this size have" in capsys.readouterr().out) == named
 
 
 def test_the_papers_model_has_the_papers_parameters(tmp_path: Path) -> None:
@@ -233,7 +241,14 @@ def test_the_card_that_is_present(monkeypatch: pytest.MonkeyPatch, name: str, gi
 
 
 def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
-    overrides = ["model=7b", "trainer.devices=8", "batch.tokens=1048576", "batch.context=4096", "batch.micro=2"]
+    overrides = [
+        "arch=rwkv4",
+        "model=7b",
+        "trainer.devices=8",
+        "batch.tokens=1048576",
+        "batch.context=4096",
+        "batch.micro=2",
+    ]
     overrides += ["budget.tokens=332e9", "model.vocab_size=50277"]
     assert cli.main(["plan", *overrides, "device=a100-80g"]) == 0
     printed = capfd.readouterr().out
