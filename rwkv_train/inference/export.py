@@ -9,6 +9,7 @@ import json
 import math
 import mmap
 import os
+import re
 import struct
 import sys
 from collections.abc import Callable, Mapping
@@ -147,8 +148,8 @@ def consolidate(checkpoint: Path, target: Path, dtype: str | None = None, finite
 
 
 def _ending(target: Path) -> str:
-    """The ending of a file's name; that of rwkv7-1.5b is a part of a number."""
-    return "" if target.suffix[1:2].isdigit() else target.suffix
+    """The ending of a file's name; that of rwkv7-1.5b-2025 is a part of a number."""
+    return "" if re.fullmatch(r"\.\d+[bBmM]?([-_].*)?", target.suffix) else target.suffix
 
 
 def _written(target: Path, write: Callable[[Path], None]) -> Path:

@@ -104,6 +104,7 @@ def test_names() -> None:
             ["step_000000001-0001", "out.gguf"],
             "out.gguf: the ending .gguf is not known\n  valid: .pth, .safetensors, a directory",
         ),
+        (["step_000000001-0001", "out.7z"], "out.7z: the ending .7z is not known"),
         (["step_000000001-0001", "out.pth", "--dtype", "int4"], "--dtype int4 is not known\n  valid: float32"),
         (["step_000000001-0001", "/proc/out.pth"], "/proc/out.pth cannot be written"),
     ],
