@@ -245,7 +245,7 @@ COMMANDS: dict[str, Command] = {
         _export,
         _export_arguments,
         "Writes the weights of a checkpoint, sharded or not; holds only one parameter in memory at a time.",
-        ["export runs/NAME/checkpoints/step_000005000-0001 model.safetensors --dtype bfloat16", "export model.pth hf/"],
+        ["export runs/NAME/checkpoints/step_000004000-0001 model.safetensors --dtype bfloat16", "export model.pth hf/"],
         "CKPT OUT",
     ),
     "doctor": Command(

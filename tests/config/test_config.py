@@ -139,7 +139,7 @@ def test_the_default_run(conf: ConfigBuilder) -> None:
     assert (config.arch, config.model.size, config.data.source) == ("rwkv7", "tiny", "stdlib")
     assert (config.data.tokenizer, config.optim.eps, config.optim.weight_decay) == ("bpe:2048", 1e-18, 0.1)
     assert (config.model.n_layer, config.model.n_embd) == (4, 192)
-    assert (config.batch.context, config.batch.tokens, config.budget.total) == (256, 1024, Duration(steps=5000))
+    assert (config.batch.context, config.batch.tokens, config.budget.total) == (256, 1024, Duration(steps=4000))
     assert (config.trainer.precision, config.optim.schedule.shape) == ("auto", "cosine")
     assert config.optim.betas == (0.9, 0.99)
     assert not config.resume_typed
@@ -372,7 +372,7 @@ def test_what_differs(conf: ConfigBuilder) -> None:
     )
     assert differences(as_tree(config), as_tree(config)) == []
     assert differences(as_tree(config), as_tree(other)) == [
-        "budget.steps: 5000 → None",
+        "budget.steps: 4000 → None",
         "budget.tokens: None → 5",
         "seed: 1 → 2",
     ]
