@@ -40,7 +40,7 @@ def test_a_store_that_is_truncated_under_the_map(tmp_path: Path) -> None:
     assert died(tmp_path, "inside") == ""
     (tmp_path / "logs" / "crash_rank_0004.txt").touch()  # of a rank that was killed
     (tmp_path / "logs" / "rank_0003_node.log").write_text("output")
-    kept = tmp_path / "logs" / "crash_rank_0003_before_attempt_0002.txt"
+    kept = tmp_path / "logs" / "crash_rank_0003-before-attempt-0002.txt"
     reason = "Bus error (a file that it had mapped was truncated, or the file system could not read it)"
     assert take_crashes(tmp_path / "logs", 2) == [Crash(3, reason, kept)]
     assert "in read" in kept.read_text()
