@@ -261,7 +261,7 @@ def test_the_loss_curve_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     rows[399]["val/loss"] = 2.5
     figures.draw_loss_curve(rows, tmp_path / "loss", "a run", {})
     assert (tmp_path / "loss").read_bytes()[:4] == b"\x89PNG", "whatever the suffix: a run writes a temporary file"
-    baselines = {"2-gram": 1.9, "lzma": 1.91}
+    baselines = {"2-gram": 1.9, "lzma": 1.91, "far above": 99.0}
     axes = loss_axes(rows, baselines, monkeypatch)
     assert axes.get_title() == "a run"
     assert axes.get_ylabel() == "Loss (nats/token)"

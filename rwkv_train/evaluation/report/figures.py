@@ -157,10 +157,15 @@ def _draw_curves(axes: Any, chart: Mapping[str, Any], runs: Sequence[Mapping[str
 
 
 def _draw_baselines(axes: Any, baselines: Mapping[str, float]) -> None:
-    """Horizontal lines with labels right of the axes, which are stacked where lines are close together."""
+    """Horizontal lines with labels right of the axes, which are stacked where lines are close together.
+
+    Those above the axes are left out.
+    """
     bottom, top = axes.get_ylim()
     free = bottom
     for name, loss in sorted(baselines.items(), key=lambda item: item[1]):
+        if loss > top:
+            break
         axes.axhline(loss, color=COLOURS[-1], linestyle="--", linewidth=0.8, zorder=1)
         height = max(loss, free)
         free = height + 0.035 * (top - bottom)
