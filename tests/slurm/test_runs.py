@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 STEPS = 60
 OVERRIDES = [  # the default data, a model that costs nothing
     "model.n_layer=2",
+    "arch=rwkv4",
     "model.n_embd=32",
     "batch.context=32",
     "batch.tokens=128",
