@@ -339,13 +339,13 @@ def head_norm(
         ValueError: a shape, dtype or device does not fit.
     """
     activations, parameters = {"y": y, "gate": gate}, {"weight": weight, "bias": bias}
-    r, k, v, r_k = (None,) * 4 if current is None else current
-    if r is not None and k is not None and v is not None and r_k is not None:
-        activations, parameters = {**activations, "r": r, "k": k, "v": v}, {**parameters, "r_k": r_k}
-        r_k = r_k.float().contiguous() if y.dtype != torch.float64 else r_k
-        r, k, v = r.contiguous(), k.contiguous(), v.contiguous()
+    if current is not None:
+        activations |= dict(zip("rkv", current[:3], strict=True))
+        parameters["r_k"] = current[3]
     _check_alike("head_norm", activations, parameters, head_size)
     if _runs_by_definition(y):
+        r, k, v, r_k = (None,) * 4 if current is None else current
         return reference.head_norm(y, gate, weight, bias, r, k, v, r_k, head_size, eps)
-    inputs = (x.contiguous() for x in (y, gate, weight.float(), bias.float()))
-    return cast(Tensor, torch.ops.rwkv_train.head_norm(*inputs, r, k, v, r_k, head_size, eps))
+    inputs = [x.contiguous() for x in (y, gate, weight.float(), bias.float())]
+    given = [None] * 4 if current is None else [x.contiguous() for x in (*current[:3], current[3].float())]
+    return cast(Tensor, torch.ops.rwkv_train.head_norm(*inputs, *given, head_size, eps))
