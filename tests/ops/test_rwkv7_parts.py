@@ -17,6 +17,13 @@ SHAPES = [(1, 1, 20, 20), (2, 65, 40, 20), (1, 130, 128, 64), (2, 3, 96, 32), (3
 Operator = Callable[..., list[Tensor]]
 
 
+@pytest.fixture(autouse=True)
+def engines() -> None:
+    """Without them each call would run the definition, and every comparison pass."""
+    assert FAMILIES["rwkv7"].cpp.load()
+    assert FAMILIES["head_norm"].cpp.load()
+
+
 def keys(*inputs: Tensor, head_size: int) -> list[Tensor]:
     call: Callable[..., tuple[Tensor, ...]] = ops.rwkv7_keys
     return list(call(*inputs, head_size))
@@ -52,8 +59,6 @@ def dtypes_of(form: str, dtype: torch.dtype) -> list[torch.dtype]:
 
 
 def compare(form: str, inputs: list[Tensor], head_size: int, dtype: torch.dtype, patch: pytest.MonkeyPatch) -> None:
-    assert FAMILIES["rwkv7"].cpp.load()
-    assert FAMILIES["head_norm"].cpp.load()
     operator, dtypes = partial(FORMS[form][0], head_size=head_size), dtypes_of(form, dtype)
     inputs = [x.to(working).double() for x, working in zip(inputs, dtypes, strict=True)]
     ours = value_and_gradients(operator, inputs, dtypes)
